@@ -1,0 +1,80 @@
+// Argument checks of the compiled operators: operation, argument, expected, got. They are what
+// memory safety needs; fused_resnet/checks.py checks the same and more before a call comes here.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+#include "conv_shape.h"
+
+namespace fr {
+
+inline void check_map(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4, op, ": ", name, ": expected 4 dimensions (N, C, H, W), got ",
+                    x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble ||
+                       x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+                   op, ": ", name, ": expected dtype float32, float64, bfloat16 or float16, got ",
+                   x.scalar_type());
+}
+
+inline void check_cpu(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, ": expected device cpu, got ", t.device());
+}
+
+inline void check_vector(const char* op, const char* name, const std::optional<at::Tensor>& v,
+                         int64_t channels) {
+  if (!v.has_value()) return;
+  TORCH_CHECK_VALUE(v->dim() == 1 && v->size(0) == channels, op, ": ", name, ": expected shape [",
+                    channels, "], got ", v->sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(v->scalar_type()), op, ": ", name,
+                   ": expected a floating-point dtype, got ", v->scalar_type());
+  check_cpu(op, name, *v);
+}
+
+// `t` has the shape and dtype that go with `like`.
+inline void check_same(const char* op, const char* name, const std::optional<at::Tensor>& t,
+                       at::IntArrayRef shape, const at::Tensor& like) {
+  if (!t.has_value()) return;
+  TORCH_CHECK_VALUE(t->sizes() == shape, op, ": ", name, ": expected shape ", shape, ", got ",
+                    t->sizes());
+  TORCH_CHECK_TYPE(t->scalar_type() == like.scalar_type(), op, ": ", name, ": expected dtype ",
+                   like.scalar_type(), ", got ", t->scalar_type());
+  check_cpu(op, name, *t);
+}
+
+inline void check_pair(const char* op, const char* name, at::IntArrayRef v, int64_t least) {
+  TORCH_CHECK_VALUE(v.size() == 2 && v[0] >= least && v[1] >= least, op, ": ", name,
+                    ": expected two ints >= ", least, ", got ", v);
+}
+
+// The sizes of a convolution of x by a weight of these sizes, all of them checked.
+inline ConvShape conv_shape(const char* op, const at::Tensor& x, at::IntArrayRef weight,
+                            at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, int64_t groups) {
+  check_map(op, "x", x);
+  check_cpu(op, "x", x);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  check_pair(op, "dilation", dilation, 1);
+  TORCH_CHECK_VALUE(
+      weight.size() == 4 && weight[0] > 0 && weight[1] > 0 && weight[2] > 0 && weight[3] > 0, op,
+      ": weight: expected 4 positive sizes (K, C / groups, kh, kw), got ", weight);
+  TORCH_CHECK_VALUE(groups >= 1 && weight[0] % groups == 0, op,
+                    ": groups: expected a divisor of the ", weight[0], " output channels, got ",
+                    groups);
+  TORCH_CHECK_VALUE(x.size(1) == weight[1] * groups, op, ": x: expected ", weight[1] * groups,
+                    " channels, got ", x.size(1));
+  const ConvShape s{x.size(0),  x.size(2),   x.size(3),   x.size(1), weight[0],
+                    weight[2],  weight[3],   stride[0],   stride[1], padding[0],
+                    padding[1], dilation[0], dilation[1], groups};
+  TORCH_CHECK_VALUE(s.h + 2 * s.pad_h >= s.dilation_h * (s.kh - 1) + 1 &&
+                        s.w + 2 * s.pad_w >= s.dilation_w * (s.kw - 1) + 1,
+                    op, ": x: expected a map at least as large as the dilated kernel, got ",
+                    x.sizes(), " for weight ", weight);
+  return s;
+}
+
+}  // namespace fr

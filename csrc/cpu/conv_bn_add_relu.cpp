@@ -1,0 +1,107 @@
+#include "conv_bn_add_relu.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "pack_conv_weight.h"
+
+namespace fr {
+namespace {
+
+// Fills in what both ways of preparing have in common, once packed and folded are there.
+void bind_operands(const char* op, ConvCall& call, const at::Tensor& x,
+                   const OptionalTensor& residual, bool relu) {
+  const ConvShape& s = call.args.shape;
+  call.dtype = dtype_of(x.scalar_type());
+  call.x = x.contiguous(kChannelsLast);
+  if (residual) {
+    check_same(op, "residual", residual, {s.n, s.k, s.out_h(), s.out_w()}, x);
+    call.residual = residual->contiguous(kChannelsLast);
+    call.args.residual = call.residual.const_data_ptr();
+  }
+  call.args.x = call.x.const_data_ptr();
+  call.args.packed = call.packed.const_data_ptr();
+  call.args.scale = call.folded.scale.const_data_ptr();
+  call.args.shift = call.folded.shift.const_data_ptr();
+  call.args.relu = relu;
+}
+
+at::Tensor run(ConvCall& call) {
+  const ConvShape& s = call.args.shape;
+  const at::Tensor y = at::empty({s.n, s.k, s.out_h(), s.out_w()}, call.x.options(), kChannelsLast);
+  call.args.y = y.mutable_data_ptr();
+  run_conv(call.dtype, call.args);
+  return y;
+}
+
+at::Tensor conv_bn_add_relu_cpu(const at::Tensor& x, const at::Tensor& weight,
+                                const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
+                                const OptionalTensor& bn_bias, const at::Tensor& mean,
+                                const at::Tensor& var, const OptionalTensor& residual,
+                                at::IntArrayRef stride, at::IntArrayRef padding,
+                                at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
+  ConvCall call = prepare("conv_bn_add_relu", x, weight, conv_bias, bn_weight, bn_bias, mean, var,
+                          residual, {stride, padding, dilation, groups}, eps, relu);
+  return run(call).contiguous(x.suggest_memory_format());
+}
+
+at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
+                                       const at::Tensor& scale, const at::Tensor& shift,
+                                       const OptionalTensor& residual, at::IntArrayRef weight_shape,
+                                       at::IntArrayRef stride, at::IntArrayRef padding,
+                                       at::IntArrayRef dilation, int64_t groups, bool relu) {
+  ConvCall call = prepare_packed("conv_bn_add_relu_packed", x, packed, scale, shift, residual,
+                                 weight_shape, {stride, padding, dilation, groups}, relu);
+  return run(call);
+}
+
+}  // namespace
+
+ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                 const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
+                 const OptionalTensor& bn_bias, const at::Tensor& mean, const at::Tensor& var,
+                 const OptionalTensor& residual, const ConvGeometry& g, double eps, bool relu) {
+  ConvCall call;
+  call.args.shape = conv_shape(op, x, weight.sizes(), g.stride, g.padding, g.dilation, g.groups);
+  check_same(op, "weight", weight, weight.sizes(), x);
+  check_vector(op, "conv_bias", conv_bias, weight.size(0));
+  check_vector(op, "bn_weight", bn_weight, weight.size(0));
+  check_vector(op, "bn_bias", bn_bias, weight.size(0));
+  check_vector(op, "mean", mean, weight.size(0));
+  check_vector(op, "var", var, weight.size(0));
+  call.packed = pack_weight(weight, call.args.shape);
+  call.folded = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, accumulator(x.scalar_type()));
+  bind_operands(op, call, x, residual, relu);
+  return call;
+}
+
+ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
+                        const at::Tensor& scale, const at::Tensor& shift,
+                        const OptionalTensor& residual, at::IntArrayRef weight_shape,
+                        const ConvGeometry& g, bool relu) {
+  ConvCall call;
+  call.args.shape = conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
+  const ConvShape& s = call.args.shape;
+  const auto type = accumulator(x.scalar_type());
+  const int64_t numel = packed_numel(s, kernels().panel[dtype_of(type)]);
+  const auto check = [&](const char* name, const at::Tensor& t, int64_t size) {
+    check_vector(op, name, t, size);
+    TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, ", got ",
+                     t.scalar_type());
+  };
+  check("packed", packed, numel);
+  check("scale", scale, s.k);
+  check("shift", shift, s.k);
+  call.packed = packed.contiguous();
+  call.folded = {scale.contiguous(), shift.contiguous()};
+  bind_operands(op, call, x, residual, relu);
+  return call;
+}
+
+TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("conv_bn_add_relu", &conv_bn_add_relu_cpu);
+  m.impl("conv_bn_add_relu_packed", &conv_bn_add_relu_packed_cpu);
+}
+
+}  // namespace fr

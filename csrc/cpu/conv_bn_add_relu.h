@@ -1,0 +1,39 @@
+// What the operators that begin with a convolution share: checked operands, ready for the driver.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "conv_driver.h"
+#include "folding.h"
+
+namespace fr {
+
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+
+// Owns what `args` points at. `args.y` is for the caller to set.
+struct ConvCall {
+  at::Tensor x, packed, residual;
+  Folded folded;
+  ConvForward args{};
+  DType dtype = kFloat32;
+};
+
+struct ConvGeometry {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+// From live parameters: packs the weight and folds batch norm.
+ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                 const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
+                 const OptionalTensor& bn_bias, const at::Tensor& mean, const at::Tensor& var,
+                 const OptionalTensor& residual, const ConvGeometry& geometry, double eps,
+                 bool relu);
+
+// From what freeze prepared.
+ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
+                        const at::Tensor& scale, const at::Tensor& shift,
+                        const OptionalTensor& residual, at::IntArrayRef weight_shape,
+                        const ConvGeometry& geometry, bool relu);
+
+}  // namespace fr

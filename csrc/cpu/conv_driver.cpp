@@ -1,0 +1,170 @@
+#include "conv_driver.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+
+namespace fr {
+namespace {
+
+// Bytes of input, residual and output that one block may touch: a good part of the 1 MiB L2 cache
+// of current server cores, with room for a panel of weights.
+constexpr int64_t kBlockBytes = 384 * 1024;
+
+// Tiles that a block has at least, however many channels: each block reads all weights.
+constexpr int64_t kLeastTiles = 4;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `count` things in blocks of at most `most`, in a number of blocks that `threads` divides if it
+// can.
+int64_t block_size(int64_t count, int64_t most, int64_t threads) {
+  int64_t blocks = ceil_div(count, std::clamp<int64_t>(most, 1, count));
+  if (blocks >= threads) blocks = std::min(ceil_div(blocks, threads) * threads, count);
+  return ceil_div(count, blocks);
+}
+
+// How many images, output rows, output columns and panels a block has.
+struct Plan {
+  int64_t images, rows, cols, panels;
+};
+
+struct Blocks {
+  Plan size;
+  int64_t n, rows, cols, panels;  // what there is of each
+
+  int64_t count() const {
+    return ceil_div(n, size.images) * ceil_div(rows, size.rows) * ceil_div(cols, size.cols) *
+           ceil_div(panels, size.panels);
+  }
+
+  ConvBlock operator[](int64_t i) const {
+    ConvBlock b;
+    const auto range = [&i](int64_t total, int64_t step, int64_t& begin, int64_t& end) {
+      const int64_t blocks = ceil_div(total, step);
+      begin = i % blocks * step;
+      end = std::min(begin + step, total);
+      i /= blocks;
+    };
+    range(panels, size.panels, b.panel0, b.panel1);
+    range(cols, size.cols, b.col0, b.col1);
+    range(rows, size.rows, b.row0, b.row1);
+    range(n, size.images, b.n0, b.n1);
+    return b;
+  }
+};
+
+Blocks cut(const ConvShape& s, bool residual, int64_t panel, int64_t tile, int64_t element,
+           int64_t threads) {
+  Blocks b{{1, 1, s.out_w(), 0}, s.n, s.out_h(), s.out_w(), 0};
+  b.panels = s.groups * ceil_div(s.group_k(), panel);
+  b.size.panels = b.panels;
+  const int64_t input_bytes = s.stride_h * s.stride_w * s.c * element;
+  const int64_t pixel_bytes = input_bytes + (residual ? 2 : 1) * s.k * element;
+
+  const int64_t pixels = std::max(kBlockBytes / pixel_bytes, kLeastTiles * tile);
+  if (b.rows == 1 && b.n == 1) {  // a 1x1 convolution flattened to one long row
+    b.size.cols = ceil_div(block_size(b.cols, pixels, threads), tile) * tile;
+  } else if (b.rows * b.cols <= pixels) {
+    b.size.rows = b.rows;
+    b.size.images = block_size(b.n, pixels / (b.rows * b.cols), threads);
+  } else {
+    b.size.rows = block_size(b.rows, pixels / b.cols, threads);
+  }
+  if (b.count() >= threads) return b;
+  // Too few blocks for all threads: split what costs less to read twice, input or weights.
+  const int64_t weight_bytes = s.k * s.depth() * element;
+  if (weight_bytes > b.n * b.rows * b.cols * input_bytes && b.panels >= threads) {
+    b.size.panels = ceil_div(b.panels, threads);
+  } else if (b.rows > 1) {
+    b.size.rows = ceil_div(b.size.rows, threads);
+  } else {
+    b.size.cols = ceil_div(ceil_div(b.cols, threads), tile) * tile;
+  }
+  return b;
+}
+
+int64_t accumulator_bytes(DType dtype) {
+  return dtype == kFloat64 ? static_cast<int64_t>(sizeof(double))
+                           : static_cast<int64_t>(sizeof(float));
+}
+
+// A 1x1 convolution that moves one pixel at a time sees no rows and no images.
+void flatten(ConvShape& s) {
+  if (s.kh == 1 && s.kw == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 &&
+      s.pad_w == 0) {
+    s.w *= s.n * s.h;
+    s.n = s.h = 1;
+  }
+}
+
+}  // namespace
+
+int64_t packed_numel(const ConvShape& s, int64_t panel) {
+  return s.groups * ceil_div(s.group_k(), panel) * panel * s.depth();
+}
+
+void run_conv(DType dtype, ConvForward f) {
+  const KernelTable& table = kernels();
+  const Kernels& k = table.of[dtype];
+  if (f.shape.n == 0) return;
+  flatten(f.shape);
+  const Blocks blocks = cut(f.shape, f.residual != nullptr, table.panel[dtype], table.tile[dtype],
+                            accumulator_bytes(dtype), at::get_num_threads());
+  at::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
+    c10::DataPtr scratch;
+    int64_t bytes = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const ConvBlock block = blocks[i];
+      const int64_t needed = k.conv_scratch_bytes(f.shape, block);
+      if (needed > bytes) {
+        scratch = c10::GetCPUAllocator()->allocate(needed);
+        bytes = needed;
+      }
+      k.conv(f, block, scratch.get());
+    }
+  });
+}
+
+void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
+  const KernelTable& table = kernels();
+  const Kernels& k = table.of[dtype];
+  const ConvShape& s = f.shape;
+  if (s.n == 0) return;
+  const int64_t element = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+  const int64_t row_bytes = s.out_w() * s.k * element;
+  const int64_t panels = s.groups * ceil_div(s.group_k(), table.panel[dtype]);
+  const int64_t rows = block_size(pool.out_h(), kBlockBytes / (row_bytes * pool.stride_h),
+                                  ceil_div(at::get_num_threads(), s.n));
+  const int64_t per_image = ceil_div(pool.out_h(), rows);
+  at::parallel_for(0, s.n * per_image, 1, [&](int64_t begin, int64_t end) {
+    c10::DataPtr scratch, map;
+    int64_t scratch_bytes = 0;
+    const int64_t most_rows = (rows - 1) * pool.stride_h + pool.kernel_h;
+    map = c10::GetCPUAllocator()->allocate(most_rows * row_bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / per_image;
+      PoolForward p = pool;
+      p.row0 = i % per_image * rows;
+      p.row1 = std::min(p.row0 + rows, pool.out_h());
+      const ConvBlock block{n, n + 1, p.first_row(p.row0), p.end_row(p.row1), 0, s.out_w(),
+                            0, panels};
+      const int64_t needed = k.conv_scratch_bytes(s, block);
+      if (needed > scratch_bytes) {
+        scratch = c10::GetCPUAllocator()->allocate(needed);
+        scratch_bytes = needed;
+      }
+      ConvForward part = f;
+      part.y = map.get();
+      part.y_first = (n * s.out_h() + block.row0) * s.out_w();
+      k.conv(part, block, scratch.get());
+      p.x = map.get();
+      p.x_first = block.row0;
+      p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;
+      k.max_pool(p);
+    }
+  });
+}
+
+}  // namespace fr

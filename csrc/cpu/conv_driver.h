@@ -1,0 +1,17 @@
+// Runs a convolution kernel over a whole batch: cuts it into blocks and spreads them over threads.
+#pragma once
+
+#include "isa.h"
+
+namespace fr {
+
+// Channels-last operands; f.packed as pack_conv_weight lays it out.
+void run_conv(DType dtype, ConvForward f);
+
+// The same, then max-pool; f.y is not used. y is the pooled result.
+void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y);
+
+// Elements of a packed weight.
+int64_t packed_numel(const ConvShape& shape, int64_t panel);
+
+}  // namespace fr

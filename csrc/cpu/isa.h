@@ -1,0 +1,22 @@
+// Which instruction set's kernels run in this process.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels/table.h"
+
+namespace fr {
+
+// Chosen once, at the first call: the best that the machine has, or what FUSED_RESNET_ISA names.
+// Throws a ValueError where that names none that the machine supports.
+const KernelTable& kernels();
+
+// Names that this machine supports, best first.
+std::vector<std::string> supported_isas();
+
+DType dtype_of(at::ScalarType type);
+
+}  // namespace fr

@@ -1,0 +1,338 @@
+// Convolution, batch norm, residual and ReLU over channels-last maps, in inference.
+//
+//   y[n, oy, ox, k] = relu(scale[k] * sum_{r, s, c} x[n, oy*S - P + r*D, ox*S - P + s*D, c]
+//                                                   * w[k, c, r, s] + shift[k] + residual)
+//
+// A matrix product without the matrix: a microkernel multiplies the input pixels under `tile`
+// output pixels by a panel of weights, for `panel` output channels, with the whole sum in
+// registers, and applies the epilogue there, so the output is written once and never read. Flops: 2
+// * pixels * K * depth. Bytes: x, w, y and the residual once each where a block of x fits the L2
+// cache.
+//
+// Tiling. tile x panel accumulators fill the registers: 14 x 32 floats on AVX-512 (28 of 32
+// vectors, 2 for weights, 1 to broadcast a pixel), 6 x 16 on AVX2, 6 x 8 on SSE2. Per step along
+// the depth, 14 broadcasts and 2 loads feed 28 multiply-adds, so two loads a cycle keep two FMA
+// units busy. The widths of ResNet's maps, 112 to 7, are multiples of 14 or divide it.
+//
+// Weights are packed [group][panel of output channels][r][s][c][panel], zero where a panel outgrows
+// the group: the microkernel reads them front to back.
+//
+// Input. Where no padding is needed and no conversion either, pixels are read in place. Else the
+// rows under a block of output rows are first copied, padded and widened into scratch that stays in
+// the L2 cache. In both cases the taps of one kernel row that touch each other (dilation 1, one
+// group) are one run of kw * C elements, so a 7x7 kernel over 3 channels has 7 runs of 21 and
+// wastes nothing.
+#pragma once
+
+#include "table.h"
+#include "vec.h"
+
+namespace fr {
+namespace FR_ISA {
+
+#if FR_VECTOR_BYTES == 64
+constexpr int kMaxTile = 14;
+#else
+constexpr int kMaxTile = 6;
+#endif
+constexpr int kPanelVectors = 2;
+
+// The longest chain of additions in one register. A chain of n rounds n times at the size of its
+// sum so far, so its error grows with n; a sum of 4608 terms is 72 chains that are added up after.
+// 64 steps are 900 cycles of arithmetic, beside which putting 28 vectors aside costs 1 to 2%.
+constexpr int64_t kChain = 64;
+template <class A>
+constexpr int kPanel = kPanelVectors * kLanes<A>;
+
+// Where the elements of a sum lie, as distances from an output pixel's first input element.
+struct Runs {
+  int64_t count;  // runs are numbered r * per_row + s
+  int64_t per_row;
+  int64_t length;  // elements side by side
+  int64_t row_step, col_step;
+};
+
+// Where a block of input lies: the pixel under output (n, oy, ox) begins at
+// base + n * image + oy * row + ox * pixel, from the block's own origin.
+struct Source {
+  int64_t image, row, pixel;
+  Runs runs;
+};
+
+inline bool reads_in_place(const ConvShape& s, bool same_type) {
+  return same_type && s.pad_h == 0 && s.pad_w == 0;
+}
+
+inline Runs runs_of(const ConvShape& s, int64_t row_stride) {
+  const bool joined = s.dilation_w == 1 && s.groups == 1;
+  Runs runs;
+  runs.per_row = joined ? 1 : s.kw;
+  runs.count = s.kh * runs.per_row;
+  runs.length = joined ? s.kw * s.c : s.group_c();
+  runs.row_step = s.dilation_h * row_stride;
+  runs.col_step = s.dilation_w * s.c;
+  return runs;
+}
+
+// Input rows and columns under a block of output.
+inline int64_t block_rows(const ConvShape& s, const ConvBlock& b) {
+  return (b.row1 - b.row0 - 1) * s.stride_h + (s.kh - 1) * s.dilation_h + 1;
+}
+inline int64_t block_cols(const ConvShape& s, const ConvBlock& b) {
+  return (b.col1 - b.col0 - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1;
+}
+
+template <class T>
+int64_t conv_scratch_bytes(const ConvShape& s, const ConvBlock& b) {
+  if (reads_in_place(s, sizeof(T) == sizeof(Acc<T>))) return 0;
+  return (b.n1 - b.n0) * block_rows(s, b) * block_cols(s, b) * s.c *
+         static_cast<int64_t>(sizeof(Acc<T>));
+}
+
+template <class T>
+void copy_widened(const T* from, int64_t count, Acc<T>* to) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(load(from + i), to + i);
+  for (; i < count; ++i) to[i] = to_acc(from[i]);
+}
+
+template <class A>
+void fill_zero(A* to, int64_t count) {
+  constexpr int lanes = kLanes<A>;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(Vec<A>{}, to + i);
+  for (; i < count; ++i) to[i] = 0;
+}
+
+// Copies the input under the block into scratch, zeros where the padding is.
+template <class T>
+void gather_block(const ConvShape& s, const ConvBlock& b, const T* x, Acc<T>* scratch) {
+  const int64_t rows = block_rows(s, b), cols = block_cols(s, b);
+  const int64_t y0 = b.row0 * s.stride_h - s.pad_h, x0 = b.col0 * s.stride_w - s.pad_w;
+  const int64_t left = min_of(max_of(-x0, 0), cols);
+  const int64_t right = max_of(min_of(s.w - x0, cols), left);
+  for (int64_t n = b.n0; n < b.n1; ++n) {
+    for (int64_t i = 0; i < rows; ++i, scratch += cols * s.c) {
+      const int64_t y = y0 + i;
+      if (y < 0 || y >= s.h) {
+        fill_zero(scratch, cols * s.c);
+        continue;
+      }
+      fill_zero(scratch, left * s.c);
+      copy_widened(x + ((n * s.h + y) * s.w + x0 + left) * s.c, (right - left) * s.c,
+                   scratch + left * s.c);
+      fill_zero(scratch + right * s.c, (cols - right) * s.c);
+    }
+  }
+}
+
+template <class T>
+struct Epilogue {
+  const Acc<T>* scale;  // at the panel's first channel
+  const Acc<T>* shift;
+  const T* residual;  // at the tile's first element; null: none
+  T* y;               // likewise
+  int64_t stride;     // elements from one output pixel to the next
+  int64_t cols;       // channels of the panel that exist
+  bool relu;
+};
+
+template <class T, int kTile>
+FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kPanelVectors], const Epilogue<T>& e) {
+  using A = Acc<T>;
+  constexpr int lanes = kLanes<A>;
+  if (e.cols == kPanel<A>) {
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i) {
+        Vec<A> r = acc[i][v] * scale + shift;
+        const int64_t at = i * e.stride + v * lanes;
+        if (e.residual) r += load(e.residual + at);
+        if (e.relu) r = relu_vector(r);
+        store(r, e.y + at);
+      }
+    }
+    return;
+  }
+  A values[kTile][kPanel<A>];
+  __builtin_memcpy(values, acc, sizeof values);
+  for (int i = 0; i < kTile; ++i) {
+    for (int64_t k = 0; k < e.cols; ++k) {
+      A r = values[i][k] * e.scale[k] + e.shift[k];
+      const int64_t at = i * e.stride + k;
+      if (e.residual) r += to_acc(e.residual[at]);
+      if (e.relu) r = relu_scalar(r);
+      from_acc(r, e.y + at);
+    }
+  }
+}
+
+template <class T, int kTile>
+void conv_tile(const Acc<T>* a, int64_t pixel, const Runs& runs, const Acc<T>* b,
+               const Epilogue<T>& e) {
+  using A = Acc<T>;
+  constexpr int lanes = kLanes<A>;
+  Vec<A> acc[kTile][kPanelVectors] = {};
+  Vec<A> total[kTile][kPanelVectors];
+  int64_t chain = 0;
+  bool spilled = false;
+  for (int64_t run = 0; run < runs.count; ++run) {
+    const A* p = a + run / runs.per_row * runs.row_step + run % runs.per_row * runs.col_step;
+    for (int64_t left = runs.length; left > 0;) {
+      if (chain == kChain) {
+        for (int i = 0; i < kTile; ++i) {
+          for (int v = 0; v < kPanelVectors; ++v) {
+            total[i][v] = spilled ? total[i][v] + acc[i][v] : acc[i][v];
+            acc[i][v] = Vec<A>{};
+          }
+        }
+        spilled = true;
+        chain = 0;
+      }
+      const int64_t steps = min_of(left, kChain - chain);
+      chain += steps;
+      left -= steps;
+      for (int64_t step = 0; step < steps; ++step, ++p, b += kPanel<A>) {
+        Vec<A> w[kPanelVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kPanelVectors; ++v) w[v] = load(b + v * lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTile; ++i) {
+          const Vec<A> x = broadcast<A>(p[i * pixel]);
+#pragma GCC unroll 2
+          for (int v = 0; v < kPanelVectors; ++v) acc[i][v] += x * w[v];
+        }
+      }
+    }
+  }
+  if (spilled) {
+    for (int i = 0; i < kTile; ++i) {
+      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] += total[i][v];
+    }
+  }
+  store_tile<T, kTile>(acc, e);
+}
+
+template <class T>
+using ConvTile = void (*)(const Acc<T>*, int64_t, const Runs&, const Acc<T>*, const Epilogue<T>&);
+
+template <class T>
+ConvTile<T> tile_of(int64_t pixels) {
+  static const ConvTile<T> tiles[] = {
+      conv_tile<T, 1>,  conv_tile<T, 2>,  conv_tile<T, 3>,  conv_tile<T, 4>,
+      conv_tile<T, 5>,  conv_tile<T, 6>,
+#if FR_VECTOR_BYTES == 64
+      conv_tile<T, 7>,  conv_tile<T, 8>,  conv_tile<T, 9>,  conv_tile<T, 10>,
+      conv_tile<T, 11>, conv_tile<T, 12>, conv_tile<T, 13>, conv_tile<T, 14>,
+#endif
+  };
+  return tiles[pixels - 1];
+}
+
+template <class T>
+void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
+  using A = Acc<T>;
+  const ConvShape& s = f.shape;
+  const int64_t out_h = s.out_h(), out_w = s.out_w();
+  const int64_t panels = ceil_div(s.group_k(), kPanel<A>);
+
+  Source source;
+  const A* base;
+  if (reads_in_place(s, sizeof(T) == sizeof(A))) {
+    source.image = s.h * s.w * s.c;
+    source.row = s.stride_h * s.w * s.c;
+    source.runs = runs_of(s, s.w * s.c);
+    base = static_cast<const A*>(f.x) + b.n0 * source.image + b.row0 * source.row +
+           b.col0 * s.stride_w * s.c;
+  } else {
+    const int64_t cols = block_cols(s, b);
+    gather_block(s, b, static_cast<const T*>(f.x), static_cast<A*>(scratch));
+    source.image = block_rows(s, b) * cols * s.c;
+    source.row = s.stride_h * cols * s.c;
+    source.runs = runs_of(s, cols * s.c);
+    base = static_cast<const A*>(scratch);
+  }
+  source.pixel = s.stride_w * s.c;
+
+  const int64_t width = b.col1 - b.col0;
+  const int64_t tiles = ceil_div(width, kMaxTile);
+  Epilogue<T> e;
+  e.stride = s.k;
+  e.relu = f.relu;
+  for (int64_t panel = b.panel0; panel < b.panel1; ++panel) {
+    const int64_t group = panel / panels;
+    const int64_t k_in_group = panel % panels * kPanel<A>;
+    const int64_t k = group * s.group_k() + k_in_group;
+    const A* weights = static_cast<const A*>(f.packed) + panel * s.depth() * kPanel<A>;
+    e.scale = static_cast<const A*>(f.scale) + k;
+    e.shift = static_cast<const A*>(f.shift) + k;
+    e.cols = min_of(s.group_k() - k_in_group, kPanel<A>);
+    for (int64_t n = b.n0; n < b.n1; ++n) {
+      for (int64_t oy = b.row0; oy < b.row1; ++oy) {
+        const A* row =
+            base + (n - b.n0) * source.image + (oy - b.row0) * source.row + group * s.group_c();
+        const int64_t out = (n * out_h + oy) * out_w + b.col0;
+        // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t ox0 = width * t / tiles, ox1 = width * (t + 1) / tiles;
+          const int64_t at = (out + ox0) * s.k + k;
+          e.residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
+          e.y = static_cast<T*>(f.y) + at - f.y_first * s.k;
+          tile_of<T>(ox1 - ox0)(row + ox0 * source.pixel, source.pixel, source.runs, weights, e);
+        }
+      }
+    }
+  }
+}
+
+// Calls visit(place in packed, place in weight, channels that exist) for every vector of a panel.
+template <class A, class Visit>
+FR_INLINE void visit_packed(const ConvShape& s, const WeightStrides& w, int64_t panel0,
+                            int64_t panel1, Visit visit) {
+  const int64_t panels = ceil_div(s.group_k(), kPanel<A>);
+  const int64_t taps = s.kh * s.kw, channels = s.group_c();
+  // Walk the weight in its own order, so that each of its cache lines is read in one go.
+  const bool taps_inside = w.c > w.s;
+  const int64_t outer = taps_inside ? channels : taps, inner = taps_inside ? taps : channels;
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    const int64_t k0 = panel % panels * kPanel<A>;
+    const int64_t cols = min_of(s.group_k() - k0, kPanel<A>);
+    const int64_t first = (panel / panels * s.group_k() + k0) * w.k;
+    for (int64_t i = 0; i < outer; ++i) {
+      for (int64_t j = 0; j < inner; ++j) {
+        const int64_t tap = taps_inside ? j : i, c = taps_inside ? i : j;
+        visit((panel * s.depth() + tap * channels + c) * kPanel<A>,
+              first + c * w.c + tap / s.kw * w.r + tap % s.kw * w.s, cols);
+      }
+    }
+  }
+}
+
+template <class T>
+void pack(const ConvShape& s, const WeightStrides& strides, const void* weight, int64_t panel0,
+          int64_t panel1, void* packed) {
+  using A = Acc<T>;
+  const T* w = static_cast<const T*>(weight);
+  A* p = static_cast<A*>(packed);
+  visit_packed<A>(s, strides, panel0, panel1, [=](int64_t to, int64_t from, int64_t cols) {
+    for (int64_t k = 0; k < cols; ++k) p[to + k] = to_acc(w[from + k * strides.k]);
+    for (int64_t k = cols; k < kPanel<A>; ++k) p[to + k] = 0;
+  });
+}
+
+template <class T>
+void unpack(const ConvShape& s, const void* packed, void* weight) {
+  using A = Acc<T>;
+  const A* p = static_cast<const A*>(packed);
+  A* w = static_cast<A*>(weight);
+  const WeightStrides strides{s.depth(), s.kh * s.kw, s.kw, 1};
+  const int64_t panels = s.groups * ceil_div(s.group_k(), kPanel<A>);
+  visit_packed<A>(s, strides, 0, panels, [=](int64_t from, int64_t to, int64_t cols) {
+    for (int64_t k = 0; k < cols; ++k) w[to + k * strides.k] = p[from + k];
+  });
+}
+
+}  // namespace FR_ISA
+}  // namespace fr

@@ -1,0 +1,33 @@
+// The kernels of one instruction set, for every storage type. Each isa_*.cpp includes this once.
+#pragma once
+
+#include "bn_add_relu.h"
+#include "conv_bn_add_relu.h"
+#include "max_pool.h"
+
+namespace fr {
+namespace FR_ISA {
+
+template <class T>
+constexpr Kernels kernels_of() {
+  return {bn_forward<T>,
+          bn_statistics<T>,
+          bn_backward_reduce<T>,
+          bn_backward_apply<T>,
+          conv_scratch_bytes<T>,
+          conv<T>,
+          max_pool<T>,
+          pack<T>,
+          unpack<T>};
+}
+
+// In the order of DType.
+constexpr KernelTable make_table(const char* isa) {
+  return {isa,
+          {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
+          {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
+          {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()}};
+}
+
+}  // namespace FR_ISA
+}  // namespace fr

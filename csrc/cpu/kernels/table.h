@@ -1,0 +1,129 @@
+// The kernels of one instruction set as a table of function pointers, and their arguments.
+// This header is all that host functions and kernels share: raw pointers and plain numbers.
+#pragma once
+
+#include <cstdint>
+
+#include "../../conv_shape.h"
+
+namespace fr {
+
+enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kNumDTypes };
+
+// A feature map as the batch-norm kernels see it: `rows` rows of `cols` elements, side by side in
+// memory. Channels-last: a row is a pixel and a column a channel. Contiguous (NCHW): a row is the
+// plane of one channel of one image, so row r belongs to channel r % channels.
+struct MapView {
+  int64_t rows, cols, channels;
+  bool channels_last;
+};
+
+// Batch norm's per-channel numbers are double for float64 and float32 maps, else float.
+struct BnForward {
+  MapView map;
+  const void* x;
+  const void* residual;  // null: none
+  void* y;
+  const void* mean;
+  const void* scale;  // weight / sqrt(var + eps)
+  const void* bias;
+  bool relu;
+};
+
+struct BnStatistics {
+  MapView map;
+  const void* x;
+  double* mean;  // one per channel and chunk: [chunk][channel]
+  double* m2;    // sum of squared distances from that mean
+};
+
+struct BnBackward {
+  MapView map;
+  const void* grad;
+  const void* x;
+  const void* y;  // null: no ReLU
+  const void* mean;
+  // Reduction: per chunk and channel, [chunk][channel].
+  double* sum_dz;
+  double* sum_dz_xc;  // of dz * (x - mean)
+  void* dz;           // null: not wanted
+  // Application: dx = a * dz + b * (x - mean) + c.
+  const void* a;
+  const void* b;  // null: b and c are zero, and x is not read (inference)
+  const void* c;
+  void* dx;
+};
+
+// relu(scale * conv(x, w) + shift [+ residual]) for channels-last maps. Weights, scale and shift
+// are of the accumulator type: double for float64 maps, else float.
+struct ConvForward {
+  ConvShape shape;
+  const void* x;
+  const void* packed;  // see conv_bn_add_relu.h
+  const void* scale;
+  const void* shift;
+  const void* residual;  // null: none
+  void* y;
+  int64_t y_first;  // the output pixel that y points at, when it holds but some of the rows
+  bool relu;
+};
+
+// The part of a convolution that one thread does at a time: these images, output rows and columns,
+// and panels of output channels.
+struct ConvBlock {
+  int64_t n0, n1, row0, row1, col0, col1, panel0, panel1;
+};
+
+// Where a convolution's weight lies, in elements: k, c, r, s need not be contiguous.
+struct WeightStrides {
+  int64_t k, c, r, s;
+};
+
+// Max-pool of rows [row0, row1) of one channels-last image's result.
+struct PoolForward {
+  int64_t h, w, c;  // of the map that is pooled
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  const void* x;  // at row x_first of the map
+  int64_t x_first;
+  void* y;  // at row 0 of the result
+  int64_t row0, row1;
+
+  int64_t out_h() const { return (h + 2 * pad_h - kernel_h) / stride_h + 1; }
+  int64_t out_w() const { return (w + 2 * pad_w - kernel_w) / stride_w + 1; }
+  // Rows of the map under result rows [a, b).
+  int64_t first_row(int64_t a) const { return a * stride_h > pad_h ? a * stride_h - pad_h : 0; }
+  int64_t end_row(int64_t b) const {
+    const int64_t end = (b - 1) * stride_h - pad_h + kernel_h;
+    return end < h ? end : h;
+  }
+};
+
+struct Kernels {
+  // Chunks are ranges of rows (channels-last) or of channels (contiguous). Their number depends on
+  // the shape alone, never on threads, so a sum has the same bits on any number of them.
+  void (*bn_forward)(const BnForward&, int64_t begin, int64_t end);
+  void (*bn_statistics)(const BnStatistics&, int64_t begin, int64_t end, int64_t chunk);
+  void (*bn_backward_reduce)(const BnBackward&, int64_t begin, int64_t end, int64_t chunk);
+  void (*bn_backward_apply)(const BnBackward&, int64_t begin, int64_t end);
+  int64_t (*conv_scratch_bytes)(const ConvShape&, const ConvBlock&);
+  void (*conv)(const ConvForward&, const ConvBlock&, void* scratch);
+  void (*max_pool)(const PoolForward&);
+  void (*pack)(const ConvShape&, const WeightStrides&, const void* weight, int64_t panel0,
+               int64_t panel1, void* packed);
+  void (*unpack)(const ConvShape&, const void* packed, void* weight);  // to contiguous
+};
+
+struct KernelTable {
+  const char* isa;
+  int64_t panel[kNumDTypes];  // output channels that the microkernel computes side by side
+  int64_t tile[kNumDTypes];   // output pixels likewise
+  Kernels of[kNumDTypes];
+};
+
+const KernelTable& kernel_table_portable();
+#ifdef FR_HAVE_X86_KERNELS
+const KernelTable& kernel_table_avx2();
+const KernelTable& kernel_table_avx512();
+#endif
+
+}  // namespace fr

@@ -1,0 +1,74 @@
+#include "pack_conv_weight.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "conv_driver.h"
+#include "folding.h"
+
+namespace fr {
+
+at::Tensor pack_weight(const at::Tensor& weight, const ConvShape& shape) {
+  const DType dtype = dtype_of(weight.scalar_type());
+  const int64_t panel = kernels().panel[dtype];
+  const at::Tensor packed = at::empty({packed_numel(shape, panel)},
+                                      weight.options().dtype(accumulator(weight.scalar_type())));
+  const WeightStrides strides{weight.stride(0), weight.stride(1), weight.stride(2),
+                              weight.stride(3)};
+  const auto kernel = kernels().of[dtype].pack;
+  const int64_t per_panel = panel * shape.depth();
+  at::parallel_for(0, packed.numel() / per_panel, std::max<int64_t>(1, 16 * 1024 / per_panel),
+                   [&](int64_t begin, int64_t end) {
+                     kernel(shape, strides, weight.const_data_ptr(), begin, end,
+                            packed.mutable_data_ptr());
+                   });
+  return packed;
+}
+
+namespace {
+
+ConvShape weight_shape(const char* op, at::IntArrayRef sizes, int64_t groups) {
+  TORCH_CHECK_VALUE(
+      sizes.size() == 4 && sizes[0] > 0 && sizes[1] > 0 && sizes[2] > 0 && sizes[3] > 0, op,
+      ": weight: expected 4 positive sizes (K, C / groups, kh, kw), got ", sizes);
+  TORCH_CHECK_VALUE(groups >= 1 && sizes[0] % groups == 0, op,
+                    ": groups: expected a divisor of the ", sizes[0], " output channels, got ",
+                    groups);
+  ConvShape s{};
+  s.k = sizes[0];
+  s.c = sizes[1] * groups;
+  s.kh = sizes[2];
+  s.kw = sizes[3];
+  s.groups = groups;
+  return s;
+}
+
+at::Tensor pack_conv_weight_cpu(const at::Tensor& weight, int64_t groups) {
+  return pack_weight(weight, weight_shape("pack_conv_weight", weight.sizes(), groups));
+}
+
+at::Tensor unpack_conv_weight_cpu(const at::Tensor& packed, at::IntArrayRef sizes, int64_t groups) {
+  const char* op = "unpack_conv_weight";
+  const ConvShape s = weight_shape(op, sizes, groups);
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kFloat || packed.scalar_type() == at::kDouble, op,
+                   ": packed: expected dtype float32 or float64, got ", packed.scalar_type());
+  const DType dtype = dtype_of(packed.scalar_type());
+  const int64_t numel = packed_numel(s, kernels().panel[dtype]);
+  TORCH_CHECK_VALUE(packed.dim() == 1 && packed.size(0) == numel, op, ": packed: expected shape [",
+                    numel, "] for weight ", sizes, ", got ", packed.sizes());
+  const at::Tensor weight = at::empty(sizes, packed.options());
+  const at::Tensor source = packed.contiguous();
+  kernels().of[dtype].unpack(s, source.const_data_ptr(), weight.mutable_data_ptr());
+  return weight;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("pack_conv_weight", &pack_conv_weight_cpu);
+  m.impl("unpack_conv_weight", &unpack_conv_weight_cpu);
+}
+
+}  // namespace fr

@@ -1,0 +1,18 @@
+"""The compiled extension: loads every operator into ``torch.ops.fused_resnet``."""
+
+from collections.abc import Callable
+from typing import Any
+
+def build_info() -> dict[str, Any]: ...
+def cuda_device_problem(device: int) -> str: ...
+def packed_conv_weight_numel(weight_shape: list[int], groups: int, is_double: bool) -> int: ...
+
+# The operators of torch.ops.fused_resnet, through the dispatcher: unchecked by fused_resnet.checks.
+bn_add_relu: Callable[..., Any]
+bn_add_relu_backward: Callable[..., Any]
+conv_bn_add_relu: Callable[..., Any]
+conv_bn_relu_maxpool: Callable[..., Any]
+pack_conv_weight: Callable[..., Any]
+unpack_conv_weight: Callable[..., Any]
+conv_bn_add_relu_packed: Callable[..., Any]
+conv_bn_relu_maxpool_packed: Callable[..., Any]

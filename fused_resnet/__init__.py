@@ -1,0 +1,68 @@
+"""Fused residual blocks for PyTorch: convolution, batch norm, residual add and ReLU in one pass.
+
+>>> import fused_resnet as fr
+>>> model = fr.fuse(torchvision_model)   # trainable; same parameters, same state_dict
+>>> fast = fr.freeze(model)              # inference only; batch norm folded, weights packed
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch  # noqa: F401  (loads libtorch and the one OpenMP runtime before the extension does)
+
+if importlib.util.find_spec("fused_resnet._C") is None:
+    raise ImportError(
+        "fused_resnet's extension is not built; run: pip install --no-build-isolation -e . "
+        "in the source folder, and import it from elsewhere or after that"
+    )
+
+from . import _registrations as _registrations
+from . import nn, ops, reference
+from ._version import __version__
+from .backends import BackendUnavailable, backends, build_info, use_backend
+from .freeze import freeze
+from .fuse import fuse
+from .models.cifar import CifarResNet, cifar_resnet
+from .models.resnet import (
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from .report import Report, report
+
+__all__ = [
+    "BackendUnavailable",
+    "CifarResNet",
+    "Report",
+    "ResNet",
+    "__version__",
+    "backends",
+    "build_info",
+    "cifar_resnet",
+    "freeze",
+    "fuse",
+    "nn",
+    "ops",
+    "reference",
+    "report",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "use_backend",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

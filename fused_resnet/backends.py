@@ -1,0 +1,157 @@
+"""Which backends there are, which one runs, and the reason why another does not.
+
+The choice is the one piece of state here. It lives in a :class:`contextvars.ContextVar`, so it is
+private to a thread (and to an asyncio task). Compilers of torch 2.11 cannot trace a ContextVar, and
+guard on no other thread's state than the stack of function modes: so the choice is also an entry of
+that stack, which is what a trace reads. A model compiled under one choice is compiled anew under
+the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from . import _C
+from ._version import __version__
+
+#: In the order in which a table shows them.
+NAMES = ("reference", "cpu", "cuda", "triton", "library")
+
+_choice: contextvars.ContextVar[str] = contextvars.ContextVar(
+    "fused_resnet_backend", default="auto"
+)
+
+
+class BackendUnavailable(RuntimeError):  # noqa: N818  (the name is in the public contract)
+    """A backend was asked for by name and cannot run; the message says why."""
+
+
+class Status(NamedTuple):
+    """Whether a backend can run here. True in a condition when it can.
+
+    Attributes:
+        available: Whether it can run.
+        reason: Why it cannot; empty when it can.
+    """
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+    def __str__(self) -> str:
+        return "available" if self.available else self.reason
+
+
+def backends() -> dict[str, Status]:
+    """The backends by name, each available or with the reason why not."""
+    return {name: _status(name) for name in NAMES}
+
+
+def _status(name: str) -> Status:
+    if name in ("reference", "cpu"):
+        return Status(True, "")
+    if name == "cuda":
+        return Status(False, _why_no_cuda())
+    return Status(False, f"this version of fused_resnet has no {name} kernels")
+
+
+def _why_no_cuda() -> str:
+    if not _C.build_info()["cuda"]:
+        return "the extension was built without CUDA (set FUSED_RESNET_CUDA=1 and build it again)"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    problem = _C.cuda_device_problem(torch.cuda.current_device())
+    if problem:
+        archs = ", ".join(_C.build_info()["cuda_archs"])
+        return f"this build holds code for {archs}, and the device says: {problem}"
+    return "this version of fused_resnet has no CUDA kernels"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for the calls made inside the ``with`` block, in this thread.
+
+    Args:
+        name: A key of :func:`backends`, or ``"auto"``.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+        BackendUnavailable: The backend cannot run here. There is no silent fallback.
+    """
+    if name != "auto":
+        if name not in NAMES:
+            raise ValueError(
+                f"use_backend: name: expected 'auto' or one of {', '.join(NAMES)}, got {name!r}"
+            )
+        status = _status(name)
+        if not status:
+            raise BackendUnavailable(f"backend {name!r} is not available: {status.reason}")
+    token = _choice.set(name)
+    try:
+        with _Marker(name):
+            yield
+    finally:
+        _choice.reset(token)
+
+
+class _Marker(TorchFunctionMode):
+    """Changes nothing; its place on the stack tells a trace what was chosen."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def current_backend() -> str:
+    """The backend that this thread asked for: a name, or ``"auto"``."""
+    if not torch.compiler.is_compiling():
+        return _choice.get()
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, _Marker):
+            return mode.name
+    return "auto"
+
+
+def select(op: str, device_type: str) -> str:
+    """The backend that runs ``op`` on a tensor of this device type: ``"cpu"`` or ``"reference"``.
+
+    Meta tensors take the route of the compiled operator, whose fake answers for them.
+
+    Raises:
+        BackendUnavailable: The forced backend does not run on that device.
+    """
+    choice = current_backend()
+    compiled = device_type in ("cpu", "meta")
+    if choice == "auto":
+        return "cpu" if compiled else "reference"
+    if choice == "cpu" and not compiled:
+        raise BackendUnavailable(
+            f"{op}: backend 'cpu' was asked for, but the input is on {device_type!r}"
+        )
+    return choice
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built with and what it chose on this machine.
+
+    Returns:
+        ``version`` of the package; ``torch`` it was compiled against; ``compiler``; ``cuda``, the
+        toolkit's version or None; ``cuda_archs`` compiled; ``isa`` in use and ``isa_supported`` by
+        this machine, best first; ``threads`` of ATen's pool.
+    """
+    info: dict[str, Any] = {"version": __version__, **_C.build_info()}
+    info["isa_forced"] = os.environ.get("FUSED_RESNET_ISA") or None
+    info["threads"] = torch.get_num_threads()
+    return info

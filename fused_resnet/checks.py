@@ -1,0 +1,160 @@
+"""Argument checks shared by every operation: operation, argument, expected, got.
+
+The compiled operators check again what memory safety needs (``csrc/checks.h``), for those who call
+them bare; these are here so that every backend gives the same message.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Storage types that the operations take.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+#: (height, width)
+Pair = tuple[int, int]
+
+
+def pair(op: str, name: str, value: int | Pair, least: int) -> Pair:
+    """``value`` as ``(height, width)``, each at least ``least``."""
+    result = (value, value) if isinstance(value, int) else tuple(value)
+    if len(result) != 2 or any(not isinstance(v, int) or v < least for v in result):
+        raise ValueError(f"{op}: {name}: expected an int >= {least} or a pair, got {value!r}")
+    return result[0], result[1]
+
+
+def feature_map(op: str, name: str, x: Tensor) -> None:
+    """``x`` is a 4-d tensor of a supported dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name}: expected a Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name}: expected 4 dimensions (N, C, H, W), got {_shape(x)}")
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{op}: {name}: expected dtype in ({names}), got {x.dtype}")
+
+
+def channel_vector(op: str, name: str, v: Tensor | None, channels: int, like: Tensor) -> None:
+    """``v`` is None or ``(channels,)`` on the device of ``like``, in its dtype or float32."""
+    if v is None:
+        return
+    if tuple(v.shape) != (channels,):
+        raise ValueError(f"{op}: {name}: expected shape ({channels},), got {_shape(v)}")
+    wanted = (like.dtype,) if like.dtype is torch.float64 else (like.dtype, torch.float32)
+    if v.dtype not in wanted:
+        raise TypeError(f"{op}: {name}: expected dtype {_either(wanted)}, got {v.dtype}")
+    same_device(op, name, v, like)
+
+
+def same_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    """``t`` is where ``like`` is."""
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name}: expected device {like.device}, got {t.device}")
+
+
+def residual(op: str, r: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """``r`` is None or has the shape, dtype and device of the result."""
+    if r is None:
+        return
+    if tuple(r.shape) != shape:
+        raise ValueError(f"{op}: residual: expected shape {shape}, got {_shape(r)}")
+    if r.dtype != like.dtype:
+        raise TypeError(f"{op}: residual: expected dtype {like.dtype}, got {r.dtype}")
+    same_device(op, "residual", r, like)
+
+
+def statistics(
+    op: str,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    values_per_channel: int,
+    shape: tuple[int, ...],
+) -> None:
+    """Running statistics come together, are there in inference, and can be computed in training."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            f"{op}: running_mean, running_var: expected both or neither, got one of them"
+        )
+    if not training and running_mean is None:
+        raise ValueError(
+            f"{op}: running_mean, running_var: expected tensors when training=False, got None"
+        )
+    if training and values_per_channel == 1:
+        raise ValueError(
+            f"{op}: x: expected more than 1 value per channel when training, got {shape}"
+        )
+
+
+def convolution(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> tuple[int, ...]:
+    """The convolution's arguments fit each other. Returns the shape of its result."""
+    if weight.dim() != 4:
+        raise ValueError(
+            f"{op}: conv_weight: expected 4 dimensions (K, C / groups, kh, kw), "
+            f"got {_shape(weight)}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{op}: conv_weight: expected dtype {x.dtype}, got {weight.dtype}")
+    same_device(op, "conv_weight", weight, x)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"{op}: groups: expected a divisor of the {weight.shape[0]} output channels, "
+            f"got {groups}"
+        )
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{op}: x: expected {weight.shape[1] * groups} channels for conv_weight "
+            f"{_shape(weight)} and groups={groups}, got {x.shape[1]}"
+        )
+    channel_vector(op, "conv_bias", bias, weight.shape[0], x)
+    size = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
+        + 1
+        for i in (0, 1)
+    ]
+    if min(size) < 1:
+        raise ValueError(
+            f"{op}: x: expected a feature map at least as large as the dilated kernel, got "
+            f"{_shape(x)} for kernel {_shape(weight)[2:]}, padding {padding}, dilation {dilation}"
+        )
+    return (x.shape[0], weight.shape[0], size[0], size[1])
+
+
+def pool(
+    op: str,
+    shape: tuple[int, ...],
+    kernel: int | Pair,
+    stride: int | Pair,
+    padding: int | Pair,
+) -> tuple[Pair, Pair, Pair]:
+    """The max-pool's arguments fit a map of this shape. Returns them as pairs."""
+    kernels = pair(op, "pool_kernel", kernel, 1)
+    paddings = pair(op, "pool_padding", padding, 0)
+    if any(2 * p > k for p, k in zip(paddings, kernels, strict=True)):
+        raise ValueError(
+            f"{op}: pool_padding: expected at most half of pool_kernel {kernels}, got {paddings}"
+        )
+    if any(shape[i + 2] + 2 * paddings[i] < kernels[i] for i in (0, 1)):
+        raise ValueError(
+            f"{op}: pool_kernel: expected at most the padded map of {shape}, got {kernels}"
+        )
+    return kernels, pair(op, "pool_stride", stride, 1), paddings
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))

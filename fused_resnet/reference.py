@@ -1,0 +1,108 @@
+"""Every operation in plain PyTorch: the truth in float64, and the ``reference`` backend.
+
+Nothing here is fused. Each function says what the operation means by calling the operators that
+an unfused model calls, in the order in which it calls them, so autograd, double backward,
+``torch.compile`` and every device come for free. Signatures equal those of :mod:`fused_resnet.ops`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IntOrPair = int | tuple[int, int]
+
+
+def bn_add_relu(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """``relu(batch_norm(x) [+ residual])``; see the function in ``ops``."""
+    y = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    conv_weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    conv_bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """``relu(batch_norm(conv2d(x, w)) [+ residual])``; see the function in ``ops``."""
+    z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
+    return bn_add_relu(
+        z,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        residual,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        relu=relu,
+    )
+
+
+def conv_bn_relu_maxpool(
+    x: Tensor,
+    conv_weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    conv_bias: Tensor | None = None,
+    stride: IntOrPair = 2,
+    padding: IntOrPair = 3,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    pool_kernel: IntOrPair = 3,
+    pool_stride: IntOrPair = 2,
+    pool_padding: IntOrPair = 1,
+) -> Tensor:
+    """``max_pool2d(relu(batch_norm(conv2d(x, w))))``; see the function in ``ops``."""
+    y = conv_bn_add_relu(
+        x,
+        conv_weight,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        conv_bias=conv_bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+    )
+    return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)

@@ -1,0 +1,205 @@
+"""Plants bugs, one at a time, and sees whether a test fails: ``python tests/mutants.py``.
+
+Works on a copy in a scratch folder, builds each mutant there and runs the tests named for it. A
+mutant that no test catches is a hole in the tests: it is printed, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
+BN = "csrc/cpu/kernels/bn_add_relu.h"
+HOST = "csrc/cpu/bn_add_relu.cpp"
+REGISTRATIONS = "fused_resnet/_registrations.py"
+OPS = "fused_resnet/ops.py"
+FORWARD = "tests/test_ops.py"
+BACKWARD = "tests/test_autograd.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: in ``file``, ``old`` becomes ``new``; ``tests`` must notice."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: str = FORWARD
+
+
+MUTANTS = [
+    Mutant(
+        "epilogue channel off by one",
+        CONV,
+        "e.shift = static_cast<const A*>(f.shift) + k;",
+        "e.shift = static_cast<const A*>(f.shift) + (k > 0 ? k - 1 : 0);",
+    ),
+    Mutant("missing ReLU", CONV, "if (e.relu) r = relu_vector(r);", ""),
+    Mutant("missing ReLU in a partial panel", CONV, "if (e.relu) r = relu_scalar(r);", ""),
+    Mutant(
+        "missing residual in a partial panel",
+        CONV,
+        "if (e.residual) r += to_acc(e.residual[at]);",
+        "",
+    ),
+    Mutant(
+        "long sums lose their first chains",
+        CONV,
+        "spilled ? total[i][v] + acc[i][v] : acc[i][v]",
+        "acc[i][v]",
+    ),
+    Mutant("padding column too few", CONV, "min_of(max_of(-x0, 0), cols)", "max_of(-x0 - 1, 0)"),
+    Mutant("wrong group's input", CONV, "group * s.group_c();", "0 * s.group_c();"),
+    Mutant(
+        "last tile one pixel short",
+        CONV,
+        "width * (t + 1) / tiles;",
+        "(width - 1) * (t + 1) / tiles;",
+    ),
+    Mutant(
+        "ReLU swallows NaN",
+        "csrc/cpu/kernels/vec.h",
+        "FR_INLINE Vec<float> relu_vector(Vec<float> v) { return v < 0 ? Vec<float>{} : v; }",
+        "FR_INLINE Vec<float> relu_vector(Vec<float> v) { return v > 0 ? v : Vec<float>{}; }",
+    ),
+    Mutant(
+        "bfloat16 truncated, not rounded",
+        "csrc/cpu/kernels/vec.h",
+        "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16;\n  const U32 result",
+        "u >> 16;\n  const U32 result",
+    ),
+    Mutant(
+        "max-pool window one column short",
+        "csrc/cpu/kernels/max_pool.h",
+        "min_of(left + f.kernel_w, f.w)",
+        "min_of(left + f.kernel_w - 1, f.w)",
+    ),
+    Mutant(
+        "stem's band starts a row late",
+        "csrc/cpu/conv_driver.cpp",
+        "p.x_first = block.row0;",
+        "p.x_first = block.row0 - (block.row0 > 0);",
+    ),
+    Mutant(
+        "momentum reversed", OPS, "running_mean.mul_(1 - momentum)", "running_mean.mul_(momentum)"
+    ),
+    Mutant(
+        "running variance biased",
+        OPS,
+        "add_(var, alpha=momentum * count / (count - 1))",
+        "add_(var, alpha=momentum)",
+    ),
+    Mutant(
+        "batch normalised by the unbiased variance", HOST, "var.div_(total)", "var.div_(total - 1)"
+    ),
+    Mutant(
+        "chunks merged without their means' distance",
+        HOST,
+        " + delta * delta * (total - size) * size / total",
+        "",
+    ),
+    Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
+    Mutant(
+        "backward mask lets zero pass",
+        BN,
+        "(Load<A>::from(y + at) <= 0 ? Vec<A>{} : g)",
+        "(Load<A>::from(y + at) < 0 ? Vec<A>{} : g)",
+        BACKWARD,
+    ),
+    Mutant(
+        "gradient misses the mean's part",
+        HOST,
+        "constant[i] = -scale[i] * s1[i] / count;",
+        "constant[i] = 0 * scale[i] * s1[i] / count;",
+        BACKWARD,
+    ),
+    Mutant(
+        "residual's gradient not masked",
+        BN,
+        "store(dz.vector(i), to + i);",
+        "store(Load<A>::from(dz.grad + i), to + i);",
+        BACKWARD,
+    ),
+    Mutant(
+        "weight's gradient without batch norm's scale",
+        REGISTRATIONS,
+        "dweight = (d.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)",
+        "dweight = d.to(weight.dtype)",
+        BACKWARD,
+    ),
+    Mutant(
+        "batch-norm weight's gradient without the mean",
+        REGISTRATIONS,
+        "(inner + offset * total)",
+        "inner",
+        BACKWARD,
+    ),
+]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "FUSED_RESNET_CUDA": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+
+
+def build(folder: Path) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder)
+
+
+def caught_by(mutant: Mutant, folder: Path) -> str | None:
+    """The first test that fails, or None when the mutant lives."""
+    path = folder / mutant.file
+    original = path.read_text()
+    if original.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.bug}: expected {mutant.old!r} once in {mutant.file}")
+    path.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        if path.suffix != ".py":
+            built = build(folder)
+            if built.returncode != 0:
+                raise SystemExit(f"{mutant.bug}: does not compile\n{built.stderr[-2000:]}")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
+        tested = run([*command, mutant.tests], folder)
+        failed = [line for line in tested.stdout.splitlines() if line.startswith("FAILED")]
+        return failed[0].split()[1].partition("::")[2] if failed else None
+    finally:
+        path.write_text(original)
+
+
+def main() -> int:
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "copy"
+        ignored = shutil.ignore_patterns("*.so", "build", ".*", "*.egg-info")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        built = build(folder)
+        if built.returncode != 0:
+            raise SystemExit(built.stderr[-2000:])
+        clean = run([sys.executable, "-m", "pytest", "-q", FORWARD, BACKWARD], folder)
+        if clean.returncode != 0:
+            raise SystemExit(f"the tests fail without a bug:\n{clean.stdout[-2000:]}")
+        table = Table("planted bug", "file", "caught by")
+        alive = 0
+        for mutant in MUTANTS:
+            test = caught_by(mutant, folder)
+            alive += test is None
+            console.print(f"{mutant.bug}: {test or 'NOT CAUGHT'}")
+            table.add_row(mutant.bug, mutant.file, test or "[red]nothing[/]")
+    console.print(table)
+    console.print(f"{len(MUTANTS) - alive} of {len(MUTANTS)} caught")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

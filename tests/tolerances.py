@@ -1,0 +1,42 @@
+"""How far from float64 a result may be: one table, and the comparison with PyTorch's own error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: (rtol, atol) of single elements against float64, for sums of up to thousands of terms.
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (2e-5, 2e-5),
+    torch.float16: (4e-3, 4e-3),
+    torch.bfloat16: (3e-2, 3e-2),
+}
+
+#: The fused error may be this much larger than PyTorch's own, both against float64.
+RATIO = 1.5
+
+
+def error(result: Tensor, truth: Tensor) -> float:
+    """Relative L2 distance."""
+    scale = truth.double().norm().item() or 1.0
+    return (result.double() - truth.double()).norm().item() / scale
+
+
+def assert_as_exact_as_pytorch(result: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """``result`` is as near to float64 as PyTorch's own run, and each element is near enough.
+
+    Where the error is within a last place of the dtype, a single bit decides the ratio and says
+    nothing; in float64 the truth is PyTorch's own run, and the elements' tolerance alone decides.
+    """
+    assert result.dtype == eager.dtype
+    assert result.shape == truth.shape
+    rtol, atol = TOLERANCES[result.dtype]
+    torch.testing.assert_close(result.double(), truth.double(), rtol=rtol, atol=atol)
+    if result.dtype is torch.float64:
+        return
+    ours, theirs = error(result, truth), error(eager, truth)
+    rounding = torch.finfo(result.dtype).eps
+    assert ours <= max(RATIO * theirs, rounding), f"error {ours:.2e}, PyTorch's own {theirs:.2e}"
