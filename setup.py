@@ -93,7 +93,9 @@ def extension(cuda: bool):
     files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
     if cuda:
         files += sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu")
-    flags = {"cxx": ["-O2", "-Wall"]} | ({"nvcc": ["-O3"]} if cuda else {})
+    # at::parallel_for is serial without -fopenmp. It is not passed to the linker: its runtime is the one
+    # that torch brought, never a second one with threads of its own.
+    flags = {"cxx": ["-O2", "-Wall", "-fopenmp"]} | ({"nvcc": ["-O3"]} if cuda else {})
     depends = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")
     return make(
         "fused_resnet._C", files, define_macros=macros, extra_compile_args=flags, depends=depends

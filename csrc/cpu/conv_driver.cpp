@@ -10,10 +10,10 @@ namespace {
 
 // Bytes of input, residual and output that one block may touch: a good part of the 1 MiB L2 cache
 // of current server cores, with room for a panel of weights.
-constexpr int64_t kBlockBytes = 384 * 1024;
+constexpr int64_t kBlockBytes = 512 * 1024;
 
 // Tiles that a block has at least, however many channels: each block reads all weights.
-constexpr int64_t kLeastTiles = 4;
+constexpr int64_t kLeastTiles = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

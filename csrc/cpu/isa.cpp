@@ -1,8 +1,13 @@
 #include "isa.h"
 
+#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
+
+#ifndef INTRA_OP_PARALLEL
+#error "compile with -fopenmp: at::parallel_for would run everything on one thread"
+#endif
 
 namespace fr {
 namespace {

@@ -169,12 +169,12 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kPanelVectors], const Epilog
   }
 }
 
-template <class T, int kTile>
-void conv_tile(const Acc<T>* a, int64_t pixel, const Runs& runs, const Acc<T>* b,
-               const Epilogue<T>& e) {
-  using A = Acc<T>;
+// acc = sum over the runs of pixel i's elements times the panel's weights. Puts finished chains
+// aside.
+template <class A, int kTile>
+FR_INLINE void accumulate(const A* a, int64_t pixel, const Runs& runs, const A* b,
+                          Vec<A> (&acc)[kTile][kPanelVectors]) {
   constexpr int lanes = kLanes<A>;
-  Vec<A> acc[kTile][kPanelVectors] = {};
   Vec<A> total[kTile][kPanelVectors];
   int64_t chain = 0;
   bool spilled = false;
@@ -212,6 +212,13 @@ void conv_tile(const Acc<T>* a, int64_t pixel, const Runs& runs, const Acc<T>* b
       for (int v = 0; v < kPanelVectors; ++v) acc[i][v] += total[i][v];
     }
   }
+}
+
+template <class T, int kTile>
+void conv_tile(const Acc<T>* a, int64_t pixel, const Runs& runs, const Acc<T>* b,
+               const Epilogue<T>& e) {
+  Vec<Acc<T>> acc[kTile][kPanelVectors] = {};
+  accumulate<Acc<T>, kTile>(a, pixel, runs, b, acc);
   store_tile<T, kTile>(acc, e);
 }
 

@@ -1,0 +1,68 @@
+# make demo       a photograph through ResNet-50, before and after (IMAGE=path WEIGHTS=path)
+# make test       the tests, under 10 minutes on 2 cores; make test-all adds the slow ones
+# make lint       ruff, mypy, clang-format; make format puts right what they can
+# make verify     every operation and network against float64
+# make bench      the benchmark results, their pictures and README's table
+# make asan       the operations' tests under AddressSanitizer
+# make mutants    planted bugs, each of which a test must catch
+#
+# Every target works in a fresh clone: .venv is made when it is missing (PYTHON=python3.12 chooses).
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Built without isolation, so that the extension is compiled against the torch that it will run with.
+BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all lint format verify bench asan mutants install clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/fused-resnet demo $(if $(IMAGE),'$(IMAGE)') $(if $(WEIGHTS),--weights '$(WEIGHTS)')
+
+test: $(INSTALLED)
+	$(PY) -m pytest -q -m 'not slow'
+
+test-all: $(INSTALLED)
+	$(PY) -m pytest -q
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+verify: $(INSTALLED)
+	$(VENV)/bin/fused-resnet verify
+
+bench: $(INSTALLED)
+	$(PY) benchmarks/bench_models.py
+	$(PY) benchmarks/bench_ops.py
+	$(PY) benchmarks/readme_table.py
+
+asan: $(INSTALLED)
+	PYTHON=$(abspath $(PY)) bash tests/asan.sh
+
+mutants: $(INSTALLED)
+	$(PY) tests/mutants.py
+
+install: $(INSTALLED)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The extension is compiled again when a source changes; Python files are used where they lie.
+$(INSTALLED): setup.py pyproject.toml $(CPP) | $(PY)
+	$(PY) -m pip install -q $(BUILD_REQUIRES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,bench,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fused_resnet/_C*.so

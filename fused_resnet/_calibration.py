@@ -1,0 +1,61 @@
+"""Networks without trained weights whose numbers behave like a trained one's.
+
+A freshly built network says little: its batch norms are the identity up to eps, so a fold that
+ignored them would pass. These two functions give every batch norm random parameters and statistics
+that fit the activations, so that each term of the formula matters and nothing overflows or dies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def batch_norms(model: nn.Module) -> Iterator[nn.BatchNorm2d]:
+    """The batch norms of a network, in the order of their registration."""
+    return (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def last_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Those whose result torchvision's blocks add to the identity."""
+    blocks = [m for m in model.modules() if hasattr(m, "downsample")]
+    return [block.get_submodule("bn3" if hasattr(block, "bn3") else "bn2") for block in blocks]
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw the affine parameters of every batch norm: weight in [0.5, 1.5], bias of deviation 0.1.
+
+    The last weight of each residual branch is a sixth of that, about what training leaves. With
+    weights of 1 each block doubles the variance, and float32 answers of ResNet-152 are off by 5e-5
+    instead of 5e-6 (measured).
+    """
+    last = {id(bn) for bn in last_batch_norms(model)}
+    for bn in batch_norms(model):
+        bn.weight.uniform_(0.5, 1.5, generator=generator)
+        bn.bias.normal_(0.0, 0.1, generator=generator)
+        if id(bn) in last:
+            bn.weight.div_(6.0)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, *batches: Tensor) -> None:
+    """Set every batch norm's running statistics to those of the batches; ends in eval.
+
+    Args:
+        model: Any network with batch norms.
+        batches: Its inputs; the statistics are averaged over them.
+    """
+    norms = list(batch_norms(model))
+    momenta = [bn.momentum for bn in norms]
+    for bn in norms:
+        bn.reset_running_stats()
+        bn.momentum = None  # the plain average over all batches
+    model.train()
+    for batch in batches:
+        model(batch)
+    model.eval()
+    for bn, momentum in zip(norms, momenta, strict=True):
+        bn.momentum = momentum

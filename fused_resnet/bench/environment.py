@@ -1,0 +1,113 @@
+"""What a measurement was made on: the processor, the versions, the commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..backends import build_info
+
+#: Environment variables that change what the package does: name, who reads it, meaning.
+VARIABLES = (
+    ("FUSED_RESNET_ISA", "run", "force the instruction set of the CPU kernels"),
+    ("OMP_NUM_THREADS", "run", "size of PyTorch's thread pool, which the kernels share"),
+    ("FUSED_RESNET_CUDA", "build", "0, 1 or auto: build the CUDA kernels"),
+    ("TORCH_CUDA_ARCH_LIST", "build", "architectures to compile the CUDA kernels for"),
+    ("FUSED_RESNET_TEST_DATA", "tests", "folder with the CIFAR slice and trained networks"),
+)
+
+
+class MissingPackageError(RuntimeError):
+    """An optional package is needed; the message says what to install."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'fused_resnet[bench]'")
+
+
+def device() -> str:
+    """The processor's name, made specific where the name alone is not ("AMD EPYC")."""
+    fields = _cpuinfo()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if not any(c.isdigit() for c in name) and "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
+    return name
+
+
+def cores() -> int:
+    """Logical processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides a result; None for what is not installed."""
+    return {
+        "fused_resnet": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of a source checkout, ``-dirty`` with local changes; None when installed."""
+    root = Path(__file__).resolve().parents[2]
+    # An installed package may lie inside somebody else's repository, whose commit says nothing.
+    if not (root / ".git").exists():
+        return None
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    # A results file written by an earlier run is no change of what is measured.
+    changed = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    return f"{head}-dirty" if changed else head
+
+
+def describe() -> dict[str, Any]:
+    """The part of a result row that says where and with what it was measured."""
+    build = build_info()
+    return {
+        "device": device(),
+        "cores": cores(),
+        "isa": build["isa"],
+        "os": platform.platform(aliased=True, terse=True),
+        "versions": versions(),
+        "commit": commit(),
+        # Other work on the machine shows here first, and explains an odd row later.
+        "load": os.getloadavg()[0],
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    first = text.split("\n\n")[0].splitlines()
+    pairs = (line.split(":", 1) for line in first if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

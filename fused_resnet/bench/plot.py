@@ -1,0 +1,55 @@
+"""A bar chart of a benchmark's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .environment import MissingPackageError
+from .results import Row
+
+_COLOURS = {"fused": "#d9722e", "frozen": "#b3261e"}
+_OTHERS = "#8a8f98"
+
+
+def save(path: Path, rows: Sequence[Row]) -> None:
+    """Draw images per second, one panel a subject and batch, with the range from p20 to p80.
+
+    Args:
+        path: The picture; its suffix chooses the format.
+        rows: From :func:`fused_resnet.bench.results.rows`.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        ValueError: No row was timed, or matplotlib does not know the suffix.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingPackageError("matplotlib") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if row["status"] == "ok"]
+    if not timed:
+        raise ValueError("nothing to plot: no provider was timed")
+    panels = list(dict.fromkeys((row["subject"], row["batch"]) for row in timed))
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+    )
+    for axes, (subject, batch) in zip(grid[0], panels, strict=True):
+        bars = [row for row in timed if (row["subject"], row["batch"]) == (subject, batch)]
+        names = [row["provider"] for row in bars]
+        speed = [row["images_per_s"] for row in bars]
+        # A time's lower quantile is a speed's upper one.
+        low = [row["images_per_s"] - batch / row["p80_ms"] * 1e3 for row in bars]
+        high = [batch / row["p20_ms"] * 1e3 - row["images_per_s"] for row in bars]
+        axes.barh(names, speed, xerr=(low, high), color=[_COLOURS.get(n, _OTHERS) for n in names])
+        axes.invert_yaxis()
+        axes.set_title(f"{subject}, batch {batch}", fontsize=10)
+        axes.set_xlabel("images per second")
+        axes.spines[["top", "right"]].set_visible(False)
+    first = timed[0]
+    figure.suptitle(f"{first['device']}, {first['threads']} threads, {first['dtype']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,140 @@
+"""Result rows: made from measurements, shown as a table, kept in JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .harness import Measurement
+
+#: The provider that ratios are relative to.
+BASELINE = "channels_last"
+
+Row = dict[str, Any]
+
+
+def rows(
+    measurements: Sequence[Measurement],
+    *,
+    subject: str,
+    batch: int,
+    dtype: str,
+    size: int,
+    threads: int,
+    baseline: str = BASELINE,
+    environment: dict[str, Any],
+) -> list[Row]:
+    """One row a measurement, each complete in itself.
+
+    ``ratio`` is the baseline's median time over this one's: above 1 is faster. It is None without
+    a baseline in the same run.
+    """
+    medians = {m.name: statistics.median(m.times) for m in measurements if _timed(m)}
+    base = medians.get(baseline)
+    result = []
+    for m in measurements:
+        row: Row = {
+            "subject": subject,
+            "provider": m.name,
+            "batch": batch,
+            "dtype": dtype,
+            "size": size,
+            "status": m.status,
+            "reason": m.reason,
+            "error": m.error,
+            "threads": m.threads if m.threads is not None else threads,
+            "baseline": baseline,
+            "build_s": m.build_seconds,
+        }
+        if _timed(m):
+            median = medians[m.name]
+            p20, p80 = (quantile(m.times, q) for q in (0.2, 0.8))
+            row |= {
+                "median_ms": median * 1e3,
+                "p20_ms": p20 * 1e3,
+                "p80_ms": p80 * 1e3,
+                "images_per_s": batch / median,
+                "ratio": None if base is None else base / median,
+                "rounds": len(m.rounds),
+                "samples": len(m.times),
+            }
+        result.append(row | environment)
+    return result
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The q-quantile, linear between the two nearest values."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """The rows for a terminal."""
+    result = Table(title=title)
+    for name in ("batch", "provider"):
+        result.add_column(name)
+    baseline = rows[0]["baseline"] if rows else BASELINE
+    for name in ("median ms", "p20 to p80", "img/s", f"x {baseline}", "error"):
+        result.add_column(name, justify="right")
+    last = None
+    for row in rows:
+        if last is not None and row["batch"] != last:
+            result.add_section()
+        last = row["batch"]
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        if row["status"] == "ok":
+            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            cells = [
+                f"{row['median_ms']:.2f}",
+                f"{row['p20_ms']:.2f} to {row['p80_ms']:.2f}",
+                f"{row['images_per_s']:.1f}",
+                ratio,
+                error,
+            ]
+        else:
+            cells = [f"[red]{row['status']}[/]", "", "", "", error]
+        result.add_row(str(row["batch"]), row["provider"], *cells)
+    return result
+
+
+def complaints(rows: Sequence[Row]) -> list[str]:
+    """One line for each provider that was not timed."""
+    return [
+        "{subject}, batch {batch}, {provider}: {status}: {reason}".format(**row)
+        for row in rows
+        if row["status"] != "ok"
+    ]
+
+
+def save(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a file that :func:`save` wrote."""
+    result: list[Row] = json.loads(path.read_text())
+    return result
+
+
+def _timed(m: Measurement) -> bool:
+    return m.status == "ok" and bool(m.times)

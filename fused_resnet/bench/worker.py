@@ -1,0 +1,107 @@
+"""One provider in one process: builds its subject, checks its answer, runs a round when told.
+
+Run as ``python -m fused_resnet.bench.worker``. Requests come as JSON lines on stdin; for each, one
+answer goes back as a JSON line:
+
+======================================= ======================================================
+``{"do": "build", "target", "case"}``   imports ``module:function``, calls it with the case;
+                                        answers ``error``, ``threads`` and ``seconds``
+``{"do": "warm_up", "seconds"}``        runs until times settle; answers ``seconds`` an iteration
+``{"do": "round", "iterations"}``       answers ``times``, in seconds, and ``start`` and ``end``
+======================================= ======================================================
+
+An exception is answered as ``{"failed": "one line"}`` (``{"unavailable": ...}`` for a provider
+whose package is not installed). The process ends when stdin closes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import torch
+
+from .subject import Subject, UnavailableError
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.call: Callable[[], Any] = lambda: None
+
+    def build(self, target: str, case: dict[str, Any]) -> dict[str, Any]:
+        module, _, function = target.partition(":")
+        start = time.perf_counter()
+        subject: Subject = getattr(importlib.import_module(module), function)(**case)
+        self.call = subject.call
+        # The first call compiles where a provider compiles, so it belongs to building.
+        with torch.inference_mode():
+            self.call()
+            error = subject.error()
+        return {
+            "error": error,
+            "threads": torch.get_num_threads(),
+            "seconds": time.perf_counter() - start,
+        }
+
+    def warm_up(self, seconds: float) -> dict[str, Any]:
+        """Run for ``seconds`` and at least three times; the fastest tells how long one takes."""
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < seconds:
+            times += self._run(1)
+        return {"seconds": min(times)}
+
+    def round(self, iterations: int) -> dict[str, Any]:
+        # The other providers ran since: the first iteration refills the caches, untimed.
+        start = time.monotonic()
+        self._run(1)
+        times = self._run(iterations)
+        return {"times": times, "start": start, "end": time.monotonic()}
+
+    def _run(self, iterations: int) -> list[float]:
+        times = []
+        with torch.inference_mode():
+            for _ in range(iterations):
+                start = time.perf_counter()
+                self.call()
+                times.append(time.perf_counter() - start)
+        return times
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer requests until there are no more."""
+    worker = _Worker()
+    handlers: dict[str, Callable[..., dict[str, Any]]] = {
+        "build": worker.build,
+        "warm_up": worker.warm_up,
+        "round": worker.round,
+    }
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = handlers[request.pop("do")](**request)
+        except UnavailableError as error:
+            answer = {"unavailable": str(error)}
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {_first_line(error)}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def main() -> None:
+    """Serve on stdin and stdout; what anything else prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The command ``fused-resnet``: one module a subcommand, each with ``add(subparsers)`` and ``run``.
+
+Exit codes: 0 success, 1 a check that failed, 2 wrong usage or an input that can't be used, 130
+interrupted. An error is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import BackendUnavailable, __version__
+from ..bench.environment import MissingPackageError
+from . import bench, classify, demo, info, verify
+from ._common import Parser, UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    parser = Parser(
+        prog="fused-resnet",
+        description="Fused residual networks for PyTorch: information, proof, speed, answers.",
+        epilog="fused-resnet COMMAND --help says all of a command.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for module in (info, verify, bench, classify, demo):
+        module.add(commands)
+    try:
+        arguments = parser.parse_args(argv)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return int(code)
+    except (UsageError, BackendUnavailable, MissingPackageError) as error:
+        print(f"fused-resnet: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fused-resnet: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

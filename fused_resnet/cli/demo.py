@@ -1,0 +1,149 @@
+"""``fused-resnet demo``: torchvision's ResNet-50 on a photograph, before and after."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+import fused_resnet as fr
+
+from ..bench import environment
+from ..bench.networks import in_float64, random_model, relative_error
+from ..bench.providers import PROVIDERS
+from ..bench.results import table
+from . import _pictures
+from ._common import console, listed, one_of, positive
+from .bench import complain, measure
+
+MODEL = "resnet50"
+
+#: Crops that calibrate the batch norms: 8 leave the last stage 392 values a channel.
+CALIBRATION = 8
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "demo",
+        help="torchvision's ResNet-50 on a photograph, before and after fuse and freeze",
+        description="Shows the five classes, the error of the logits and the images per second of "
+        "torchvision's ResNet-50 before and after fuse and freeze. Exit code 1 if the classes "
+        "differ or the logits do by more than rounding.",
+    )
+    parser.add_argument(
+        "image",
+        nargs="?",
+        metavar="IMAGE",
+        help="a photograph (default: one that matplotlib ships)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="PATH|NAME",
+        help="trained weights (default: seeded random ones, calibrated on the photograph)",
+    )
+    parser.add_argument(
+        "--providers",
+        type=listed(one_of("provider", PROVIDERS)),
+        default=["eager", "channels_last", "jit", "fused", "frozen"],
+        metavar="P,...",
+        help="what is timed; compile takes a minute more (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=positive, default=4, help="of the timing (default: 4)")
+    parser.add_argument("--rounds", type=positive, default=6, help="of the timing (default: 6)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show it all."""
+    out = console()
+    path = arguments.image or _photograph()
+    picture = _pictures.read_image("demo", path)
+    enum = _pictures.weights_enum(MODEL, arguments.weights)
+    photo = enum.transforms()(picture)[None]
+    crops = _crops(picture, max(arguments.batch, CALIBRATION), enum)
+    build = fr.build_info()
+    out.print(
+        f"torchvision's ResNet-50 on {path}\n{environment.device()}, {build['threads']} threads, "
+        f"{build['isa']}, torch {torch.__version__}",
+        highlight=False,
+    )
+    if arguments.weights is None:
+        out.print(
+            "No trained weights are shipped. These are seeded random ones, with batch norms "
+            "calibrated on crops of the photograph: the classes mean nothing, and that all three "
+            "name the same ones does. --weights takes trained ones (make demo WEIGHTS=...).",
+            style="yellow",
+            highlight=False,
+        )
+        model = random_model(MODEL, crops)
+    else:
+        model = _pictures.trained_model("demo", MODEL, arguments.weights)
+
+    answers, agreed = _answers(model, photo)
+    labels = _pictures.read_labels("demo", None, answers["torchvision"].numel(), enum)
+    out.print(_pictures.top_table("the five most probable classes", answers, labels))
+    out.print(_errors(answers, in_float64(model, photo)[0]))
+    rows = measure(
+        model,
+        crops[: arguments.batch],
+        name=MODEL,
+        providers=arguments.providers,
+        dtype="float32",
+        threads=build["threads"],
+        rounds=arguments.rounds,
+        command="fused-resnet demo",
+    )
+    out.print(table(rows, f"speed on {arguments.batch} crops of the photograph"))
+    out.print(
+        "same five classes in the same order"
+        if agreed
+        else "the five classes differ between the three",
+        style="bold green" if agreed else "bold red",
+    )
+    return max(complain(rows), int(not agreed))
+
+
+def _answers(model: nn.Module, photo: Tensor) -> tuple[dict[str, Tensor], bool]:
+    with torch.inference_mode():
+        answers = {
+            "torchvision": model(photo)[0],
+            "after fuse": fr.fuse(model)(photo)[0],
+            "after freeze": fr.freeze(model)(photo)[0],
+        }
+    return answers, _pictures.same_top(answers)
+
+
+def _errors(answers: dict[str, Tensor], truth: Tensor) -> Table:
+    result = Table(title="relative error of the logits")
+    result.add_column("")
+    result.add_column("against float64", justify="right")
+    result.add_column("against torchvision", justify="right")
+    for name, logits in answers.items():
+        against = relative_error(logits, answers["torchvision"])
+        result.add_row(name, f"{relative_error(logits, truth):.1e}", f"{against:.1e}")
+    return result
+
+
+def _photograph() -> str:
+    try:
+        from matplotlib.cbook import get_sample_data
+    except ImportError:
+        raise environment.MissingPackageError("matplotlib") from None
+    return str(get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def _crops(picture: Any, count: int, enum: Any) -> Tensor:
+    """Squares of the photograph at seeded places, from its full height down to a third of it."""
+    generator = torch.Generator().manual_seed(0)
+    prepare = enum.transforms()
+    crops = []
+    for _ in range(count):
+        scale, left, top = torch.rand(3, generator=generator).tolist()
+        side = int(min(picture.size) * (1 / 3 + 2 / 3 * scale))
+        x, y = int(left * (picture.width - side)), int(top * (picture.height - side))
+        crops.append(prepare(picture.crop((x, y, x + side, y + side))))
+    return torch.stack(crops)

@@ -1,0 +1,67 @@
+"""``fused-resnet info``: what is installed, what it was built with, what runs here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .. import backends, build_info
+from ..bench import environment
+from ._common import console, print_json
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser("info", help="versions, build, instruction set, backends")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def collect() -> dict[str, Any]:
+    """All that the command shows, as JSON can hold it."""
+    return {
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "build": build_info(),
+        "cpu": {"name": environment.device(), "cores": environment.cores()},
+        "backends": {
+            name: {"available": status.available, "reason": status.reason}
+            for name, status in backends().items()
+        },
+        "environment": {name: os.environ.get(name) for name, _, _ in environment.VARIABLES},
+    }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show it."""
+    facts = collect()
+    if arguments.json:
+        print_json(facts)
+        return 0
+    build = facts["build"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, version in facts["versions"].items():
+        table.add_row(name, version or "not installed")
+    table.add_row("commit", facts["commit"] or "installed without one")
+    table.add_row("processor", f"{facts['cpu']['name']}, {facts['cpu']['cores']} cores")
+    isa = f"{build['isa']} in use, of {', '.join(build['isa_supported'])}"
+    table.add_row("instruction set", isa)
+    table.add_row("threads", str(build["threads"]))
+    table.add_row("built with", f"torch {build['torch']}, {build['compiler']}")
+    cuda = f"{build['cuda']} for {', '.join(build['cuda_archs'])}" if build["cuda"] else "no"
+    table.add_row("built for CUDA", cuda)
+    for name, status in facts["backends"].items():
+        answer = status["reason"] or "available"
+        style = "green" if status["available"] else "yellow"
+        table.add_row(f"backend {name}", Text(answer, style=style))
+    for name, when, meaning in environment.VARIABLES:
+        value = facts["environment"][name]
+        table.add_row(name, f"{'not set' if value is None else value} ({when}: {meaning})")
+    console().print(table, highlight=False)
+    return 0

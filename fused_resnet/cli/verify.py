@@ -1,0 +1,144 @@
+"""``fused-resnet verify``: every operation and network against float64."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..backends import NAMES, use_backend
+from ..bench import environment
+from ..bench.networks import MODELS as ALL_MODELS
+from ..bench.results import save
+from ..verify import LIMIT, ROUNDING, Row, verify_networks, verify_operations
+from ..verify.networks import MODELS
+from ..verify.operations import rows_of
+from ._common import (
+    DTYPES,
+    UsageError,
+    console,
+    listed,
+    one_of,
+    print_json,
+    progress,
+    writable,
+)
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "verify",
+        help="hold every operation and network against float64",
+        description="Each row is an error relative to float64, beside PyTorch's own in the same "
+        f"dtype. It passes at up to {LIMIT} times PyTorch's own, or {ROUNDING:g} units of the "
+        "dtype's rounding. Exit code 1 if a row fails.",
+    )
+    parser.add_argument(
+        "--models",
+        type=listed(one_of("model", ("none", *ALL_MODELS))),
+        default=list(MODELS),
+        metavar="M,...",
+        help=f"networks, or none for the operations alone (default: {','.join(MODELS)})",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=listed(one_of("dtype", DTYPES)),
+        default=list(DTYPES),
+        metavar="D,...",
+        help=f"storage types (default: {','.join(DTYPES)})",
+    )
+    parser.add_argument(
+        "--backend",
+        type=one_of("backend", ("auto", *NAMES)),
+        default="auto",
+        help="the backend to verify (default: auto)",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the rows to a file, or print JSON instead of the table",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify and show."""
+    to_stdout = arguments.json == "-"
+    path = None
+    if arguments.json and not to_stdout:
+        try:
+            path = writable(arguments.json)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"verify: --json: {error}") from None
+    with use_backend(arguments.backend):  # unavailable: say so before any work
+        pass
+    rows = _verify(arguments)
+    if to_stdout:
+        print_json(_document(rows, arguments.backend))
+    else:
+        _show(rows)
+    if path is not None:
+        save(path, _document(rows, arguments.backend))
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def _verify(arguments: argparse.Namespace) -> list[Row]:
+    dtypes = [getattr(torch, name) for name in arguments.dtype]
+    models = [name for name in arguments.models if name != "none"]
+    steps = {"float32", "float64"} & set(arguments.dtype)
+    total = len(rows_of(dtypes, arguments.backend)) + len(models) * (1 + len(steps))
+    with progress() as bar:
+        task = bar.add_task("verify", total=total)
+
+        def advance(what: str) -> None:
+            bar.update(task, description=what, advance=1)
+
+        return list(
+            itertools.chain(
+                verify_operations(dtypes, arguments.backend, progress=advance),
+                verify_networks(models, dtypes, arguments.backend, progress=advance),
+            )
+        )
+
+
+def _document(rows: Sequence[Row], backend: str) -> dict[str, Any]:
+    return {
+        "passed": all(row.passed for row in rows),
+        "backend": backend,
+        "limit": LIMIT,
+        "environment": environment.describe(),
+        "rows": [row.as_dict() for row in rows],
+    }
+
+
+def _show(rows: Sequence[Row]) -> None:
+    table = Table(title="error against float64, beside PyTorch's own")
+    for name in ("subject", "mode", "dtype", "format", "closest to its bound"):
+        table.add_column(name)
+    for name in ("error", "PyTorch's", "ratio", "verdict"):
+        table.add_column(name, justify="right")
+    for last, row in zip((None, *rows), rows, strict=False):
+        if last is not None and last.subject != row.subject:
+            table.add_section()
+        table.add_row(
+            row.subject,
+            row.mode,
+            row.dtype,
+            row.memory_format,
+            row.what,
+            f"{row.error:.1e}",
+            "" if row.pytorch_error is None else f"{row.pytorch_error:.1e}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "[green]pass[/]" if row.passed else "[bold red]FAIL[/]",
+        )
+    out = console()
+    out.print(table)
+    failed = sum(not row.passed for row in rows)
+    out.print(f"{len(rows)} rows, {failed} failed", style="bold red" if failed else "bold green")

@@ -1,0 +1,363 @@
+"""``freeze``: a copy for inference, batch norm folded and weights packed for this machine.
+
+The copy is the fused model with each group's convolution replaced by a :class:`FrozenConv`, which
+holds the group's weight once, in the layout that the kernels read, and runs all of the group. Its
+classes derive from the model's own (see :func:`fused_resnet.fuse.derive`), refuse to train, and
+ship weights in PyTorch's layout when they are pickled, copied or asked for a ``state_dict``: the
+packed layout belongs to one instruction set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import ops
+from .backends import BackendUnavailable, select
+from .blocks import Group, Packed, ResNetRoute, Route, padding_of
+from .checks import DTYPES
+from .fuse import derive, fuse
+from .parts import in_parts
+
+
+def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    r"""An inference-only copy, in eval mode, with packed weights and folded batch norms.
+
+    Each fused group becomes :math:`y = \max(0, s \cdot (w * x) + t + r)` with
+    :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`t = \beta + s (b - \mu)`, computed in
+    float64 and stored in float32 (float64 when that is the dtype). What could not be frozen runs as
+    it was. The copy shares nothing with the model: later training does not reach it.
+
+    Args:
+        model: Any module on the CPU; :func:`fused_resnet.fuse` is applied first. It is not changed.
+        dtype: float32, float64, bfloat16 or float16, of the feature maps and of the parameters that
+            are left; None keeps the model's own.
+
+    Returns:
+        The frozen model. It takes floating-point inputs of its own dtype or float32, computes in
+        its own, in channels_last, and answers in the dtype of the input, without a gradient.
+        ``train()``, ``requires_grad_()`` and conversions raise.
+
+    Raises:
+        TypeError: ``model`` is not a module; ``dtype`` is not one of these.
+        ValueError: ``model`` is already frozen.
+        BackendUnavailable: A parameter is not on the CPU.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"freeze: dtype: expected one of ({names}) or None, got {dtype}")
+    frozen = fuse(model).eval()
+    _check_device(frozen)
+    own = dtype or next((p.dtype for p in frozen.parameters() if p.is_floating_point()), None)
+    with torch.no_grad():
+        for module in list(frozen.modules()):
+            if isinstance(module, Route):
+                _freeze_groups(module, dtype)
+        _own_tensors(frozen, dtype)
+    for module in frozen.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            mixin = FrozenResNet if isinstance(module, ResNetRoute) else Frozen
+            module.__class__ = derive(type(module), mixin)
+    if not isinstance(frozen, torch.jit.ScriptModule):
+        frozen.__class__ = derive(type(frozen), FrozenRoot)
+        frozen.frozen_dtype = own or torch.float32  # type: ignore[assignment]
+    return frozen
+
+
+class Frozen(nn.Module):
+    """Mixed into every module of a frozen model: what it refuses."""
+
+    fused_resnet_prefix = "Frozen"
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Only ``train(False)``, which is ``eval()``."""
+        if mode:
+            raise RuntimeError(_refusal("train()"))
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Frozen:
+        """Only ``requires_grad_(False)``."""
+        if requires_grad:
+            raise RuntimeError(_refusal("requires_grad_()"))
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        # Asked before the first tensor is converted, so a refusal leaves the model whole.
+        for dtype, device in {
+            (t.dtype, t.device) for t in chain(self.parameters(), self.buffers())
+        }:
+            probe = fn(torch.empty(0, dtype=dtype, device=device))
+            if probe.dtype != dtype or probe.device != device:
+                raise RuntimeError(_refusal(f"conversion to {probe.dtype} on {probe.device}"))
+        return super()._apply(fn, recurse)
+
+
+def _refusal(what: str) -> str:
+    return f"{what}: this model is frozen for inference; use the model that freeze() was given"
+
+
+class FrozenRoot(Frozen):
+    """Mixed into the outermost module: dtype and memory format of what comes in and goes out."""
+
+    frozen_dtype: torch.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward between two conversions."""
+        given = self._given_dtype((args, kwargs))
+        with torch.no_grad():
+            args, kwargs = tree_map(self._enter, (args, kwargs))
+            result = super().forward(*args, **kwargs)
+            if given is None or given is self.frozen_dtype:
+                return result
+            return tree_map(lambda leaf: leaf.to(given) if _is_map(leaf) else leaf, result)
+
+    def _given_dtype(self, arguments: Any) -> torch.dtype | None:
+        given = None
+        for leaf in tree_leaves(arguments):
+            if not _is_map(leaf):
+                continue
+            if leaf.dtype not in (self.frozen_dtype, torch.float32):
+                wanted = dict.fromkeys((str(self.frozen_dtype), "torch.float32"))
+                raise TypeError(
+                    f"{type(self).__name__}: input: expected dtype {' or '.join(wanted)}, "
+                    f"got {leaf.dtype}"
+                )
+            given = given or leaf.dtype
+        return given
+
+    def _enter(self, leaf: Any) -> Any:
+        if not _is_map(leaf):
+            return leaf
+        if leaf.dim() == 4:
+            return leaf.to(self.frozen_dtype, memory_format=torch.channels_last)
+        return leaf.to(self.frozen_dtype)
+
+
+def _is_map(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+class FrozenResNet(Frozen):
+    """Mixed into a ResNet: a large batch goes through the early stages in parts."""
+
+    def _early_stages(self, x: Tensor) -> Tensor:
+        return in_parts(self, super()._early_stages, x)  # type: ignore[misc]
+
+
+class FrozenConv(Frozen, Packed):
+    """A whole group: packed weight, folded batch norm, and whether ReLU and max-pool follow.
+
+    Settings of the convolution keep the names that ``nn.Conv2d`` gives them.
+
+    Args:
+        conv: The group's convolution.
+        bn: Its batch norm, with running statistics.
+        pool: Its max-pool, if it has one.
+        group: The operation, whether ReLU is part of it, and how long it is.
+        dtype: Of the feature maps; None for the convolution's own.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bn: Any,
+        pool: nn.MaxPool2d | None,
+        group: Group,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        wide = torch.float64 if (dtype or conv.weight.dtype) is torch.float64 else torch.float32
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.groups = conv.kernel_size, conv.groups
+        self.weight_shape: tuple[int, ...] = tuple(conv.weight.shape)
+        self.stride, self.dilation = conv.stride, conv.dilation
+        self.padding = padding_of(conv) or (0, 0)
+        self.operation, self.relu, self.span = group.operation, group.relu, group.length
+        self.pool: dict[str, Any] | None = None
+        if pool is not None:
+            self.pool = {
+                "pool_kernel": pool.kernel_size,
+                "pool_stride": pool.stride,
+                "pool_padding": pool.padding,
+            }
+        # What every call passes on, made once.
+        self._geometry: dict[str, Any] = {
+            "weight_shape": self.weight_shape,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+        scale, shift = _fold(conv, bn)
+        self.register_buffer("packed", _pack(conv.weight.to(wide), conv.groups))
+        self.register_buffer("scale", scale.to(wide))
+        self.register_buffer("shift", shift.to(wide))
+        self.training = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's weight in PyTorch's layout, computed from the packed one."""
+        return ops.unpack_conv_weight(self.packed, self.weight_shape, self.groups)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(N, C, H, W)``, and a residual like the result, to the result, channels_last."""
+        if select("conv_bn_add_relu_packed", x.device.type) == "reference":
+            return self._reference(x, residual)
+        packed, scale, shift = self.packed, self.scale, self.shift
+        if self.pool is not None:
+            stem = ops.conv_bn_relu_maxpool_packed
+            return stem(x, packed, scale, shift, **self.pool, **self._geometry)
+        conv = ops.conv_bn_add_relu_packed
+        return conv(x, packed, scale, shift, residual, relu=self.relu, **self._geometry)
+
+    def _reference(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        weight = self.weight
+        y = F.conv2d(
+            x.to(weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
+        )
+        y = y * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
+        if residual is not None:
+            y = y + residual
+        y = (F.relu(y) if self.relu else y).to(x.dtype)
+        return y if self.pool is None else F.max_pool2d(y, *self.pool.values())
+
+    def extra_repr(self) -> str:
+        """The group's settings."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, relu={self.relu}, operation={self.operation}"
+        )
+
+    # The packed layout never leaves the process.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {k: v for k, v in self._buffers.items() if k != "packed"}
+        return {**state, "weight": self.weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        weight = state.pop("weight")
+        super().__setstate__(state)
+        self.register_buffer("packed", _pack(weight, self.groups))
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, value in (("weight", self.weight), ("scale", self.scale), ("shift", self.shift)):
+            destination[prefix + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        shapes = {
+            "weight": self.weight_shape,
+            "scale": tuple(self.scale.shape),
+            "shift": tuple(self.shift.shape),
+        }
+        for name, shape in shapes.items():
+            value = state_dict.get(prefix + name)
+            if value is None:
+                missing_keys.append(prefix + name)
+            elif tuple(value.shape) != shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: expected {shape}, got {tuple(value.shape)}"
+                )
+            elif name == "weight":
+                self.packed.copy_(_pack(value.to(self.packed.dtype), self.groups))
+            else:
+                getattr(self, name).copy_(value)
+        if strict:
+            known = {prefix + name for name in shapes}
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+
+
+class Folded(nn.Identity):
+    """Where a batch norm was that is now in its convolution's :class:`FrozenConv`. Never called."""
+
+
+def _pack(weight: Tensor, groups: int) -> Tensor:
+    return ops.pack_conv_weight(weight.detach().contiguous(), groups)
+
+
+def _fold(conv: nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the group, in float64."""
+    scale = torch.rsqrt(bn.running_var.double() + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.double()
+    offset = -bn.running_mean.double()
+    if conv.bias is not None:
+        offset = offset + conv.bias.double()
+    shift = offset * scale
+    return scale, shift if bn.bias is None else shift + bn.bias.double()
+
+
+def _freeze_groups(owner: Route, dtype: torch.dtype | None) -> None:
+    for group in owner.fused_groups():
+        if not group.operation or not group.conv or isinstance(getattr(owner, group.conv), Packed):
+            continue
+        bn = getattr(owner, group.bn)
+        if bn.running_mean is None:  # statistics of each batch: nothing to fold
+            continue
+        conv = FrozenConv(
+            getattr(owner, group.conv),
+            bn,
+            getattr(owner, group.pool) if group.pool else None,
+            group,
+            dtype,
+        )
+        setattr(owner, group.conv, conv)
+        setattr(owner, group.bn, Folded())
+
+
+def _check_device(model: nn.Module) -> None:
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise BackendUnavailable(
+                f"freeze: this version packs weights for the CPU only, and {name} is on "
+                f"{tensor.device}; move the model to the CPU first"
+            )
+
+
+def _own_tensors(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace every parameter and buffer that is left by a copy, once for each, in the dtype."""
+    copies: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, FrozenConv):
+            continue
+        # Half-precision statistics would lose what PyTorch keeps: batch norm takes mixed dtypes.
+        keep = isinstance(module, nn.modules.batchnorm._BatchNorm) and dtype in (
+            torch.bfloat16,
+            torch.float16,
+        )
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in copies:
+                    cast = dtype is not None and tensor.is_floating_point() and not keep
+                    own = tensor.detach().clone().to(dtype if cast else tensor.dtype)
+                    copies[id(tensor)] = (
+                        nn.Parameter(own, requires_grad=False)
+                        if isinstance(tensor, nn.Parameter)
+                        else own
+                    )
+                held[name] = copies[id(tensor)]  # type: ignore[assignment]

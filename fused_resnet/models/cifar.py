@@ -1,0 +1,158 @@
+"""The CIFAR-10 networks of the paper, 20 to 110 layers, residual and plain."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import Group, Route, block_groups, chain, chain_groups, conv_bn
+from ..nn import Chain, conv1x1, conv3x3
+from .weights import Source, load_into
+
+#: Depths of the paper: 6 n + 2 layers for n blocks in each of three stages.
+DEPTHS = (20, 32, 44, 56, 110)
+
+
+class PadShortcut(nn.Module):
+    """Option A: every second pixel, and channels of zeros on both sides; no parameters.
+
+    Args:
+        stride: Step in both directions.
+        padding: Channels of zeros on each side.
+
+    Source:
+        He et al., 2015, section 3.3; zeros on both sides as in akamaster/pytorch_resnet_cifar10.
+    """
+
+    def __init__(self, stride: int, padding: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C + 2 padding, ceil(H / stride), ceil(W / stride))``."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *[self.padding] * 2))
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"stride={self.stride}, padding={self.padding}"
+
+
+class CifarBlock(Route):
+    """Two 3x3 convolutions and, when ``residual``, a shortcut.
+
+    Args:
+        inplanes: Channels of the input.
+        planes: Channels of the result.
+        stride: Of the first convolution.
+        residual: False makes the block of the plain network.
+        option: ``"A"`` or ``"B"``, see :func:`cifar_resnet`.
+    """
+
+    def __init__(
+        self, inplanes: int, planes: int, stride: int, residual: bool, option: str
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.residual = residual
+        self.shortcut: nn.Module = nn.Sequential()
+        if residual and (stride != 1 or inplanes != planes):
+            self.shortcut = (
+                PadShortcut(stride, (planes - inplanes) // 2)
+                if option == "A"
+                else Chain(conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, inplanes, H, W)`` to ``(N, planes, H / stride, W / stride)``."""
+        y = conv_bn(self.conv1, self.bn1, self.relu, x)
+        identity = self.shortcut(x) if self.residual else None
+        return conv_bn(self.conv2, self.bn2, self.relu, y, identity)
+
+    def fused_groups(self) -> list[Group]:
+        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        return block_groups(self, 2)
+
+
+def _stage(
+    blocks: int, inplanes: int, planes: int, stride: int, residual: bool, option: str
+) -> nn.Sequential:
+    first = CifarBlock(inplanes, planes, stride, residual, option)
+    rest = [CifarBlock(planes, planes, 1, residual, option) for _ in range(1, blocks)]
+    return nn.Sequential(first, *rest)
+
+
+class CifarResNet(Route):
+    """A network for 32 x 32 images: 16, 32 and 64 channels in three stages.
+
+    Args:
+        blocks: In each stage.
+        residual: False makes the plain network.
+        shortcut: ``"A"`` or ``"B"``, see :func:`cifar_resnet`.
+        num_classes: Length of the logits.
+
+    Raises:
+        ValueError: Another shortcut.
+
+    Source:
+        He et al., "Deep Residual Learning for Image Recognition", 2015, section 4.2.
+    """
+
+    def __init__(
+        self, blocks: int, residual: bool = True, shortcut: str = "A", num_classes: int = 10
+    ) -> None:
+        super().__init__()
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"CifarResNet: shortcut: expected 'A' or 'B', got {shortcut!r}")
+        self.conv1 = conv3x3(3, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(blocks, 16, 16, 1, residual, shortcut)
+        self.layer2 = _stage(blocks, 16, 32, 2, residual, shortcut)
+        self.layer3 = _stage(blocks, 32, 64, 2, residual, shortcut)
+        self.linear = nn.Linear(64, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(m.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        x = chain((self.conv1, self.bn1, self.relu), x)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+    def fused_groups(self) -> list[Group]:
+        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        return chain_groups({n: getattr(self, n) for n in ("conv1", "bn1", "relu")})
+
+
+def cifar_resnet(
+    depth: int,
+    residual: bool = True,
+    shortcut: str = "A",
+    num_classes: int = 10,
+    weights: Source | None = None,
+) -> CifarResNet:
+    """A CIFAR network of the paper, or its plain twin.
+
+    Args:
+        depth: 20, 32, 44, 56 or 110.
+        residual: False leaves the shortcuts out; parameters and keys of the convolutions stay.
+        shortcut: Where the shape changes: ``"A"`` subsamples and pads with zeros, as in the paper;
+            ``"B"`` projects with a 1x1 convolution and batch norm.
+        num_classes: Length of the logits.
+        weights: A path or a state dict; see :func:`fused_resnet.models.weights.load_weights`.
+
+    Raises:
+        ValueError: Another depth or shortcut; weights that cannot be read or do not fit.
+    """
+    if depth not in DEPTHS:
+        raise ValueError(f"cifar_resnet: depth: expected one of {DEPTHS}, got {depth!r}")
+    model = CifarResNet((depth - 2) // 6, residual, shortcut, num_classes)
+    if weights is not None:
+        load_into(model, weights, name=f"cifar_resnet{depth}")
+    return model

@@ -1,0 +1,210 @@
+"""Weights from a file, a dict or torchvision, always as plain tensors and never as code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: A torchvision enum or its name, a path, or a state dict.
+Source = Any
+
+#: Under these keys training scripts keep the state dict of a checkpoint.
+_NESTED = ("state_dict", "model")
+_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def load_weights(
+    source: Source, *, name: str | None = None, progress: bool = True
+) -> dict[str, Tensor]:
+    """The state dict that ``source`` stands for, on the CPU.
+
+    A ``{"state_dict": ...}`` or ``{"model": ...}`` around it and a ``module.`` before its keys
+    (left by DataParallel) are removed.
+
+    Args:
+        source: A path to a ``.pth``, ``.pt`` or ``.safetensors`` file; the name of a torchvision
+            enum (``"IMAGENET1K_V2"`` with ``name``, or ``"ResNet50_Weights.IMAGENET1K_V2"``); the
+            enum itself; or a dict of tensors.
+        name: The network, as torchvision names it.
+        progress: Show the progress of a download.
+
+    Returns:
+        Tensors by key.
+
+    Raises:
+        ValueError: No such file or name; a truncated file; a file that holds code or anything but
+            tensors. The message names the file and what to do.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        TypeError: ``source`` is none of the above.
+    """
+    if isinstance(source, Mapping):
+        return _state_dict(source, "weights")
+    if isinstance(source, str | os.PathLike) and is_path(source):
+        path = Path(source)
+        return _state_dict(_read(path), f"weights file {str(path)!r}")
+    entry = _torchvision_entry(source, name)
+    try:
+        state = entry.get_state_dict(progress=progress, check_hash=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"weights {entry}: the download failed ({error}); give weights= the path of a file"
+        ) from error
+    return _state_dict(state, f"weights {entry}")
+
+
+def load_into(model: nn.Module, source: Source, *, name: str, progress: bool = True) -> None:
+    """Load weights into a network, all of it or nothing.
+
+    Args:
+        model: The network.
+        source: What :func:`load_weights` takes.
+        name: The network's name, for torchvision's enums and for messages.
+        progress: Show the progress of a download.
+
+    Raises:
+        ValueError: As :func:`load_weights`; keys or shapes that are not the network's.
+    """
+    state = load_weights(source, name=name, progress=progress)
+    what = f"file {str(source)!r}" if isinstance(source, str | os.PathLike) else "dict"
+    problem = _mismatch(model.state_dict(), state)
+    if problem:
+        raise ValueError(
+            f"{name}: weights {what} do not fit: {problem}; choose the network and the number of "
+            "classes that they were saved from"
+        )
+    model.load_state_dict(state)
+
+
+def number_of_classes(name: str, source: Source | None) -> int | None:
+    """How many classes torchvision's weights have; None for other sources."""
+    if source is None or isinstance(source, Mapping):
+        return None
+    if isinstance(source, str | os.PathLike) and is_path(source):
+        return None
+    return len(_torchvision_entry(source, name).meta["categories"])
+
+
+def is_path(source: str | os.PathLike[str]) -> bool:
+    """Whether the source names a file rather than one of torchvision's enums."""
+    text = os.fspath(source)
+    return (
+        not isinstance(source, str)
+        or text.endswith(_SUFFIXES)
+        or os.sep in text
+        or Path(text).is_file()
+    )
+
+
+def _torchvision_entry(source: Source, name: str | None) -> Any:
+    try:
+        from torchvision.models import WeightsEnum, get_model_weights, get_weight
+    except ImportError as error:
+        raise RuntimeError(
+            f"weights {source!r}: torchvision is needed for weights by name; run: pip install "
+            "torchvision, or give the path of a .pth or .safetensors file"
+        ) from error
+    if isinstance(source, WeightsEnum):
+        return source
+    if not isinstance(source, str):
+        raise TypeError(
+            "weights: expected a path, a torchvision enum or its name, or a dict of tensors, "
+            f"got {type(source).__name__}"
+        )
+    try:
+        return (
+            get_weight(source) if "." in source or name is None else get_model_weights(name)[source]
+        )
+    except (KeyError, ValueError, AttributeError) as error:
+        known = [] if name is None else [entry.name for entry in get_model_weights(name)]
+        raise ValueError(
+            f"weights {source!r}: neither a file nor one of torchvision's weights"
+            + (f" for {name} ({', '.join(known)})" if known else "")
+        ) from error
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"weights file {str(path)!r}: there is no such file; check the path")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # In a whole archive the reason is what its pickle asked for; old files have no archive.
+        if zipfile.is_zipfile(path) or "GLOBAL" in str(error):
+            raise ValueError(
+                f"weights file {str(path)!r}: holds code or objects other than tensors, which are "
+                "not loaded; save model.state_dict() instead"
+            ) from error
+        raise _damaged(path) from error
+    except Exception as error:  # a damaged file can raise anything from inside the unpickler
+        raise _damaged(path) from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise RuntimeError(f"weights file {str(path)!r}: run: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(
+        f"weights file {str(path)!r}: truncated or not a file of weights; download or save it again"
+    )
+
+
+def _state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
+    for key in _NESTED:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ValueError(
+            f"{what}: expected a dict of tensors (a state_dict), got "
+            f"{'an empty one' if isinstance(loaded, Mapping) else type(loaded).__name__}"
+        )
+    odd = [key for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(
+            f"{what}: expected tensors only, got {type(loaded[odd[0]]).__name__} under {odd[0]!r}; "
+            "save model.state_dict() alone"
+        )
+    if all(key.startswith("module.") for key in loaded):
+        return {key.removeprefix("module."): value for key, value in loaded.items()}
+    return dict(loaded)
+
+
+def _mismatch(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
+    """How the keys and shapes differ; empty when they do not."""
+    parts = []
+    # Files of before 2018 have no counter of batches; load_state_dict sets it to 0.
+    missing = [k for k in expected if k not in got and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in got if k not in expected]
+    if missing:
+        parts.append(f"{len(missing)} missing ({_some(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
+    shapes = [
+        f"{k} has shape {tuple(got[k].shape)}, expected {tuple(expected[k].shape)}"
+        for k in expected
+        if k in got and got[k].shape != expected[k].shape
+    ]
+    if shapes:
+        parts.append(f"{len(shapes)} of another shape ({_some(shapes)})")
+    return ", ".join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

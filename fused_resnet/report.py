@@ -1,0 +1,103 @@
+"""``report``: what runs fused in a model, what does not, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .blocks import Route
+from .fuse import verdict_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`report` found. Prints as a table.
+
+    Attributes:
+        fused: ``(module path, operation)`` of every group that one operation runs.
+        left: ``(module path, reason)`` of what could have been part of a group and is not.
+    """
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many groups each operation runs."""
+        return dict(Counter(operation for _, operation in self.fused))
+
+    def summary(self) -> str:
+        """One line."""
+        kinds = ", ".join(f"{count} {operation}" for operation, count in self.counts.items())
+        return (
+            f"{len(self.fused)} groups fused{f' ({kinds})' if kinds else ''}, {len(self.left)} left"
+        )
+
+    def __str__(self) -> str:
+        rows = [("module", "fused as", "left because")]
+        rows += [(path, operation, "") for path, operation in self.fused]
+        rows += [(path, "", reason) for path, reason in self.left]
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        lines = [f"{path:{widths[0]}}  {op:{widths[1]}}  {why}".rstrip() for path, op, why in rows]
+        return "\n".join([*lines, self.summary()])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(caption=self.summary(), caption_justify="left")
+        for header in ("module", "fused as", "left because"):
+            table.add_column(header)
+        for path, operation in self.fused:
+            table.add_row(path, operation, "")
+        for path, reason in self.left:
+            table.add_row(path, "", reason)
+        return table
+
+
+def report(model: nn.Module) -> Report:
+    """What the model's next call runs as fused operations, and what it does not.
+
+    Args:
+        model: Fused, frozen, built by this package, or none of these.
+
+    Returns:
+        The groups as they stand now: a hook added or a module replaced after :func:`fuse
+        <fused_resnet.fuse>` shows.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
+    result = Report()
+    known: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Route):
+            for group in module.fused_groups():
+                owned = [getattr(module, name) for name in (group.conv, group.bn) if name]
+                known.update(map(id, owned))
+                target, what = (
+                    (result.fused, group.operation)
+                    if group.operation
+                    else (result.left, group.reason)
+                )
+                target.append((_join(path, group.path), what))
+            continue
+        verdict = verdict_of(module)
+        if verdict is not None:
+            reason = verdict if isinstance(verdict, str) else "not fused: call fuse() on the model"
+            result.left.append((path or type(module).__name__, reason))
+            known.update(map(id, module.children()))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in known:
+            result.left.append((path, "no block, ResNet stem or Sequential that fuse() knows"))
+    return result
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name) if part)

@@ -1,0 +1,92 @@
+"""README: its examples run as printed, its table is what was recorded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fused_resnet.bench import results
+from fused_resnet.bench.harness import Measurement
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+pytestmark = pytest.mark.skipif(
+    not README.exists(), reason="the package is tested without its repository: no README.md"
+)
+
+
+def examples() -> list[str]:
+    if not README.exists():
+        return []
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_two_examples_of_about_ten_lines() -> None:
+    assert len(examples()) == 2
+    for code in examples():
+        assert len(code.strip().splitlines()) <= 13
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["serving", "training"])
+def test_example_runs(number: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", examples()[number]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def readme_table() -> ModuleType:
+    path = ROOT / "benchmarks" / "readme_table.py"
+    spec = importlib.util.spec_from_file_location("readme_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def timed(name: str, milliseconds: float) -> Measurement:
+    return Measurement(name, error=1e-7, threads=2, times=[milliseconds / 1e3])
+
+
+def test_table(readme_table: ModuleType) -> None:
+    rows = results.rows(
+        [timed("channels_last", 20), timed("frozen", 10), Measurement("jit", status="failed")],
+        subject="resnet50",
+        batch=4,
+        dtype="float32",
+        size=224,
+        threads=2,
+        environment={
+            "device": "a processor",
+            "commit": "abc",
+            "versions": {"torch": "2", "fused_resnet": "1"},
+        },
+    )
+    text = readme_table.section([("cpu-a.json", rows)])
+    assert "a processor, 2 threads, float32, 224x224; torch 2, fused_resnet 1 at abc" in text
+    assert "| PyTorch, eager, channels_last | 200.0 (1.00) |" in text
+    assert "| **`freeze`** | 400.0 (2.00) |" in text
+    assert "| failed |" in text
+
+
+def test_without_results_the_table_says_so(readme_table: ModuleType) -> None:
+    assert readme_table.section([]) == readme_table.NOTHING
+    with pytest.raises(SystemExit, match="markers"):
+        readme_table.replaced("a README without markers", "")
+
+
+def test_readme_shows_the_recorded_results(readme_table: ModuleType) -> None:
+    files = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
+    section = readme_table.section([(f.name, json.loads(f.read_text())) for f in files])
+    readme = README.read_text()
+    assert readme_table.replaced(readme, section) == readme, "run benchmarks/readme_table.py"
