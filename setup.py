@@ -93,8 +93,8 @@ def extension(cuda: bool):
     files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
     if cuda:
         files += sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu")
-    # at::parallel_for is serial without -fopenmp. It is not passed to the linker: its runtime is the one
-    # that torch brought, never a second one with threads of its own.
+    # Without -fopenmp at::parallel_for is serial. The linker does not get it: the runtime is the
+    # one that torch brought, never a second one with threads of its own.
     flags = {"cxx": ["-O2", "-Wall", "-fopenmp"]} | ({"nvcc": ["-O3"]} if cuda else {})
     depends = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")
     return make(

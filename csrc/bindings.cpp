@@ -36,10 +36,13 @@ TORCH_LIBRARY(fused_resnet, m) {
       "-> Tensor");
   m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
   m.def("unpack_conv_weight(Tensor packed, int[] weight_shape, int groups) -> Tensor");
+  // For Winograd's algorithm; empty where that does not apply.
+  m.def(
+      "transform_conv_weight(Tensor weight, int[2] stride, int[2] dilation, int groups) -> Tensor");
   m.def(
       "conv_bn_add_relu_packed(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
-      "Tensor? residual, int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups, bool relu) -> Tensor");
+      "Tensor? residual, Tensor? transformed, int[] weight_shape, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, bool relu) -> Tensor");
   m.def(
       "conv_bn_relu_maxpool_packed(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
       "int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int groups, "
@@ -64,14 +67,29 @@ py::dict build_info() {
   return info;
 }
 
-int64_t packed_conv_weight_numel(std::vector<int64_t> weight_shape, int64_t groups,
-                                 bool is_double) {
+fr::ConvShape shape_of_weight(const std::vector<int64_t>& sizes, int64_t groups) {
   fr::ConvShape s{};
-  s.k = weight_shape.at(0);
-  s.c = weight_shape.at(1) * groups;
-  s.kh = weight_shape.at(2);
-  s.kw = weight_shape.at(3);
+  s.k = sizes.at(0);
+  s.c = sizes.at(1) * groups;
+  s.kh = sizes.at(2);
+  s.kw = sizes.at(3);
   s.groups = groups;
+  return s;
+}
+
+bool winograd_fits(const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
+                   const std::vector<int64_t>& dilation, int64_t groups) {
+  fr::ConvShape s = shape_of_weight(weight_shape, groups);
+  s.stride_h = stride.at(0);
+  s.stride_w = stride.at(1);
+  s.dilation_h = dilation.at(0);
+  s.dilation_w = dilation.at(1);
+  return fr::winograd_fits(s);
+}
+
+int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight_shape, int64_t groups,
+                                 bool is_double) {
+  const fr::ConvShape s = shape_of_weight(weight_shape, groups);
   return fr::packed_numel(s, fr::kernels().panel[is_double ? fr::kFloat64 : fr::kFloat32]);
 }
 
@@ -98,11 +116,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Empty if this build runs on that CUDA device, else why it does not.");
   m.def("packed_conv_weight_numel", &packed_conv_weight_numel,
         "Elements of what pack_conv_weight returns.");
+  m.def("winograd_fits", &winograd_fits,
+        "Whether transform_conv_weight returns anything but an empty tensor for float32.");
   // The operators themselves, through the dispatcher, for those who want them bare.
   const py::object ops = py::module_::import("torch").attr("ops").attr("fused_resnet");
-  for (const char* name : {"bn_add_relu", "bn_add_relu_backward", "conv_bn_add_relu",
-                           "conv_bn_relu_maxpool", "pack_conv_weight", "unpack_conv_weight",
-                           "conv_bn_add_relu_packed", "conv_bn_relu_maxpool_packed"}) {
+  for (const char* name :
+       {"bn_add_relu", "bn_add_relu_backward", "conv_bn_add_relu", "conv_bn_relu_maxpool",
+        "pack_conv_weight", "unpack_conv_weight", "transform_conv_weight",
+        "conv_bn_add_relu_packed", "conv_bn_relu_maxpool_packed"}) {
     m.attr(name) = ops.attr(name);
   }
 }

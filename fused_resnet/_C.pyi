@@ -6,6 +6,9 @@ from typing import Any
 def build_info() -> dict[str, Any]: ...
 def cuda_device_problem(device: int) -> str: ...
 def packed_conv_weight_numel(weight_shape: list[int], groups: int, is_double: bool) -> int: ...
+def winograd_fits(
+    weight_shape: list[int], stride: list[int], dilation: list[int], groups: int
+) -> bool: ...
 
 # The operators of torch.ops.fused_resnet, through the dispatcher: unchecked by fused_resnet.checks.
 bn_add_relu: Callable[..., Any]
@@ -14,5 +17,6 @@ conv_bn_add_relu: Callable[..., Any]
 conv_bn_relu_maxpool: Callable[..., Any]
 pack_conv_weight: Callable[..., Any]
 unpack_conv_weight: Callable[..., Any]
+transform_conv_weight: Callable[..., Any]
 conv_bn_add_relu_packed: Callable[..., Any]
 conv_bn_relu_maxpool_packed: Callable[..., Any]

@@ -25,8 +25,14 @@ from .checks import DTYPES
 from .fuse import derive, fuse
 from .parts import in_parts
 
+#: The largest weight, in elements, that Winograd's algorithm gets a transformed copy of: that of
+#: ResNet's third stage. Beyond, four times the weight outgrows the cache, and the memory.
+WINOGRAD_NUMEL = 256 * 256 * 9
 
-def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+
+def freeze(
+    model: nn.Module, dtype: torch.dtype | None = None, *, winograd: bool = True
+) -> nn.Module:
     r"""An inference-only copy, in eval mode, with packed weights and folded batch norms.
 
     Each fused group becomes :math:`y = \max(0, s \cdot (w * x) + t + r)` with
@@ -38,6 +44,9 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         model: Any module on the CPU; :func:`fused_resnet.fuse` is applied first. It is not changed.
         dtype: float32, float64, bfloat16 or float16, of the feature maps and of the parameters that
             are left; None keeps the model's own.
+        winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm in float32:
+            2.5 times as fast, at a relative error of about 1e-6 where the direct sum has 2e-7. It
+            keeps a transformed copy of the weights of up to 256 channels beside the packed one.
 
     Returns:
         The frozen model. It takes floating-point inputs of its own dtype or float32, computes in
@@ -58,7 +67,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     with torch.no_grad():
         for module in list(frozen.modules()):
             if isinstance(module, Route):
-                _freeze_groups(module, dtype)
+                _freeze_groups(module, dtype, winograd)
         _own_tensors(frozen, dtype)
     for module in frozen.modules():
         if not isinstance(module, torch.jit.ScriptModule):
@@ -161,9 +170,11 @@ class FrozenConv(Frozen, Packed):
         pool: Its max-pool, if it has one.
         group: The operation, whether ReLU is part of it, and how long it is.
         dtype: Of the feature maps; None for the convolution's own.
+        winograd: Whether Winograd's algorithm may run.
     """
 
     packed: Tensor
+    transformed: Tensor | None
     scale: Tensor
     shift: Tensor
 
@@ -174,9 +185,12 @@ class FrozenConv(Frozen, Packed):
         pool: nn.MaxPool2d | None,
         group: Group,
         dtype: torch.dtype | None,
+        winograd: bool,
     ) -> None:
         super().__init__()
-        wide = torch.float64 if (dtype or conv.weight.dtype) is torch.float64 else torch.float32
+        own = dtype or conv.weight.dtype
+        wide = torch.float64 if own is torch.float64 else torch.float32
+        self.winograd = winograd and own is torch.float32
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.groups = conv.kernel_size, conv.groups
         self.weight_shape: tuple[int, ...] = tuple(conv.weight.shape)
@@ -199,10 +213,23 @@ class FrozenConv(Frozen, Packed):
             "groups": self.groups,
         }
         scale, shift = _fold(conv, bn)
-        self.register_buffer("packed", _pack(conv.weight.to(wide), conv.groups))
+        self._set_weight(conv.weight.to(wide))
         self.register_buffer("scale", scale.to(wide))
         self.register_buffer("shift", shift.to(wide))
         self.training = False
+
+    def _set_weight(self, weight: Tensor) -> None:
+        self.register_buffer("packed", ops.pack_conv_weight(weight, self.groups))
+        transformed = None
+        if self.winograd and weight.numel() <= WINOGRAD_NUMEL:
+            transformed = ops.transform_conv_weight(
+                weight,
+                stride=self.stride,  # type: ignore[arg-type]
+                dilation=self.dilation,  # type: ignore[arg-type]
+                groups=self.groups,
+            )
+        fits = transformed is not None and transformed.numel() > 0
+        self.register_buffer("transformed", transformed if fits else None)
 
     @property
     def weight(self) -> Tensor:
@@ -217,8 +244,16 @@ class FrozenConv(Frozen, Packed):
         if self.pool is not None:
             stem = ops.conv_bn_relu_maxpool_packed
             return stem(x, packed, scale, shift, **self.pool, **self._geometry)
-        conv = ops.conv_bn_add_relu_packed
-        return conv(x, packed, scale, shift, residual, relu=self.relu, **self._geometry)
+        return ops.conv_bn_add_relu_packed(
+            x,
+            packed,
+            scale,
+            shift,
+            residual,
+            transformed=self.transformed,
+            relu=self.relu,
+            **self._geometry,
+        )
 
     def _reference(self, x: Tensor, residual: Tensor | None) -> Tensor:
         weight = self.weight
@@ -243,14 +278,14 @@ class FrozenConv(Frozen, Packed):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_buffers"] = {k: v for k, v in self._buffers.items() if k != "packed"}
+        state["_buffers"] = {k: self._buffers[k] for k in ("scale", "shift")}
         return {**state, "weight": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         weight = state.pop("weight")
         super().__setstate__(state)
-        self.register_buffer("packed", _pack(weight, self.groups))
+        self._set_weight(weight)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -282,7 +317,7 @@ class FrozenConv(Frozen, Packed):
                     f"size mismatch for {prefix}{name}: expected {shape}, got {tuple(value.shape)}"
                 )
             elif name == "weight":
-                self.packed.copy_(_pack(value.to(self.packed.dtype), self.groups))
+                self._set_weight(value.to(self.packed.dtype))
             else:
                 getattr(self, name).copy_(value)
         if strict:
@@ -292,10 +327,6 @@ class FrozenConv(Frozen, Packed):
 
 class Folded(nn.Identity):
     """Where a batch norm was that is now in its convolution's :class:`FrozenConv`. Never called."""
-
-
-def _pack(weight: Tensor, groups: int) -> Tensor:
-    return ops.pack_conv_weight(weight.detach().contiguous(), groups)
 
 
 def _fold(conv: nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
@@ -310,7 +341,7 @@ def _fold(conv: nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
     return scale, shift if bn.bias is None else shift + bn.bias.double()
 
 
-def _freeze_groups(owner: Route, dtype: torch.dtype | None) -> None:
+def _freeze_groups(owner: Route, dtype: torch.dtype | None, winograd: bool) -> None:
     for group in owner.fused_groups():
         if not group.operation or not group.conv or isinstance(getattr(owner, group.conv), Packed):
             continue
@@ -323,6 +354,7 @@ def _freeze_groups(owner: Route, dtype: torch.dtype | None) -> None:
             getattr(owner, group.pool) if group.pool else None,
             group,
             dtype,
+            winograd,
         )
         setattr(owner, group.conv, conv)
         setattr(owner, group.bn, Folded())

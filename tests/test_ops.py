@@ -488,7 +488,9 @@ def test_bare_operators_check_for_themselves():
         lambda: _C.conv_bn_add_relu(
             x, w, None, None, None, one, one, None, [0, 1], [0, 0], [1, 1], 1, 1e-5, True
         ),
-        lambda: _C.conv_bn_add_relu_packed(x, one, one, one, None, [6, 4, 3, 3], *geometry, True),
+        lambda: _C.conv_bn_add_relu_packed(
+            x, one, one, one, None, None, [6, 4, 3, 3], *geometry, True
+        ),
         lambda: _C.unpack_conv_weight(one, [6, 4, 3, 3], 1),
         lambda: _C.bn_add_relu(x, one, None, None, None, None, True, 1e-5, True),
         lambda: _C.bn_add_relu(x, None, None, None, None, None, False, 1e-5, True),
@@ -502,3 +504,69 @@ def test_bare_operators_check_for_themselves():
     for call in bad_calls:
         with pytest.raises((ValueError, TypeError)):
             call()
+
+
+# Winograd's algorithm
+
+WINOGRADS = [
+    Conv("56x56", (1, 64, 56, 56), 64, args={"padding": 1}),
+    Conv("28x28-batch", (3, 128, 28, 28), 96, args={"padding": 1}),
+    Conv("14x14", (1, 256, 14, 14), 256, args={"padding": 1}),
+    Conv("7x7-batch", (5, 64, 7, 7), 64, args={"padding": 1}),
+    Conv("odd-valid", (2, 32, 19, 23), 64),
+    Conv("wide-padding", (1, 32, 13, 18), 32, args={"padding": (2, 0)}),
+]
+
+
+@pytest.mark.parametrize("case", WINOGRADS, ids=str)
+@extras
+def test_winograd(case, relu, residual):
+    """Within 2e-6 of float64, and not the direct sum in disguise."""
+    x = normal(*case.x, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    w, bn = conv_weight(case, torch.float32), batch_norm(case.k, torch.float32)
+    truth = reference.conv_bn_add_relu(doubled(x), doubled(w), *doubled(bn), **case.args)
+    r = normal(*truth.shape, dtype=torch.float32) if residual else None
+    truth = reference.conv_bn_add_relu(
+        doubled(x), doubled(w), *doubled(bn), None if r is None else doubled(r), relu=relu,
+        **case.args,
+    )  # fmt: skip
+    weight, bias, mean, var = doubled(bn)
+    scale = weight / torch.sqrt(var + 1e-5)
+    arguments = (x, ops.pack_conv_weight(w), scale.float(), (bias - mean * scale).float(), r)
+    options = {"weight_shape": tuple(w.shape), "relu": relu, **case.args}
+    transformed = ops.transform_conv_weight(w)
+    assert transformed.numel() == 4 * w.numel()
+    result = ops.conv_bn_add_relu_packed(*arguments, transformed=transformed, **options)
+    direct = ops.conv_bn_add_relu_packed(*arguments, **options)
+    assert error(result, truth) < 2e-6
+    assert not torch.equal(result, direct)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"w": (64, 64, 1, 1)}, {"w": (64, 62, 3, 3)},
+     {"w": (33, 64, 3, 3)}, {"dtype": torch.float64}],
+    ids=str,
+)  # fmt: skip
+def test_winograd_declines_what_it_cannot_compute(other):
+    w = torch.randn(other.pop("w", (64, 64, 3, 3)), dtype=other.pop("dtype", torch.float32))
+    assert ops.transform_conv_weight(w, **other).numel() == 0
+
+
+def test_few_tiles_take_the_direct_sum():
+    """A 4x4 map is one tile: reading four times the weights for it does not pay."""
+    x, w = normal(1, 64, 4, 4, dtype=torch.float32), normal(64, 64, 3, 3, dtype=torch.float32)
+    one = torch.ones(64)
+    arguments = (x, ops.pack_conv_weight(w), one, one)
+    options = {"weight_shape": tuple(w.shape), "padding": 1}
+    transformed = ops.transform_conv_weight(w)
+    result = ops.conv_bn_add_relu_packed(*arguments, transformed=transformed, **options)
+    assert torch.equal(result, ops.conv_bn_add_relu_packed(*arguments, **options))
+
+
+def test_a_foreign_transformed_weight_is_refused():
+    x, w, one = torch.randn(1, 64, 16, 16), torch.randn(64, 64, 3, 3), torch.ones(64)
+    with pytest.raises(ValueError, match="transformed: expected shape"):
+        ops.conv_bn_add_relu_packed(
+            x, ops.pack_conv_weight(w), one, one, transformed=one, weight_shape=tuple(w.shape)
+        )

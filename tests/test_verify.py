@@ -142,7 +142,11 @@ def test_resnet18_passes() -> None:
             "training step: running statistics",
         )
     }
-    assert {r.what for r in rows if r.mode == "inference"} == {"fused: logits", "frozen: logits"}
+    assert {r.what for r in rows if r.mode == "inference"} == {
+        "fused: logits",
+        "frozen: logits",
+        "frozen, Winograd: logits",
+    }
     assert [r for r in rows if not r.passed] == []
 
 

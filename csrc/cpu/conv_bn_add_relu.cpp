@@ -27,11 +27,12 @@ void bind_operands(const char* op, ConvCall& call, const at::Tensor& x,
   call.args.relu = relu;
 }
 
-at::Tensor run(ConvCall& call) {
+template <class Driver>
+at::Tensor run(ConvCall& call, Driver driver) {
   const ConvShape& s = call.args.shape;
   const at::Tensor y = at::empty({s.n, s.k, s.out_h(), s.out_w()}, call.x.options(), kChannelsLast);
   call.args.y = y.mutable_data_ptr();
-  run_conv(call.dtype, call.args);
+  driver();
   return y;
 }
 
@@ -43,17 +44,28 @@ at::Tensor conv_bn_add_relu_cpu(const at::Tensor& x, const at::Tensor& weight,
                                 at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
   ConvCall call = prepare("conv_bn_add_relu", x, weight, conv_bias, bn_weight, bn_bias, mean, var,
                           residual, {stride, padding, dilation, groups}, eps, relu);
-  return run(call).contiguous(x.suggest_memory_format());
+  return run(call, [&] { run_conv(call.dtype, call.args); }).contiguous(x.suggest_memory_format());
 }
 
 at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
                                        const at::Tensor& scale, const at::Tensor& shift,
-                                       const OptionalTensor& residual, at::IntArrayRef weight_shape,
-                                       at::IntArrayRef stride, at::IntArrayRef padding,
-                                       at::IntArrayRef dilation, int64_t groups, bool relu) {
-  ConvCall call = prepare_packed("conv_bn_add_relu_packed", x, packed, scale, shift, residual,
-                                 weight_shape, {stride, padding, dilation, groups}, relu);
-  return run(call);
+                                       const OptionalTensor& residual,
+                                       const OptionalTensor& transformed,
+                                       at::IntArrayRef weight_shape, at::IntArrayRef stride,
+                                       at::IntArrayRef padding, at::IntArrayRef dilation,
+                                       int64_t groups, bool relu) {
+  const char* op = "conv_bn_add_relu_packed";
+  ConvCall call = prepare_packed(op, x, packed, scale, shift, residual, weight_shape,
+                                 {stride, padding, dilation, groups}, relu);
+  const ConvShape& s = call.args.shape;
+  if (call.dtype == kFloat32 && transformed && transformed->numel() > 0 && winograd_fits(s) &&
+      winograd_pays(s)) {
+    check_same(op, "transformed", transformed, {kWinogradPoints * s.k * s.c}, x);
+    call.packed = transformed->contiguous();
+    call.args.packed = call.packed.const_data_ptr();
+    return run(call, [&] { run_winograd(call.args); });
+  }
+  return run(call, [&] { run_conv(call.dtype, call.args); });
 }
 
 }  // namespace

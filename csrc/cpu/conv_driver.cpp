@@ -15,6 +15,10 @@ constexpr int64_t kBlockBytes = 512 * 1024;
 // Tiles that a block has at least, however many channels: each block reads all weights.
 constexpr int64_t kLeastTiles = 8;
 
+// At 14x14, one image has 16 tiles: there the products of all 36 points fill the microkernel's
+// rows.
+constexpr int64_t kLeastWinogradTiles = 12;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // `count` things in blocks of at most `most`, in a number of blocks that `threads` divides if it
@@ -99,7 +103,45 @@ void flatten(ConvShape& s) {
   }
 }
 
+int64_t winograd_tiles(const ConvShape& s) {
+  return s.n * ceil_div(s.out_h(), kWinogradTile) * ceil_div(s.out_w(), kWinogradTile);
+}
+
 }  // namespace
+
+bool winograd_fits(const ConvShape& s) {
+  const KernelTable& table = kernels();
+  return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.groups == 1 && s.c % table.winograd.lanes == 0 &&
+         s.k % table.panel[kFloat32] == 0;
+}
+
+bool winograd_pays(const ConvShape& s) { return winograd_tiles(s) >= kLeastWinogradTiles; }
+
+void run_winograd(const ConvForward& f) {
+  const KernelTable& table = kernels();
+  const ConvShape& s = f.shape;
+  const int64_t tiles = winograd_tiles(s), panels = s.k / table.panel[kFloat32];
+  if (tiles == 0) return;
+  const int64_t threads = at::get_num_threads();
+  const int64_t tile_bytes = kWinogradPoints * s.c * static_cast<int64_t>(sizeof(float));
+  const int64_t size =
+      block_size(tiles, std::max(kBlockBytes / tile_bytes, table.tile[kFloat32]), threads);
+  const int64_t blocks = ceil_div(tiles, size);
+  // Too few blocks for all threads: each transforms all input, and multiplies its share of panels.
+  const int64_t share = blocks >= threads ? panels : ceil_div(panels, threads);
+  const int64_t shares = ceil_div(panels, share);
+  at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
+    const c10::DataPtr scratch =
+        c10::GetCPUAllocator()->allocate(table.winograd.scratch_bytes(s, size));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile0 = i / shares * size, panel0 = i % shares * share;
+      const WinogradBlock block{tile0, std::min(tile0 + size, tiles), panel0,
+                                std::min(panel0 + share, panels)};
+      table.winograd.run(f, block, scratch.get());
+    }
+  });
+}
 
 int64_t packed_numel(const ConvShape& s, int64_t panel) {
   return s.groups * ceil_div(s.group_k(), panel) * panel * s.depth();

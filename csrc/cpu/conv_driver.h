@@ -11,6 +11,15 @@ void run_conv(DType dtype, ConvForward f);
 // The same, then max-pool; f.y is not used. y is the pooled result.
 void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y);
 
+// The same by Winograd's algorithm, float32; f.packed as transform_conv_weight lays it out.
+void run_winograd(const ConvForward& f);
+
+// Whether that can compute this convolution; sizes of the input do not matter.
+bool winograd_fits(const ConvShape& shape);
+
+// Whether it is the faster way: a few tiles do not pay for reading four times the weights.
+bool winograd_pays(const ConvShape& shape);
+
 // Elements of a packed weight.
 int64_t packed_numel(const ConvShape& shape, int64_t panel);
 

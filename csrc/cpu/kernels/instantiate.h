@@ -4,6 +4,7 @@
 #include "bn_add_relu.h"
 #include "conv_bn_add_relu.h"
 #include "max_pool.h"
+#include "winograd.h"
 
 namespace fr {
 namespace FR_ISA {
@@ -26,7 +27,8 @@ constexpr KernelTable make_table(const char* isa) {
   return {isa,
           {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
           {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
-          {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()}};
+          {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()},
+          {kLanes<float>, winograd_scratch_bytes, winograd, winograd_pack}};
 }
 
 }  // namespace FR_ISA

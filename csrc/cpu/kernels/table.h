@@ -113,11 +113,30 @@ struct Kernels {
   void (*unpack)(const ConvShape&, const void* packed, void* weight);  // to contiguous
 };
 
+// Winograd's F(4x4, 3x3): outputs of a tile's side, and products for each tile.
+constexpr int64_t kWinogradTile = 4;
+constexpr int64_t kWinogradPoints = 36;
+
+// The tiles, numbered over all images row by row, and the panels that one thread does at a time.
+struct WinogradBlock {
+  int64_t tile0, tile1, panel0, panel1;
+};
+
+// float32 only.
+struct WinogradKernels {
+  int64_t lanes;  // input channels must be a multiple of it, output channels of the panel
+  int64_t (*scratch_bytes)(const ConvShape&, int64_t tiles);
+  void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);
+  void (*pack)(const ConvShape&, const WeightStrides&, const float* weight, int64_t panel0,
+               int64_t panel1, float* transformed);
+};
+
 struct KernelTable {
   const char* isa;
   int64_t panel[kNumDTypes];  // output channels that the microkernel computes side by side
   int64_t tile[kNumDTypes];   // output pixels likewise
   Kernels of[kNumDTypes];
+  WinogradKernels winograd;
 };
 
 const KernelTable& kernel_table_portable();

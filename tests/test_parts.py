@@ -1,0 +1,58 @@
+"""A frozen ResNet takes a large batch through the early stages in parts, and nobody can tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import image, randomize
+
+import fused_resnet as fr
+from fused_resnet import parts
+
+
+@pytest.fixture
+def frozen(monkeypatch):
+    monkeypatch.setattr(parts, "MAP_BYTES", 1)  # parts of as many images as there are threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield fr.freeze(randomize(fr.resnet18(num_classes=10)))
+    torch.set_num_threads(threads)
+
+
+def sizes(frozen, monkeypatch, x):
+    """The result, and the batches that the first stage saw."""
+    seen = []
+    stage = type(frozen.layer1)
+    forward = stage.forward
+
+    def spy(self, input):
+        if self is frozen.layer1:
+            seen.append(input.shape[0])
+        return forward(self, input)
+
+    monkeypatch.setattr(stage, "forward", spy)
+    y = frozen(x)
+    monkeypatch.undo()
+    return y, seen
+
+
+def test_parts_give_what_the_whole_gives(frozen, monkeypatch):
+    x = image(5, 3, 64, 64, dtype=torch.float32)
+    y, seen = sizes(frozen, monkeypatch, x)
+    assert seen == [2, 2, 1]
+    one_by_one = torch.cat([frozen(x[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(y, one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_sees_the_whole_batch(frozen):
+    x, seen = image(5, 3, 64, 64, dtype=torch.float32), []
+    frozen.layer2.register_forward_hook(lambda module, args, y: seen.append(y.shape[0]))
+    frozen(x)
+    assert seen == [5]
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_a_small_batch_is_one_part(frozen, monkeypatch, batch):
+    y, seen = sizes(frozen, monkeypatch, image(batch, 3, 64, 64, dtype=torch.float32))
+    assert seen == [batch]
+    assert y.shape == (batch, 10)
