@@ -15,13 +15,13 @@ at::Tensor pack_weight(const at::Tensor& weight, const ConvShape& shape) {
   const int64_t panel = kernels().panel[dtype];
   const at::Tensor packed = at::empty({packed_numel(shape, panel)},
                                       weight.options().dtype(accumulator(weight.scalar_type())));
-  const WeightStrides strides{weight.stride(0), weight.stride(1), weight.stride(2),
-                              weight.stride(3)};
+  const bool taps_outside = weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor source = taps_outside ? weight : weight.contiguous();
   const auto kernel = kernels().of[dtype].pack;
   const int64_t per_panel = panel * shape.depth();
   at::parallel_for(0, packed.numel() / per_panel, std::max<int64_t>(1, 16 * 1024 / per_panel),
                    [&](int64_t begin, int64_t end) {
-                     kernel(shape, strides, weight.const_data_ptr(), begin, end,
+                     kernel(shape, !taps_outside, source.const_data_ptr(), begin, end,
                             packed.mutable_data_ptr());
                    });
   return packed;

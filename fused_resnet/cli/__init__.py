@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add(commands)
     try:
         arguments = parser.parse_args(argv)
+        arguments.typed = sys.argv[1:] if argv is None else list(argv)
         code = arguments.run(arguments)
         sys.stdout.flush()
         return int(code)

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and show."""
     if arguments.size < 32:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
-    command = shlex.join(["fused-resnet", *sys.argv[1:]])
+    command = shlex.join(["fused-resnet", *arguments.typed])
     rows: list[results.Row] = []
     for batch in arguments.batch:
         generator = torch.Generator().manual_seed(batch)

@@ -294,39 +294,53 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
   }
 }
 
-// Calls visit(place in packed, place in weight, channels that exist) for every vector of a panel.
+// Both walk a filter in its own order, one cache line of it at a time, for all filters of a panel:
+// column by column instead, the filters' lines would share a few sets of the cache and evict each
+// other.
+constexpr int64_t kPackStep = 16;
+
+// Calls visit(place in packed, place in weight, channels that exist, elements, row of each element)
+// for every such step. The filters are contiguous, in either memory format.
 template <class A, class Visit>
-FR_INLINE void visit_packed(const ConvShape& s, const WeightStrides& w, int64_t panel0,
-                            int64_t panel1, Visit visit) {
+FR_INLINE void visit_packed(const ConvShape& s, bool taps_inside, int64_t panel0, int64_t panel1,
+                            Visit visit) {
   const int64_t panels = ceil_div(s.group_k(), kPanel<A>);
-  const int64_t taps = s.kh * s.kw, channels = s.group_c();
-  // Walk the weight in its own order, so that each of its cache lines is read in one go.
-  const bool taps_inside = w.c > w.s;
-  const int64_t outer = taps_inside ? channels : taps, inner = taps_inside ? taps : channels;
+  const int64_t taps = s.kh * s.kw, channels = s.group_c(), depth = s.depth();
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     const int64_t k0 = panel % panels * kPanel<A>;
     const int64_t cols = min_of(s.group_k() - k0, kPanel<A>);
-    const int64_t first = (panel / panels * s.group_k() + k0) * w.k;
-    for (int64_t i = 0; i < outer; ++i) {
-      for (int64_t j = 0; j < inner; ++j) {
-        const int64_t tap = taps_inside ? j : i, c = taps_inside ? i : j;
-        visit((panel * s.depth() + tap * channels + c) * kPanel<A>,
-              first + c * w.c + tap / s.kw * w.r + tap % s.kw * w.s, cols);
+    const int64_t first = (panel / panels * s.group_k() + k0) * depth;
+    for (int64_t i = 0; i < depth; i += kPackStep) {
+      const int64_t count = min_of(depth - i, kPackStep);
+      int64_t rows[kPackStep];
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t at = i + j;
+        rows[j] = (taps_inside ? at % taps * channels + at / taps : at) * kPanel<A>;
       }
+      visit(panel * depth * kPanel<A>, first + i, cols, count, rows);
     }
   }
 }
 
+// `taps_inside`: the weight is (K, C, kh, kw) in memory; else (K, kh, kw, C), which is
+// channels-last.
 template <class T>
-void pack(const ConvShape& s, const WeightStrides& strides, const void* weight, int64_t panel0,
-          int64_t panel1, void* packed) {
+void pack(const ConvShape& s, bool taps_inside, const void* weight, int64_t panel0, int64_t panel1,
+          void* packed) {
   using A = Acc<T>;
   const T* w = static_cast<const T*>(weight);
   A* p = static_cast<A*>(packed);
-  visit_packed<A>(s, strides, panel0, panel1, [=](int64_t to, int64_t from, int64_t cols) {
-    for (int64_t k = 0; k < cols; ++k) p[to + k] = to_acc(w[from + k * strides.k]);
-    for (int64_t k = cols; k < kPanel<A>; ++k) p[to + k] = 0;
-  });
+  const int64_t depth = s.depth();
+  visit_packed<A>(s, taps_inside, panel0, panel1,
+                  [=](int64_t to, int64_t from, int64_t cols, int64_t count, const int64_t* rows) {
+                    for (int64_t k = 0; k < cols; ++k) {
+                      for (int64_t j = 0; j < count; ++j)
+                        p[to + rows[j] + k] = to_acc(w[from + k * depth + j]);
+                    }
+                    for (int64_t k = cols; k < kPanel<A>; ++k) {
+                      for (int64_t j = 0; j < count; ++j) p[to + rows[j] + k] = 0;
+                    }
+                  });
 }
 
 template <class T>
@@ -334,11 +348,14 @@ void unpack(const ConvShape& s, const void* packed, void* weight) {
   using A = Acc<T>;
   const A* p = static_cast<const A*>(packed);
   A* w = static_cast<A*>(weight);
-  const WeightStrides strides{s.depth(), s.kh * s.kw, s.kw, 1};
-  const int64_t panels = s.groups * ceil_div(s.group_k(), kPanel<A>);
-  visit_packed<A>(s, strides, 0, panels, [=](int64_t from, int64_t to, int64_t cols) {
-    for (int64_t k = 0; k < cols; ++k) w[to + k * strides.k] = p[from + k];
-  });
+  const int64_t depth = s.depth();
+  visit_packed<A>(s, true, 0, s.groups * ceil_div(s.group_k(), kPanel<A>),
+                  [=](int64_t from, int64_t to, int64_t cols, int64_t count, const int64_t* rows) {
+                    for (int64_t k = 0; k < cols; ++k) {
+                      for (int64_t j = 0; j < count; ++j)
+                        w[to + k * depth + j] = p[from + rows[j] + k];
+                    }
+                  });
 }
 
 }  // namespace FR_ISA

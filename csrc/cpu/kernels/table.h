@@ -74,7 +74,7 @@ struct ConvBlock {
   int64_t n0, n1, row0, row1, col0, col1, panel0, panel1;
 };
 
-// Where a convolution's weight lies, in elements: k, c, r, s need not be contiguous.
+// Distances in a convolution's weight, in elements.
 struct WeightStrides {
   int64_t k, c, r, s;
 };
@@ -108,7 +108,7 @@ struct Kernels {
   int64_t (*conv_scratch_bytes)(const ConvShape&, const ConvBlock&);
   void (*conv)(const ConvForward&, const ConvBlock&, void* scratch);
   void (*max_pool)(const PoolForward&);
-  void (*pack)(const ConvShape&, const WeightStrides&, const void* weight, int64_t panel0,
+  void (*pack)(const ConvShape&, bool taps_inside, const void* weight, int64_t panel0,
                int64_t panel1, void* packed);
   void (*unpack)(const ConvShape&, const void* packed, void* weight);  // to contiguous
 };
