@@ -36,7 +36,8 @@ BATCH, SIZE = 4, 64
 SEEDS = {"resnet101": (0,), "resnet152": (0,)}
 DEFAULT_SEEDS = (0, 1)
 
-#: Winograd's algorithm, which only float32 has, gives digits for speed: it has a bound of its own.
+#: Winograd's algorithm, which only float32 has, may give digits for speed: up to this error it
+#: passes even where the ratio would not.
 WINOGRAD_BOUND = 5e-6
 
 #: Bound in float64, where the unfused network is the truth.
@@ -116,7 +117,8 @@ def _inference(
         own = relative_error(logits[dtype, "unfused"], truth)
         comparison = _comparison(f"{run}: logits", error, own, dtype)
         if dtype is torch.float32 and run == "frozen, Winograd":
-            comparison = Comparison(comparison.what, error, own, WINOGRAD_BOUND)
+            bound = max(comparison.bound, WINOGRAD_BOUND)
+            comparison = Comparison(comparison.what, error, own, bound)
         yield worst([comparison], name, "inference", dtype, "channels_last")
 
 
