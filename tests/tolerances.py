@@ -28,8 +28,9 @@ def error(result: Tensor, truth: Tensor) -> float:
 def assert_as_exact_as_pytorch(result: Tensor, eager: Tensor, truth: Tensor) -> None:
     """``result`` is as near to float64 as PyTorch's own run, and each element is near enough.
 
-    Where a float32 error is within the last place, a single bit decides the ratio and says nothing
-    (half precision rounds but once, which must show: truncation would double it); in float64 the truth is PyTorch's own run, and the elements' tolerance alone decides.
+    Where a float32 error is within the last place, a single bit decides the ratio and says nothing.
+    Half precision rounds but once, which must show: truncation would double its error. In float64
+    the truth is PyTorch's own run, and the elements' tolerance alone decides.
     """
     assert result.dtype == eager.dtype
     assert result.shape == truth.shape
