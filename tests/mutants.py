@@ -109,6 +109,12 @@ MUTANTS = [
         " + delta * delta * (total - size) * size / total",
         "",
     ),
+    Mutant(
+        "Winograd's output transform with a wrong coefficient",
+        "csrc/cpu/kernels/winograd.h",
+        "o[3] = d1 + 8.0f * d2 + m[5];",
+        "o[3] = d1 + 4.0f * d2 + m[5];",
+    ),
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
     Mutant(
         "backward mask lets zero pass",
