@@ -92,7 +92,7 @@ def extension(cuda: bool):
     macros += [("FR_WITH_CUDA", None)] if cuda else []
     files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
     if cuda:
-        files += sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu")
+        files += sources("csrc/cuda/host/*.cpp") + sources("csrc/cuda/*.cu")
     # Without -fopenmp at::parallel_for is serial. The linker does not get it: the runtime is the
     # one that torch brought, never a second one with threads of its own.
     flags = {"cxx": ["-O2", "-Wall", "-fopenmp"]} | ({"nvcc": ["-O3"]} if cuda else {})

@@ -1,13 +1,11 @@
-// Every operator's schema, and the Python module _C that loads them and says how it was built.
-//
-// All operators are functional: none writes to an argument. Running statistics are moved by
-// fused_resnet/ops.py from the batch statistics that bn_add_relu returns, as autograd wants it.
+// The operators' library, and the Python module _C that loads it and says how it was built.
 #include <torch/extension.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
+#include "schemas.h"
 #ifdef FR_WITH_CUDA
 #include "cuda/probe.h"
 #endif
@@ -15,38 +13,31 @@
 namespace py = pybind11;
 
 TORCH_LIBRARY(fused_resnet, m) {
-  // y, and in training the batch's mean and biased variance (else empty).
-  m.def(
-      "bn_add_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
-      "Tensor? running_var, Tensor? residual, bool training, float eps, bool relu) "
-      "-> (Tensor, Tensor, Tensor)");
-  // Gradients of x, weight, bias, residual; y is needed with relu only.
-  m.def(
-      "bn_add_relu_backward(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor mean, "
-      "Tensor var, bool training, float eps, bool relu, bool need_residual) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "conv_bn_add_relu(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? bn_weight, "
-      "Tensor? bn_bias, Tensor mean, Tensor var, Tensor? residual, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, float eps, bool relu) -> Tensor");
-  m.def(
-      "conv_bn_relu_maxpool(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? bn_weight, "
-      "Tensor? bn_bias, Tensor mean, Tensor var, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups, float eps, int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) "
-      "-> Tensor");
-  m.def("pack_conv_weight(Tensor weight, int groups) -> Tensor");
-  m.def("unpack_conv_weight(Tensor packed, int[] weight_shape, int groups) -> Tensor");
-  // For Winograd's algorithm; empty where that does not apply.
-  m.def(
-      "transform_conv_weight(Tensor weight, int[2] stride, int[2] dilation, int groups) -> Tensor");
-  m.def(
-      "conv_bn_add_relu_packed(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
-      "Tensor? residual, Tensor? transformed, int[] weight_shape, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, bool relu) -> Tensor");
-  m.def(
-      "conv_bn_relu_maxpool_packed(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
-      "int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-      "int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor");
+  for (const char* schema : fr::kSchemas) m.def(schema);
+}
+
+namespace {
+
+// Given its statistics, batch norm in training is batch norm in inference. It is an operator of its
+// own because its gradient is not: there the statistics depend on x.
+at::Tensor bn_add_relu_given(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& bias, const at::Tensor& mean,
+                             const at::Tensor& var, const std::optional<at::Tensor>& residual,
+                             double eps, bool relu) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fused_resnet::bn_add_relu", "")
+          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+              const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+              const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+              const std::optional<at::Tensor>&, bool, double, bool)>();
+  return std::get<0>(op.call(x, weight, bias, mean, var, residual, false, eps, relu));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
+  m.impl("bn_add_relu_given", &bn_add_relu_given);
 }
 
 namespace {
@@ -120,10 +111,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Whether transform_conv_weight returns anything but an empty tensor for float32.");
   // The operators themselves, through the dispatcher, for those who want them bare.
   const py::object ops = py::module_::import("torch").attr("ops").attr("fused_resnet");
-  for (const char* name :
-       {"bn_add_relu", "bn_add_relu_backward", "conv_bn_add_relu", "conv_bn_relu_maxpool",
-        "pack_conv_weight", "unpack_conv_weight", "transform_conv_weight",
-        "conv_bn_add_relu_packed", "conv_bn_relu_maxpool_packed"}) {
-    m.attr(name) = ops.attr(name);
+  for (const std::string schema : fr::kSchemas) {
+    const std::string name = schema.substr(0, schema.find('('));
+    m.attr(name.c_str()) = ops.attr(name.c_str());
   }
 }

@@ -20,21 +20,24 @@ inline void check_map(const char* op, const char* name, const at::Tensor& x) {
                    x.scalar_type());
 }
 
-inline void check_cpu(const char* op, const char* name, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, ": expected device cpu, got ", t.device());
+inline void check_device(const char* op, const char* name, const at::Tensor& t,
+                         const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), op, ": ", name, ": expected device ",
+                    like.device(), ", got ", t.device());
 }
 
+// `v` has an element for each channel and lies where `like` does.
 inline void check_vector(const char* op, const char* name, const std::optional<at::Tensor>& v,
-                         int64_t channels) {
+                         int64_t channels, const at::Tensor& like) {
   if (!v.has_value()) return;
   TORCH_CHECK_VALUE(v->dim() == 1 && v->size(0) == channels, op, ": ", name, ": expected shape [",
                     channels, "], got ", v->sizes());
   TORCH_CHECK_TYPE(at::isFloatingType(v->scalar_type()), op, ": ", name,
                    ": expected a floating-point dtype, got ", v->scalar_type());
-  check_cpu(op, name, *v);
+  check_device(op, name, *v, like);
 }
 
-// `t` has the shape and dtype that go with `like`.
+// `t` has the given shape, and the dtype and device of `like`.
 inline void check_same(const char* op, const char* name, const std::optional<at::Tensor>& t,
                        at::IntArrayRef shape, const at::Tensor& like) {
   if (!t.has_value()) return;
@@ -42,7 +45,7 @@ inline void check_same(const char* op, const char* name, const std::optional<at:
                     t->sizes());
   TORCH_CHECK_TYPE(t->scalar_type() == like.scalar_type(), op, ": ", name, ": expected dtype ",
                    like.scalar_type(), ", got ", t->scalar_type());
-  check_cpu(op, name, *t);
+  check_device(op, name, *t, like);
 }
 
 inline void check_pair(const char* op, const char* name, at::IntArrayRef v, int64_t least) {
@@ -55,7 +58,6 @@ inline ConvShape conv_shape(const char* op, const at::Tensor& x, at::IntArrayRef
                             at::IntArrayRef stride, at::IntArrayRef padding,
                             at::IntArrayRef dilation, int64_t groups) {
   check_map(op, "x", x);
-  check_cpu(op, "x", x);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   check_pair(op, "dilation", dilation, 1);

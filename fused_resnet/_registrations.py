@@ -1,6 +1,6 @@
 r"""Fake implementations and autograd formulas of the compiled operators.
 
-Schemas are in ``csrc/bindings.cpp``. Fakes answer for shapes, dtypes and strides under
+Schemas are in ``csrc/schemas.h``. Fakes answer for shapes, dtypes and strides under
 ``torch.compile`` and ``torch.export``; the formulas make the operators differentiable.
 """
 
@@ -84,6 +84,30 @@ def _bn_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 register_autograd("fused_resnet::bn_add_relu", _bn_backward, setup_context=_bn_setup)
+
+
+# bn_add_relu_given: the forward of inference, the gradient of training
+
+
+@register_fake("fused_resnet::bn_add_relu_given")
+def _(x, weight, bias, mean, var, residual, eps, relu):  # type: ignore[no-untyped-def]
+    return _map_like(x, x.shape)
+
+
+def _given_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, mean, var, residual, eps, relu = inputs
+    ctx.save_for_backward(x, output if relu else None, weight, mean, var)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
+    ctx.training, ctx.eps, ctx.relu = True, eps, relu
+
+
+def _given_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dx, dweight, dbias, _, _, dresidual, *rest = _bn_backward(ctx, grad)
+    return dx, dweight, dbias, None, None, dresidual, *rest[:-1]
+
+
+register_autograd("fused_resnet::bn_add_relu_given", _given_backward, setup_context=_given_setup)
 
 
 def _bn_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -214,6 +238,42 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 register_autograd("fused_resnet::conv_bn_add_relu", _conv_backward, setup_context=_conv_setup)
 
 
+# conv_statistics
+
+
+@register_fake("fused_resnet::conv_statistics")
+def _(x, weight, conv_bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    z = _map_like(x, _conv_shape(x, weight.shape, stride, padding, dilation))
+    statistic = x.new_empty((weight.shape[0],), dtype=_accumulator(x))
+    return z, statistic, torch.empty_like(statistic)
+
+
+def _statistics_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, weight, conv_bias, *ctx.geometry = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight)
+    ctx.bias_shape = None if conv_bias is None else list(conv_bias.shape)
+
+
+def _statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    """That of the convolution: bn_add_relu_given's gradient holds the statistics' part."""
+    x, weight = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad, x, weight, ctx.bias_shape, stride, padding, dilation, False, [0, 0], groups,
+        ctx.needs_input_grad[:3],
+    )  # fmt: skip
+    return dx, dweight, dbias, None, None, None, None
+
+
+register_autograd(
+    "fused_resnet::conv_statistics", _statistics_backward, setup_context=_statistics_setup
+)
+
+
 # conv_bn_relu_maxpool: called only where no gradient is wanted (see ops.py)
 
 
@@ -238,6 +298,8 @@ def _pool_shape(
 
 @register_fake("fused_resnet::pack_conv_weight")
 def _(weight, groups):  # type: ignore[no-untyped-def]
+    if weight.device.type == "cuda":
+        return weight.new_empty((weight.numel(),))
     wide = _accumulator(weight)
     return weight.new_empty(
         (_C.packed_conv_weight_numel(list(weight.shape), groups, wide is torch.float64),),
@@ -253,8 +315,10 @@ def _(packed, weight_shape, groups):  # type: ignore[no-untyped-def]
 @register_fake("fused_resnet::transform_conv_weight")
 def _(weight, stride, dilation, groups):  # type: ignore[no-untyped-def]
     shape = list(weight.shape)
-    fits = weight.dtype is torch.float32 and _C.winograd_fits(
-        shape, list(stride), list(dilation), groups
+    fits = (
+        weight.device.type != "cuda"
+        and weight.dtype is torch.float32
+        and _C.winograd_fits(shape, list(stride), list(dilation), groups)
     )
     return weight.new_empty((36 * shape[0] * shape[1] if fits else 0,))
 
@@ -276,3 +340,29 @@ def _(  # type: ignore[no-untyped-def]
     shape = _conv_shape(x, weight_shape, stride, padding, dilation)
     shape = _pool_shape(shape, pool_kernel, pool_stride, pool_padding)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@register_fake("fused_resnet::conv_bn_add_relu_planned")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, residual, residual_scale, residual_shift, weight_shape, stride,
+    padding, dilation, groups, relu, tile, split_k,
+):  # fmt: skip
+    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@register_fake("fused_resnet::conv_conv_add_relu_packed")
+def _(  # type: ignore[no-untyped-def]
+    x, x2, packed, shift, weight_shape, stride, padding, dilation, stride2, relu
+):  # fmt: skip
+    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@register_fake("fused_resnet::residual_block")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups
+):  # fmt: skip
+    channels = scale[2 if bottleneck else 1].shape[0]
+    size = [_window(n, 1, stride, 0, 1) for n in x.shape[2:]]
+    return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)

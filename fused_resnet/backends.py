@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -60,7 +61,8 @@ def _status(name: str) -> Status:
     if name in ("reference", "cpu"):
         return Status(True, "")
     if name == "cuda":
-        return Status(False, _why_no_cuda())
+        reason = _why_no_cuda()
+        return Status(not reason, reason)
     return Status(False, f"this version of fused_resnet has no {name} kernels")
 
 
@@ -73,7 +75,7 @@ def _why_no_cuda() -> str:
     if problem:
         archs = ", ".join(_C.build_info()["cuda_archs"])
         return f"this build holds code for {archs}, and the device says: {problem}"
-    return "this version of fused_resnet has no CUDA kernels"
+    return ""
 
 
 @contextlib.contextmanager
@@ -124,23 +126,40 @@ def current_backend() -> str:
     return "auto"
 
 
-def select(op: str, device_type: str) -> str:
-    """The backend that runs ``op`` on a tensor of this device type: ``"cpu"`` or ``"reference"``.
+def select(op: str, x: torch.Tensor) -> str:
+    """The backend that runs ``op`` on ``x``: ``"cpu"``, ``"cuda"`` or ``"reference"``.
 
-    Meta tensors take the route of the compiled operator, whose fake answers for them.
+    Left to itself the choice is the device's own kernels, and the reference where there are none:
+    for float64 on a CUDA device, or on another kind of device. Meta tensors take the route of a
+    compiled operator, whose fake answers for them.
 
     Raises:
         BackendUnavailable: The forced backend does not run on that device.
     """
-    choice = current_backend()
-    compiled = device_type in ("cpu", "meta")
+    choice, device = current_backend(), x.device.type
+    if choice == "reference":
+        return choice
     if choice == "auto":
-        return "cpu" if compiled else "reference"
-    if choice == "cpu" and not compiled:
+        if device in ("cpu", "meta"):
+            return "cpu"
+        cuda = device == "cuda" and x.dtype is not torch.float64 and _cuda_runs(x.device.index)
+        return "cuda" if cuda else "reference"
+    if device not in (choice, "meta"):
         raise BackendUnavailable(
-            f"{op}: backend 'cpu' was asked for, but the input is on {device_type!r}"
+            f"{op}: backend {choice!r} was asked for, but the input is on {device!r}"
         )
     return choice
+
+
+@torch.compiler.assume_constant_result
+def _cuda_runs(device: int) -> bool:
+    """Whether this build has CUDA kernels for that device, which does not change in a process."""
+    return not _cuda_problem(device)
+
+
+@functools.cache
+def _cuda_problem(device: int) -> str:
+    return _C.cuda_device_problem(device)
 
 
 def build_info() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from . import ops
 from .backends import BackendUnavailable, select
 from .blocks import Group, Packed, ResNetRoute, Route, padding_of
 from .checks import DTYPES
+from .frozen_block import FrozenBlock, is_block
 from .fuse import derive, fuse
 from .parts import in_parts
 
@@ -41,7 +42,8 @@ def freeze(
     it was. The copy shares nothing with the model: later training does not reach it.
 
     Args:
-        model: Any module on the CPU; :func:`fused_resnet.fuse` is applied first. It is not changed.
+        model: Any module on the CPU or on one CUDA device; :func:`fused_resnet.fuse` is applied
+            first. It is not changed.
         dtype: float32, float64, bfloat16 or float16, of the feature maps and of the parameters that
             are left; None keeps the model's own.
         winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm in float32:
@@ -56,7 +58,7 @@ def freeze(
     Raises:
         TypeError: ``model`` is not a module; ``dtype`` is not one of these.
         ValueError: ``model`` is already frozen.
-        BackendUnavailable: A parameter is not on the CPU.
+        BackendUnavailable: A parameter is on another kind of device, or not where the others are.
     """
     if dtype is not None and dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
@@ -71,8 +73,7 @@ def freeze(
         _own_tensors(frozen, dtype)
     for module in frozen.modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            mixin = FrozenResNet if isinstance(module, ResNetRoute) else Frozen
-            module.__class__ = derive(type(module), mixin)
+            module.__class__ = derive(type(module), _mixin(module))
     if not isinstance(frozen, torch.jit.ScriptModule):
         frozen.__class__ = derive(type(frozen), FrozenRoot)
         frozen.frozen_dtype = own or torch.float32  # type: ignore[assignment]
@@ -105,6 +106,12 @@ class Frozen(nn.Module):
             if probe.dtype != dtype or probe.device != device:
                 raise RuntimeError(_refusal(f"conversion to {probe.dtype} on {probe.device}"))
         return super()._apply(fn, recurse)
+
+
+def _mixin(module: nn.Module) -> type[Frozen]:
+    if isinstance(module, ResNetRoute):
+        return FrozenResNet
+    return FrozenResidual if is_block(module) else Frozen
 
 
 def _refusal(what: str) -> str:
@@ -159,6 +166,10 @@ class FrozenResNet(Frozen):
         return in_parts(self, super()._early_stages, x)  # type: ignore[misc]
 
 
+class FrozenResidual(FrozenBlock, Frozen):
+    """Mixed into a residual block: on CUDA it is one operation."""
+
+
 class FrozenConv(Frozen, Packed):
     """A whole group: packed weight, folded batch norm, and whether ReLU and max-pool follow.
 
@@ -188,9 +199,9 @@ class FrozenConv(Frozen, Packed):
         winograd: bool,
     ) -> None:
         super().__init__()
-        own = dtype or conv.weight.dtype
-        wide = torch.float64 if own is torch.float64 else torch.float32
-        self.winograd = winograd and own is torch.float32
+        self.dtype = dtype or conv.weight.dtype
+        wide = torch.float64 if self.dtype is torch.float64 else torch.float32
+        self.winograd = winograd and self.dtype is torch.float32
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.groups = conv.kernel_size, conv.groups
         self.weight_shape: tuple[int, ...] = tuple(conv.weight.shape)
@@ -213,15 +224,16 @@ class FrozenConv(Frozen, Packed):
             "groups": self.groups,
         }
         scale, shift = _fold(conv, bn)
-        self._set_weight(conv.weight.to(wide))
+        self._set_weight(conv.weight)
         self.register_buffer("scale", scale.to(wide))
         self.register_buffer("shift", shift.to(wide))
         self.training = False
 
     def _set_weight(self, weight: Tensor) -> None:
+        weight = weight.to(packed_dtype(self.dtype, weight.device))
         self.register_buffer("packed", ops.pack_conv_weight(weight, self.groups))
         transformed = None
-        if self.winograd and weight.numel() <= WINOGRAD_NUMEL:
+        if self.winograd and not weight.is_cuda and weight.numel() <= WINOGRAD_NUMEL:
             transformed = ops.transform_conv_weight(
                 weight,
                 stride=self.stride,  # type: ignore[arg-type]
@@ -238,7 +250,7 @@ class FrozenConv(Frozen, Packed):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(N, C, H, W)``, and a residual like the result, to the result, channels_last."""
-        if select("conv_bn_add_relu_packed", x.device.type) == "reference":
+        if select("conv_bn_add_relu_packed", x) == "reference":
             return self._reference(x, residual)
         packed, scale, shift = self.packed, self.scale, self.shift
         if self.pool is not None:
@@ -317,12 +329,19 @@ class FrozenConv(Frozen, Packed):
                     f"size mismatch for {prefix}{name}: expected {shape}, got {tuple(value.shape)}"
                 )
             elif name == "weight":
-                self._set_weight(value.to(self.packed.dtype))
+                self._set_weight(value.to(self.packed.device))
             else:
                 getattr(self, name).copy_(value)
         if strict:
             known = {prefix + name for name in shapes}
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+
+
+def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the weight for maps of a dtype: CUDA's kernels multiply as stored, the CPU's in float32."""
+    if device.type == "cuda" or dtype is torch.float64:
+        return dtype
+    return torch.float32
 
 
 class Folded(nn.Identity):
@@ -361,11 +380,13 @@ def _freeze_groups(owner: Route, dtype: torch.dtype | None, winograd: bool) -> N
 
 
 def _check_device(model: nn.Module) -> None:
+    first: torch.device | None = None
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.device.type != "cpu":
+        first = first or tensor.device
+        if tensor.device.type not in ("cpu", "cuda") or tensor.device != first:
             raise BackendUnavailable(
-                f"freeze: this version packs weights for the CPU only, and {name} is on "
-                f"{tensor.device}; move the model to the CPU first"
+                f"freeze: weights are packed for the CPU or for one CUDA device, and {name} is on "
+                f"{tensor.device}; move the model to one of them first"
             )
 
 

@@ -9,12 +9,14 @@ float16 tensors and float64 for float64; a result is rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, reference
-from .backends import select
+from .backends import current_backend, select
 from .checks import Pair
 from .reference import IntOrPair
 
@@ -73,7 +75,7 @@ def bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, tuple(x.shape))
     checks.residual(op, residual, tuple(x.shape), x)
 
-    if select(op, x.device.type) == "reference":
+    if select(op, x) == "reference":
         return reference.bn_add_relu(
             x,
             bn_weight,
@@ -120,7 +122,8 @@ def conv_bn_add_relu(
     In inference one kernel does it all, with batch norm, residual and ReLU applied while the
     convolution's result is still in registers; that result is never stored, and the gradient does
     not need it (see ``_registrations.py``). In training the batch statistics need all of it first:
-    the convolution is PyTorch's and what follows is :func:`bn_add_relu`.
+    the convolution is PyTorch's and what follows is :func:`bn_add_relu`. Where the ``cuda`` backend
+    was asked for by name it is ours, and leaves the statistics as it goes.
 
     Args:
         x: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
@@ -163,7 +166,8 @@ def conv_bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, shape)
     checks.residual(op, residual, shape, x)
 
-    if select(op, x.device.type) != "reference" and not training:
+    backend = select(op, x)
+    if backend != "reference" and not training:
         return _compiled.conv_bn_add_relu(
             x,
             conv_weight,
@@ -180,6 +184,14 @@ def conv_bn_add_relu(
             eps,
             relu,
         )
+    if backend == "cuda" and current_backend() == "cuda":
+        z, mean, var = _compiled.conv_statistics(
+            x, conv_weight, conv_bias, stride, padding, dilation, groups
+        )
+        y = _compiled.bn_add_relu_given(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        if running_mean is not None and running_var is not None:
+            _update_running(running_mean, running_var, mean, var, momentum, count)
+        return y
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
         z,
@@ -263,7 +275,7 @@ def conv_bn_relu_maxpool(
     _check_bn(op, x, shape[1], bn_weight, bn_bias, running_mean, running_var)
     pool = checks.pool(op, shape, pool_kernel, pool_stride, pool_padding)
 
-    one_pass = select(op, x.device.type) != "reference" and not training
+    one_pass = select(op, x) != "reference" and not training
     if one_pass and not _wants_grad(x, conv_weight, conv_bias, bn_weight, bn_bias):
         checks.statistics(op, running_mean, running_var, training, 0, shape)
         return _compiled.conv_bn_relu_maxpool(
@@ -304,12 +316,13 @@ def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """Lay a convolution's weight out for this machine's kernels.
 
     Args:
-        weight: ``(K, C / groups, kh, kw)`` on the CPU; float32, bfloat16, float16 (packed as
-            float32) or float64.
+        weight: ``(K, C / groups, kh, kw)`` on the CPU or on CUDA; float32, bfloat16, float16 or
+            float64.
         groups: Number of independent groups of channels.
 
     Returns:
-        A vector whose layout depends on the instruction set in use: rebuild it, do not ship it.
+        A vector whose layout depends on the device and the instruction set in use: rebuild it, do
+        not ship it. On the CPU bfloat16 and float16 are packed as float32; on CUDA as they are.
 
     Raises:
         ValueError: Wrong rank, or groups that do not divide K.
@@ -329,7 +342,7 @@ def unpack_conv_weight(
         groups: As it was packed.
 
     Returns:
-        The weight, float32 or float64 as it was packed.
+        The weight, in the dtype that it was packed in.
 
     Raises:
         ValueError: ``packed`` does not belong to that shape.
@@ -391,7 +404,7 @@ def conv_bn_add_relu_packed(
     .. math:: y = \max(0,\; \mathrm{scale} \cdot (w * x) + \mathrm{shift} + r)
 
     Args:
-        x: ``(N, C, H, W)`` on the CPU, float32, bfloat16, float16 or float64.
+        x: ``(N, C, H, W)``; float32, bfloat16, float16, and on the CPU float64.
         packed: From :func:`pack_conv_weight`.
         scale: ``(K,)``, float32 (float64 for float64 ``x``).
         shift: As ``scale``.
@@ -483,6 +496,60 @@ def conv_bn_relu_maxpool_packed(
         checks.pair(op, "pool_kernel", pool_kernel, 1),
         checks.pair(op, "pool_stride", pool_stride, 1),
         checks.pair(op, "pool_padding", pool_padding, 0),
+    )
+
+
+def residual_block(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    *,
+    joined: Tensor | None = None,
+    joined_shift: Tensor | None = None,
+    bottleneck: bool,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""A whole frozen residual block; no gradient.
+
+    .. math:: y = \max(0,\; f_n(\max(0, f_{n-1}(\dots \max(0, f_1(x))))) + s(x))
+
+    with :math:`f_i(h) = \mathrm{scale}_i (w_i * h) + \mathrm{shift}_i`. A basic block has two 3x3
+    convolutions, the stride on the first; a bottleneck has 1x1, 3x3 and 1x1, the stride, dilation
+    and groups on the 3x3. The shortcut :math:`s` is the identity, or a 1x1 convolution with the
+    stride and its affine step.
+
+    On CUDA a bottleneck of 64 or 128 middle channels, in float16 and bfloat16, runs its last two
+    convolutions as one kernel that keeps what is between them on chip.
+
+    Args:
+        x: ``(N, C, H, W)`` on the CPU or on CUDA.
+        packed: From :func:`pack_conv_weight`, for each convolution of the block in order, and then
+            for the shortcut's if it has one.
+        scale: ``(K,)`` of each; float32 (float64 for float64 ``x``).
+        shift: As ``scale``.
+        joined: On CUDA, the weights of the last convolution and of the shortcut, each times its
+            scale, one filter of both after another: the two then run as one sum. None: two.
+        joined_shift: The sum of their shifts.
+        bottleneck: Which kind of block.
+        stride: Of the block, in both directions.
+        dilation: Of a bottleneck's 3x3.
+        groups: Of a bottleneck's 3x3.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
+
+    Raises:
+        ValueError: A wrong number of tensors, or shapes that do not fit each other.
+        TypeError: Wrong dtype.
+
+    Source:
+        He et al., 2015, figure 5; the position of the stride is torchvision's.
+    """
+    return _compiled.residual_block(
+        x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups
     )
 
 

@@ -35,7 +35,7 @@ def in_parts(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -
         forward: Takes ``(N, C, H, W)``, returns ``(N, ...)``.
         x: ``(N, C, H, W)``.
     """
-    if torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return forward(x)
     pixel_bytes = ELEMENTS_PER_PIXEL * x.element_size()
     images = MAP_BYTES // max(x.shape[2] * x.shape[3] * pixel_bytes, 1)

@@ -93,12 +93,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cpu(
     const OptionalTensor& residual, bool training, double eps, bool relu) {
   const char* op = "bn_add_relu";
   check_map(op, "x", x);
-  check_cpu(op, "x", x);
   const int64_t channels = x.size(1);
-  check_vector(op, "weight", weight, channels);
-  check_vector(op, "bias", bias, channels);
-  check_vector(op, "running_mean", running_mean, channels);
-  check_vector(op, "running_var", running_var, channels);
+  check_vector(op, "weight", weight, channels, x);
+  check_vector(op, "bias", bias, channels, x);
+  check_vector(op, "running_mean", running_mean, channels, x);
+  check_vector(op, "running_var", running_var, channels, x);
   check_same(op, "residual", residual, x.sizes(), x);
   TORCH_CHECK_VALUE(training || (running_mean && running_var), op,
                     ": running_mean, running_var: expected tensors when not training, got None");
@@ -143,13 +142,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
     double eps, bool relu, bool need_residual) {
   const char* op = "bn_add_relu_backward";
   check_map(op, "x", x);
-  check_cpu(op, "x", x);
   const int64_t channels = x.size(1);
   check_same(op, "grad", grad, x.sizes(), x);
   check_same(op, "y", y, x.sizes(), x);
-  check_vector(op, "weight", weight, channels);
-  check_vector(op, "mean", mean, channels);
-  check_vector(op, "var", var, channels);
+  check_vector(op, "weight", weight, channels, x);
+  check_vector(op, "mean", mean, channels, x);
+  check_vector(op, "var", var, channels, x);
   TORCH_CHECK_VALUE(y || !relu, op, ": y: expected a tensor when relu=True, got None");
 
   const auto format = x.suggest_memory_format();

@@ -47,6 +47,8 @@ at::Tensor conv_bn_add_relu_cpu(const at::Tensor& x, const at::Tensor& weight,
   return run(call, [&] { run_conv(call.dtype, call.args); }).contiguous(x.suggest_memory_format());
 }
 
+}  // namespace
+
 at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
                                        const at::Tensor& scale, const at::Tensor& shift,
                                        const OptionalTensor& residual,
@@ -68,8 +70,6 @@ at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& pa
   return run(call, [&] { run_conv(call.dtype, call.args); });
 }
 
-}  // namespace
-
 ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
                  const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
                  const OptionalTensor& bn_bias, const at::Tensor& mean, const at::Tensor& var,
@@ -77,11 +77,11 @@ ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
   ConvCall call;
   call.args.shape = conv_shape(op, x, weight.sizes(), g.stride, g.padding, g.dilation, g.groups);
   check_same(op, "weight", weight, weight.sizes(), x);
-  check_vector(op, "conv_bias", conv_bias, weight.size(0));
-  check_vector(op, "bn_weight", bn_weight, weight.size(0));
-  check_vector(op, "bn_bias", bn_bias, weight.size(0));
-  check_vector(op, "mean", mean, weight.size(0));
-  check_vector(op, "var", var, weight.size(0));
+  check_vector(op, "conv_bias", conv_bias, weight.size(0), x);
+  check_vector(op, "bn_weight", bn_weight, weight.size(0), x);
+  check_vector(op, "bn_bias", bn_bias, weight.size(0), x);
+  check_vector(op, "mean", mean, weight.size(0), x);
+  check_vector(op, "var", var, weight.size(0), x);
   call.packed = pack_weight(weight, call.args.shape);
   call.folded = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, accumulator(x.scalar_type()));
   bind_operands(op, call, x, residual, relu);
@@ -98,7 +98,7 @@ ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& p
   const auto type = accumulator(x.scalar_type());
   const int64_t numel = packed_numel(s, kernels().panel[dtype_of(type)]);
   const auto check = [&](const char* name, const at::Tensor& t, int64_t size) {
-    check_vector(op, name, t, size);
+    check_vector(op, name, t, size, x);
     TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, ", got ",
                      t.scalar_type());
   };

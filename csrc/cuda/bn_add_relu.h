@@ -1,0 +1,33 @@
+// Launchers of batch norm's kernels: raw pointers and plain numbers, no torch header.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/bn_params.cuh"
+#include "storage.h"
+
+namespace fr {
+
+// How a map of `images` x `channels` x `plane` is gone over. `by_packs` says that 16 bytes at a
+// time will do: that all maps begin at multiples of that, and that packs fill the channels
+// (channels-last) or the plane. Wants images * plane < 2^30.
+BnMap plan_bn(int64_t images, int64_t channels, int64_t plane, bool channels_last, Storage storage,
+              bool by_packs, int multiprocessors);
+
+// Floats of partial results that the reducing kernels leave, of the statistics and of the backward.
+int64_t bn_partial_numel(const BnMap& map);
+int64_t bn_backward_partial_numel(const BnMap& map);
+
+// All take maps of the type `storage`, gone over as `by_packs` said.
+cudaError_t bn_statistics(const BnStatisticsParams& params, Storage storage, bool by_packs,
+                          cudaStream_t stream);
+cudaError_t bn_statistics_finish(const BnStatisticsFinishParams& params, cudaStream_t stream);
+cudaError_t bn_add_relu(const BnForwardParams& params, Storage storage, bool by_packs,
+                        cudaStream_t stream);
+cudaError_t bn_backward_reduce(const BnBackwardReduceParams& params, Storage storage, bool by_packs,
+                               cudaStream_t stream);
+cudaError_t bn_backward_finish(const BnBackwardFinishParams& params, cudaStream_t stream);
+cudaError_t bn_backward(const BnBackwardParams& params, Storage storage, bool by_packs,
+                        cudaStream_t stream);
+
+}  // namespace fr

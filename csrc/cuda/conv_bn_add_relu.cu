@@ -1,0 +1,135 @@
+#include "conv_bn_add_relu.h"
+#include "conv_tiles.cuh"
+#include "kernels/conv_statistics.cuh"
+
+namespace fr {
+namespace {
+
+template <class T>
+constexpr ConvTileInfo kInfo{T::kM, T::kN, T::kWarpM};
+
+constexpr ConvTileInfo kTiles[kConvTiles] = {kInfo<Tiles<void>::Large>, kInfo<Tiles<void>::Tall>,
+                                             kInfo<Tiles<void>::Small>};
+// Share of the peak that a tile's inner loop is taken to reach: it grows with the flops done for
+// each byte that is brought into shared memory.
+constexpr double kEfficiency[kConvTiles] = {0.8, 0.7, 0.5};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int element_bytes(ConvPrecision precision) {
+  return precision == ConvPrecision::kFloat16 || precision == ConvPrecision::kBFloat16 ? 2 : 4;
+}
+
+int depth_steps(const ConvParams& p, ConvPrecision precision) {
+  return static_cast<int>(ceil_div(p.depth, kStageRowBytes / element_bytes(precision)));
+}
+
+int64_t blocks(const ConvParams& p, int tile) {
+  return ceil_div(p.rows, kTiles[tile].m) * ceil_div(p.group_k, kTiles[tile].n) *
+         (p.epilogue.k / p.group_k);
+}
+
+// Clock cycles until the last multiprocessor is done. The constants are round numbers for the cards
+// since 2020, and only ratios matter: products a cycle, bytes a cycle and multiprocessor, cycles to
+// fill a pipeline and to drain it through the epilogue, and cycles of a second launch.
+double cost(const ConvParams& p, ConvPrecision precision, const ConvPlan& plan, int processors) {
+  constexpr double kProducts[] = {1024, 1024, 512, 128};
+  constexpr double kBytes = 10, kFixed = 2000, kLaunch = 3000;
+  const ConvTileInfo& tile = kTiles[plan.tile];
+  const double depth = static_cast<double>(kStageRowBytes) / element_bytes(precision) *
+                       ceil_div(depth_steps(p, precision), plan.split_k);
+  const double block =
+      tile.m * tile.n * depth / (kProducts[static_cast<int>(precision)] * kEfficiency[plan.tile]);
+  const int64_t rounds = ceil_div(blocks(p, plan.tile) * plan.split_k, processors);
+  double cycles = static_cast<double>(rounds) * (block + kFixed);
+  if (plan.split_k > 1) {
+    const double partial = static_cast<double>(conv_partial_numel(p, plan)) * sizeof(float);
+    cycles += kLaunch + 2 * partial / (kBytes * processors);
+  }
+  return cycles;
+}
+
+}  // namespace
+
+ConvTileInfo conv_tile(int tile) { return kTiles[tile]; }
+
+ConvParams conv_params(const ConvShape& s) {
+  const auto as_int = [](int64_t v) { return static_cast<int>(v); };
+  ConvParams p{};
+  p.image = {nullptr,         as_int(s.h),     as_int(s.w),          as_int(s.c),
+             as_int(s.kh),    as_int(s.kw),    as_int(s.stride_h),   as_int(s.stride_w),
+             as_int(s.pad_h), as_int(s.pad_w), as_int(s.dilation_h), as_int(s.dilation_w)};
+  p.epilogue.k = as_int(s.k);
+  p.rows = as_int(s.n * s.out_h() * s.out_w());
+  p.out_h = as_int(s.out_h());
+  p.out_w = as_int(s.out_w());
+  p.group_c = as_int(s.group_c());
+  p.group_k = as_int(s.group_k());
+  p.depth = as_int(s.depth());
+  return p;
+}
+
+bool conv_by_packs(const ConvParams& p, ConvPrecision precision, bool aligned) {
+  const int pack = 16 / element_bytes(precision);
+  return aligned && p.group_c % pack == 0 && p.second.c % pack == 0;
+}
+
+ConvPlan plan_conv(const ConvParams& p, ConvPrecision precision, bool aligned, bool may_split,
+                   int multiprocessors) {
+  // A part of less than this many steps would be all pipeline filling.
+  constexpr int kLeastSteps = 8, kMostSplits = 16;
+  const int most = may_split ? depth_steps(p, precision) / kLeastSteps : 1;
+  ConvPlan best{0, 1};
+  double best_cost = -1;
+  const int first = conv_by_packs(p, precision, aligned) ? 0 : kConvTiles - 1;
+  for (int tile = first; tile < kConvTiles; ++tile) {
+    for (int splits = 1; splits == 1 || (splits <= most && splits <= kMostSplits); splits *= 2) {
+      const double cycles = cost(p, precision, {tile, splits}, multiprocessors);
+      if (best_cost < 0 || cycles < best_cost) {
+        best = {tile, splits};
+        best_cost = cycles;
+      }
+    }
+  }
+  return best;
+}
+
+int64_t conv_partial_numel(const ConvParams& p, const ConvPlan& plan) {
+  return plan.split_k == 1 ? 0 : static_cast<int64_t>(plan.split_k) * p.rows * p.epilogue.k;
+}
+
+int conv_slabs(const ConvParams& p, const ConvPlan& plan) {
+  const ConvTileInfo& tile = kTiles[plan.tile];
+  return static_cast<int>(ceil_div(p.rows, tile.m) * (tile.m / tile.slab_rows));
+}
+
+cudaError_t conv_bn_add_relu(ConvParams p, ConvPrecision precision, const ConvPlan& plan,
+                             bool aligned, cudaStream_t stream) {
+  if (p.rows == 0) return cudaSuccess;
+  const bool by_packs = conv_by_packs(p, precision, aligned);
+  if (!by_packs && (p.second.c > 0 || plan.tile != kConvTiles - 1)) return cudaErrorInvalidValue;
+  p.epilogue.vector = aligned && p.group_k % (16 / element_bytes(precision)) == 0;
+  const ConvLaunch call{p, plan.tile, plan.split_k, by_packs};
+  switch (precision) {
+    case ConvPrecision::kFloat16:
+      return launch_conv<Float16>(call, stream);
+    case ConvPrecision::kBFloat16:
+      return launch_conv<BFloat16>(call, stream);
+    case ConvPrecision::kTf32:
+      return launch_conv<Tf32>(call, stream);
+    default:
+      return launch_conv<Float32>(call, stream);
+  }
+}
+
+cudaError_t conv_statistics(const ConvParams& p, const ConvPlan& plan, float* mean, float* var,
+                            cudaStream_t stream) {
+  const ConvStatisticsParams args{
+      p.statistics, mean,        var, conv_slabs(p, plan), kTiles[plan.tile].slab_rows,
+      p.rows,       p.epilogue.k};
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.epilogue.k, kStatisticsLanes)));
+  return launch(conv_statistics_kernel, grid, dim3(kStatisticsLanes, kStatisticsWays),
+                kStatisticsLanes * kStatisticsWays * sizeof(Moments), stream, args);
+}
+
+}  // namespace fr

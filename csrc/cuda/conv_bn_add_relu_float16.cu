@@ -1,0 +1,7 @@
+#include "conv_launch.cuh"
+
+namespace fr {
+
+template cudaError_t launch_conv<Float16>(const ConvLaunch& call, cudaStream_t stream);
+
+}  // namespace fr

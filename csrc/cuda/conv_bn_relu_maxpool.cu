@@ -1,0 +1,111 @@
+#include <algorithm>
+#include <limits>
+
+#include "conv_bn_relu_maxpool.h"
+#include "kernels/conv_bn_relu_maxpool.cuh"
+
+namespace fr {
+namespace {
+
+// What every card since 2020 grants a block, less what the driver takes.
+constexpr int64_t kMostSharedBytes = 96 * 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
+
+// As the kernel takes it from its arena.
+int64_t shared_bytes(const StemParams& p) {
+  const auto buffer = [](int64_t bytes) { return round_up(bytes, 128); };
+  return buffer(static_cast<int64_t>(p.patch_rows) * p.patch_pitch * 2) +
+         buffer(static_cast<int64_t>(kStemChannels) * (p.depth + kStemPad) * 2) +
+         buffer(p.depth / 2 * static_cast<int64_t>(sizeof(StemPlace))) +
+         buffer(kStemChannels * static_cast<int64_t>(sizeof(float2))) +
+         buffer(kStemRows * (kStemChannels + kStemPad) * 2);
+}
+
+// Whether pixels lie at even places and a pair of k is two neighbouring elements.
+bool paired(const StemParams& p) {
+  return p.image.stride_w * p.image.c % 2 == 0 && (p.image.dilation_w == 1 || p.image.c % 2 == 0);
+}
+
+void set_tile(StemParams* p, int tile_h, int tile_w) {
+  const ConvImage& m = p->image;
+  p->tile_h = tile_h;
+  p->tile_w = tile_w;
+  p->conv_rows = (tile_h - 1) * p->pool.stride_h + p->pool.kernel_h;
+  p->conv_cols = (tile_w - 1) * p->pool.stride_w + p->pool.kernel_w;
+  p->patch_rows = (p->conv_rows - 1) * m.stride_h + (m.kh - 1) * m.dilation_h + 1;
+  const int64_t patch_cols = (p->conv_cols - 1) * m.stride_w + (m.kw - 1) * m.dilation_w + 1;
+  // One more than its content, for the word that a row's last element shares with padding.
+  p->patch_pitch = static_cast<int>(round_up(patch_cols * m.c + 1, 2));
+  p->tiles_y = static_cast<int>(ceil_div(p->out_h, tile_h));
+  p->tiles_x = static_cast<int>(ceil_div(p->out_w, tile_w));
+}
+
+template <class Precision>
+cudaError_t launch_stem(const StemParams& p, int multiprocessors, cudaStream_t stream) {
+  constexpr int kBlocks = 2;
+  const dim3 grid(static_cast<unsigned>(std::min(p.tiles, kBlocks * multiprocessors)),
+                  static_cast<unsigned>(ceil_div(p.k, kStemChannels)));
+  const auto kernel = paired(p) ? conv_bn_relu_maxpool_kernel<Precision, true>
+                                : conv_bn_relu_maxpool_kernel<Precision, false>;
+  return launch(kernel, grid, dim3(kStemThreads), static_cast<size_t>(shared_bytes(p)), stream, p);
+}
+
+}  // namespace
+
+bool plan_stem(const ConvShape& s, const PoolWindow& pool, Storage storage, StemParams* p) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  const auto as_int = [](int64_t v) { return static_cast<int>(v); };
+  const int64_t out_h = pooled(s.out_h(), pool.kernel_h, pool.stride_h, pool.pad_h);
+  const int64_t out_w = pooled(s.out_w(), pool.kernel_w, pool.stride_w, pool.pad_w);
+  // Places in one image, and the filters', are counted in 32 bits.
+  const int64_t depth = round_up(s.kh * round_up(s.kw * s.c, 2), 16);
+  const bool fits = storage != Storage::kFloat32 && s.groups == 1 &&
+                    depth * kStemChannels * 2 < kMostSharedBytes && s.k * depth < kMost &&
+                    (s.h + 2 * s.pad_h) * (s.w + 2 * s.pad_w) * s.c < kMost &&
+                    s.n * out_h * out_w < kMost;
+  if (!fits) return false;
+  p->image = {nullptr,         as_int(s.h),     as_int(s.w),          as_int(s.c),
+              as_int(s.kh),    as_int(s.kw),    as_int(s.stride_h),   as_int(s.stride_w),
+              as_int(s.pad_h), as_int(s.pad_w), as_int(s.dilation_h), as_int(s.dilation_w)};
+  p->pool = pool;
+  p->k = as_int(s.k);
+  p->conv_h = as_int(s.out_h());
+  p->conv_w = as_int(s.out_w());
+  p->out_h = as_int(out_h);
+  p->out_w = as_int(out_w);
+  p->row_depth = as_int(round_up(s.kw * s.c, 2));
+  p->depth = as_int(depth);
+
+  // The tile of which the map wants fewest; of those the smallest.
+  StemParams best = *p;
+  int64_t best_tiles = kMost, best_pixels = 0;
+  for (int h = 1; h <= std::min<int64_t>(out_h, kStemRows); ++h) {
+    for (int w = 1; w <= out_w; ++w) {
+      set_tile(p, h, w);
+      const int64_t pixels = int64_t{p->conv_rows} * p->conv_cols;
+      const int64_t patch = int64_t{p->patch_rows} * p->patch_pitch;
+      if (pixels > kStemRows || patch > kMostSharedBytes / 2) break;
+      const int64_t tiles = int64_t{p->tiles_y} * p->tiles_x;
+      const bool better = tiles < best_tiles || (tiles == best_tiles && pixels < best_pixels);
+      if (!better || shared_bytes(*p) > kMostSharedBytes) continue;
+      best = *p;
+      best_tiles = tiles;
+      best_pixels = pixels;
+    }
+  }
+  if (best_tiles == kMost) return false;
+  *p = best;
+  p->tiles = as_int(s.n * best_tiles);
+  return true;
+}
+
+cudaError_t conv_bn_relu_maxpool(const StemParams& p, Storage storage, int multiprocessors,
+                                 cudaStream_t stream) {
+  if (p.tiles == 0) return cudaSuccess;
+  return storage == Storage::kFloat16 ? launch_stem<Float16>(p, multiprocessors, stream)
+                                      : launch_stem<BFloat16>(p, multiprocessors, stream);
+}
+
+}  // namespace fr

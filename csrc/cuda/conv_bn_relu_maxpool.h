@@ -1,0 +1,24 @@
+// Launcher of the stem's kernel: raw pointers and plain numbers, no torch header.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../conv_shape.h"
+#include "kernels/stem_params.cuh"
+#include "storage.h"
+
+namespace fr {
+
+// Pixels of the pooled map along one side.
+inline int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
+  return (size + 2 * padding - kernel) / stride + 1;
+}
+
+// Fills in all but operands. False where there is no tile that fits: groups, a pooling window or a
+// filter too large, or a type that is not of 16 bits.
+bool plan_stem(const ConvShape& shape, const PoolWindow& pool, Storage storage, StemParams* params);
+
+cudaError_t conv_bn_relu_maxpool(const StemParams& params, Storage storage, int multiprocessors,
+                                 cudaStream_t stream);
+
+}  // namespace fr

@@ -1,0 +1,37 @@
+// The table of tiles, and what a file that holds one precision's kernels offers. Each precision is
+// compiled by itself, so that a build spreads over the processors.
+#pragma once
+
+#include "conv_bn_add_relu.h"
+#include "kernels/conv_bn_add_relu.cuh"
+
+namespace fr {
+
+//                     m, n, warps, stages, blocks
+template <class Precision>
+struct Tiles {
+  using Large = Tile<128, 128, 2, 4, 4, 2>;
+  using Tall = Tile<128, 64, 2, 2, 4, 3>;
+  using Small = Tile<64, 64, 2, 2, 4, 4>;
+};
+
+// Ordinary cores hold operands of four products at once where tensor cores hold one fragment: with
+// as few registers the larger tiles would spill.
+template <>
+struct Tiles<Float32> : Tiles<void> {
+  using Large = Tile<128, 128, 2, 4, 4, 1>;
+  using Tall = Tile<128, 64, 2, 2, 4, 2>;
+};
+
+// How a launcher asks for an instance.
+struct ConvLaunch {
+  ConvParams params;
+  int tile;
+  int splits;
+  bool vector;  // whether x and the filters allow 16 bytes at a time
+};
+
+template <class Precision>
+cudaError_t launch_conv(const ConvLaunch& call, cudaStream_t stream);
+
+}  // namespace fr

@@ -1,0 +1,59 @@
+// The storage types of feature maps and how they come to float32 and back, one at a time and by the
+// 16 bytes that one memory instruction moves.
+#pragma once
+
+#include "device.cuh"
+
+namespace fr {
+
+template <class T>
+inline constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+
+FR_DEVICE float to_float(float v) { return v; }
+FR_DEVICE float to_float(__half v) { return __half2float(v); }
+FR_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Rounds to nearest, ties to even.
+template <class T>
+FR_DEVICE T from_float(float v);
+template <>
+FR_DEVICE float from_float<float>(float v) {
+  return v;
+}
+template <>
+FR_DEVICE __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+FR_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+template <class T>
+union Pack {
+  uint4 bits;
+  T values[kPack<T>];
+  FR_DEVICE Pack() : bits{} {}
+};
+
+// Both want an address that is a multiple of 16.
+template <class T>
+FR_DEVICE void load_pack(float (&values)[kPack<T>], const T* from) {
+  Pack<T> pack;
+  pack.bits = *reinterpret_cast<const uint4*>(from);
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) values[i] = to_float(pack.values[i]);
+}
+
+template <class T>
+FR_DEVICE void store_pack(T* to, const float (&values)[kPack<T>]) {
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) pack.values[i] = from_float<T>(values[i]);
+  *reinterpret_cast<uint4*>(to) = pack.bits;
+}
+
+// NaN passes, as it does in PyTorch's.
+FR_DEVICE float relu(float v) { return v < 0.0f ? 0.0f : v; }
+
+}  // namespace fr

@@ -1,0 +1,226 @@
+#include "../bn_add_relu.h"
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../checks.h"
+#include "context.h"
+
+namespace fr {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+Storage storage_of(const char* op, const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Storage::kFloat32;
+    case at::kHalf:
+      return Storage::kFloat16;
+    case at::kBFloat16:
+      return Storage::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": x: expected dtype float32, bfloat16 or float16 on ",
+                       x.device(), ", got ", x.scalar_type());
+  }
+}
+
+// A call's maps, all in the memory format of x, and how kernels go over them.
+class BnCall {
+ public:
+  BnCall(const char* op, const at::Tensor& x)
+      : op_(op), x_(x), scope_(x), storage_(storage_of(op, x)), format_(x.suggest_memory_format()) {
+    TORCH_CHECK_VALUE(x.size(0) * x.size(2) * x.size(3) < (1 << 30), op,
+                      ": x: expected less than 2^30 pixels in a batch, got ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(1) <= std::numeric_limits<int>::max() - 256, op,
+                      ": x: expected less channels, got ", x.size(1));
+  }
+
+  const void* input(const at::Tensor& t) { return align(keep(t.contiguous(format_))); }
+  void* result(at::Tensor& t) {
+    t = at::empty(x_.sizes(), x_.options().memory_format(format_));
+    align(t);
+    return t.mutable_data_ptr();
+  }
+  const float* vector(const OptionalTensor& v) {
+    return v ? keep(v->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
+  }
+  at::Tensor floats(int64_t size) const {
+    return at::empty({size}, x_.options().dtype(at::kFloat).memory_format(std::nullopt));
+  }
+
+  // After all maps are known.
+  BnMap plan() {
+    const int64_t channels = x_.size(1), plane = x_.size(2) * x_.size(3);
+    // One channel or one pixel is the same memory in both formats: the one with more in a row.
+    const bool last = format_ == at::MemoryFormat::ChannelsLast ? channels > 1 : plane == 1;
+    by_packs_ = aligned_ && (last ? channels : plane) % (16 / storage_bytes(storage_)) == 0;
+    return plan_bn(x_.size(0), channels, plane, last, storage_, by_packs_,
+                   scope_.multiprocessors());
+  }
+
+  template <class Params>
+  void launch(cudaError_t (*kernel)(const Params&, Storage, bool, cudaStream_t),
+              const Params& params) const {
+    check_launch(op_, kernel(params, storage_, by_packs_, scope_.stream()));
+  }
+  template <class Params>
+  void launch(cudaError_t (*kernel)(const Params&, cudaStream_t), const Params& params) const {
+    check_launch(op_, kernel(params, scope_.stream()));
+  }
+
+ private:
+  const at::Tensor& keep(const at::Tensor& t) {
+    kept_.push_back(t);
+    return kept_.back();
+  }
+  const void* align(const at::Tensor& t) {
+    aligned_ = aligned_ && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+    return t.const_data_ptr();
+  }
+
+  const char* op_;
+  at::Tensor x_;
+  DeviceScope scope_;
+  Storage storage_;
+  at::MemoryFormat format_;
+  bool aligned_ = true, by_packs_ = false;
+  std::vector<at::Tensor> kept_;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(
+    const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& residual, bool training, double eps, bool relu) {
+  const char* op = "bn_add_relu";
+  check_map(op, "x", x);
+  const int64_t channels = x.size(1);
+  check_vector(op, "weight", weight, channels, x);
+  check_vector(op, "bias", bias, channels, x);
+  check_vector(op, "running_mean", running_mean, channels, x);
+  check_vector(op, "running_var", running_var, channels, x);
+  check_same(op, "residual", residual, x.sizes(), x);
+  TORCH_CHECK_VALUE(training || (running_mean && running_var), op,
+                    ": running_mean, running_var: expected tensors when not training, got None");
+
+  BnCall call(op, x);
+  at::Tensor y;
+  BnForwardParams p{};
+  p.x = call.input(x);
+  p.residual = residual ? call.input(*residual) : nullptr;
+  p.y = call.result(y);
+  p.relu = relu;
+  at::Tensor mean = call.floats(training ? channels : 0), var = at::empty_like(mean);
+  if (x.numel() == 0) {
+    if (training) {
+      mean.zero_();
+      var.fill_(std::numeric_limits<float>::quiet_NaN());
+    }
+    return {y, mean, var};
+  }
+
+  p.map = call.plan();
+  const at::Tensor folded = call.floats(training ? 2 * channels : 0);
+  if (training) {
+    const at::Tensor pivot = call.floats(channels);
+    const at::Tensor partials = call.floats(bn_partial_numel(p.map));
+    BnStatisticsParams s{};
+    s.map = p.map;
+    s.x = p.x;
+    s.pivot = pivot.mutable_data_ptr<float>();
+    s.partials = partials.mutable_data_ptr<float>();
+    call.launch(bn_statistics, s);
+
+    BnStatisticsFinishParams f{};
+    f.pivot = s.pivot;
+    f.partials = s.partials;
+    f.weight = call.vector(weight);
+    f.bias = call.vector(bias);
+    f.mean = mean.mutable_data_ptr<float>();
+    f.var = var.mutable_data_ptr<float>();
+    f.scale = folded.mutable_data_ptr<float>();
+    f.shift = f.scale + channels;
+    f.channels = p.map.channels;
+    f.slabs = p.map.slabs;
+    f.values = static_cast<double>(x.numel()) / static_cast<double>(channels);
+    f.slab_values = f.values / p.map.items * p.map.slab_items;
+    f.eps = eps;
+    call.launch(bn_statistics_finish, f);
+    p.affine = {f.scale, f.shift, f.mean, nullptr, 0.0f};
+  } else {
+    p.affine = {call.vector(weight), call.vector(bias), call.vector(running_mean),
+                call.vector(running_var), static_cast<float>(eps)};
+  }
+  call.launch(fr::bn_add_relu, p);
+  return {y, mean, var};
+}
+
+// Returns the gradients of x, weight, bias and, if wanted, of the residual.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& y,
+    const OptionalTensor& weight, const at::Tensor& mean, const at::Tensor& var, bool training,
+    double eps, bool relu, bool need_residual) {
+  const char* op = "bn_add_relu_backward";
+  check_map(op, "x", x);
+  const int64_t channels = x.size(1);
+  check_same(op, "grad", grad, x.sizes(), x);
+  check_same(op, "y", y, x.sizes(), x);
+  check_vector(op, "weight", weight, channels, x);
+  check_vector(op, "mean", mean, channels, x);
+  check_vector(op, "var", var, channels, x);
+  TORCH_CHECK_VALUE(y || !relu, op, ": y: expected a tensor when relu=True, got None");
+
+  BnCall call(op, x);
+  at::Tensor dx, dresidual = at::empty({0}, x.options().memory_format(std::nullopt));
+  BnBackwardReduceParams r{};
+  r.grad = call.input(grad);
+  r.x = call.input(x);
+  r.y = relu ? call.input(*y) : nullptr;
+  r.mean = call.vector(mean);
+  r.dz = need_residual ? call.result(dresidual) : nullptr;
+  BnBackwardParams p{};
+  p.dx = call.result(dx);
+  const at::Tensor dweight = call.floats(channels), dbias = at::empty_like(dweight);
+  if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_(), dresidual};
+
+  r.map = p.map = call.plan();
+  const at::Tensor partials = call.floats(bn_backward_partial_numel(p.map));
+  r.partials = partials.mutable_data_ptr<float>();
+  call.launch(bn_backward_reduce, r);
+
+  const at::Tensor coefficients = call.floats(3 * channels);
+  BnBackwardFinishParams f{};
+  f.partials = r.partials;
+  f.weight = call.vector(weight);
+  f.var = call.vector(var);
+  f.dweight = dweight.mutable_data_ptr<float>();
+  f.dbias = dbias.mutable_data_ptr<float>();
+  f.coefficients = coefficients.mutable_data_ptr<float>();
+  f.channels = p.map.channels;
+  f.slabs = p.map.slabs;
+  f.values = static_cast<double>(x.numel()) / static_cast<double>(channels);
+  f.eps = eps;
+  call.launch(bn_backward_finish, f);
+
+  p.grad = need_residual ? r.dz : r.grad;
+  p.y = need_residual ? nullptr : r.y;
+  p.x = training ? r.x : nullptr;
+  p.mean = r.mean;
+  p.coefficients = f.coefficients;
+  call.launch(bn_backward, p);
+  return {dx, dweight, dbias, dresidual};
+}
+
+}  // namespace
+
+FR_CUDA_LIBRARY(m) {
+  m.impl("bn_add_relu", &bn_add_relu_cuda);
+  m.impl("bn_add_relu_backward", &bn_add_relu_backward_cuda);
+}
+
+}  // namespace fr

@@ -1,0 +1,29 @@
+// The operators on a convolution, for the host functions that are built on them.
+#pragma once
+
+#include "conv_call.h"
+
+namespace fr {
+
+at::Tensor conv_bn_add_relu_cuda(const at::Tensor& x, const at::Tensor& weight,
+                                 const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
+                                 const OptionalTensor& bn_bias, const at::Tensor& mean,
+                                 const at::Tensor& var, const OptionalTensor& residual,
+                                 at::IntArrayRef stride, at::IntArrayRef padding,
+                                 at::IntArrayRef dilation, int64_t groups, double eps, bool relu);
+
+at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& packed,
+                                        const at::Tensor& scale, const at::Tensor& shift,
+                                        const OptionalTensor& residual,
+                                        const OptionalTensor& transformed,
+                                        at::IntArrayRef weight_shape, at::IntArrayRef stride,
+                                        at::IntArrayRef padding, at::IntArrayRef dilation,
+                                        int64_t groups, bool relu);
+
+at::Tensor conv_conv_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& x2,
+                                          const at::Tensor& packed, const at::Tensor& shift,
+                                          at::IntArrayRef weight_shape, at::IntArrayRef stride,
+                                          at::IntArrayRef padding, at::IntArrayRef dilation,
+                                          at::IntArrayRef stride2, bool relu);
+
+}  // namespace fr

@@ -1,0 +1,154 @@
+// The stem: one kernel where its tiles fit (see plan_stem), else the convolution's kernel and then
+// torch's pooling.
+#include "../conv_bn_relu_maxpool.h"
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+
+#include "conv_call.h"
+
+namespace fr {
+namespace {
+
+PoolWindow pool_window(const char* op, const ConvShape& s, at::IntArrayRef kernel,
+                       at::IntArrayRef stride, at::IntArrayRef padding) {
+  check_pair(op, "pool_kernel", kernel, 1);
+  check_pair(op, "pool_stride", stride, 1);
+  check_pair(op, "pool_padding", padding, 0);
+  TORCH_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], op,
+                    ": pool_padding: expected at most half of pool_kernel ", kernel, ", got ",
+                    padding);
+  TORCH_CHECK_VALUE(
+      s.out_h() + 2 * padding[0] >= kernel[0] && s.out_w() + 2 * padding[1] >= kernel[1], op,
+      ": pool_kernel: expected at most the padded map of ", s.out_h(), " x ", s.out_w(), ", got ",
+      kernel);
+  const auto as_int = [](int64_t v) { return static_cast<int>(v); };
+  return {as_int(kernel[0]), as_int(kernel[1]),  as_int(stride[0]),
+          as_int(stride[1]), as_int(padding[0]), as_int(padding[1])};
+}
+
+struct Pool {
+  at::IntArrayRef kernel, stride, padding;
+};
+
+// One call of the stem's kernel.
+class StemCall {
+ public:
+  StemCall(const char* op, const at::Tensor& x, at::IntArrayRef weight_shape, const ConvGeometry& g,
+           const Pool& pool)
+      : op_(op),
+        x_(x),
+        scope_(x),
+        shape_(conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups)) {
+    const PoolWindow window = pool_window(op, shape_, pool.kernel, pool.stride, pool.padding);
+    const ConvPrecision precision = conv_precision(op, x);
+    storage_ = precision == ConvPrecision::kFloat16    ? Storage::kFloat16
+               : precision == ConvPrecision::kBFloat16 ? Storage::kBFloat16
+                                                       : Storage::kFloat32;
+    fits_ = plan_stem(shape_, window, storage_, &params_);
+  }
+
+  bool fits() const { return fits_; }
+  const ConvShape& shape() const { return shape_; }
+
+  const float* vector(const char* name, const OptionalTensor& v) {
+    check_vector(op_, name, v, shape_.k, x_);
+    return v ? keep(v->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
+  }
+
+  // `weight` lies as [k][kh][kw][c].
+  at::Tensor run(const at::Tensor& weight, const ConvAffine& affine) {
+    const at::Tensor y = at::empty({shape_.n, shape_.k, params_.out_h, params_.out_w},
+                                   x_.options().memory_format(kChannelsLast));
+    params_.image.x = keep(x_.contiguous(kChannelsLast)).const_data_ptr();
+    params_.weight = keep(weight).const_data_ptr();
+    params_.affine = affine;
+    params_.y = y.mutable_data_ptr();
+    params_.vector = shape_.k % 8 == 0 && reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0;
+    check_launch(op_, fr::conv_bn_relu_maxpool(params_, storage_, scope_.multiprocessors(),
+                                               scope_.stream()));
+    return y;
+  }
+
+ private:
+  const at::Tensor& keep(const at::Tensor& t) {
+    kept_.push_back(t);
+    return kept_.back();
+  }
+
+  const char* op_;
+  at::Tensor x_;
+  DeviceScope scope_;
+  ConvShape shape_;
+  Storage storage_;
+  StemParams params_{};
+  bool fits_;
+  std::vector<at::Tensor> kept_;
+};
+
+at::Tensor max_pool(const at::Tensor& y, const Pool& pool) {
+  return at::max_pool2d(y, pool.kernel, pool.stride, pool.padding);
+}
+
+at::Tensor conv_bn_relu_maxpool_cuda(const at::Tensor& x, const at::Tensor& weight,
+                                     const OptionalTensor& conv_bias,
+                                     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                                     const at::Tensor& mean, const at::Tensor& var,
+                                     at::IntArrayRef stride, at::IntArrayRef padding,
+                                     at::IntArrayRef dilation, int64_t groups, double eps,
+                                     at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                                     at::IntArrayRef pool_padding) {
+  const char* op = "conv_bn_relu_maxpool";
+  const Pool pool{pool_kernel, pool_stride, pool_padding};
+  StemCall call(op, x, weight.sizes(), {stride, padding, dilation, groups}, pool);
+  if (!call.fits()) {
+    ConvCall conv(op, x, weight.sizes(), {stride, padding, dilation, groups});
+    conv.set_weight(weight);
+    conv.set_batch_norm(conv_bias, bn_weight, bn_bias, mean, var, eps);
+    conv.set_relu(true);
+    return max_pool(conv.run(), pool).contiguous(x.suggest_memory_format());
+  }
+  check_same(op, "weight", weight, weight.sizes(), x);
+  ConvAffine affine{};
+  affine.conv_bias = call.vector("conv_bias", conv_bias);
+  affine.weight = call.vector("bn_weight", bn_weight);
+  affine.bias = call.vector("bn_bias", bn_bias);
+  affine.mean = call.vector("mean", mean);
+  affine.var = call.vector("var", var);
+  affine.eps = static_cast<float>(eps);
+  return call.run(weight.contiguous(kChannelsLast), affine).contiguous(x.suggest_memory_format());
+}
+
+at::Tensor conv_bn_relu_maxpool_packed_cuda(const at::Tensor& x, const at::Tensor& packed,
+                                            const at::Tensor& scale, const at::Tensor& shift,
+                                            at::IntArrayRef weight_shape, at::IntArrayRef stride,
+                                            at::IntArrayRef padding, at::IntArrayRef dilation,
+                                            int64_t groups, at::IntArrayRef pool_kernel,
+                                            at::IntArrayRef pool_stride,
+                                            at::IntArrayRef pool_padding) {
+  const char* op = "conv_bn_relu_maxpool_packed";
+  const Pool pool{pool_kernel, pool_stride, pool_padding};
+  StemCall call(op, x, weight_shape, {stride, padding, dilation, groups}, pool);
+  if (!call.fits()) {
+    ConvCall conv(op, x, weight_shape, {stride, padding, dilation, groups});
+    conv.set_packed(packed);
+    conv.set_affine(scale, shift);
+    conv.set_relu(true);
+    return max_pool(conv.run(), pool);
+  }
+  check_same(op, "packed", packed, {call.shape().k * call.shape().depth()}, x);
+  ConvAffine affine{};
+  affine.weight = call.vector("scale", scale);
+  affine.bias = call.vector("shift", shift);
+  return call.run(packed.contiguous(), affine);
+}
+
+}  // namespace
+
+FR_CUDA_LIBRARY(m) {
+  m.impl("conv_bn_relu_maxpool", &conv_bn_relu_maxpool_cuda);
+  m.impl("conv_bn_relu_maxpool_packed", &conv_bn_relu_maxpool_packed_cuda);
+}
+
+}  // namespace fr

@@ -1,0 +1,200 @@
+#include "conv_call.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+
+#include <cstdint>
+#include <limits>
+
+namespace fr {
+namespace {
+
+constexpr int64_t kIntMax = std::numeric_limits<int>::max();
+
+// Kernels count the pixels of a batch and the elements of one image in 32 bits, and find an image
+// in the batch in 64.
+void check_sizes(const char* op, const ConvShape& s) {
+  TORCH_CHECK_VALUE(s.h * s.w * s.c <= kIntMax, op,
+                    ": x: expected less than 2^31 elements in an image, got ", s.h * s.w * s.c);
+  TORCH_CHECK_VALUE(s.n * s.out_h() * s.out_w() <= kIntMax, op,
+                    ": x: expected a result of less than 2^31 pixels, got ",
+                    s.n * s.out_h() * s.out_w());
+}
+
+}  // namespace
+
+ConvPrecision conv_precision(const char* op, const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kHalf:
+      return ConvPrecision::kFloat16;
+    case at::kBFloat16:
+      return ConvPrecision::kBFloat16;
+    case at::kFloat:
+      return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV) ? ConvPrecision::kTf32
+                                                                     : ConvPrecision::kFloat32;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": x: expected dtype float32, bfloat16 or float16 on ",
+                       x.device(), ", got ", x.scalar_type());
+  }
+}
+
+ConvCall::ConvCall(const char* op, const at::Tensor& x, at::IntArrayRef weight_shape,
+                   const ConvGeometry& g)
+    : op_(op),
+      x_(x),
+      scope_(x),
+      shape_(conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups)),
+      precision_(conv_precision(op, x)),
+      params_(conv_params(shape_)) {
+  check_sizes(op, shape_);
+  params_.image.x = map(x);
+}
+
+const at::Tensor& ConvCall::keep(const at::Tensor& t) {
+  kept_.push_back(t);
+  return kept_.back();
+}
+
+const void* ConvCall::map(const at::Tensor& t) {
+  const at::Tensor dense = t.dim() == 4 ? t.contiguous(kChannelsLast) : t.contiguous();
+  const void* data = keep(dense).const_data_ptr();
+  aligned_ = aligned_ && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  return data;
+}
+
+const float* ConvCall::vector(const char* name, const OptionalTensor& v, int64_t channels) {
+  check_vector(op_, name, v, channels, x_);
+  return v ? keep(v->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
+}
+
+void ConvCall::set_weight(const at::Tensor& weight) {
+  check_same(op_, "weight", weight, weight.sizes(), x_);
+  params_.weight = map(weight);
+}
+
+void ConvCall::set_packed(const at::Tensor& packed) {
+  check_same(op_, "packed", packed, {shape_.k * params_.depth}, x_);
+  params_.weight = map(packed);
+}
+
+void ConvCall::set_second(const at::Tensor& x, at::IntArrayRef stride) {
+  check_map(op_, "x2", x);
+  check_pair(op_, "stride2", stride, 1);
+  const int64_t rows = (x.size(2) - 1) / stride[0] + 1, cols = (x.size(3) - 1) / stride[1] + 1;
+  TORCH_CHECK_VALUE(shape_.groups == 1, op_, ": groups: expected 1, got ", shape_.groups);
+  TORCH_CHECK_VALUE(x.size(0) == shape_.n && rows == shape_.out_h() && cols == shape_.out_w(), op_,
+                    ": x2: expected ", shape_.n, " images with a pixel for each of ",
+                    shape_.out_h(), " x ", shape_.out_w(), " results, got ", x.sizes(),
+                    " with stride ", stride);
+  check_same(op_, "x2", x, x.sizes(), x_);
+  const ConvShape second{x.size(0), x.size(2), x.size(3), x.size(1), shape_.k, 1, 1,
+                         stride[0], stride[1], 0,         0,         1,        1, 1};
+  check_sizes(op_, second);
+  params_.second = conv_params(second).image;
+  params_.second.x = map(x);
+  params_.depth += params_.second.c;
+}
+
+void ConvCall::set_batch_norm(const OptionalTensor& conv_bias, const OptionalTensor& weight,
+                              const OptionalTensor& bias, const at::Tensor& mean,
+                              const at::Tensor& var, double eps) {
+  ConvAffine& a = params_.epilogue.affine;
+  a.conv_bias = vector("conv_bias", conv_bias, shape_.k);
+  a.weight = vector("bn_weight", weight, shape_.k);
+  a.bias = vector("bn_bias", bias, shape_.k);
+  a.mean = vector("mean", mean, shape_.k);
+  a.var = vector("var", var, shape_.k);
+  a.eps = static_cast<float>(eps);
+}
+
+void ConvCall::set_affine(const OptionalTensor& scale, const OptionalTensor& shift) {
+  params_.epilogue.affine.weight = vector("scale", scale, shape_.k);
+  params_.epilogue.affine.bias = vector("shift", shift, shape_.k);
+}
+
+void ConvCall::set_residual(const OptionalTensor& residual, const OptionalTensor& scale,
+                            const OptionalTensor& shift) {
+  if (!residual) return;
+  check_same(op_, "residual", residual, {shape_.n, shape_.k, shape_.out_h(), shape_.out_w()}, x_);
+  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), op_,
+                    ": residual_scale, residual_shift: expected both or neither");
+  params_.epilogue.residual = map(*residual);
+  params_.epilogue.residual_scale = vector("residual_scale", scale, shape_.k);
+  params_.epilogue.residual_shift = vector("residual_shift", shift, shape_.k);
+}
+
+void ConvCall::set_plan(int64_t tile, int64_t split_k) {
+  TORCH_CHECK_VALUE(tile >= -1 && tile < kConvTiles, op_, ": tile: expected -1 to ", kConvTiles - 1,
+                    ", got ", tile);
+  TORCH_CHECK_VALUE(split_k == -1 || (split_k >= 1 && split_k <= 64), op_,
+                    ": split_k: expected -1 or 1 to 64, got ", split_k);
+  tile_ = tile;
+  split_k_ = split_k;
+}
+
+ConvPlan ConvCall::plan(bool may_split) const {
+  ConvPlan plan = plan_conv(params_, precision_, aligned_, may_split && split_k_ != 1,
+                            scope_.multiprocessors());
+  if (tile_ >= 0) plan.tile = static_cast<int>(tile_);
+  if (split_k_ >= 1 && may_split) plan.split_k = static_cast<int>(split_k_);
+  if (!conv_by_packs(params_, precision_, aligned_)) plan.tile = kConvTiles - 1;
+  return plan;
+}
+
+void ConvCall::launch(const ConvPlan& plan) {
+  const int64_t partial = conv_partial_numel(params_, plan);
+  if (partial > 0) {
+    const auto options = x_.options().dtype(at::kFloat);
+    params_.partial = keep(at::empty({partial}, options)).mutable_data_ptr<float>();
+  }
+  check_launch(op_, conv_bn_add_relu(params_, precision_, plan, aligned_, scope_.stream()));
+}
+
+at::Tensor ConvCall::empty_map(int64_t channels) {
+  return at::empty({shape_.n, channels, shape_.out_h(), shape_.out_w()},
+                   x_.options().memory_format(kChannelsLast));
+}
+
+at::Tensor ConvCall::run() {
+  const at::Tensor y = empty_map(shape_.k);
+  params_.epilogue.y = y.mutable_data_ptr();
+  launch(plan(true));
+  return y;
+}
+
+std::vector<at::Tensor> ConvCall::run_with_statistics() {
+  const ConvPlan chosen = plan(false);
+  const auto options = x_.options().dtype(at::kFloat).memory_format(std::nullopt);
+  const at::Tensor slabs = at::empty({conv_slabs(params_, chosen), 2, shape_.k}, options);
+  const at::Tensor mean = at::empty({shape_.k}, options), var = at::empty_like(mean);
+  const at::Tensor y = empty_map(shape_.k);
+  params_.epilogue.y = y.mutable_data_ptr();
+  params_.statistics = slabs.mutable_data_ptr<float>();
+  launch(chosen);
+  check_launch(op_, conv_statistics(params_, chosen, mean.mutable_data_ptr<float>(),
+                                    var.mutable_data_ptr<float>(), scope_.stream()));
+  return {y, mean, var};
+}
+
+at::Tensor ConvCall::run_then_1x1(const at::Tensor& packed, const at::Tensor& scale,
+                                  const at::Tensor& shift, const at::Tensor& residual) {
+  const int64_t k = scale.numel();
+  ResidualBlockCall block{params_, nullptr, {}};
+  block.second.k = static_cast<int>(k);
+  if (!residual_block_fits(block, precision_, aligned_)) return {};
+  check_same(op_, "packed", packed, {k * shape_.k}, x_);
+  check_same(op_, "residual", residual, {shape_.n, k, shape_.out_h(), shape_.out_w()}, x_);
+  block.weight2 = map(packed);
+  block.second.affine.weight = vector("scale", scale, k);
+  block.second.affine.bias = vector("shift", shift, k);
+  block.second.residual = map(residual);
+  block.second.relu = true;
+  // Operands that do not begin at multiples of 16 bytes are another kernel's.
+  if (!aligned_) return {};
+  const at::Tensor y = empty_map(k);
+  block.second.y = y.mutable_data_ptr();
+  check_launch(op_, residual_block(block, precision_, scope_.stream()));
+  return y;
+}
+
+}  // namespace fr

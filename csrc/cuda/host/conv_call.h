@@ -1,0 +1,82 @@
+// What the operators that begin with a convolution share: checked operands, and the launch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../../checks.h"
+#include "../conv_bn_add_relu.h"
+#include "../residual_block.h"
+#include "context.h"
+
+namespace fr {
+
+using OptionalTensor = std::optional<at::Tensor>;
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+
+struct ConvGeometry {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+// How float32 maps are multiplied, as torch.backends.cudnn.allow_tf32 says; else by storage type.
+// Raises a TypeError for float64.
+ConvPrecision conv_precision(const char* op, const at::Tensor& x);
+
+// One convolution and what follows it. Setters check what they are given and keep it alive.
+class ConvCall {
+ public:
+  ConvCall(const char* op, const at::Tensor& x, at::IntArrayRef weight_shape,
+           const ConvGeometry& geometry);
+
+  // A weight of PyTorch's shape, or all of it as freeze packed it: [k][kh][kw][c / groups], flat.
+  void set_weight(const at::Tensor& weight);
+  void set_packed(const at::Tensor& packed);
+
+  // A second, 1x1 convolution into the same sum; `packed` then has its weights behind each filter.
+  void set_second(const at::Tensor& x, at::IntArrayRef stride);
+
+  void set_batch_norm(const OptionalTensor& conv_bias, const OptionalTensor& weight,
+                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& var,
+                      double eps);
+  void set_affine(const OptionalTensor& scale, const OptionalTensor& shift);
+  void set_residual(const OptionalTensor& residual, const OptionalTensor& scale,
+                    const OptionalTensor& shift);
+  void set_relu(bool relu) { params_.epilogue.relu = relu; }
+
+  // By this tile and split where they are not negative; the rest is chosen.
+  void set_plan(int64_t tile, int64_t split_k);
+
+  // The result, channels_last.
+  at::Tensor run();
+
+  // Also the mean and the biased variance of the result, for each channel.
+  std::vector<at::Tensor> run_with_statistics();
+
+  // The result of a 1x1 convolution of relu(...) of this one, with a residual and ReLU behind it,
+  // all in one kernel; an undefined tensor where there is none for these channels.
+  at::Tensor run_then_1x1(const at::Tensor& packed, const at::Tensor& scale,
+                          const at::Tensor& shift, const at::Tensor& residual);
+
+ private:
+  ConvPlan plan(bool may_split) const;
+  void launch(const ConvPlan& plan);
+  const at::Tensor& keep(const at::Tensor& t);
+  at::Tensor empty_map(int64_t channels);
+  const float* vector(const char* name, const OptionalTensor& v, int64_t channels);
+  const void* map(const at::Tensor& t);
+
+  const char* op_;
+  at::Tensor x_;
+  DeviceScope scope_;
+  ConvShape shape_;
+  ConvPrecision precision_;
+  ConvParams params_;
+  bool aligned_ = true;
+  int64_t tile_ = -1, split_k_ = -1;
+  std::vector<at::Tensor> kept_;
+};
+
+}  // namespace fr

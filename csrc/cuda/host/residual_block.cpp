@@ -1,0 +1,55 @@
+#include "../residual_block.h"
+
+#include <ATen/ATen.h>
+
+#include "../../residual_block.h"
+#include "conv_bn_add_relu.h"
+
+namespace fr {
+namespace {
+
+at::Tensor run_conv(const at::Tensor& x, const BlockConv& c, const OptionalTensor& residual,
+                    bool relu) {
+  return conv_bn_add_relu_packed_cuda(x, c.packed, c.scale, c.shift, residual, std::nullopt,
+                                      c.weight_shape, c.stride, c.padding, c.dilation, c.groups,
+                                      relu);
+}
+
+// The block's last two convolutions: one kernel that keeps what is between them on chip where there
+// is one for these channels, else two.
+at::Tensor run_end(const at::Tensor& x, const BlockConv& first, const BlockConv& second,
+                   const at::Tensor& residual) {
+  ConvCall call("residual_block", x, first.weight_shape,
+                {first.stride, first.padding, first.dilation, first.groups});
+  call.set_packed(first.packed);
+  call.set_affine(first.scale, first.shift);
+  const at::Tensor y = call.run_then_1x1(second.packed, second.scale, second.shift, residual);
+  if (y.defined()) return y;
+  return run_conv(run_conv(x, first, std::nullopt, true), second, residual, true);
+}
+
+at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
+                               at::TensorList shift, const OptionalTensor& joined,
+                               const OptionalTensor& joined_shift, bool bottleneck, int64_t stride,
+                               int64_t dilation, int64_t groups) {
+  const Block block = take_apart(x, packed, scale, shift, bottleneck, stride, dilation, groups);
+  const std::vector<BlockConv>& convs = block.convs;
+  if (joined && joined_shift && block.shortcut) {
+    at::Tensor h = x;
+    for (size_t i = 0; i + 1 < convs.size(); ++i) h = run_conv(h, convs[i], std::nullopt, true);
+    const BlockConv& last = convs.back();
+    return conv_conv_add_relu_packed_cuda(h, x, *joined, *joined_shift, last.weight_shape,
+                                          last.stride, last.padding, last.dilation,
+                                          block.shortcut->stride, true);
+  }
+  if (!bottleneck) return run_chain(block, x, run_conv);
+  const at::Tensor residual =
+      block.shortcut ? run_conv(x, *block.shortcut, std::nullopt, false) : x;
+  return run_end(run_conv(x, convs[0], std::nullopt, true), convs[1], convs[2], residual);
+}
+
+}  // namespace
+
+FR_CUDA_LIBRARY(m) { m.impl("residual_block", &residual_block_cuda); }
+
+}  // namespace fr

@@ -1,0 +1,134 @@
+// What a thread has seen of its channels, and how the threads of a block merge theirs, always in
+// the same order.
+#pragma once
+
+#include "../device.cuh"
+#include "bn_params.cuh"
+
+namespace fr {
+
+// The mean of some numbers and the sum of their squared differences from it. Unlike a difference of
+// two sums, neither loses digits when the mean is large.
+struct BnMoment {
+  float mean = 0.0f, m2 = 0.0f;
+
+  // Welford's update; `share` is one over how many numbers there are now.
+  FR_DEVICE void add(float v, float share) {
+    const float delta = v - mean;
+    mean = fmaf(delta, share, mean);
+    m2 = fmaf(delta, v - mean, m2);
+  }
+
+  // Chan, Golub and LeVeque's, for the moment of `seen` numbers and that of `other_seen` more.
+  FR_DEVICE void merge(float seen, const BnMoment& other, float other_seen) {
+    if (other_seen == 0.0f) return;
+    const float delta = other.mean - mean, share = other_seen / (seen + other_seen);
+    mean = fmaf(delta, share, mean);
+    m2 += fmaf(delta * delta, seen * share, other.m2);
+  }
+};
+
+template <int kCount>
+struct BnMoments {
+  float seen = 0.0f;  // the same for all
+  BnMoment of[kCount];
+
+  FR_DEVICE void add(const float (&v)[kCount]) {
+    seen += 1.0f;
+    const float share = 1.0f / seen;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) of[e].add(v[e], share);
+  }
+
+  FR_DEVICE void merge(const BnMoments& other) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) of[e].merge(seen, other.of[e], other.seen);
+    seen += other.seen;
+  }
+
+  // Makes the first that of all.
+  FR_DEVICE void join() {
+#pragma unroll
+    for (int e = 1; e < kCount; ++e) of[0].merge(static_cast<float>(e) * seen, of[e], seen);
+  }
+};
+
+// A sum that keeps what each addition rounds off (Knuth's two-sum): a gradient's terms mostly
+// cancel, their rounding errors do not.
+struct alignas(8) BnSum {
+  float high = 0.0f, low = 0.0f;
+
+  FR_DEVICE void add(float v) {
+    const float sum = high + v, added = sum - high;
+    low += (high - (sum - added)) + (v - added);
+    high = sum;
+  }
+
+  FR_DEVICE void add_product(float a, float b) {
+    const float product = a * b;
+    low += fmaf(a, b, -product);
+    add(product);
+  }
+
+  FR_DEVICE void merge(const BnSum& other) {
+    add(other.high);
+    low += other.low;
+  }
+
+  // What an infinite sum rounds off is NaN, and not wanted.
+  FR_DEVICE double value() const { return low == low ? double{high} + low : high; }
+};
+
+template <int kCount>
+struct BnSums {
+  BnSum dz[kCount], dz_xc[kCount];
+
+  FR_DEVICE void merge(const BnSums& other) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      dz[e].merge(other.dz[e]);
+      dz_xc[e].merge(other.dz_xc[e]);
+    }
+  }
+
+  FR_DEVICE void join() {
+#pragma unroll
+    for (int e = 1; e < kCount; ++e) {
+      dz[0].merge(dz[e]);
+      dz_xc[0].merge(dz_xc[e]);
+    }
+  }
+};
+
+// Merges the parts of a block's rows, whose threads lie `lanes` apart, into that of row 0. Each
+// step halves the rows: the upper half's parts go into the lower half's. `shared` holds a part for
+// every thread.
+template <class Part>
+FR_DEVICE void bn_merge_rows(Part& mine, Part* shared, int lanes, int row) {
+  for (int half = kBnThreads / lanes / 2; half > 0; half /= 2) {
+    if (row >= half && row < 2 * half) shared[threadIdx.x] = mine;
+    __syncthreads();
+    if (row < half) mine.merge(shared[threadIdx.x + half * lanes]);
+  }
+}
+
+// Finishing kernels: a block has eight channels side by side, so that a warp reads whole sectors,
+// and this many threads for each, which take every 32nd slab.
+constexpr int kBnFinishChannels = 8;
+constexpr int kBnFinishWays = kBnThreads / kBnFinishChannels;
+
+// The sum of what the threads of a channel bring, for all of them. `shared` holds one for every
+// thread of the block.
+FR_DEVICE double bn_sum_ways(double v, double* shared) {
+  const int way = threadIdx.x / kBnFinishChannels;
+  __syncthreads();
+  shared[threadIdx.x] = v;
+  for (int half = kBnFinishWays / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (way < half) shared[threadIdx.x] += shared[threadIdx.x + half * kBnFinishChannels];
+  }
+  __syncthreads();
+  return shared[threadIdx.x % kBnFinishChannels];
+}
+
+}  // namespace fr

@@ -1,0 +1,100 @@
+// What batch norm's kernels are given. Plain numbers: host code fills it in.
+#pragma once
+
+#include <cstdint>
+
+namespace fr {
+
+constexpr int kBnThreads = 256;
+
+// A map and how a grid of blocks goes over it. A block's threads share out some channels (x) and a
+// slab of consecutive items (y). An item is what one thread moves at a time: consecutive channels
+// of one pixel (channels-last), or consecutive pixels of one channel and image (contiguous).
+struct BnMap {
+  int channels;
+  int items;            // of one pack of channels (channels-last) or of one channel (contiguous)
+  int items_per_image;  // contiguous; 0 says channels-last
+  int plane;            // pixels of an image
+  int lanes;            // threads side by side in the channels: a power of two, 1 if contiguous
+  int slab_items;
+  int slabs;
+  int groups;  // blocks side by side in the channels
+};
+
+// Batch norm's numbers per channel: scale = weight / sqrt(var + eps); without `var`, scale is
+// `weight`. Null pointers stand for 1 (weight) and 0 (mean and bias).
+struct BnAffine {
+  const float* weight;
+  const float* bias;
+  const float* mean;
+  const float* var;
+  float eps;
+};
+
+// y = relu((x - mean) * scale + bias [+ residual])
+struct BnForwardParams {
+  BnMap map;
+  BnAffine affine;
+  const void* x;
+  const void* residual;  // or null
+  void* y;
+  bool relu;
+};
+
+struct BnStatisticsParams {
+  BnMap map;
+  const void* x;
+  float* pivot;     // [channels]
+  float* partials;  // [slabs][2][channels]: mean of x - pivot, sum of squared differences from it
+};
+
+// From the slabs: the batch's mean and biased variance, and what BnAffine wants without `var`.
+struct BnStatisticsFinishParams {
+  const float* pivot;
+  const float* partials;
+  const float* weight;  // or null
+  const float* bias;    // or null
+  float* mean;
+  float* var;
+  float* scale;
+  float* shift;
+  int channels, slabs;
+  double slab_values, values;  // of one channel: in every slab but the last, and in all
+  double eps;
+};
+
+struct BnBackwardReduceParams {
+  BnMap map;
+  const void* grad;
+  const void* x;
+  const void* y;  // null: no ReLU
+  const float* mean;
+  void* dz;         // the gradient behind ReLU, or null if it is not wanted
+  float* partials;  // [slabs][2][channels][2]: sums of dz and of dz * (x - mean), high and low part
+};
+
+// From the slabs: dweight = sum(dz * (x - mean)) / std, dbias = sum(dz), and the coefficients of
+// dx.
+struct BnBackwardFinishParams {
+  const float* partials;
+  const float* weight;  // or null
+  const float* var;
+  float* dweight;
+  float* dbias;
+  float* coefficients;  // [3][channels]: a, b, c
+  int channels, slabs;
+  double values, eps;
+};
+
+// dx = a * dz + b * (x - mean) + c
+struct BnBackwardParams {
+  BnMap map;
+  const void* grad;
+  const void* y;  // null: grad is dz
+  const void* x;  // null: b and c are zero
+  const float* mean;
+  const float* coefficients;
+  void* dx;
+};
+
+}  // namespace fr

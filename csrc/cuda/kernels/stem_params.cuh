@@ -1,0 +1,32 @@
+// What the stem's kernel is given. Plain numbers: host code fills it in.
+#pragma once
+
+#include "conv_params.cuh"
+
+namespace fr {
+
+struct PoolWindow {
+  int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+struct StemParams {
+  ConvImage image;
+  PoolWindow pool;
+  ConvAffine affine;
+  const void* weight;  // [k][kh][kw][c]
+  void* y;             // NHWC
+  int k;               // channels of y
+  int conv_h, conv_w;  // of the convolution's result
+  int out_h, out_w;    // of y
+  bool vector;         // whether y allows 16 bytes at a time
+
+  // The plan. A tile's pooled pixels, the convolution's pixels that these want, and x's.
+  int tile_h, tile_w;
+  int conv_rows, conv_cols;
+  int patch_rows, patch_pitch;  // pitch in elements
+  int row_depth;                // kw * c, made even
+  int depth;                    // kh * row_depth, made a multiple of 16
+  int tiles_y, tiles_x, tiles;  // of an image, and all
+};
+
+}  // namespace fr

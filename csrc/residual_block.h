@@ -1,0 +1,71 @@
+// What residual_block is given, taken apart into convolutions; shared by the devices' host
+// functions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+namespace fr {
+
+// A packed convolution of the block, with the affine step behind it.
+struct BlockConv {
+  at::Tensor packed, scale, shift;
+  std::vector<int64_t> weight_shape, stride, padding, dilation;
+  int64_t groups;
+};
+
+struct Block {
+  std::vector<BlockConv> convs;
+  std::optional<BlockConv> shortcut;
+};
+
+// A basic block is 3x3 (with the stride), 3x3; a bottleneck 1x1, 3x3 (with the stride, the dilation
+// and the groups), 1x1; a shortcut 1x1 with the stride. Channels are those of x and of the scales.
+inline Block take_apart(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
+                        at::TensorList shift, bool bottleneck, int64_t stride, int64_t dilation,
+                        int64_t groups) {
+  const char* op = "residual_block";
+  const size_t own = bottleneck ? 3 : 2, given = packed.size();
+  TORCH_CHECK_VALUE(given == own || given == own + 1, op, ": packed: expected ", own, " or ",
+                    own + 1, " tensors, got ", given);
+  TORCH_CHECK_VALUE(scale.size() == given && shift.size() == given, op, ": scale, shift: expected ",
+                    given, " tensors, got ", scale.size(), " and ", shift.size());
+  TORCH_CHECK_VALUE(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got ", x.sizes());
+  TORCH_CHECK_VALUE(bottleneck || (dilation == 1 && groups == 1), op,
+                    ": dilation, groups: expected 1 in a basic block, got ", dilation, " and ",
+                    groups);
+  const auto conv = [&](size_t i, int64_t in_channels, int64_t size, int64_t s, int64_t d,
+                        int64_t g) {
+    TORCH_CHECK_VALUE(g >= 1 && in_channels % g == 0, op, ": groups: expected a divisor of ",
+                      in_channels, " channels, got ", g);
+    const int64_t pad = size == 1 ? 0 : d;
+    return BlockConv{
+        packed[i], scale[i],   shift[i], {scale[i].numel(), in_channels / g, size, size},
+        {s, s},    {pad, pad}, {d, d},   g};
+  };
+  Block block;
+  const int64_t c = x.size(1);
+  if (bottleneck) {
+    block.convs = {conv(0, c, 1, 1, 1, 1), conv(1, scale[0].numel(), 3, stride, dilation, groups),
+                   conv(2, scale[1].numel(), 1, 1, 1, 1)};
+  } else {
+    block.convs = {conv(0, c, 3, stride, 1, 1), conv(1, scale[0].numel(), 3, 1, 1, 1)};
+  }
+  if (given > own) block.shortcut = conv(own, c, 1, stride, 1, 1);
+  return block;
+}
+
+// The block as a chain; `run(x, conv, residual, relu)` runs one convolution.
+template <class Run>
+at::Tensor run_chain(const Block& block, const at::Tensor& x, Run run) {
+  const at::Tensor residual = block.shortcut ? run(x, *block.shortcut, std::nullopt, false) : x;
+  at::Tensor h = x;
+  for (size_t i = 0; i + 1 < block.convs.size(); ++i)
+    h = run(h, block.convs[i], std::nullopt, true);
+  return run(h, block.convs.back(), residual, true);
+}
+
+}  // namespace fr
