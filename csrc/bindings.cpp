@@ -103,6 +103,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     throw py::value_error(error.what_without_backtrace());
   }
   m.def("build_info", &build_info, "How the extension was built, and the instruction set in use.");
+  m.def(
+      "schemas",
+      [] { return std::vector<std::string>(std::begin(fr::kSchemas), std::end(fr::kSchemas)); },
+      "Every operator's schema.");
   m.def("cuda_device_problem", &cuda_device_problem,
         "Empty if this build runs on that CUDA device, else why it does not.");
   m.def("packed_conv_weight_numel", &packed_conv_weight_numel,

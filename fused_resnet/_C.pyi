@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 def build_info() -> dict[str, Any]: ...
+def schemas() -> list[str]: ...
 def cuda_device_problem(device: int) -> str: ...
 def packed_conv_weight_numel(weight_shape: list[int], groups: int, is_double: bool) -> int: ...
 def winograd_fits(
@@ -20,3 +21,8 @@ unpack_conv_weight: Callable[..., Any]
 transform_conv_weight: Callable[..., Any]
 conv_bn_add_relu_packed: Callable[..., Any]
 conv_bn_relu_maxpool_packed: Callable[..., Any]
+bn_add_relu_given: Callable[..., Any]
+conv_statistics: Callable[..., Any]
+conv_bn_add_relu_planned: Callable[..., Any]
+conv_conv_add_relu_packed: Callable[..., Any]
+residual_block: Callable[..., Any]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from . import _C
+from . import _C, library
 from ._version import __version__
 
 #: In the order in which a table shows them.
@@ -60,10 +61,8 @@ def backends() -> dict[str, Status]:
 def _status(name: str) -> Status:
     if name in ("reference", "cpu"):
         return Status(True, "")
-    if name == "cuda":
-        reason = _why_no_cuda()
-        return Status(not reason, reason)
-    return Status(False, f"this version of fused_resnet has no {name} kernels")
+    reason = {"cuda": _why_no_cuda, "triton": _why_no_triton, "library": library.why_not}[name]()
+    return Status(not reason, reason)
 
 
 def _why_no_cuda() -> str:
@@ -75,6 +74,14 @@ def _why_no_cuda() -> str:
     if problem:
         archs = ", ".join(_C.build_info()["cuda_archs"])
         return f"this build holds code for {archs}, and the device says: {problem}"
+    return ""
+
+
+def _why_no_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (run: pip install triton)"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
     return ""
 
 
@@ -127,10 +134,11 @@ def current_backend() -> str:
 
 
 def select(op: str, x: torch.Tensor) -> str:
-    """The backend that runs ``op`` on ``x``: ``"cpu"``, ``"cuda"`` or ``"reference"``.
+    """The backend that runs ``op`` on ``x``: a name of :data:`NAMES`.
 
     Left to itself the choice is the device's own kernels, and the reference where there are none:
-    for float64 on a CUDA device, or on another kind of device. Meta tensors take the route of a
+    for float64 on a CUDA device, or on another kind of device. ``library`` has but some operations;
+    the others are PyTorch's own too, and so the reference. Meta tensors take the route of a
     compiled operator, whose fake answers for them.
 
     Raises:
@@ -139,12 +147,14 @@ def select(op: str, x: torch.Tensor) -> str:
     choice, device = current_backend(), x.device.type
     if choice == "reference":
         return choice
+    if choice == "library" and device in ("cpu", "cuda", "meta"):
+        return choice if op in library.OPERATIONS else "reference"
     if choice == "auto":
         if device in ("cpu", "meta"):
             return "cpu"
         cuda = device == "cuda" and x.dtype is not torch.float64 and _cuda_runs(x.device.index)
         return "cuda" if cuda else "reference"
-    if device not in (choice, "meta"):
+    if device not in ("cuda" if choice == "triton" else choice, "meta"):
         raise BackendUnavailable(
             f"{op}: backend {choice!r} was asked for, but the input is on {device!r}"
         )

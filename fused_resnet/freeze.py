@@ -14,12 +14,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import ops
-from .backends import BackendUnavailable, select
+from .backends import BackendUnavailable
 from .blocks import Group, Packed, ResNetRoute, Route, padding_of
 from .checks import DTYPES
 from .frozen_block import FrozenBlock, is_block
@@ -250,8 +249,6 @@ class FrozenConv(Frozen, Packed):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(N, C, H, W)``, and a residual like the result, to the result, channels_last."""
-        if select("conv_bn_add_relu_packed", x) == "reference":
-            return self._reference(x, residual)
         packed, scale, shift = self.packed, self.scale, self.shift
         if self.pool is not None:
             stem = ops.conv_bn_relu_maxpool_packed
@@ -266,17 +263,6 @@ class FrozenConv(Frozen, Packed):
             relu=self.relu,
             **self._geometry,
         )
-
-    def _reference(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        weight = self.weight
-        y = F.conv2d(
-            x.to(weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
-        )
-        y = y * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
-        if residual is not None:
-            y = y + residual
-        y = (F.relu(y) if self.relu else y).to(x.dtype)
-        return y if self.pool is None else F.max_pool2d(y, *self.pool.values())
 
     def extra_repr(self) -> str:
         """The group's settings."""
@@ -338,7 +324,7 @@ class FrozenConv(Frozen, Packed):
 
 
 def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of the weight for maps of a dtype: CUDA's kernels multiply as stored, the CPU's in float32."""
+    """Of a packed weight: CUDA's kernels multiply maps as they are stored, the CPU's in float32."""
     if device.type == "cuda" or dtype is torch.float64:
         return dtype
     return torch.float32

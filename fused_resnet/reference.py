@@ -106,3 +106,27 @@ def conv_bn_relu_maxpool(
         eps=eps,
     )
     return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
+
+
+def conv_affine_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    relu: bool = True,
+) -> Tensor:
+    """``relu(conv2d(x, w) * scale + shift + residual)``, computed in the dtype of ``scale``.
+
+    What ``ops.conv_bn_add_relu_packed`` does, with the weight in PyTorch's layout.
+    """
+    y = F.conv2d(x.to(scale.dtype), weight.to(scale.dtype), None, stride, padding, dilation, groups)
+    y = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    if residual is not None:
+        y = y + residual
+    return (F.relu(y) if relu else y).to(x.dtype)

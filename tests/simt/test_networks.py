@@ -14,7 +14,8 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import frozen_block, ops
+from fused_resnet import frozen_block, packed_ops
+from fused_resnet._registrations import OPERATORS
 
 # The package's attribute of that name is the function.
 freeze_module = importlib.import_module("fused_resnet.freeze")
@@ -27,7 +28,10 @@ halves = pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
 @pytest.fixture
 def on_executor(simt, monkeypatch) -> Any:
     """The operations' calls go to the executor; the package itself knows nothing of it."""
-    monkeypatch.setattr(ops, "_compiled", simt.ops)
+    for backend in ("cpu", "cuda"):
+        monkeypatch.setitem(OPERATORS, backend, simt.ops)
+    # What packs a weight depends on its device alone, so it is asked for by name.
+    monkeypatch.setattr(packed_ops.torch.ops, "fused_resnet", simt.ops)
     return simt
 
 
@@ -83,7 +87,7 @@ def test_every_convolution_of_the_family(on_executor, name, precision):
 def as_cuda(on_executor, monkeypatch) -> Any:
     """Frozen modules take the ways that they have for tensors on CUDA."""
     monkeypatch.setattr(freeze_module, "packed_dtype", lambda dtype, device: dtype)
-    for module in (freeze_module, frozen_block):
+    for module in (packed_ops, frozen_block):
         monkeypatch.setattr(module, "select", lambda op, x: "cuda")
     return on_executor
 

@@ -1,0 +1,150 @@
+"""What PyTorch itself ships fused: oneDNN's convolutions on a CPU, cuDNN's on a GPU.
+
+Both add a bias, a residual and ReLU to a convolution, and neither knows batch norm: it is folded
+into the weight and the bias at every call, from the live parameters. PyTorch offers these operators
+without gradients; here they have that of every other backend. What the libraries refuse, or are
+known to be slow or wrong at, runs unfused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+#: The operations that the libraries have; every other one is plain PyTorch.
+OPERATIONS = ("conv_bn_add_relu",)
+
+
+def why_not() -> str:
+    """Why neither library can be called here; empty when one can."""
+    if torch.backends.mkldnn.is_available() or _has_cudnn():
+        return ""
+    return "this build of PyTorch has neither oneDNN nor a cuDNN that finds its device"
+
+
+def _has_cudnn() -> bool:
+    return torch.cuda.is_available() and torch.backends.cudnn.is_available()
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """:func:`fused_resnet.ops.conv_bn_add_relu` in inference, arguments as in its schema."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    fused = _onednn if x.device.type == "cpu" else _cudnn
+    takes = _onednn_takes(x, groups) if x.device.type == "cpu" else _cudnn_takes(weight)
+    if not (takes and relu and last and x.numel() > 0):
+        return reference.conv_bn_add_relu(
+            x,
+            weight,
+            bn_weight,
+            bn_bias,
+            mean,
+            var,
+            residual,
+            conv_bias=conv_bias,
+            stride=(stride[0], stride[1]),
+            padding=(padding[0], padding[1]),
+            dilation=(dilation[0], dilation[1]),
+            groups=groups,
+            eps=eps,
+            relu=relu,
+        )
+    folded, bias = _fold(weight, conv_bias, bn_weight, bn_bias, mean, var, eps)
+    return fused(x, folded, bias, residual, stride, padding, dilation, groups)
+
+
+def _fold(
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does the batch norm too, in the weight's dtype."""
+    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    scale = torch.rsqrt(var.to(wide) + eps)
+    if bn_weight is not None:
+        scale = scale * bn_weight.to(wide)
+    offset = -mean.to(wide) if conv_bias is None else conv_bias.to(wide) - mean.to(wide)
+    bias = offset * scale
+    if bn_bias is not None:
+        bias = bias + bn_bias.to(wide)
+    folded = (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    return folded.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype)
+
+
+def _onednn_takes(x: Tensor, groups: int) -> bool:
+    mkldnn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if x.dtype is torch.float32:
+        return True
+    # In half precision the fused add fails for groups, and for maps of which both memory formats
+    # are true (one channel, one pixel), which it takes for contiguous.
+    if groups > 1 or x.is_contiguous():
+        return False
+    if x.dtype is torch.bfloat16:
+        return bool(mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype is torch.float16 and bool(mkldnn._is_mkldnn_fp16_supported())
+
+
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    operator = torch.ops.mkldnn._convolution_pointwise
+    sizes = (padding, stride, dilation, groups)
+    if residual is None:
+        return operator(x, weight, bias, *sizes, "relu", [], "")
+    other = residual.contiguous(memory_format=torch.channels_last)
+    return operator.binary(x, other, weight, bias, *sizes, "add", 1.0, "relu", [], "")
+
+
+def _cudnn_takes(weight: Tensor) -> bool:
+    """cuDNN's fused convolutions are many times slower than its plain ones for large filters.
+
+    Source:
+        pytorch/pytorch issue 68506.
+    """
+    return _has_cudnn() and weight.dtype is not torch.float64 and max(weight.shape[2:]) <= 3
+
+
+def _cudnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, groups)
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
+    other = residual.contiguous(memory_format=torch.channels_last)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *geometry)

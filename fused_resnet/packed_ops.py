@@ -1,0 +1,304 @@
+"""The operations that a frozen network is made of: weights packed, batch norms folded, no gradient.
+
+They are part of :mod:`fused_resnet.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, reference
+from ._registrations import OPERATORS
+from .backends import select
+from .reference import IntOrPair
+
+
+def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
+    """Lay a convolution's weight out for this machine's kernels.
+
+    Args:
+        weight: ``(K, C / groups, kh, kw)`` on the CPU or on CUDA; float32, bfloat16, float16 or
+            float64.
+        groups: Number of independent groups of channels.
+
+    Returns:
+        A vector whose layout depends on the device and the instruction set in use: rebuild it, do
+        not ship it. On the CPU bfloat16 and float16 are packed as float32; on CUDA as they are.
+
+    Raises:
+        ValueError: Wrong rank, or groups that do not divide K.
+        TypeError: Wrong dtype.
+    """
+    return torch.ops.fused_resnet.pack_conv_weight(weight, groups)
+
+
+def unpack_conv_weight(
+    packed: Tensor, weight_shape: tuple[int, int, int, int], groups: int = 1
+) -> Tensor:
+    """The exact inverse of :func:`pack_conv_weight`.
+
+    Args:
+        packed: What :func:`pack_conv_weight` returned on this machine.
+        weight_shape: ``(K, C / groups, kh, kw)``.
+        groups: As it was packed.
+
+    Returns:
+        The weight, in the dtype that it was packed in.
+
+    Raises:
+        ValueError: ``packed`` does not belong to that shape.
+    """
+    return torch.ops.fused_resnet.unpack_conv_weight(packed, weight_shape, groups)
+
+
+def transform_conv_weight(
+    weight: Tensor, *, stride: IntOrPair = 1, dilation: IntOrPair = 1, groups: int = 1
+) -> Tensor:
+    r"""Transform a 3x3 weight for Winograd's algorithm :math:`F(4 \times 4, 3 \times 3)`.
+
+    .. math:: U = G g G^T
+
+    for each filter :math:`g`, computed in float64 and stored in float32: 36 numbers for its 9.
+
+    Args:
+        weight: ``(K, C, 3, 3)`` on the CPU, float32.
+        stride: Of the convolution; the algorithm is for 1.
+        dilation: Of the convolution; the algorithm is for 1.
+        groups: Of the convolution; the algorithm is for 1.
+
+    Returns:
+        A vector in this machine's layout; an empty one where the algorithm does not apply: another
+        dtype, kernel, stride, dilation or number of groups, or channels that do not fill vectors.
+
+    Raises:
+        ValueError: Wrong rank, or groups that do not divide K.
+
+    Source:
+        Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
+    """
+    op = "transform_conv_weight"
+    return torch.ops.fused_resnet.transform_conv_weight(
+        weight,
+        checks.pair(op, "stride", stride, 1),
+        checks.pair(op, "dilation", dilation, 1),
+        groups,
+    )
+
+
+def conv_bn_add_relu_packed(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    transformed: Tensor | None = None,
+    weight_shape: tuple[int, int, int, int],
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    relu: bool = True,
+) -> Tensor:
+    r"""Inference with a packed weight and a folded batch norm; no gradient.
+
+    .. math:: y = \max(0,\; \mathrm{scale} \cdot (w * x) + \mathrm{shift} + r)
+
+    Args:
+        x: ``(N, C, H, W)``; float32, bfloat16, float16, and on the CPU float64.
+        packed: From :func:`pack_conv_weight`.
+        scale: ``(K,)``, float32 (float64 for float64 ``x``).
+        shift: As ``scale``.
+        residual: Shape and dtype of the result, or None.
+        transformed: From :func:`transform_conv_weight`: Winograd's algorithm then runs where it is
+            the faster way, with a relative error of about 1e-6. None or empty: the direct sum.
+        weight_shape: ``(K, C / groups, kh, kw)`` of the weight that was packed.
+        stride: Of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side, an int or ``(height, width)``.
+        dilation: Distance between taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
+        relu: False leaves the maximum out.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
+        TypeError: Wrong dtype.
+    """
+    op = "conv_bn_add_relu_packed"
+    geometry = (
+        checks.pair(op, "stride", stride, 1),
+        checks.pair(op, "padding", padding, 0),
+        checks.pair(op, "dilation", dilation, 1),
+        groups,
+    )
+    backend = select(op, x)
+    if backend == "reference":
+        weight = unpack_conv_weight(packed, weight_shape, groups)
+        return reference.conv_affine_add_relu(
+            x, weight, scale, shift, residual, *geometry, relu=relu
+        )
+    return OPERATORS[backend].conv_bn_add_relu_packed(
+        x, packed, scale, shift, residual, transformed, weight_shape, *geometry, relu
+    )
+
+
+def conv_bn_relu_maxpool_packed(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    weight_shape: tuple[int, int, int, int],
+    stride: IntOrPair = 2,
+    padding: IntOrPair = 3,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    pool_kernel: IntOrPair = 3,
+    pool_stride: IntOrPair = 2,
+    pool_padding: IntOrPair = 1,
+) -> Tensor:
+    r"""The stem with a packed weight and a folded batch norm; no gradient.
+
+    .. math:: y = \mathrm{maxpool}(\max(0,\; \mathrm{scale} \cdot (w * x) + \mathrm{shift}))
+
+    Args:
+        x: As in :func:`conv_bn_add_relu_packed`, and so all up to ``groups``.
+        packed: See there.
+        scale: See there.
+        shift: See there.
+        weight_shape: See there.
+        stride: See there.
+        padding: See there.
+        dilation: See there.
+        groups: See there.
+        pool_kernel: Window of the max-pool, an int or ``(height, width)``.
+        pool_stride: Its step.
+        pool_padding: Its padding with minus infinity, at most half the window.
+
+    Returns:
+        ``(N, K, PH, PW)``, dtype of ``x``, channels_last.
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
+        TypeError: Wrong dtype.
+    """
+    op = "conv_bn_relu_maxpool_packed"
+    geometry = (
+        checks.pair(op, "stride", stride, 1),
+        checks.pair(op, "padding", padding, 0),
+        checks.pair(op, "dilation", dilation, 1),
+        groups,
+    )
+    pool = (
+        checks.pair(op, "pool_kernel", pool_kernel, 1),
+        checks.pair(op, "pool_stride", pool_stride, 1),
+        checks.pair(op, "pool_padding", pool_padding, 0),
+    )
+    backend = select(op, x)
+    if backend == "reference":
+        weight = unpack_conv_weight(packed, weight_shape, groups)
+        y = reference.conv_affine_add_relu(x, weight, scale, shift, None, *geometry)
+        return F.max_pool2d(y, *pool)
+    return OPERATORS[backend].conv_bn_relu_maxpool_packed(
+        x, packed, scale, shift, weight_shape, *geometry, *pool
+    )
+
+
+def residual_block(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    *,
+    joined: Tensor | None = None,
+    joined_shift: Tensor | None = None,
+    bottleneck: bool,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""A whole frozen residual block; no gradient.
+
+    .. math:: y = \max(0,\; f_n(\max(0, f_{n-1}(\dots \max(0, f_1(x))))) + s(x))
+
+    with :math:`f_i(h) = \mathrm{scale}_i (w_i * h) + \mathrm{shift}_i`. A basic block has two 3x3
+    convolutions, the stride on the first; a bottleneck has 1x1, 3x3 and 1x1, the stride, dilation
+    and groups on the 3x3. The shortcut :math:`s` is the identity, or a 1x1 convolution with the
+    stride and its affine step.
+
+    On CUDA a bottleneck of 64 or 128 middle channels, in float16 and bfloat16, runs its last two
+    convolutions as one kernel that keeps what is between them on chip.
+
+    Args:
+        x: ``(N, C, H, W)`` on the CPU or on CUDA.
+        packed: From :func:`pack_conv_weight`, for each convolution of the block in order, and then
+            for the shortcut's if it has one.
+        scale: ``(K,)`` of each; float32 (float64 for float64 ``x``).
+        shift: As ``scale``.
+        joined: On CUDA, the weights of the last convolution and of the shortcut, each times its
+            scale, one filter of both after another: the two then run as one sum. None: two.
+        joined_shift: The sum of their shifts.
+        bottleneck: Which kind of block.
+        stride: Of the block, in both directions.
+        dilation: Of a bottleneck's 3x3.
+        groups: Of a bottleneck's 3x3.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
+
+    Raises:
+        ValueError: A wrong number of tensors, or shapes that do not fit each other.
+        TypeError: Wrong dtype.
+
+    Source:
+        He et al., 2015, figure 5; the position of the stride is torchvision's.
+    """
+    backend = select("residual_block", x)
+    if backend == "reference":
+        return _block_reference(x, packed, scale, shift, bottleneck, stride, dilation, groups)
+    return OPERATORS[backend].residual_block(
+        x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups
+    )
+
+
+def _block_reference(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    bottleneck: bool,
+    stride: int,
+    dilation: int,
+    groups: int,
+) -> Tensor:
+    own = 3 if bottleneck else 2
+    middle = 1 if bottleneck else 0  # the convolution that has the stride
+
+    def conv(i: int, h: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        size = 3 if i < own and (i == 1 or not bottleneck) else 1
+        g, d = (groups, dilation) if i == middle else (1, 1)
+        shape = (scale[i].shape[0], h.shape[1] // g, size, size)
+        return reference.conv_affine_add_relu(
+            h,
+            unpack_conv_weight(packed[i], shape, g),
+            scale[i],
+            shift[i],
+            residual,
+            stride if i in (middle, own) else 1,
+            d * (size // 2),
+            d,
+            g,
+            relu=relu,
+        )
+
+    residual = conv(own, x, None, False) if len(packed) > own else x
+    h = x
+    for i in range(own - 1):
+        h = conv(i, h, None, True)
+    return conv(own - 1, h, residual, True)
