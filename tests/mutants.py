@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
-REGISTRATIONS = "fused_resnet/_registrations.py"
+AUTOGRAD = "fused_resnet/_autograd.py"
 OPS = "fused_resnet/ops.py"
 FORWARD = "tests/test_ops.py"
 BACKWARD = "tests/test_autograd.py"
@@ -139,14 +139,14 @@ MUTANTS = [
     ),
     Mutant(
         "weight's gradient without batch norm's scale",
-        REGISTRATIONS,
+        AUTOGRAD,
         "dweight = (d.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)",
         "dweight = d.to(weight.dtype)",
         BACKWARD,
     ),
     Mutant(
         "batch-norm weight's gradient without the mean",
-        REGISTRATIONS,
+        AUTOGRAD,
         "(inner + offset * total)",
         "inner",
         BACKWARD,

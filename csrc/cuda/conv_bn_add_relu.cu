@@ -70,8 +70,10 @@ ConvParams conv_params(const ConvShape& s) {
 }
 
 bool conv_by_packs(const ConvParams& p, ConvPrecision precision, bool aligned) {
+  constexpr int kMostTaps = 64;  // that one word has bits for
   const int pack = 16 / element_bytes(precision);
-  return aligned && p.group_c % pack == 0 && p.second.c % pack == 0;
+  return aligned && p.group_c % pack == 0 && p.second.c % pack == 0 &&
+         p.image.kh * p.image.kw <= kMostTaps;
 }
 
 ConvPlan plan_conv(const ConvParams& p, ConvPrecision precision, bool aligned, bool may_split,

@@ -19,6 +19,11 @@ FR_DEVICE int stage_offset(int row, int chunk) {
   return row * kStageRowBytes + ((chunk ^ (row >> 1)) & (kChunks - 1)) * 16;
 }
 
+// The permutation repeats every eight rows, and the upper half of a row's chunks lies where the
+// lower half does but for one bit. So one offset for each lane serves all of its loads, with
+// constants that fit into the instructions.
+constexpr int kUpperHalf = 32;
+
 // Tensor cores: float16, bfloat16, or float32 rounded to tf32, with float32 accumulators.
 template <class Precision>
 struct TensorCores {
@@ -26,18 +31,21 @@ struct TensorCores {
   FR_DEVICE static void multiply(float (&acc)[kRows16][kCols8][4], const unsigned char* a,
                                  const unsigned char* b, int lane) {
     static_assert(kCols8 % 2 == 0, "ldmatrix brings the fragments of two column groups");
+    const int of_a = stage_offset(lane & 15, lane >> 4);
+    const int of_b = stage_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const unsigned char* const half_a = a + (half ? of_a ^ kUpperHalf : of_a);
+      const unsigned char* const half_b = b + (half ? of_b ^ kUpperHalf : of_b);
       uint32_t rows[kRows16][4], cols[kCols8 / 2][4];
 #pragma unroll
       for (int i = 0; i < kRows16; ++i) {
-        ldmatrix_x4(rows[i], a + stage_offset(16 * i + (lane & 15), 2 * half + (lane >> 4)));
+        ldmatrix_x4(rows[i], half_a + i * 16 * kStageRowBytes);
         Precision::round(rows[i]);
       }
 #pragma unroll
       for (int j = 0; j < kCols8 / 2; ++j) {
-        const int row = 16 * j + (lane & 7) + (lane >> 4) * 8;
-        ldmatrix_x4(cols[j], b + stage_offset(row, 2 * half + ((lane >> 3) & 1)));
+        ldmatrix_x4(cols[j], half_b + j * 16 * kStageRowBytes);
         Precision::round(cols[j]);
       }
 #pragma unroll

@@ -38,8 +38,9 @@ struct FilterPlace {
 template <class T, int kRows, int kThreads, bool kVector, bool kSecond>
 class ImageSource {
   static constexpr int kEach = kRows * kChunks / kThreads;  // chunks that a thread brings
+  static constexpr int kApart = kThreads / kChunks;         // rows between them
   static constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(T));
-  static_assert(kRows * kChunks % kThreads == 0);
+  static_assert(kRows * kChunks % kThreads == 0 && kApart % 8 == 0);
   static_assert(kVector || !kSecond);
 
  public:
@@ -47,25 +48,29 @@ class ImageSource {
       : p_(p),
         k_(k0 + thread % kChunks * kPack<T>),
         place_(k_, p.image.kw, p.group_c),
-        row_(thread / kChunks),
-        chunk_(thread % kChunks) {
+        to_(stage_offset(thread / kChunks, thread % kChunks)) {
     const ConvImage& m = p.image;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int row = first_row + row_ + i * (kThreads / kChunks);
+      const int row = first_row + thread / kChunks + i * kApart;
       const int image = row / (p.out_h * p.out_w), pixel = row % (p.out_h * p.out_w);
       const int oy = pixel / p.out_w, ox = pixel % p.out_w;
-      y_[i] = oy * m.stride_h - m.pad_h;
-      x_[i] = ox * m.stride_w - m.pad_w;
-      const int64_t at = static_cast<int64_t>(image) * m.h * m.w * m.c +
-                         (static_cast<int64_t>(y_[i]) * m.w + x_[i]) * m.c + channel0;
-      from_[i] = static_cast<const T*>(m.x) + at;
-      if (row >= p.rows) y_[i] = kNowhere;
+      const int y = oy * m.stride_h - m.pad_h, x = ox * m.stride_w - m.pad_w;
+      from_[i] = static_cast<const T*>(m.x) + static_cast<int64_t>(image) * m.h * m.w * m.c +
+                 (static_cast<int64_t>(y) * m.w + x) * m.c + channel0;
+      const bool there = row < p.rows;
+      if (kVector) {
+        taps_[i] = there ? taps_inside(y, x) : 0;
+      } else {
+        y_[i] = there ? y : kNowhere;
+        x_[i] = x;
+      }
       if (kSecond) {
         const ConvImage& s = p.second;
         from2_[i] = static_cast<const T*>(s.x) +
                     (static_cast<int64_t>(image) * s.h + oy * s.stride_h) * s.w * s.c +
                     static_cast<int64_t>(ox) * s.stride_w * s.c;
+        there_[i] = there;
       }
     }
   }
@@ -84,10 +89,21 @@ class ImageSource {
  private:
   static constexpr int kNowhere = -(1 << 30);  // outside of any map, at any tap
 
-  FR_DEVICE bool inside(int i, const FilterPlace& at) const {
-    const int y = y_[i] + at.ky * p_.image.dilation_h, x = x_[i] + at.kx * p_.image.dilation_w;
+  FR_DEVICE bool inside(int y, int x) const {
     return static_cast<unsigned>(y) < static_cast<unsigned>(p_.image.h) &&
            static_cast<unsigned>(x) < static_cast<unsigned>(p_.image.w);
+  }
+
+  // A bit for each tap of the window at (y, x): whether it lies inside the map. Found once, it
+  // makes a step's question one instruction for each row.
+  FR_DEVICE uint64_t taps_inside(int y, int x) const {
+    uint64_t taps = 0, bit = 1;
+    for (int ky = 0; ky < p_.image.kh; ++ky) {
+      for (int kx = 0; kx < p_.image.kw; ++kx, bit <<= 1) {
+        if (inside(y + ky * p_.image.dilation_h, x + kx * p_.image.dilation_w)) taps |= bit;
+      }
+    }
+    return taps;
   }
 
   FR_DEVICE int tap_offset(const FilterPlace& at) const {
@@ -98,17 +114,17 @@ class ImageSource {
   FR_DEVICE void bring_packs(unsigned char* stage) {
     const int depth1 = p_.depth - (kSecond ? p_.second.c : 0);
     const int offset = tap_offset(place_);
+    // Past the depth no tap is inside.
+    const uint64_t tap = k_ < depth1 ? uint64_t{1} << (place_.ky * p_.image.kw + place_.kx) : 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      bool valid = k_ < depth1 && inside(i, place_);
+      bool valid = (taps_[i] & tap) != 0;
       const T* from = from_[i] + offset;
       if (kSecond && k_ >= depth1) {
-        valid = k_ < p_.depth && y_[i] != kNowhere;
+        valid = k_ < p_.depth && there_[i];
         from = from2_[i] + (k_ - depth1);
       }
-      // Without `valid` nothing is read, but the address should still be one.
-      cp_async_16(stage + stage_offset(row_ + i * (kThreads / kChunks), chunk_),
-                  valid ? from : static_cast<const T*>(p_.image.x), valid);
+      cp_async_16(stage + to_ + i * kApart * kStageRowBytes, from, valid);
     }
   }
 
@@ -118,53 +134,55 @@ class ImageSource {
       Pack<T> pack;
       FilterPlace at = place_;
       for (int e = 0; e < kPack<T>; ++e) {
-        if (k_ + e < p_.depth && inside(i, at)) pack.values[e] = from_[i][tap_offset(at)];
+        const int y = y_[i] + at.ky * p_.image.dilation_h;
+        const int x = x_[i] + at.kx * p_.image.dilation_w;
+        if (k_ + e < p_.depth && inside(y, x)) pack.values[e] = from_[i][tap_offset(at)];
         at.advance(1, p_.image.kw, p_.group_c);
       }
-      const int row = row_ + i * (kThreads / kChunks);
-      *reinterpret_cast<uint4*>(stage + stage_offset(row, chunk_)) = pack.bits;
+      *reinterpret_cast<uint4*>(stage + to_ + i * kApart * kStageRowBytes) = pack.bits;
     }
   }
 
   const ConvParams& p_;
   int k_;
   FilterPlace place_;
-  int row_, chunk_;
+  int to_;                // where in a stage the first of the thread's chunks lies
   const T* from_[kEach];  // of the window's first tap, which may lie outside of the map
+  uint64_t taps_[kVector ? kEach : 1];
+  int y_[kVector ? 1 : kEach], x_[kVector ? 1 : kEach];
   const T* from2_[kSecond ? kEach : 1];
-  int y_[kEach], x_[kEach];
+  bool there_[kSecond ? kEach : 1];
 };
 
 // Filters, each `depth` elements long, one after another.
 template <class T, int kRows, int kThreads, bool kVector>
 class FilterSource {
   static constexpr int kEach = kRows * kChunks / kThreads;
+  static constexpr int kApart = kThreads / kChunks;
   static constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(T));
-  static_assert(kRows * kChunks % kThreads == 0);
+  static_assert(kRows * kChunks % kThreads == 0 && kApart % 8 == 0);
 
  public:
   // `filters` of them are there from `first` on.
   FR_DEVICE FilterSource(const T* first, int filters, int depth, int k0, int thread)
-      : from_(first),
-        filters_(filters),
+      : from_(first + static_cast<int64_t>(thread / kChunks) * depth),
+        filters_(filters - thread / kChunks),
         depth_(depth),
         k_(k0 + thread % kChunks * kPack<T>),
-        row_(thread / kChunks),
-        chunk_(thread % kChunks) {}
+        to_(stage_offset(thread / kChunks, thread % kChunks)) {}
 
   FR_DEVICE void bring(unsigned char* stage) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int row = row_ + i * (kThreads / kChunks);
-      const T* from = from_ + static_cast<int64_t>(row) * depth_ + k_;
-      unsigned char* to = stage + stage_offset(row, chunk_);
+      const T* from = from_ + static_cast<int64_t>(i * kApart) * depth_ + k_;
+      unsigned char* to = stage + to_ + i * kApart * kStageRowBytes;
+      const bool valid = i * kApart < filters_;
       if (kVector) {
-        const bool valid = row < filters_ && k_ < depth_;
-        cp_async_16(to, valid ? from : from_, valid);
+        cp_async_16(to, from, valid && k_ < depth_);
       } else {
         Pack<T> pack;
         for (int e = 0; e < kPack<T>; ++e) {
-          if (row < filters_ && k_ + e < depth_) pack.values[e] = from[e];
+          if (valid && k_ + e < depth_) pack.values[e] = from[e];
         }
         *reinterpret_cast<uint4*>(to) = pack.bits;
       }
@@ -173,8 +191,9 @@ class FilterSource {
   }
 
  private:
-  const T* from_;
-  int filters_, depth_, k_, row_, chunk_;
+  const T* from_;  // the first of the thread's filters
+  int filters_;    // from that one on
+  int depth_, k_, to_;
 };
 
 }  // namespace fr
