@@ -8,7 +8,9 @@ and the same gradients.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -72,3 +74,12 @@ OPERATORS: dict[str, Any] = {
     "triton": torch.ops.fused_resnet_triton,
     "library": torch.ops.fused_resnet_library,
 }
+
+
+@functools.cache
+def candidates(backend: str) -> dict[str, Any]:
+    """The backends that can stand in for a device's own kernels, themselves among them."""
+    names = [backend, "library"]
+    if backend == "cuda" and importlib.util.find_spec("triton") is not None:
+        names.append("triton")
+    return {name: OPERATORS[name] for name in names}

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, reference
-from ._registrations import OPERATORS
+from . import checks, reference, tuner
+from ._registrations import OPERATORS, candidates
 from .backends import current_backend, select
 from .checks import Pair
 from .packed_ops import (
@@ -186,22 +186,13 @@ def conv_bn_add_relu(
 
     backend = select(op, x)
     if backend != "reference" and not training:
-        return OPERATORS[backend].conv_bn_add_relu(
-            x,
-            conv_weight,
-            conv_bias,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            residual,
-            stride,
-            padding,
-            dilation,
-            groups,
-            eps,
-            relu,
-        )
+        arguments = (
+            x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, residual,
+            stride, padding, dilation, groups, eps, relu,
+        )  # fmt: skip
+        if current_backend() == "auto" and not torch.compiler.is_compiling():
+            backend = tuner.choose(op, backend, candidates(backend), arguments)
+        return OPERATORS[backend].conv_bn_add_relu(*arguments)
     if current_backend() in ("cuda", "triton"):
         operators = OPERATORS[backend]
         z, mean, var = operators.conv_statistics(

@@ -17,6 +17,8 @@ from ..backends import build_info
 #: Environment variables that change what the package does: name, who reads it, meaning.
 VARIABLES = (
     ("FUSED_RESNET_ISA", "run", "force the instruction set of the CPU kernels"),
+    ("FUSED_RESNET_TUNE", "run", "0, 1 or exhaustive: time the backends of a new call"),
+    ("FUSED_RESNET_CACHE", "run", "file in which the tuner keeps its choices"),
     ("OMP_NUM_THREADS", "run", "size of PyTorch's thread pool, which the kernels share"),
     ("FUSED_RESNET_CUDA", "build", "0, 1 or auto: build the CUDA kernels"),
     ("TORCH_CUDA_ARCH_LIST", "build", "architectures to compile the CUDA kernels for"),

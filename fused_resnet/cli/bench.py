@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
+from .. import fuse
 from ..bench import environment, harness, networks, plot, results
 from ..bench.providers import PROVIDERS
+from ..models import resnet
+from ._choices import calls_of, table_of
 from ._common import DTYPES, UsageError, console, listed, one_of, positive, progress, writable
 
 DEFAULT_PROVIDERS = ("eager", "channels_last", "compile", "jit", "fused", "frozen")
@@ -59,6 +63,11 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--rounds", type=positive, default=10, help="turns of each provider (default: 10)"
     )
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the rows")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="show which backend runs each call of the fused network, and by how much it is faster",
+    )
     parser.add_argument("--plot", type=writable, metavar="FILE.png", help="draw the rows")
     parser.set_defaults(run=run)
 
@@ -91,6 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     out = console()
     out.print(results.table(rows, title))
+    if arguments.explain:
+        for batch in arguments.batch:
+            out.print(explain(arguments, batch))
     if arguments.json:
         results.save(arguments.json, rows)
     if arguments.plot:
@@ -99,6 +111,18 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise UsageError(f"bench: --plot: {error}") from None
     return complain(rows)
+
+
+def explain(arguments: argparse.Namespace, batch: int) -> Table:
+    """What the tuner chooses for each call of the fused network."""
+    dtype = getattr(torch, arguments.dtype)
+    torch.set_num_threads(arguments.threads)
+    model = fuse(getattr(resnet, arguments.model)().eval()).to(dtype)
+    images = torch.zeros(batch, 3, arguments.size, arguments.size, dtype=dtype)
+    calls = calls_of(
+        model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    )
+    return table_of(calls, f"the fused network's calls, batch {batch}")
 
 
 def complain(rows: list[results.Row]) -> int:

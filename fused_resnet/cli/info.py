@@ -6,10 +6,11 @@ import argparse
 import os
 from typing import Any
 
+import torch
 from rich.table import Table
 from rich.text import Text
 
-from .. import backends, build_info
+from .. import backends, build_info, tuner, tuning_cache
 from ..bench import environment
 from ._common import console, print_json
 
@@ -31,6 +32,11 @@ def collect() -> dict[str, Any]:
         "backends": {
             name: {"available": status.available, "reason": status.reason}
             for name, status in backends().items()
+        },
+        "tuner": {
+            "file": str(tuning_cache.path()),
+            "machine": (machine := tuner.machine_of(torch.device("cpu"))),
+            "calls": len(tuning_cache.load(machine)),
         },
         "environment": {name: os.environ.get(name) for name, _, _ in environment.VARIABLES},
     }
@@ -60,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         answer = status["reason"] or "available"
         style = "green" if status["available"] else "yellow"
         table.add_row(f"backend {name}", Text(answer, style=style))
+    known = facts["tuner"]
+    table.add_row("tuner", f"{known['calls']} calls known, in {known['file']}")
     for name, when, meaning in environment.VARIABLES:
         value = facts["environment"][name]
         table.add_row(name, f"{'not set' if value is None else value} ({when}: {meaning})")

@@ -1,0 +1,65 @@
+"""``fused-resnet tune``: time the backends for a network's calls ahead of its use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+
+from .. import fuse, tuning_cache
+from ..bench import environment, networks
+from ..models import resnet
+from ._choices import calls_of, table_of
+from ._common import UsageError, console, listed, one_of, positive
+
+#: Of those that the tuner takes part in.
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "tune",
+        help="choose the fastest backend for each call of a network, ahead of its use",
+        description="Runs a fused network's inference once, times each backend for each of its "
+        "different calls, and keeps the times in the user's cache folder (FUSED_RESNET_CACHE), "
+        "where later processes find them. Without this, a process times a call when it first "
+        "meets it (FUSED_RESNET_TUNE).",
+    )
+    parser.add_argument("model", type=one_of("model", networks.MODELS), help="for example resnet50")
+    parser.add_argument(
+        "--batch", type=listed(positive), default=[1], metavar="N,...", help="default: 1"
+    )
+    parser.add_argument(
+        "--dtype", type=one_of("dtype", DTYPES), default="float32", help="default: float32"
+    )
+    parser.add_argument("--device", type=one_of("device", ("cpu", "cuda")), help="default: cpu")
+    parser.add_argument("--threads", type=positive, default=environment.cores(), help="on a CPU")
+    parser.add_argument("--size", type=positive, default=224, help="of the images (default: 224)")
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="more rounds, as FUSED_RESNET_TUNE=exhaustive"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time and show."""
+    if arguments.size < 32:
+        raise UsageError(f"tune: --size: expected at least 32, got {arguments.size}")
+    device = arguments.device or "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("tune: --device: PyTorch sees no CUDA device")
+    os.environ["FUSED_RESNET_TUNE"] = "exhaustive" if arguments.exhaustive else "1"
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    model = fuse(getattr(resnet, arguments.model)().eval())
+    model = model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    for batch in arguments.batch:
+        images = torch.zeros(batch, 3, arguments.size, arguments.size, dtype=dtype, device=device)
+        calls = calls_of(model, images.to(memory_format=torch.channels_last))
+        title = f"{arguments.model}, batch {batch}, {arguments.dtype}, {device}"
+        console().print(table_of(calls, title))
+    print(f"kept in {tuning_cache.path()}")
+    return 0

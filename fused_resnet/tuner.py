@@ -1,0 +1,267 @@
+"""Which backend is the fastest for a call: timed once, remembered in memory and on disk.
+
+``FUSED_RESNET_TUNE=0`` times nothing: a call that has not been timed before runs on the device's
+own kernels. So does every call under ``torch.use_deterministic_algorithms``, while a compiler
+traces, and a new one while a CUDA graph is captured. ``1``, the default, lets each new call's
+candidates take turns three times, ``exhaustive`` twenty times. A candidate that fails is dropped,
+with a warning, and never chosen.
+
+The choices are one of this package's two pieces of global state (the other is the backend that was
+asked for). A lock guards them; what two threads time at once is timed twice and kept once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C, tuning_cache
+from ._version import __version__
+
+#: Changes when kernels do, so that old timings are not believed.
+KERNELS = 1
+
+#: By how much another candidate must beat the device's own kernels: a lead that the next run may
+#: take back is none.
+MARGIN = 0.03
+
+#: Rounds in which all candidates take turns, of which the fastest counts.
+ROUNDS = {"1": 3, "exhaustive": 20}
+
+_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
+    "fused_resnet_recorded_calls", default=None
+)
+_lock = threading.Lock()
+_known: dict[str, dict[str, dict[str, float]]] = {}  # machine, key: milliseconds by candidate
+
+
+def mode() -> str:
+    """``FUSED_RESNET_TUNE``: ``"0"``, ``"1"`` or ``"exhaustive"``.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    given = os.environ.get("FUSED_RESNET_TUNE", "1")
+    if given != "0" and given not in ROUNDS:
+        raise ValueError(f"FUSED_RESNET_TUNE: expected 0, 1 or exhaustive, got {given!r}")
+    return given
+
+
+class Call(NamedTuple):
+    """A call that could be timed; its four-dimensional tensors are shapes without numbers.
+
+    Attributes:
+        op: The operator.
+        default: The candidate that runs where none was timed.
+        candidates: By name, what has the operator as an attribute.
+        device: Where it runs.
+        arguments: Of the operator.
+    """
+
+    op: str
+    default: str
+    candidates: Mapping[str, Any]
+    device: torch.device
+    arguments: tuple[Any, ...]
+
+    @property
+    def key(self) -> str:
+        """What the call is remembered by."""
+        return key_of(self.op, self.arguments)
+
+    def with_numbers(self) -> tuple[Any, ...]:
+        """Arguments to time it by."""
+        return tuple(
+            torch.randn_like(a, device=self.device) if _is_map(a) else a for a in self.arguments
+        )
+
+    def decide(self) -> tuple[str, dict[str, float]]:
+        """The candidate that will run, and the milliseconds of each, timed now if need be."""
+        times = timings(self.op, self.candidates, self.with_numbers())
+        return fastest(times, self.default, self.candidates), times
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Note the calls of this thread that would be timed, in order, in place of timing them."""
+    calls: list[Call] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
+
+
+def _is_map(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() == 4
+
+
+def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> str:
+    """The candidate that ran this call fastest.
+
+    Args:
+        op: The operator.
+        default: The candidate that runs where none was timed.
+        candidates: By name, what has the operator as an attribute.
+        arguments: Of the operator; the first is the map whose device and dtype count.
+    """
+    calls = _recorded.get()
+    if calls is not None:
+        maps = tuple(a.detach().to("meta") if _is_map(a) else a for a in arguments)
+        calls.append(Call(op, default, candidates, arguments[0].device, maps))
+        return default
+    if torch.are_deterministic_algorithms_enabled():
+        return default
+    return fastest(timings(op, candidates, arguments), default, candidates)
+
+
+def fastest(times: Mapping[str, float], default: str, candidates: Mapping[str, Any]) -> str:
+    """The candidate of the least time, if it is clearly less than the default's."""
+    times = {name: ms for name, ms in times.items() if name in candidates}
+    if not times:
+        return default
+    best = min(times, key=lambda name: times[name])
+    if times[best] > times.get(default, float("inf")) * (1 - MARGIN):
+        return default
+    return best
+
+
+def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> dict[str, float]:
+    """Milliseconds of each candidate for this call: remembered, or timed now if that is allowed."""
+    x = arguments[0]
+    machine, key = machine_of(x.device), key_of(op, arguments)
+    with _lock:
+        known = _known.get(machine)
+        if known is None:
+            known = _known[machine] = tuning_cache.load(machine)
+        times = known.get(key)
+    if times is not None:
+        return times
+    given = mode()
+    if given == "0" or x.numel() == 0 or not _may_time(x):
+        return {}
+    times = measure(op, candidates, arguments, ROUNDS[given])
+    with _lock:
+        known[key] = times
+    if times:
+        tuning_cache.add(machine, {key: times})
+    return times
+
+
+def _may_time(x: Tensor) -> bool:
+    """Whether calls now run, and nobody records them."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():  # fakes and proxies
+        return False
+    if x.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return x.device.type == "cpu"
+
+
+def key_of(op: str, arguments: tuple[Any, ...]) -> str:
+    """The call without its numbers: shapes, dtypes, memory formats, settings."""
+    return op + "(" + ", ".join(map(_word, arguments)) + ")"
+
+
+def _word(argument: Any) -> str:
+    if not isinstance(argument, Tensor):
+        return str(argument)
+    shape = "x".join(map(str, argument.shape))
+    dtype = str(argument.dtype).removeprefix("torch.")
+    if argument.dim() != 4:
+        return f"{shape} {dtype}"
+    if argument.is_contiguous(memory_format=torch.channels_last):
+        return f"{shape} {dtype} channels_last"
+    return f"{shape} {dtype} {'contiguous' if argument.is_contiguous() else 'strided'}"
+
+
+def machine_of(device: torch.device) -> str:
+    """All that timings depend on besides the call."""
+    if device.type == "cuda":
+        return _cuda_machine(device.index if device.index is not None else 0)
+    return f"{_cpu_machine()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _versions() -> str:
+    return f"torch {torch.__version__}, fused_resnet {__version__} kernels {KERNELS}"
+
+
+@functools.cache
+def _cpu_machine() -> str:
+    from .bench.environment import device
+
+    return f"{device()}, {_C.build_info()['isa']}, {_versions()}"
+
+
+@functools.cache
+def _cuda_machine(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    cudnn = torch.backends.cudnn.version()
+    return (
+        f"{properties.name}, sm_{properties.major}{properties.minor}, "
+        f"{properties.multi_processor_count} multiprocessors, driver {_driver()}, "
+        f"CUDA {torch.version.cuda}, cuDNN {cudnn}, {_versions()}"
+    )
+
+
+def _driver() -> str:
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(version()) if version is not None else "unknown"
+
+
+@torch.no_grad()
+def measure(
+    op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...], rounds: int
+) -> dict[str, float]:
+    """Milliseconds of each candidate: the fastest of some rounds in which they take turns."""
+    clock = _cuda_clock if arguments[0].device.type == "cuda" else _clock
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, operators in candidates.items():
+        call: Callable[[], Any] = functools.partial(getattr(operators, op), *arguments)
+        try:
+            call()  # compiles, allocates, packs
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(
+                f"fused_resnet: {op}: {name} fails and is left out: {first}", stacklevel=2
+            )
+            continue
+        calls[name] = call
+    times = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name] = min(times[name], clock(call))
+    return times
+
+
+def _clock(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3
+
+
+def _cuda_clock(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Milliseconds on the caller's stream."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def forget() -> None:
+    """Drop what is in memory; the file stays."""
+    with _lock:
+        _known.clear()

@@ -1,0 +1,281 @@
+"""The tuner: what it chooses, what it keeps, and what becomes of it when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import CONVS, batch_norm, conv_weight, normal
+
+import fused_resnet as fr
+from fused_resnet import ops, reference, tuner, tuning_cache
+
+MACHINE = tuner.machine_of(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "cache" / "tuning.json"))
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
+    monkeypatch.setattr(tuning_cache, "_warned", set())
+    tuner.forget()
+    yield
+    tuner.forget()
+
+
+def runs_for(seconds: float, value: float = 0.0) -> SimpleNamespace:
+    """Operators of which ``op`` takes so long."""
+
+    def op(x):
+        time.sleep(seconds)
+        return x + value
+
+    return SimpleNamespace(op=op)
+
+
+def choose(**operators) -> str:
+    return tuner.choose("op", "cpu", operators, (torch.zeros(2, 3),))
+
+
+FAST, SLOW = runs_for(0.0), runs_for(0.05)
+
+
+# What it chooses
+
+
+def test_the_faster_one_is_chosen():
+    assert choose(cpu=SLOW, library=FAST) == "library"
+
+
+def test_the_devices_own_kernels_win_a_draw(monkeypatch):
+    times = iter([10.0, 9.9] * 3)
+    monkeypatch.setattr(tuner, "_clock", lambda call: next(times))
+    assert choose(cpu=FAST, library=FAST) == "cpu"
+
+
+def test_a_call_is_timed_once():
+    calls = []
+    counted = SimpleNamespace(op=lambda x: calls.append(x))
+    choose(cpu=counted, library=SLOW)
+    assert len(calls) == 1 + tuner.ROUNDS["1"]
+    choose(cpu=counted, library=SLOW)
+    tuner.forget()
+    choose(cpu=counted, library=SLOW)  # from the file
+    assert len(calls) == 1 + tuner.ROUNDS["1"]
+
+
+def test_another_shape_dtype_or_layout_is_another_call():
+    x = torch.zeros(2, 3, 4, 4)
+    calls = [x, x[:1], x.double(), x.to(memory_format=torch.channels_last)]
+    assert len({tuner.key_of("op", (call,)) for call in calls}) == 4
+    assert tuner.key_of("op", (x, 1)) != tuner.key_of("op", (x, 2))
+
+
+def test_more_rounds_when_exhaustive(monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "exhaustive")
+    calls = []
+    choose(cpu=SimpleNamespace(op=lambda x: calls.append(x)))
+    assert len(calls) == 1 + tuner.ROUNDS["exhaustive"]
+
+
+def test_nothing_is_timed_when_it_may_not_be(monkeypatch):
+    never = SimpleNamespace(op=lambda x: pytest.fail("timed"))
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    assert choose(cpu=never, library=never) == "cpu"
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(cpu=never, library=never) == "cpu"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not tuning_cache.path().exists()
+
+
+def test_what_was_timed_is_used_when_nothing_may_be(monkeypatch):
+    choose(cpu=SLOW, library=FAST)
+    tuner.forget()
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    assert choose(cpu=SLOW, library=FAST) == "library"
+
+
+def test_a_wrong_setting_is_named(monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "yes")
+    with pytest.raises(ValueError, match="FUSED_RESNET_TUNE: expected 0, 1 or exhaustive, got 'ye"):
+        choose(cpu=FAST)
+
+
+def test_fakes_are_not_timed():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.zeros(2, 3))
+        assert tuner.choose("op", "cpu", {"cpu": FAST, "library": FAST}, (x,)) == "cpu"
+    assert not tuning_cache.path().exists()
+
+
+def test_a_candidate_that_fails_is_dropped_with_a_warning():
+    def fails(x):
+        raise RuntimeError("no kernel for this shape\nand more")
+
+    broken = SimpleNamespace(op=fails)
+    with pytest.warns(UserWarning, match="op: library fails and is left out: no kernel for this s"):
+        assert choose(cpu=SLOW, library=broken) == "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(cpu=SLOW, library=broken) == "cpu"
+
+
+# The operations
+
+
+@pytest.mark.parametrize("winner", ["cpu", "library"])
+def test_an_operation_runs_on_what_was_chosen(winner, monkeypatch):
+    """And is as right whichever it is."""
+    case = CONVS[3]
+    x = normal(*case.x, dtype=torch.float32).to(memory_format=torch.channels_last)
+    w, bn = conv_weight(case, torch.float32), batch_norm(case.k, torch.float32)
+    times = {"cpu": 2.0, "library": 2.0, winner: 1.0}
+    monkeypatch.setattr(tuner, "measure", lambda *arguments: times)
+    ran = []
+    from fused_resnet import library
+
+    fused = library._onednn
+    monkeypatch.setattr(library, "_onednn", lambda *a: ran.append("library") or fused(*a))
+    y = ops.conv_bn_add_relu(x, w, *bn, **case.args)
+    assert ran == (["library"] if winner == "library" else [])
+    expected = reference.conv_bn_add_relu(x, w, *bn, **case.args)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    with fr.use_backend("cpu"):  # asked for by name: nothing to choose
+        ops.conv_bn_add_relu(x, w, *bn, **case.args)
+    assert ran == (["library"] if winner == "library" else [])
+
+
+def test_compiled_code_does_not_time(monkeypatch):
+    monkeypatch.setattr(tuner, "measure", lambda *arguments: pytest.fail("timed"))
+    model = fr.resnet18(num_classes=4).eval()
+    x = normal(1, 3, 32, 32, dtype=torch.float32)
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend="eager")(x)
+
+
+# The file
+
+
+def read() -> dict:
+    return json.loads(tuning_cache.path().read_text())
+
+
+def test_the_file_can_be_read_by_people():
+    choose(cpu=SLOW, library=FAST)
+    entries = read()["machines"][MACHINE]
+    (key,) = entries
+    assert key == "op(2x3 float32)"
+    assert entries[key]["cpu"] > entries[key]["library"] > 0
+    assert "threads" in MACHINE
+    assert torch.__version__ in MACHINE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"format": 99, "machines": {}}', '{"format": 1, "machines": 3}', "\0"],
+)
+def test_a_corrupt_file_is_ignored_with_one_warning_and_rewritten(text):
+    file = tuning_cache.path()
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.warns(UserWarning, match="ignored and will be written anew") as caught:
+        assert choose(cpu=SLOW, library=FAST) == "library"
+    assert len(caught) == 1
+    assert list(read()["machines"]) == [MACHINE]
+
+
+def test_corrupt_entries_are_ignored():
+    good, bad = {"cpu": 2.0, "library": 1.0}, {"cpu": "fast"}
+    tuning_cache.add(MACHINE, {"op(2x3 float32)": bad, "op(5 float32)": good, "op(6)": {}})
+    assert tuning_cache.load(MACHINE) == {"op(5 float32)": good}
+    assert choose(cpu=SLOW, library=FAST) == "library"
+
+
+def test_another_machines_entries_are_kept_and_not_believed():
+    other = MACHINE.replace("threads", "threads of another card")
+    tuning_cache.add(other, {"op(2x3 float32)": {"cpu": 1.0, "library": 2.0}})
+    assert choose(cpu=SLOW, library=FAST) == "library"
+    assert read()["machines"][other] == {"op(2x3 float32)": {"cpu": 1.0, "library": 2.0}}
+
+
+def test_choices_of_candidates_that_are_not_there_are_not_believed():
+    tuning_cache.add(MACHINE, {"op(2x3 float32)": {"triton": 0.1, "cpu": 1.0, "library": 2.0}})
+    assert choose(cpu=FAST, library=FAST) == "cpu"
+
+
+def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path):
+    """A file stands where the folder should be: that no one can write to, root included."""
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "home" / "tuning.json"))
+    with pytest.warns(UserWarning, match="choices are not kept"):
+        assert choose(cpu=SLOW, library=FAST) == "library"
+    assert choose(cpu=SLOW, library=FAST) == "library"  # from memory
+
+
+def test_where_the_file_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("FUSED_RESNET_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning_cache.path() == tmp_path / "fused_resnet" / "tuning.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuning_cache.path() == Path.home() / ".cache" / "fused_resnet" / "tuning.json"
+
+
+WRITER = """
+import sys
+from fused_resnet import tuning_cache
+for i in range(60):
+    tuning_cache.add("machine", {f"{sys.argv[1]} {i}": {"cpu": 1.0}})
+"""
+
+
+def writer(name: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, name], env=os.environ.copy())
+
+
+def test_two_processes_at_once_lose_nothing():
+    writers = [writer(name) for name in ("first", "second")]
+    assert [w.wait(120) for w in writers] == [0, 0]
+    entries = read()["machines"]["machine"]
+    assert set(entries) == {f"{name} {i}" for name in ("first", "second") for i in range(60)}
+
+
+def test_a_process_that_is_killed_leaves_a_whole_file():
+    killed = writer("killed")
+    while not tuning_cache.path().exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert "killed 0" in read()["machines"]["machine"]
+    # Nor does what it left behind stop the next one.
+    assert writer("next").wait(120) == 0
+    assert "next 59" in read()["machines"]["machine"]
+
+
+def test_threads_share_what_is_known():
+    chosen = []
+
+    def run() -> None:
+        chosen.append(choose(cpu=SLOW, library=FAST))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert chosen == ["library"] * 4
