@@ -18,7 +18,7 @@ TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format verify bench asan mutants install clean
+.PHONY: demo test test-all lint format verify bench gpu asan mutants install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fused-resnet demo $(if $(IMAGE),'$(IMAGE)') $(if $(WEIGHTS),--weights '$(WEIGHTS)')
@@ -47,6 +47,10 @@ bench: $(INSTALLED)
 	$(PY) benchmarks/bench_models.py
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/readme_table.py
+
+# On a machine with a GPU: no virtual environment and no network, what is installed is used.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 asan: $(INSTALLED)
 	PYTHON=$(abspath $(PY)) bash tests/asan.sh

@@ -8,11 +8,12 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from .harness import Measurement
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 #: The provider that ratios are relative to.
 BASELINE = "channels_last"
@@ -80,6 +81,8 @@ def quantile(values: Iterable[float], q: float) -> float:
 
 def table(rows: Sequence[Row], title: str | None = None) -> Table:
     """The rows for a terminal."""
+    from rich.table import Table  # here, as files are also written where rich is not installed
+
     result = Table(title=title)
     for name in ("batch", "provider"):
         result.add_column(name)

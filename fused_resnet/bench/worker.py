@@ -8,6 +8,8 @@ answer goes back as a JSON line:
                                         answers ``error``, ``threads`` and ``seconds``
 ``{"do": "warm_up", "seconds"}``        runs until times settle; answers ``seconds`` an iteration
 ``{"do": "round", "iterations"}``       answers ``times``, in seconds, and ``start`` and ``end``
+``{"do": "call", "target", "case"}``    imports ``module:function``, calls it with the case, and
+                                        answers what it returns
 ======================================= ======================================================
 
 An exception is answered as ``{"failed": "one line"}`` (``{"unavailable": ...}`` for a provider
@@ -34,9 +36,8 @@ class _Worker:
         self.call: Callable[[], Any] = lambda: None
 
     def build(self, target: str, case: dict[str, Any]) -> dict[str, Any]:
-        module, _, function = target.partition(":")
         start = time.perf_counter()
-        subject: Subject = getattr(importlib.import_module(module), function)(**case)
+        subject: Subject = call(target, case)
         self.call = subject.call
         # The first call compiles where a provider compiles, so it belongs to building.
         with torch.inference_mode():
@@ -72,6 +73,12 @@ class _Worker:
         return times
 
 
+def call(target: str, case: dict[str, Any]) -> Any:
+    """Import ``module:function`` and call it."""
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)(**case)
+
+
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until there are no more."""
     worker = _Worker()
@@ -79,6 +86,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         "build": worker.build,
         "warm_up": worker.warm_up,
         "round": worker.round,
+        "call": call,
     }
     for line in requests:
         request = json.loads(line)

@@ -1,0 +1,212 @@
+"""What ``make gpu`` found on one card: the JSON file, and the same for a reader.
+
+One document a card, ``benchmarks/results/gpu-<card>.json``:
+
+============= ====================================================================================
+``format``    :data:`FORMAT`
+``device``    ``name``, ``capability``, ``memory_gib``, ``multiprocessors``, ``driver``
+``versions``  of torch, CUDA, cuDNN, Triton, Python and this package
+``phases``    ``name``, ``command``, ``status``, ``seconds``, ``summary``, ``log``: its last lines
+``layers``    a row for each kernel of the roofline and each provider: ``fusion``, ``what``,
+              ``batch``, ``precision``, ``provider``, ``status``, ``reason``, ``error``,
+              ``median_us``, ``p20_us``, ``p80_us``, ``bound_us``
+``networks``  ``model``, ``batch``, ``precision``, ``provider``, ``graph``, ``status``, ``reason``,
+              ``error``, ``median_ms``, ``p20_ms``, ``p80_ms``, ``images_per_s``, ``ratio``
+``training``  as ``networks``, with ``memory_gib``
+============= ====================================================================================
+
+Besides ``commit``, ``command``, ``started``, ``seconds`` and ``tune``: ``FUSED_RESNET_TUNE`` of the
+networks.
+Nothing here but the standard library: it is also read where the package could not be built.
+
+A row's status is ``ok``, ``wrong`` (its answer), ``failed``, ``unavailable`` or ``skipped``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+#: The providers that are this package's own, the best first, for the roofline's measured column.
+OWN = ("frozen", "packed", "live")
+
+_KEYS = ("device", "versions", "commit", "command", "phases", "layers", "networks", "training")
+
+Document = dict[str, Any]
+Row = dict[str, Any]
+
+
+def file_name(device_name: str) -> str:
+    """The name of a card's results file."""
+    return f"gpu-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+
+
+def load(path: Path) -> Document:
+    """Read a results file.
+
+    Raises:
+        ValueError: It is not one; the message says why.
+        OSError: It can't be read.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path}: expected a results file of make gpu, got no JSON") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a results file of make gpu, format {FORMAT}")
+    missing = [key for key in _KEYS if key not in document]
+    if missing:
+        raise ValueError(f"{path}: expected a results file of make gpu, without {missing[0]!r}")
+    return document
+
+
+def measured_us(document: Document, *, fusion: str, batch: int, precision: str) -> dict[str, float]:
+    """Median microseconds of each kernel, by what it does: this package's, or PyTorch's unfused.
+
+    Without fusion a kernel is PyTorch's own. With it, a pool that stands alone still is. The
+    convolutions beside whole blocks are those of the fusion "conv".
+    """
+    fusions = {"none": ("none",), "block": ("conv", "block")}.get(fusion, (fusion,))
+    found: dict[str, float] = {}
+    for provider in ("eager", *reversed(OWN)):
+        for row in document["layers"]:
+            shape = row["batch"], row["precision"], row["status"], row["provider"]
+            if row["fusion"] not in fusions or shape != (batch, precision, "ok", provider):
+                continue
+            alone = row["what"].startswith("maxpool")
+            if provider != "eager" or fusion == "none" or alone:
+                found[row["what"]] = row["median_us"]
+    return found
+
+
+def save(path: Path, document: Document) -> None:
+    """Write it, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.replace(path)
+
+
+# For a reader
+
+
+def summary(document: Document) -> str:
+    """All of a document as plain text."""
+    device, versions = document["device"], document["versions"]
+    named = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    parts = [
+        f"{device['name']}, capability {device['capability']}, {device['memory_gib']:.0f} GiB, "
+        f"{device['multiprocessors']} multiprocessors, driver {device['driver']}\n"
+        f"{named}\n"
+        f"commit {document['commit']}; {document['command']}; "
+        f"{document['started']}, {document['seconds']:.0f} s",
+        _phases(document["phases"]),
+        _layers(document["layers"]),
+        _networks("Inference", document["networks"]),
+        _networks("Training step", document["training"]),
+        _complaints(document),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def passed(document: Document) -> bool:
+    """Whether nothing failed and no answer was wrong. What was skipped is no failure."""
+    rows = [*document["layers"], *document["networks"], *document["training"]]
+    return all(phase["status"] in ("passed", "skipped") for phase in document["phases"]) and all(
+        row["status"] not in ("failed", "wrong") for row in rows
+    )
+
+
+def _phases(phases: Sequence[Row]) -> str:
+    rows = [
+        [phase["name"], phase["status"], f"{phase['seconds']:.0f} s", phase["summary"]]
+        for phase in phases
+    ]
+    return "Phases\n" + _aligned([["phase", "status", "time", ""], *rows], right=(2,))
+
+
+def _layers(rows: Sequence[Row]) -> str:
+    parts = []
+    for fusion, batch, precision in _distinct(rows, "fusion", "batch", "precision"):
+        mine = [
+            row
+            for row in rows
+            if (row["fusion"], row["batch"], row["precision"]) == (fusion, batch, precision)
+        ]
+        providers = [name for (name,) in _distinct(mine, "provider")]
+        lines = [["layer", "bound", *providers]]
+        for (what,) in _distinct(mine, "what"):
+            cells = {row["provider"]: row for row in mine if row["what"] == what}
+            bound = next(iter(cells.values()))["bound_us"]
+            lines.append(
+                [
+                    what,
+                    "" if bound is None else f"{bound:.1f}",
+                    *(_cell(cells.get(name), "median_us", ".1f") for name in providers),
+                ]
+            )
+        title = f"Layers, batch {batch}, {precision}, fusion {fusion}: microseconds"
+        parts.append(f"{title}\n{_aligned(lines, right=range(1, 2 + len(providers)))}")
+    return "\n\n".join(parts)
+
+
+def _networks(title: str, rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    lines = [["network", "batch", "precision", "provider", "median ms", "img/s", "x eager"]]
+    for row in rows:
+        ratio = row.get("ratio")
+        name = row["provider"] + (", graph" if row.get("graph") else "")
+        lines.append(
+            [
+                row["model"],
+                str(row["batch"]),
+                row["precision"],
+                name,
+                _cell(row, "median_ms", ".3f"),
+                f"{row['images_per_s']:.0f}" if row["status"] == "ok" else "",
+                "" if ratio is None else f"{ratio:.2f}",
+            ]
+        )
+    return f"{title}\n{_aligned(lines, right=(1, 4, 5, 6))}"
+
+
+def _complaints(document: Document) -> str:
+    lines = []
+    for phase in document["phases"]:
+        if phase["status"] not in ("passed", "skipped"):
+            lines.append(f"{phase['name']}: {phase['status']}: {phase['command']}")
+            lines += [f"    {line}" for line in phase["log"]]
+    for row in (*document["layers"], *document["networks"], *document["training"]):
+        if row["status"] != "ok":
+            subject = row.get("what") or row.get("model")
+            where = f"{subject}, batch {row['batch']}, {row['precision']}, {row['provider']}"
+            graph = ", graph" if row.get("graph") else ""
+            lines.append(f"{where}{graph}: {row['status']}: {row['reason']}")
+    return "Not passed or not timed\n" + "\n".join(lines) if lines else ""
+
+
+def _cell(row: Row | None, key: str, form: str) -> str:
+    if row is None:
+        return ""
+    return format(row[key], form) if row["status"] == "ok" else str(row["status"])
+
+
+def _distinct(rows: Iterable[Row], *keys: str) -> list[tuple[Any, ...]]:
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
+
+
+def _aligned(lines: Sequence[Sequence[str]], right: Iterable[int]) -> str:
+    to_the_right = set(right)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in to_the_right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,82 @@
+"""Everything here needs a GPU and a build with CUDA kernels for it; without, all of it is skipped.
+
+Under ``make gpu`` (FUSED_RESNET_REQUIRE_GPU=1) what would be skipped for that reason fails.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_resnet as fr
+
+# The executor's tests are run on the device too, and share its helpers.
+pytest.register_assert_rewrite(
+    "device", "precisions", "test_bn_add_relu", "test_conv_bn_add_relu",
+    "test_conv_bn_relu_maxpool", "test_residual_block",
+)  # fmt: skip
+
+from device import Device  # noqa: E402
+
+#: The test after which the CUDA context was found unusable.
+_lost = ""
+
+
+class _WithoutGpu(pytest.Module):
+    """A file of tests that are not even looked at, so that one line says why for all."""
+
+    def collect(self) -> list[pytest.Item]:
+        reason = f"no GPU to test on: {fr.backends()['cuda'].reason}"
+        if os.environ.get("FUSED_RESNET_REQUIRE_GPU") == "1":
+            raise self.CollectError(reason)
+        pytest.skip(reason, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    return None if fr.backends()["cuda"] else _WithoutGpu.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_remembered(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was once timed on this machine does not decide which backend is tested."""
+    os.environ["FUSED_RESNET_CACHE"] = str(tmp_path_factory.mktemp("tuner") / "tuning.json")
+
+
+@pytest.fixture(autouse=True)
+def _precision() -> None:
+    """Exact unless a test chooses otherwise: every fraction of a bit counts in comparisons."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _errors_belong_to_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel's error shows at the next synchronisation: here, before another test is blamed.
+
+    After an illegal access the context is gone, and whatever follows would fail without saying why.
+    """
+    global _lost
+    if _lost:
+        pytest.fail(f"not run: {_lost} left the CUDA context unusable", pytrace=False)
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        _lost = request.node.nodeid
+        raise
+
+
+@pytest.fixture
+def simt() -> Iterator[Device]:
+    """The device in the executor's place, for the executor's own tests."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty then fills with NaN
+    yield Device()
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
