@@ -5,9 +5,10 @@ TORCH_CUDA_ARCH_LIST         architectures for nvcc, as torch reads it
 MAX_JOBS                     compilers at a time
 """
 
+import multiprocessing
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 # An nvcc on PATH may be a wrapper far from its toolkit, where torch would find no headers.
@@ -22,12 +23,14 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent
 # One static library for each instruction set, as each has flags of its own. Which of them runs is
 # decided at run time, so nothing outside csrc/cpu/kernels may be compiled with such a flag.
-X86_FLAGS = {
-    "avx2": ["avx2", "fma", "f16c"],
-    "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"],
+ISAS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
 }
 # Where no card is in sight to ask, and TORCH_CUDA_ARCH_LIST says nothing.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -39,12 +42,9 @@ def with_cuda() -> bool:
     wanted = os.environ.get("FUSED_RESNET_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"FUSED_RESNET_CUDA: expected 0, 1 or auto, got {wanted!r}")
-    missing = []
-    if torch.version.cuda is None:
-        missing.append("a CUDA build of torch")
-    toolkit = ("bin/nvcc", "include/cuda_runtime.h")
-    home = cpp_extension.CUDA_HOME
-    if home is None or not all(Path(home, name).exists() for name in toolkit):
+    missing = [] if torch.version.cuda else ["a CUDA build of torch"]
+    home = Path(cpp_extension.CUDA_HOME or "nowhere")
+    if not all((home / name).exists() for name in ("bin/nvcc", "include/cuda_runtime.h")):
         missing.append("nvcc with its headers (set CUDA_HOME)")
     if wanted == "1" and missing:
         raise SystemExit(f"FUSED_RESNET_CUDA=1, but this is missing: {', '.join(missing)}")
@@ -52,67 +52,69 @@ def with_cuda() -> bool:
 
 
 def kernel_libraries() -> list:
-    flags = {"portable": [], **(X86_FLAGS if IS_X86 else {})}
     # -Wno-maybe-uninitialized: GCC 12 warns about its own AVX-512 headers.
-    common = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-maybe-uninitialized"]
+    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-maybe-uninitialized"]
     headers = [*sources("csrc/cpu/kernels/*.h"), "csrc/conv_shape.h"]
     libraries = []
-    for isa, extra in flags.items():
+    for isa, extra in ISAS.items() if IS_X86 else [("portable", "")]:
         source = f"csrc/cpu/kernels/isa_{isa}.cpp"
-        build = {
-            "sources": [source],
-            "cflags": common + [f"-m{name}" for name in extra],
-            "obj_deps": {source: headers},
-        }
-        libraries.append((f"fused_resnet_{isa}", build))
+        build = {"sources": [source], "cflags": flags + extra.split()}
+        libraries.append((f"fused_resnet_{isa}", {**build, "obj_deps": {source: headers}}))
     return libraries
 
 
-class BuildKernels(build_clib):
-    """Compiles the instruction sets' libraries side by side."""
+def in_processes(calls: list) -> None:
+    """All calls, JOBS at a time; forked, as torch sets a compiler's options for each source."""
+    make = multiprocessing.get_context("fork").Process
+    for first in range(0, len(calls), JOBS):
+        running = [make(target=call) for call in calls[first : first + JOBS]]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+        if any(process.exitcode for process in running):
+            raise SystemExit("fused_resnet: a source does not compile: see above")
 
+
+class BuildKernels(build_clib):
     def build_libraries(self, libraries: list) -> None:
         one = super().build_libraries
-        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda library: one([library]), libraries))
+        in_processes([partial(one, [library]) for library in libraries])
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Builds the kernels first, also where it is called by itself."""
-
     def run(self) -> None:
-        self.run_command("build_clib")
+        self.run_command("build_clib")  # also where build_ext is called by itself
         super().run()
+
+    def build_extension(self, ext) -> None:
+        one = self.compiler.compile
+
+        def compile(files: list[str], **options) -> list[str]:
+            in_processes([partial(one, [file], **options) for file in files])
+            return self.compiler.object_filenames(files, output_dir=options["output_dir"])
+
+        if not self.use_ninja:
+            self.compiler.compile = compile
+        super().build_extension(ext)
 
 
 def extension(cuda: bool):
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    macros = [("FR_HAVE_X86_KERNELS", None)] if IS_X86 else []
-    macros += [("FR_WITH_CUDA", None)] if cuda else []
+    macros = [("FR_HAVE_X86_KERNELS", None)] * IS_X86 + [("FR_WITH_CUDA", None)] * cuda
     files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
-    if cuda:
-        files += sources("csrc/cuda/host/*.cpp") + sources("csrc/cuda/*.cu")
+    files += sources("csrc/cuda/host/*.cpp") + sources("csrc/cuda/*.cu") if cuda else []
     # Without -fopenmp at::parallel_for is serial. The linker does not get it: the runtime is the
     # one that torch brought, never a second one with threads of its own.
     flags = {"cxx": ["-O2", "-Wall", "-fopenmp"]} | ({"nvcc": ["-O3"]} if cuda else {})
-    depends = sources("csrc/**/*.h") + sources("csrc/**/*.cuh")
-    return make(
-        "fused_resnet._C", files, define_macros=macros, extra_compile_args=flags, depends=depends
-    )
+    options = {"define_macros": macros, "extra_compile_args": flags}
+    return make("fused_resnet._C", files, depends=sources("csrc/**/*.*h"), **options)
 
 
 CUDA = with_cuda()
 if CUDA and not torch.cuda.is_available():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-print(
-    f"fused_resnet: torch {torch.__version__}, CPU kernels for "
-    f"{', '.join(name.removeprefix('fused_resnet_') for name, _ in kernel_libraries())}, CUDA "
-    + (f"{torch.version.cuda} ({cpp_extension.CUDA_HOME})" if CUDA else "off"),
-    flush=True,
-)
-setup(
-    libraries=kernel_libraries(),
-    ext_modules=[extension(CUDA)],
-    cmdclass={"build_clib": BuildKernels, "build_ext": BuildExtension},
-)
+cuda = f"{torch.version.cuda} ({cpp_extension.CUDA_HOME})" if CUDA else "off"
+print(f"fused_resnet: torch {torch.__version__}, CUDA {cuda}", flush=True)
+commands = {"build_clib": BuildKernels, "build_ext": BuildExtension}
+setup(libraries=kernel_libraries(), ext_modules=[extension(CUDA)], cmdclass=commands)
