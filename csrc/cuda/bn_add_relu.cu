@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "bn_add_relu.h"
 #include "kernels/bn_add_relu.cuh"

@@ -4,9 +4,13 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/bn_params.cuh"
-#include "storage.h"
 
 namespace fr {
+
+// The types in which maps are stored.
+enum class Storage { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int storage_bytes(Storage s) { return s == Storage::kFloat32 ? 4 : 2; }
 
 // How a map of `images` x `channels` x `plane` is gone over. `by_packs` says that 16 bytes at a
 // time will do: that all maps begin at multiples of that, and that packs fill the channels

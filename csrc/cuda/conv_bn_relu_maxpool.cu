@@ -13,15 +13,28 @@ constexpr int64_t kMostSharedBytes = 96 * 1024;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 
-// As the kernel takes it from its arena.
-int64_t shared_bytes(const StemParams& p) {
-  const auto buffer = [](int64_t bytes) { return round_up(bytes, 128); };
-  return buffer(static_cast<int64_t>(p.patch_rows) * p.patch_pitch * 2) +
-         buffer(static_cast<int64_t>(kStemChannels) * (p.depth + kStemPad) * 2) +
-         buffer(p.depth / 2 * static_cast<int64_t>(sizeof(StemPlace))) +
-         buffer(kStemChannels * static_cast<int64_t>(sizeof(float2))) +
-         buffer(kStemRows * (kStemChannels + kStemPad) * 2);
-}
+// What an instance of the kernel wants of a plan.
+struct StemInstance {
+  int bytes;  // of an element
+  int depth;  // elements in a word of a fragment
+  int rows;   // of a tile
+
+  explicit StemInstance(ConvPrecision precision)
+      : bytes(precision == ConvPrecision::kTf32 ? 4 : 2),
+        depth(4 / bytes),
+        rows(bytes == 4 ? StemTile<float>::kRows : StemTile<__half>::kRows) {}
+
+  // As the kernel takes it from its arena.
+  int64_t shared_bytes(const StemParams& p) const {
+    const auto buffer = [](int64_t size) { return round_up(size, 128); };
+    const int64_t pad = 16 / bytes;
+    return buffer(static_cast<int64_t>(p.patch_rows) * p.patch_pitch * bytes) +
+           buffer(kStemChannels * (p.depth + pad) * bytes) +
+           buffer(p.depth / depth * static_cast<int64_t>(sizeof(StemPlace))) +
+           buffer(kStemChannels * static_cast<int64_t>(sizeof(float2))) +
+           buffer(rows * (kStemChannels + pad) * bytes);
+  }
+};
 
 // Whether pixels lie at even places and a pair of k is two neighbouring elements.
 bool paired(const StemParams& p) {
@@ -42,29 +55,38 @@ void set_tile(StemParams* p, int tile_h, int tile_w) {
   p->tiles_x = static_cast<int>(ceil_div(p->out_w, tile_w));
 }
 
-template <class Precision>
-cudaError_t launch_stem(const StemParams& p, int multiprocessors, cudaStream_t stream) {
+template <class Precision, class Gather>
+cudaError_t launch_stem(const StemParams& p, ConvPrecision precision, int multiprocessors,
+                        cudaStream_t stream) {
   constexpr int kBlocks = 2;
   const dim3 grid(static_cast<unsigned>(std::min(p.tiles, kBlocks * multiprocessors)),
                   static_cast<unsigned>(ceil_div(p.k, kStemChannels)));
-  const auto kernel = paired(p) ? conv_bn_relu_maxpool_kernel<Precision, true>
-                                : conv_bn_relu_maxpool_kernel<Precision, false>;
-  return launch(kernel, grid, dim3(kStemThreads), static_cast<size_t>(shared_bytes(p)), stream, p);
+  return launch(conv_bn_relu_maxpool_kernel<Precision, Gather>, grid, dim3(kStemThreads),
+                static_cast<size_t>(StemInstance(precision).shared_bytes(p)), stream, p);
+}
+
+template <class Precision>
+cudaError_t launch_halves(const StemParams& p, ConvPrecision precision, int multiprocessors,
+                          cudaStream_t stream) {
+  return paired(p) ? launch_stem<Precision, StemPairs>(p, precision, multiprocessors, stream)
+                   : launch_stem<Precision, StemHalves>(p, precision, multiprocessors, stream);
 }
 
 }  // namespace
 
-bool plan_stem(const ConvShape& s, const PoolWindow& pool, Storage storage, StemParams* p) {
+bool plan_stem(const ConvShape& s, const PoolWindow& pool, ConvPrecision precision, StemParams* p) {
   constexpr int64_t kMost = std::numeric_limits<int>::max();
   const auto as_int = [](int64_t v) { return static_cast<int>(v); };
   const int64_t out_h = pooled(s.out_h(), pool.kernel_h, pool.stride_h, pool.pad_h);
   const int64_t out_w = pooled(s.out_w(), pool.kernel_w, pool.stride_w, pool.pad_w);
+  const StemInstance instance(precision);
+  const int64_t row_depth = round_up(s.kw * s.c, instance.depth);
+  const int64_t depth = round_up(s.kh * row_depth, 8 * instance.depth);
   // Places in one image, and the filters', are counted in 32 bits.
-  const int64_t depth = round_up(s.kh * round_up(s.kw * s.c, 2), 16);
-  const bool fits = storage != Storage::kFloat32 && s.groups == 1 &&
-                    depth * kStemChannels * 2 < kMostSharedBytes && s.k * depth < kMost &&
-                    (s.h + 2 * s.pad_h) * (s.w + 2 * s.pad_w) * s.c < kMost &&
-                    s.n * out_h * out_w < kMost;
+  const bool fits =
+      precision != ConvPrecision::kFloat32 && s.groups == 1 &&
+      depth * kStemChannels * instance.bytes < kMostSharedBytes && s.k * depth < kMost &&
+      (s.h + 2 * s.pad_h) * (s.w + 2 * s.pad_w) * s.c < kMost && s.n * out_h * out_w < kMost;
   if (!fits) return false;
   p->image = {nullptr,         as_int(s.h),     as_int(s.w),          as_int(s.c),
               as_int(s.kh),    as_int(s.kw),    as_int(s.stride_h),   as_int(s.stride_w),
@@ -75,21 +97,21 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, Storage storage, Stem
   p->conv_w = as_int(s.out_w());
   p->out_h = as_int(out_h);
   p->out_w = as_int(out_w);
-  p->row_depth = as_int(round_up(s.kw * s.c, 2));
+  p->row_depth = as_int(row_depth);
   p->depth = as_int(depth);
 
   // The tile of which the map wants fewest; of those the smallest.
   StemParams best = *p;
   int64_t best_tiles = kMost, best_pixels = 0;
-  for (int h = 1; h <= std::min<int64_t>(out_h, kStemRows); ++h) {
+  for (int h = 1; h <= std::min<int64_t>(out_h, instance.rows); ++h) {
     for (int w = 1; w <= out_w; ++w) {
       set_tile(p, h, w);
       const int64_t pixels = int64_t{p->conv_rows} * p->conv_cols;
-      const int64_t patch = int64_t{p->patch_rows} * p->patch_pitch;
-      if (pixels > kStemRows || patch > kMostSharedBytes / 2) break;
+      const int64_t patch = int64_t{p->patch_rows} * p->patch_pitch * instance.bytes;
+      if (pixels > instance.rows || patch > kMostSharedBytes) break;
       const int64_t tiles = int64_t{p->tiles_y} * p->tiles_x;
       const bool better = tiles < best_tiles || (tiles == best_tiles && pixels < best_pixels);
-      if (!better || shared_bytes(*p) > kMostSharedBytes) continue;
+      if (!better || instance.shared_bytes(*p) > kMostSharedBytes) continue;
       best = *p;
       best_tiles = tiles;
       best_pixels = pixels;
@@ -101,11 +123,19 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, Storage storage, Stem
   return true;
 }
 
-cudaError_t conv_bn_relu_maxpool(const StemParams& p, Storage storage, int multiprocessors,
+cudaError_t conv_bn_relu_maxpool(const StemParams& p, ConvPrecision precision, int multiprocessors,
                                  cudaStream_t stream) {
   if (p.tiles == 0) return cudaSuccess;
-  return storage == Storage::kFloat16 ? launch_stem<Float16>(p, multiprocessors, stream)
-                                      : launch_stem<BFloat16>(p, multiprocessors, stream);
+  switch (precision) {
+    case ConvPrecision::kFloat16:
+      return launch_halves<Float16>(p, precision, multiprocessors, stream);
+    case ConvPrecision::kBFloat16:
+      return launch_halves<BFloat16>(p, precision, multiprocessors, stream);
+    case ConvPrecision::kTf32:
+      return launch_stem<Tf32, StemWords>(p, precision, multiprocessors, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace fr

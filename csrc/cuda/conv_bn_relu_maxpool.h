@@ -3,9 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../conv_shape.h"
+#include "conv_bn_add_relu.h"
 #include "kernels/stem_params.cuh"
-#include "storage.h"
 
 namespace fr {
 
@@ -15,10 +14,11 @@ inline int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padd
 }
 
 // Fills in all but operands. False where there is no tile that fits: groups, a pooling window or a
-// filter too large, or a type that is not of 16 bits.
-bool plan_stem(const ConvShape& shape, const PoolWindow& pool, Storage storage, StemParams* params);
+// filter too large, or strict float32.
+bool plan_stem(const ConvShape& shape, const PoolWindow& pool, ConvPrecision precision,
+               StemParams* params);
 
-cudaError_t conv_bn_relu_maxpool(const StemParams& params, Storage storage, int multiprocessors,
-                                 cudaStream_t stream);
+cudaError_t conv_bn_relu_maxpool(const StemParams& params, ConvPrecision precision,
+                                 int multiprocessors, cudaStream_t stream);
 
 }  // namespace fr

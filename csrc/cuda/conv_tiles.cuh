@@ -12,7 +12,7 @@ template <class Precision>
 struct Tiles {
   using Large = Tile<128, 128, 2, 4, 4, 2>;
   using Tall = Tile<128, 64, 2, 2, 4, 3>;
-  using Small = Tile<64, 64, 2, 2, 4, 4>;
+  using Small = Tile<64, 64, 2, 2, 3, 4>;
 };
 
 // Ordinary cores hold operands of four products at once where tensor cores hold one fragment: with

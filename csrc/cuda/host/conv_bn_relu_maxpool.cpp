@@ -42,11 +42,8 @@ class StemCall {
         scope_(x),
         shape_(conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups)) {
     const PoolWindow window = pool_window(op, shape_, pool.kernel, pool.stride, pool.padding);
-    const ConvPrecision precision = conv_precision(op, x);
-    storage_ = precision == ConvPrecision::kFloat16    ? Storage::kFloat16
-               : precision == ConvPrecision::kBFloat16 ? Storage::kBFloat16
-                                                       : Storage::kFloat32;
-    fits_ = plan_stem(shape_, window, storage_, &params_);
+    precision_ = conv_precision(op, x);
+    fits_ = plan_stem(shape_, window, precision_, &params_);
   }
 
   bool fits() const { return fits_; }
@@ -65,8 +62,9 @@ class StemCall {
     params_.weight = keep(weight).const_data_ptr();
     params_.affine = affine;
     params_.y = y.mutable_data_ptr();
-    params_.vector = shape_.k % 8 == 0 && reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0;
-    check_launch(op_, fr::conv_bn_relu_maxpool(params_, storage_, scope_.multiprocessors(),
+    params_.vector = shape_.k * x_.element_size() % 16 == 0 &&
+                     reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0;
+    check_launch(op_, fr::conv_bn_relu_maxpool(params_, precision_, scope_.multiprocessors(),
                                                scope_.stream()));
     return y;
   }
@@ -81,7 +79,7 @@ class StemCall {
   at::Tensor x_;
   DeviceScope scope_;
   ConvShape shape_;
-  Storage storage_;
+  ConvPrecision precision_;
   StemParams params_{};
   bool fits_;
   std::vector<at::Tensor> kept_;

@@ -20,8 +20,8 @@
 //
 // Occupancy designed for: two blocks of 256 threads, three of 128, or four of 128 threads on a
 // multiprocessor, and in strict float32 one, two or four, as Tile::kBlocks says to the compiler;
-// shared memory of 64, 48 and 32 KiB a block (sm_86, sm_89 and sm_120, with 100 KiB, hold 1, 2 and
-// 3).
+// shared memory of 64, 48 and 24 KiB a block, the last with a stage less, so that the 100 KiB of
+// sm_86, sm_89 and sm_120 hold 1, 2 and 3 or 4.
 #pragma once
 
 #include "conv_epilogue.cuh"

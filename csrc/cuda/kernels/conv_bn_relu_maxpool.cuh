@@ -6,11 +6,11 @@
 // take an H100 54 and 61 microseconds: so the tensor cores must be kept busy, and on them depend
 // the tiles.
 //
-// A block makes tiles of pooled pixels, one after another, for 64 channels. 7 x 7 pooled pixels
-// want 15 x 15 of the convolution's, 225 of the 256 rows that eight warps of 32 rows x 64 columns
-// have; the rows between neighbouring tiles are computed twice (15 x 15 / (14 x 14), 15% more). The
-// part of x below a tile, 35 x 35 pixels, goes to shared memory once, zeros around the map
-// included. Filters go there once for all tiles of a block: a grid is one wave, and its blocks
+// A block makes tiles of pooled pixels, one after another, for 64 channels. 7 x 8 pooled pixels
+// want 15 x 17 of the convolution's, 255 of the 256 rows that eight warps of 32 rows x 64 columns
+// have; the rows and columns between neighbouring tiles are computed twice (255 for every 224, 14%
+// more). The part of x below a tile, 35 x 39 pixels, goes to shared memory once, zeros around the
+// map included. Filters go there once for all tiles of a block: a grid is one wave, and its blocks
 // stride over the tiles.
 //
 // The depth of the sum runs over (ky, kx, c). For 3 channels no instruction brings 16 bytes of it,
@@ -20,8 +20,13 @@
 // 16 mma. Words of eight neighbouring pixels (3 words apart) and four pairs never meet in a bank.
 // What pads is masked, and not only met by zero weights: 0 * inf would be NaN.
 //
-// Occupancy designed for: two blocks of 256 threads, 128 registers; 64 KiB of shared memory for
-// ResNet's stem. While one block waits for memory, the other multiplies.
+// Float32 maps go as tf32. Their elements are words already, so any place will do; tiles have half
+// the rows, in which warps lie two abreast, 32 rows x 32 columns each, or shared memory would not
+// do.
+//
+// Occupancy designed for: two blocks of 256 threads, 128 registers; for ResNet's stem 67 KiB of
+// shared memory in 16 bits, 84 KiB in tf32 (one block where a multiprocessor has but 100 KiB).
+// While one block waits for memory, the other multiplies.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -31,14 +36,21 @@ namespace fr {
 
 constexpr int kStemWarps = 8;
 constexpr int kStemThreads = 32 * kStemWarps;
-constexpr int kStemRows = 32 * kStemWarps;  // of the convolution's pixels in a tile, at most
 constexpr int kStemChannels = 64;
-// Rows eight elements longer than their content fall on different banks, for ldmatrix and for the
-// words of fragments.
-constexpr int kStemPad = 8;
 
-// Where a pair of k lies, from the place of a pixel. Paired: `first` is the word's place and
-// `second` the mask of its bits. Else both are places of elements, or kStemNowhere.
+// How the warps of a block share out a tile: kWarpsN of them abreast.
+template <class T>
+struct StemTile {
+  static constexpr int kWarpsN = sizeof(T) / 2;
+  static constexpr int kRows = 32 * kStemWarps / kWarpsN;  // the convolution's pixels, at most
+  static constexpr int kCols8 = kStemChannels / kWarpsN / 8;
+  // Rows 16 bytes longer than their content fall on different banks, for ldmatrix and for the words
+  // of fragments.
+  static constexpr int kPad = kPack<T>;
+  static constexpr int kPitch = kStemChannels + kPad;
+};
+
+// What a table says of a place in the depth.
 struct alignas(8) StemPlace {
   uint32_t first, second;
 };
@@ -51,47 +63,78 @@ FR_DEVICE uint32_t stem_element(const StemParams& p, int ky, int at) {
   return ky * p.image.dilation_h * p.patch_pitch + kx * p.image.dilation_w * p.image.c + c;
 }
 
-template <bool kPaired>
-FR_DEVICE StemPlace stem_place(const StemParams& p, int k) {
-  const int ky = k / p.row_depth, at = k - ky * p.row_depth;
-  const uint32_t first = stem_element(p, ky, at), second = stem_element(p, ky, at + 1);
-  if (!kPaired) return {first, second};
-  if (first == kStemNowhere) return {0, 0};
-  return {first, second == kStemNowhere ? 0x0000ffffu : 0xffffffffu};
-}
+// How a fragment's words are made of a map's elements. kDepth of these make a word; place() says
+// where it lies, from the place of a pixel, and gather() brings it.
 
-template <bool kPaired>
-FR_DEVICE uint32_t stem_gather(const uint16_t* pixel, StemPlace at) {
-  if (kPaired) return *reinterpret_cast<const uint32_t*>(pixel + at.first) & at.second;
-  const uint32_t low = at.first == kStemNowhere ? 0 : pixel[at.first];
-  const uint32_t high = at.second == kStemNowhere ? 0 : pixel[at.second];
-  return low | high << 16;
-}
+// Two elements that are an aligned word: its place and the mask of its bits.
+struct StemPairs {
+  using Element = uint16_t;
+  static constexpr int kDepth = 2;
+
+  FR_DEVICE static StemPlace place(const StemParams& p, int ky, int at) {
+    const uint32_t first = stem_element(p, ky, at), second = stem_element(p, ky, at + 1);
+    if (first == kStemNowhere) return {0, 0};
+    return {first, second == kStemNowhere ? 0x0000ffffu : 0xffffffffu};
+  }
+  FR_DEVICE static uint32_t gather(const Element* pixel, StemPlace at) {
+    return *reinterpret_cast<const uint32_t*>(pixel + at.first) & at.second;
+  }
+};
+
+// Two elements anywhere.
+struct StemHalves {
+  using Element = uint16_t;
+  static constexpr int kDepth = 2;
+
+  FR_DEVICE static StemPlace place(const StemParams& p, int ky, int at) {
+    return {stem_element(p, ky, at), stem_element(p, ky, at + 1)};
+  }
+  FR_DEVICE static uint32_t gather(const Element* pixel, StemPlace at) {
+    const uint32_t low = at.first == kStemNowhere ? 0 : pixel[at.first];
+    const uint32_t high = at.second == kStemNowhere ? 0 : pixel[at.second];
+    return low | high << 16;
+  }
+};
+
+// One element of 32 bits.
+struct StemWords {
+  using Element = uint32_t;
+  static constexpr int kDepth = 1;
+
+  FR_DEVICE static StemPlace place(const StemParams& p, int ky, int at) {
+    return {stem_element(p, ky, at), 0};
+  }
+  FR_DEVICE static uint32_t gather(const Element* pixel, StemPlace at) {
+    return at.first == kStemNowhere ? 0 : pixel[at.first];
+  }
+};
 
 // The block's filters, each padded with zeros to p.depth.
-FR_DEVICE void stem_bring_filters(const StemParams& p, uint16_t* filters, int channel0) {
+template <class Element>
+FR_DEVICE void stem_bring_filters(const StemParams& p, Element* filters, int channel0) {
   const int width = p.image.kw * p.image.c;
-  const uint16_t* const weight = static_cast<const uint16_t*>(p.weight);
+  const Element* const weight = static_cast<const Element*>(p.weight);
   for (int i = threadIdx.x; i < kStemChannels * p.depth; i += kStemThreads) {
     const int row = i / p.depth, k = i - row * p.depth;
     const int ky = k / p.row_depth, at = k - ky * p.row_depth;
     const bool inside = channel0 + row < p.k && ky < p.image.kh && at < width;
     const int from = ((channel0 + row) * p.image.kh + ky) * width + at;
-    filters[row * (p.depth + kStemPad) + k] = inside ? weight[from] : 0;
+    filters[row * (p.depth + kPack<Element>)+k] = inside ? weight[from] : 0;
   }
 }
 
 // The pixels of x from (y0, x0) on, zeros outside of the map.
-FR_DEVICE void stem_bring_patch(const StemParams& p, uint16_t* patch, int image, int y0, int x0) {
+template <class Element>
+FR_DEVICE void stem_bring_patch(const StemParams& p, Element* patch, int image, int y0, int x0) {
   constexpr int kInFlight = 4;
   const int lane = threadIdx.x & 31, length = p.patch_pitch;
   const int from = x0 * p.image.c, end = p.image.w * p.image.c;
   for (int r = threadIdx.x >> 5; r < p.patch_rows; r += kStemWarps) {
     const bool inside = y0 + r >= 0 && y0 + r < p.image.h;
-    const uint16_t* const row = static_cast<const uint16_t*>(p.image.x) +
-                                (static_cast<int64_t>(image) * p.image.h + y0 + r) * end;
+    const Element* const row = static_cast<const Element*>(p.image.x) +
+                               (static_cast<int64_t>(image) * p.image.h + y0 + r) * end;
     for (int e = lane; e < length; e += kInFlight * 32) {
-      uint16_t v[kInFlight];
+      Element v[kInFlight];
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
         const int at = from + e + 32 * j;
@@ -106,10 +149,8 @@ FR_DEVICE void stem_bring_patch(const StemParams& p, uint16_t* patch, int image,
 }
 
 template <class T>
-union StemPair {
-  uint32_t bits;
+struct alignas(2 * sizeof(T)) StemPair {
   T values[2];
-  FR_DEVICE StemPair() : bits{} {}
 };
 
 // The larger, or NaN if there is one.
@@ -137,7 +178,7 @@ FR_DEVICE void stem_pool(const StemParams& p, const T* tile, int image, int oy0,
         if (cx < 0 || cx >= p.conv_w) continue;
         const int row = (py * p.pool.stride_h + a) * p.conv_cols + px * p.pool.stride_w + b;
         float v[kPack<T>];
-        load_pack(v, tile + row * (kStemChannels + kStemPad) + pack * kPack<T>);
+        load_pack(v, tile + row * StemTile<T>::kPitch + pack * kPack<T>);
 #pragma unroll
         for (int e = 0; e < kPack<T>; ++e) best[e] = max_or_nan(best[e], v[e]);
       }
@@ -155,24 +196,29 @@ FR_DEVICE void stem_pool(const StemParams& p, const T* tile, int image, int oy0,
   }
 }
 
-template <class Precision, bool kPaired>
+template <class Precision, class Gather>
 __global__ void __launch_bounds__(kStemThreads, 2)
     conv_bn_relu_maxpool_kernel(const __grid_constant__ StemParams p) {
   using T = typename Precision::Storage;
-  constexpr int kTilePitch = kStemChannels + kStemPad;
+  using Element = typename Gather::Element;
+  using Tile = StemTile<T>;
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);
-  uint16_t* const patch = arena.take<uint16_t>(p.patch_rows * p.patch_pitch);
-  uint16_t* const filters = arena.take<uint16_t>(kStemChannels * (p.depth + kStemPad));
-  StemPlace* const places = arena.take<StemPlace>(p.depth / 2);
+  const int words = p.depth / Gather::kDepth, filter_pitch = p.depth + Tile::kPad;
+  Element* const patch = arena.take<Element>(p.patch_rows * p.patch_pitch);
+  Element* const filters = arena.take<Element>(kStemChannels * filter_pitch);
+  StemPlace* const places = arena.take<StemPlace>(words);
   float2* const affine = arena.take<float2>(kStemChannels);
-  T* const tile = arena.take<T>(kStemRows * kTilePitch);
+  T* const tile = arena.take<T>(Tile::kRows * Tile::kPitch);
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int row0 = warp / Tile::kWarpsN * 32;
+  const int column0 = warp % Tile::kWarpsN * Tile::kCols8 * 8;
   const int channel0 = blockIdx.y * kStemChannels;
   stem_bring_filters(p, filters, channel0);
-  for (int i = threadIdx.x; i < p.depth / 2; i += kStemThreads) {
-    places[i] = stem_place<kPaired>(p, 2 * i);
+  for (int i = threadIdx.x; i < words; i += kStemThreads) {
+    const int k = i * Gather::kDepth, ky = k / p.row_depth;
+    places[i] = Gather::place(p, ky, k - ky * p.row_depth);
   }
   if (threadIdx.x < kStemChannels) {
     const ChannelAffine<1> a(p.affine, channel0 + threadIdx.x, p.k);
@@ -180,12 +226,12 @@ __global__ void __launch_bounds__(kStemThreads, 2)
   }
 
   // The pixels of the thread's four rows; rows past the tile's pixels compute what none reads.
-  const uint16_t* pixels[2][2];
+  const Element* pixels[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      int row = warp * 32 + 16 * i + 8 * h + (lane >> 2);
+      int row = row0 + 16 * i + 8 * h + (lane >> 2);
       if (row >= p.conv_rows * p.conv_cols) row = 0;
       const int y = row / p.conv_cols, x = row - y * p.conv_cols;
       pixels[i][h] =
@@ -201,30 +247,33 @@ __global__ void __launch_bounds__(kStemThreads, 2)
                      (ox0 * p.pool.stride_w - p.pool.pad_w) * p.image.stride_w - p.image.pad_w);
     __syncthreads();
 
-    float acc[2][8][4];
+    float acc[2][Tile::kCols8][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < Tile::kCols8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
       }
     }
-    for (int k = 0; k < p.depth; k += 16) {
-      const StemPlace low = places[k / 2 + (lane & 3)], high = places[k / 2 + 4 + (lane & 3)];
+    for (int word = 0; word < words; word += 8) {
+      const StemPlace low = places[word + (lane & 3)], high = places[word + 4 + (lane & 3)];
       uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        a[i][0] = stem_gather<kPaired>(pixels[i][0], low);
-        a[i][1] = stem_gather<kPaired>(pixels[i][1], low);
-        a[i][2] = stem_gather<kPaired>(pixels[i][0], high);
-        a[i][3] = stem_gather<kPaired>(pixels[i][1], high);
+        a[i][0] = Gather::gather(pixels[i][0], low);
+        a[i][1] = Gather::gather(pixels[i][1], low);
+        a[i][2] = Gather::gather(pixels[i][0], high);
+        a[i][3] = Gather::gather(pixels[i][1], high);
+        Precision::round(a[i]);
       }
 #pragma unroll
-      for (int j = 0; j < 8; j += 2) {
+      for (int j = 0; j < Tile::kCols8; j += 2) {
         uint32_t b[4];
-        const int row = 8 * j + (lane & 7) + (lane >> 4) * 8;
-        ldmatrix_x4(b, filters + row * (p.depth + kStemPad) + k + ((lane >> 3) & 1) * 8);
+        const int row = column0 + 8 * j + (lane & 7) + (lane >> 4) * 8;
+        const int k = word * Gather::kDepth + ((lane >> 3) & 1) * kPack<T>;
+        ldmatrix_x4(b, filters + row * filter_pitch + k);
+        Precision::round(b);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           Precision::mma(acc[i][j], a[i], b[0], b[1]);
@@ -234,21 +283,21 @@ __global__ void __launch_bounds__(kStemThreads, 2)
     }
 
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int column = 8 * j + (lane & 3) * 2;
+    for (int j = 0; j < Tile::kCols8; ++j) {
+      const int column = column0 + 8 * j + (lane & 3) * 2;
       const float2 by[2] = {affine[column], affine[column + 1]};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int row = warp * 32 + 16 * i + 8 * h + (lane >> 2);
+          const int row = row0 + 16 * i + 8 * h + (lane >> 2);
           StemPair<T> pair;
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float v = fmaf(acc[i][j][2 * h + e], by[e].x, by[e].y);
             pair.values[e] = from_float<T>(relu(v));
           }
-          *reinterpret_cast<uint32_t*>(tile + row * kTilePitch + column) = pair.bits;
+          *reinterpret_cast<StemPair<T>*>(tile + row * Tile::kPitch + column) = pair;
         }
       }
     }

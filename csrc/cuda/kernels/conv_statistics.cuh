@@ -6,7 +6,7 @@
 // neighbours, and 16 threads for each, which take every 16th slab; the order is always the same.
 //
 // Bytes: 8 for each slab and channel, 1/8 (float32) to 1/16 of a byte for each byte of y. Occupancy
-// designed for: four blocks of 512 threads, 32 registers or less, 6 KiB of shared memory.
+// designed for: two blocks of 512 threads, 64 registers or less, 6 KiB of shared memory.
 #pragma once
 
 #include "../device.cuh"
@@ -36,7 +36,7 @@ struct Moments {
   }
 };
 
-__global__ void __launch_bounds__(kStatisticsLanes* kStatisticsWays, 4)
+__global__ void __launch_bounds__(kStatisticsLanes* kStatisticsWays, 2)
     conv_statistics_kernel(const __grid_constant__ ConvStatisticsParams p) {
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);

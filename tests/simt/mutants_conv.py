@@ -1,0 +1,357 @@
+"""Bugs planted in the convolution's CUDA kernels and in the block's that builds on them."""
+
+from __future__ import annotations
+
+from planting import Mutant
+
+KERNELS = "csrc/cuda/kernels"
+TILE = f"{KERNELS}/conv_tile.cuh"
+ARITHMETIC = f"{KERNELS}/arithmetic.cuh"
+SOURCE = f"{KERNELS}/conv_source.cuh"
+EPILOGUE = f"{KERNELS}/conv_epilogue.cuh"
+CONV = f"{KERNELS}/conv_bn_add_relu.cuh"
+STATISTICS = f"{KERNELS}/conv_statistics.cuh"
+BLOCK = f"{KERNELS}/residual_block.cuh"
+_CONV_TESTS = "tests/simt/test_conv_bn_add_relu.py"
+SHAPES = f"{_CONV_TESTS}::test_awkward_shapes"
+ALL_SHAPES = f"{_CONV_TESTS}::test_operation"
+SPLITS = f"{_CONV_TESTS}::test_split_of_awkward_shapes"
+FLAGS = f"{_CONV_TESTS}::test_flags"
+CONV_STATISTICS = f"{_CONV_TESTS}::test_statistics_are_those_of_the_rounded_result"
+ON_CHIP = "tests/simt/test_residual_block.py::test_one_tile_on_chip"
+SHORTCUT = "tests/simt/test_residual_block.py::test_the_shortcut_in_the_same_sum"
+RACE = ("race",)
+ASAN = ("asan",)
+
+MUTANTS = [
+    # The pipeline of a matrix product.
+    Mutant(
+        "pipeline: no barrier before a stage is read",
+        TILE,
+        "    cp_async_wait<T::kStages - 2>();\n    __syncthreads();\n",
+        "    cp_async_wait<T::kStages - 2>();\n",
+        SHAPES,
+        RACE,
+    ),
+    Mutant(
+        "pipeline: waits for one stage too few",
+        TILE,
+        "cp_async_wait<T::kStages - 2>();",
+        "cp_async_wait<T::kStages - 1>();",
+        SHAPES,
+    ),
+    Mutant(
+        "pipeline: ends with copies of others under way",
+        TILE,
+        "  cp_async_wait<0>();\n  __syncthreads();\n",
+        "  cp_async_wait<0>();\n",
+        SHAPES,
+        RACE,
+    ),
+    Mutant(
+        "pipeline: no group committed in the last steps",
+        TILE,
+        "    // Also an empty group counts, so that the wait above always names the same one.\n",
+        "    if (step + T::kStages - 1 < steps)\n",
+        ALL_SHAPES,
+    ),
+    Mutant(
+        "pipeline: writes the stage that is being read",
+        TILE,
+        "const int write = read == 0 ? T::kStages - 1 : read - 1;",
+        "const int write = read;",
+        ALL_SHAPES,
+    ),
+    Mutant(
+        "pipeline: warps of one row read the first one's columns",
+        TILE,
+        "const int warp_b = warp % T::kWarpsN * T::kWarpN * kStageRowBytes;",
+        "const int warp_b = 0 * T::kWarpN * kStageRowBytes;",
+        ALL_SHAPES,
+    ),
+    # Fragments.
+    Mutant(
+        "mma: the second register of B is the first",
+        ARITHMETIC,
+        "cols[j / 2][at], cols[j / 2][at + 1]",
+        "cols[j / 2][at], cols[j / 2][at]",
+        SHAPES,
+    ),
+    Mutant(
+        "ldmatrix: rows of B in the wrong order",
+        ARITHMETIC,
+        "stage_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);",
+        "stage_offset(lane & 15, (lane >> 3) & 1);",
+        SHAPES,
+    ),
+    Mutant(
+        "ldmatrix: halves of A's depth swapped",
+        ARITHMETIC,
+        "a + (half ? of_a ^ kUpperHalf : of_a);",
+        "a + (half ? of_a : of_a ^ kUpperHalf);",
+        SHAPES,
+    ),
+    Mutant(
+        "tf32: low bits dropped, not rounded",
+        ARITHMETIC,
+        "fragment[i] = round_to_tf32(fragment[i]);",
+        "fragment[i] &= ~0x1fffu;",
+        f"{SHAPES} {ALL_SHAPES}",
+    ),
+    Mutant(
+        "float32: one product of four left out",
+        ARITHMETIC,
+        "fmaf(rows[i][h].z, col.z, sum);",
+        "fmaf(rows[i][h].z, 0.0f * col.z, sum);",
+        SHAPES,
+    ),
+    Mutant(
+        "float32: columns of a lane in tensor cores' order",
+        ARITHMETIC,
+        "return (e & 1) * 4 + (lane & 3); }",
+        "return (e & 1) * 4 + (lane & 3) / 2 * 2; }",
+        SHAPES,
+    ),
+    # Where operands come from.
+    Mutant(
+        "image: rows above the map are read",
+        SOURCE,
+        "static_cast<unsigned>(y) < static_cast<unsigned>(p_.image.h) &&",
+        "y < p_.image.h &&",
+        SHAPES,
+        ("plain", "asan"),
+    ),
+    Mutant(
+        "image: columns right of the map are read",
+        SOURCE,
+        "static_cast<unsigned>(x) < static_cast<unsigned>(p_.image.w);",
+        "x >= 0;",
+        SHAPES,
+    ),
+    Mutant(
+        "image: the bits of a window's taps are those of a window one narrower",
+        SOURCE,
+        "(place_.ky * p_.image.kw + place_.kx)",
+        "(place_.ky * (p_.image.kw - 1) + place_.kx)",
+        SHAPES,
+    ),
+    Mutant(
+        "image: dilation forgotten in a tap's place",
+        SOURCE,
+        "(at.ky * p_.image.dilation_h * p_.image.w",
+        "(at.ky * p_.image.w",
+        SHAPES,
+    ),
+    Mutant(
+        "image: pixels past the last one are read",
+        SOURCE,
+        "const bool there = row < p.rows;",
+        "const bool there = true;",
+        SHAPES,
+        ASAN,
+    ),
+    Mutant(
+        "image: a pack's elements of the next tap taken from this one",
+        SOURCE,
+        "        at.advance(1, p_.image.kw, p_.group_c);\n",
+        "",
+        SHAPES,
+    ),
+    Mutant(
+        "image: the shortcut's stride forgotten",
+        SOURCE,
+        "static_cast<int64_t>(ox) * s.stride_w * s.c;",
+        "static_cast<int64_t>(ox) * s.c;",
+        SHORTCUT,
+    ),
+    Mutant(
+        "filters: those past the last one are read",
+        SOURCE,
+        "const bool valid = i * kApart < filters_;",
+        "const bool valid = true;",
+        SHAPES,
+        ASAN,
+    ),
+    Mutant(
+        "filters: depth past a filter's end is the next filter's",
+        SOURCE,
+        "if (valid && k_ + e < depth_) pack",
+        "if (valid) pack",
+        SHAPES,
+        ("plain", "asan"),
+    ),
+    Mutant(
+        "groups: all read the first group's channels",
+        CONV,
+        "a(p, first_row, group * p.group_c,",
+        "a(p, first_row, 0 * p.group_c,",
+        SHAPES,
+    ),
+    # The epilogue.
+    Mutant(
+        "epilogue: no warp barrier between writing and reading the slab",
+        EPILOGUE,
+        "    __syncwarp();\n#pragma unroll\n    for (int r = 0;",
+        "#pragma unroll\n    for (int r = 0;",
+        SHAPES,
+        RACE,
+    ),
+    Mutant(
+        "epilogue: no warp barrier before the slab is written again",
+        EPILOGUE,
+        "    __syncwarp();\n  }\n}",
+        "  }\n}",
+        SHAPES,
+        RACE,
+    ),
+    Mutant(
+        "epilogue: every channel of a pack has the first one's scale",
+        EPILOGUE,
+        "const int c = first + i;",
+        "const int c = first;",
+        FLAGS,
+    ),
+    Mutant(
+        "epilogue: variance without eps",
+        EPILOGUE,
+        "sqrtf(a.var[c] + a.eps)",
+        "sqrtf(a.var[c])",
+        FLAGS,
+    ),
+    Mutant(
+        "epilogue: residual left out",
+        EPILOGUE,
+        "affine.shift[i]) + r[i];",
+        "affine.shift[i]);",
+        FLAGS,
+    ),
+    Mutant(
+        "epilogue: channels past the group's end are stored",
+        EPILOGUE,
+        "if (channel + i < end) y[i] = pack.values[i];",
+        "y[i] = pack.values[i];",
+        SHAPES,
+        ("asan", "race"),
+    ),
+    Mutant(
+        "epilogue: one row past the last is stored",
+        CONV,
+        "if (row0 + row >= p.rows || channel >= end) return;",
+        "if (row0 + row > p.rows || channel >= end) return;",
+        SHAPES,
+        ASAN,
+    ),
+    Mutant(
+        "ReLU swallows NaN",
+        "csrc/cuda/element.cuh",
+        "return v < 0.0f ? 0.0f : v;",
+        "return v > 0.0f ? v : 0.0f;",
+        f"{_CONV_TESTS}::test_non_finite_values_pass_through",
+    ),
+    Mutant(
+        "launch: the last tile of rows left out",
+        "csrc/cuda/conv_launch.cuh",
+        "(static_cast<int64_t>(p.rows) + T::kM - 1) / T::kM;",
+        "(static_cast<int64_t>(p.rows) + T::kM / 2) / T::kM;",
+        SHAPES,
+    ),
+    Mutant(
+        "launch: 16 bytes at a time whatever the channels",
+        "csrc/cuda/conv_bn_add_relu.cu",
+        "p.epilogue.vector = aligned && p.group_k % (16 / element_bytes(precision)) == 0;",
+        "p.epilogue.vector = aligned;",
+        SHAPES,
+        ASAN,
+    ),
+    # Split sums and statistics.
+    Mutant(
+        "split: the last part is not added",
+        CONV,
+        "for (int split = 0; split < splits; ++split)",
+        "for (int split = 0; split < splits - 1; ++split)",
+        SPLITS,
+    ),
+    Mutant(
+        "split: all parts begin at the first one's depth",
+        CONV,
+        "const int step0 = split * p.steps_per_split;",
+        "const int step0 = 0 * p.steps_per_split;",
+        SPLITS,
+    ),
+    Mutant(
+        "split: parts write to one place",
+        CONV,
+        "(static_cast<int64_t>(split) * p.rows + row0 + row)",
+        "(static_cast<int64_t>(0 * split) * p.rows + row0 + row)",
+        SPLITS,
+        RACE,
+    ),
+    Mutant(
+        "statistics: of the results before rounding",
+        EPILOGUE,
+        "    v[i] = to_float(pack.values[i]);\n",
+        "",
+        CONV_STATISTICS,
+    ),
+    Mutant(
+        "statistics: lanes merged without their means' distance",
+        EPILOGUE,
+        " + delta * delta * count * share;",
+        ";",
+        CONV_STATISTICS,
+    ),
+    Mutant(
+        "statistics: a part slab counts as whole",
+        STATISTICS,
+        "(left < p.slab_rows ? (left < 0 ? 0 : left) : p.slab_rows)",
+        "(left < 0 ? 0 : p.slab_rows)",
+        CONV_STATISTICS,
+    ),
+    Mutant(
+        "statistics: no barrier before the parts are read",
+        STATISTICS,
+        "  __syncthreads();\n  if (way != 0",
+        "  if (way != 0",
+        CONV_STATISTICS,
+        RACE,
+    ),
+    # Two convolutions on chip.
+    Mutant(
+        "on chip: no barrier before the slabs take the filters' place",
+        BLOCK,
+        "    __syncthreads();  // the slabs take w2's place\n",
+        "",
+        ON_CHIP,
+        RACE,
+    ),
+    Mutant(
+        "on chip: filters brought while the slabs are read",
+        BLOCK,
+        "    __syncthreads();\n    if (n + T::kN < p.second.k)",
+        "    if (n + T::kN < p.second.k)",
+        ON_CHIP,
+        RACE,
+    ),
+    Mutant(
+        "on chip: the second product begins before its filters have come",
+        BLOCK,
+        "    cp_async_wait<0>();\n    __syncthreads();\n    clear",
+        "    __syncthreads();\n    clear",
+        ON_CHIP,
+        ("plain", "race"),
+    ),
+    Mutant(
+        "on chip: no ReLU in the middle",
+        BLOCK,
+        "from_float<S>(relu(fmaf(sum, affine.scale[e], affine.shift[e])))",
+        "from_float<S>(fmaf(sum, affine.scale[e], affine.shift[e]))",
+        ON_CHIP,
+    ),
+    Mutant(
+        "on chip: the middle's rows eight apart change places",
+        BLOCK,
+        "16 * i + 8 * half + (lane >> 2);",
+        "16 * i + 8 * (1 - half) + (lane >> 2);",
+        ON_CHIP,
+    ),
+]
