@@ -16,6 +16,9 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Built without isolation, so that the extension is compiled against the torch that it will run with.
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
+# CuTe's headers, which tests hold the executor against. Without what its Python half requires: of
+# CUDA's bindings torch has brought its own.
+HEADERS := 'nvidia-cutlass>=4.2,<5'
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all lint format verify bench gpu asan mutants install clean
@@ -66,6 +69,7 @@ $(PY):
 # The extension is compiled again when a source changes; Python files are used where they lie.
 $(INSTALLED): setup.py pyproject.toml $(CPP) | $(PY)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
+	$(PY) -m pip install -q --no-deps $(HEADERS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,bench,dev]'
 	touch $@
 

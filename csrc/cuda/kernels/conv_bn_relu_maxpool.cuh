@@ -25,7 +25,7 @@
 // do.
 //
 // Occupancy designed for: two blocks of 256 threads, 128 registers; for ResNet's stem 67 KiB of
-// shared memory in 16 bits, 84 KiB in tf32 (one block where a multiprocessor has but 100 KiB).
+// shared memory in 16 bits, 84 KiB in tf32 (one block where a multiprocessor has 164 KiB or less).
 // While one block waits for memory, the other multiplies.
 #pragma once
 
