@@ -21,33 +21,28 @@ from . import _C, library
 from ._autograd import register_formulas
 from ._fakes import FAKES
 
-#: The modules of :mod:`fused_resnet.triton` that hold the operators.
-TRITON = {
-    "bn_add_relu": "bn_add_relu",
-    "bn_add_relu_backward": "bn_add_relu",
-    "conv_bn_add_relu": "conv_bn_add_relu",
-    "conv_bn_add_relu_packed": "conv_bn_add_relu",
-    "conv_statistics": "conv_bn_add_relu",
-    "conv_bn_relu_maxpool": "conv_bn_relu_maxpool",
-    "conv_bn_relu_maxpool_packed": "conv_bn_relu_maxpool",
-    "residual_block": "residual_block",
-}
+#: The operators of :mod:`fused_resnet.triton`.
+TRITON = (
+    "bn_add_relu",
+    "bn_add_relu_backward",
+    "bn_add_relu_given",
+    "conv_bn_add_relu",
+    "conv_bn_add_relu_packed",
+    "conv_bn_relu_maxpool",
+    "conv_bn_relu_maxpool_packed",
+    "conv_conv_add_relu_packed",
+    "conv_statistics",
+    "residual_block",
+)
 
 
 def _triton(name: str) -> Callable[..., Any]:
     """The operator, its module imported at the first call: most processes never need Triton."""
 
     def call(*arguments: Any) -> Any:
-        module = importlib.import_module(f"fused_resnet.triton.{TRITON[name]}")
-        return getattr(module, name)(*arguments)
+        return getattr(importlib.import_module("fused_resnet.triton"), name)(*arguments)
 
     return call
-
-
-def _triton_given(x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Any:
-    residual, eps, relu = rest
-    operator = _triton("bn_add_relu")
-    return operator(x, weight, bias, mean, var, residual, False, eps, relu)[0]
 
 
 _triton_library = Library("fused_resnet_triton", "DEF")
@@ -57,7 +52,6 @@ for _schema in _C.schemas():
     _pytorch_library.define(_schema)
 for _name in TRITON:
     _triton_library.impl(_name, _triton(_name), "CUDA")
-_triton_library.impl("bn_add_relu_given", _triton_given, "CUDA")
 for _name in library.OPERATIONS:
     for _key in ("CPU", "CUDA"):
         _pytorch_library.impl(_name, getattr(library, _name), _key)

@@ -95,11 +95,13 @@ def _onednn_takes(x: Tensor, groups: int) -> bool:
     mkldnn = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available():
         return False
+    # Maps of which both memory formats are true (one channel, one pixel) it takes for contiguous,
+    # and then, by version and dtype, fails. In half precision the fused add fails for groups too.
+    if x.is_contiguous():
+        return False
     if x.dtype is torch.float32:
         return True
-    # In half precision the fused add fails for groups, and for maps of which both memory formats
-    # are true (one channel, one pixel), which it takes for contiguous.
-    if groups > 1 or x.is_contiguous():
+    if groups > 1:
         return False
     if x.dtype is torch.bfloat16:
         return bool(mkldnn._is_mkldnn_bf16_supported())

@@ -125,3 +125,13 @@ def test_build_info():
 @pytest.mark.parametrize("name", ["bn_add_relu", "conv_bn_add_relu", "pack_conv_weight"])
 def test_the_module_binds_the_operators(name):
     assert getattr(_C, name) is getattr(torch.ops.fused_resnet, name)
+
+
+def test_tritons_operators_are_registered():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fused_resnet import triton
+    from fused_resnet._registrations import TRITON
+
+    assert sorted(TRITON) == sorted(triton.__all__)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert all(has_kernel(f"fused_resnet_triton::{name}", "CUDA") for name in TRITON)

@@ -91,7 +91,7 @@ def watch(mutant: Mutant, variant: str, library: Path) -> Catch | None:
     started = re.findall(rf"^\S+\.py::(.*?){outcome}", out, re.MULTILINE)
     said = re.findall(r"^E   +(.*)|.*?(AddressSanitizer: .*|runtime error: .*)", out, re.MULTILINE)
     words = next((a or b for a, b in said if a or b), f"the process ended with {status}")
-    return Catch(variant, started[-1] if started else "?", words)
+    return Catch(variant, started[-1].strip() if started else "?", words)
 
 
 def catch(mutant: Mutant) -> Catch | None:
