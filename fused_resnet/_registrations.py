@@ -32,7 +32,9 @@ TRITON = (
     "conv_bn_relu_maxpool_packed",
     "conv_conv_add_relu_packed",
     "conv_statistics",
+    "pack_conv_weight",
     "residual_block",
+    "unpack_conv_weight",
 )
 
 
@@ -68,6 +70,16 @@ OPERATORS: dict[str, Any] = {
     "triton": torch.ops.fused_resnet_triton,
     "library": torch.ops.fused_resnet_library,
 }
+
+
+#: Whether the extension packs weights for CUDA. Where it was built without, Triton's operators do:
+#: the layout is the same.
+_PACKS_CUDA = bool(_C.build_info()["cuda"])
+
+
+def packers(device: torch.device) -> Any:
+    """Where the operators are that lay weights out for a device."""
+    return OPERATORS["triton" if device.type == "cuda" and not _PACKS_CUDA else "cuda"]
 
 
 @functools.cache

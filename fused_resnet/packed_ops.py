@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, reference
-from ._registrations import OPERATORS
+from ._registrations import OPERATORS, packers
 from .backends import select
 from .reference import IntOrPair
 
@@ -33,7 +32,7 @@ def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
         ValueError: Wrong rank, or groups that do not divide K.
         TypeError: Wrong dtype.
     """
-    return torch.ops.fused_resnet.pack_conv_weight(weight, groups)
+    return packers(weight.device).pack_conv_weight(weight, groups)
 
 
 def unpack_conv_weight(
@@ -52,7 +51,7 @@ def unpack_conv_weight(
     Raises:
         ValueError: ``packed`` does not belong to that shape.
     """
-    return torch.ops.fused_resnet.unpack_conv_weight(packed, weight_shape, groups)
+    return packers(packed.device).unpack_conv_weight(packed, weight_shape, groups)
 
 
 def transform_conv_weight(
@@ -81,7 +80,7 @@ def transform_conv_weight(
         Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
     """
     op = "transform_conv_weight"
-    return torch.ops.fused_resnet.transform_conv_weight(
+    return OPERATORS["cpu"].transform_conv_weight(
         weight,
         checks.pair(op, "stride", stride, 1),
         checks.pair(op, "dilation", dilation, 1),

@@ -30,8 +30,6 @@ def on_executor(simt, monkeypatch) -> Any:
     """The operations' calls go to the executor; the package itself knows nothing of it."""
     for backend in ("cpu", "cuda"):
         monkeypatch.setitem(OPERATORS, backend, simt.ops)
-    # What packs a weight depends on its device alone, so it is asked for by name.
-    monkeypatch.setattr(packed_ops.torch.ops, "fused_resnet", simt.ops)
     return simt
 
 

@@ -1,0 +1,39 @@
+"""The operations as Triton kernels: one file an operation, kernels and host function.
+
+Host functions are named after the operators of ``csrc/schemas.h`` and take and return what those
+do, for float32, float16 and bfloat16 tensors on CUDA. Each has a table ``CONFIGS`` of the tiles
+that it may choose from and an argument ``config`` that forces one.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton.language  # noqa: F401
+except ImportError as error:
+    raise ImportError("fused_resnet.triton wants Triton (run: pip install triton)") from error
+
+from .bn_add_relu import bn_add_relu, bn_add_relu_backward, bn_add_relu_given
+from .conv_bn_add_relu import (
+    conv_bn_add_relu,
+    conv_bn_add_relu_packed,
+    conv_conv_add_relu_packed,
+    conv_statistics,
+)
+from .conv_bn_relu_maxpool import conv_bn_relu_maxpool, conv_bn_relu_maxpool_packed
+from .pack_conv_weight import pack_conv_weight, unpack_conv_weight
+from .residual_block import residual_block
+
+__all__ = [
+    "bn_add_relu",
+    "bn_add_relu_backward",
+    "bn_add_relu_given",
+    "conv_bn_add_relu",
+    "conv_bn_add_relu_packed",
+    "conv_bn_relu_maxpool",
+    "conv_bn_relu_maxpool_packed",
+    "conv_conv_add_relu_packed",
+    "conv_statistics",
+    "pack_conv_weight",
+    "residual_block",
+    "unpack_conv_weight",
+]

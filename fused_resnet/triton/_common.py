@@ -1,0 +1,124 @@
+"""What kernels and host functions of several operations share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Of a thread, at most. Left to itself ptxas would spill a few to fit one more program on a
+#: multiprocessor; with a limit of its own it does not.
+REGISTERS = 255
+
+#: A kernel. Typed as anything: mypy knows nothing of ``kernel[grid](...)``.
+Kernel = Any
+
+
+@triton.jit
+def relu(v):  # type: ignore[no-untyped-def]
+    """The maximum of v and 0; NaN stays NaN, as in PyTorch, and ``tl.maximum`` would lose it."""
+    return tl.where(v < 0.0, 0.0, v)
+
+
+@triton.jit
+def channel_vector(v_ptr, c, valid, default: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``v_ptr``: (C,), any float, or None. Its values for the channels ``c``, in float32."""
+    if v_ptr is None:
+        return tl.full(c.shape, default, tl.float32)
+    else:
+        return tl.load(v_ptr + c, mask=valid, other=default).to(tl.float32)
+
+
+@triton.jit
+def channel_affine(c, valid, conv_bias, weight, bias, mean, var, eps):  # type: ignore[no-untyped-def]
+    """A batch norm behind a convolution with a bias as (scale, shift) of the channels ``c``.
+
+    All pointers: (C,), any float, or None.
+    """
+    scale = channel_vector(weight, c, valid, 1.0)
+    center = channel_vector(conv_bias, c, valid, 0.0) - channel_vector(mean, c, valid, 0.0)
+    if var is not None:
+        scale = tl.div_rn(scale, tl.sqrt_rn(channel_vector(var, c, valid, 1.0) + eps))
+    return scale, center * scale + channel_vector(bias, c, valid, 0.0)
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least one that is not below ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of ``x`` current: Triton launches there."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the device of ``x``; off CUDA, where only an interpreter runs kernels, a small number."""
+    if not x.is_cuda:
+        return 4
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def architecture(x: Tensor) -> int:
+    """Of the device of ``x``, 90 for sm_90; off CUDA the oldest that kernels are made for."""
+    if not x.is_cuda:
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+# Checks: the same words as those of csrc/checks.h
+
+
+def check_map(op: str, name: str, x: Tensor) -> None:
+    """``x`` is a 4-d map in a dtype that the kernels store."""
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name}: expected 4 dimensions (N, C, H, W), got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{op}: {name}: expected dtype float32, bfloat16 or float16 on {x.device}, "
+            f"got {x.dtype}"
+        )
+
+
+def check_same(op: str, name: str, t: Tensor | None, shape: Any, like: Tensor) -> None:
+    """``t`` is None or has that shape, and the dtype and device of ``like``."""
+    if t is None:
+        return
+    if list(t.shape) != list(shape):
+        raise ValueError(f"{op}: {name}: expected shape {list(shape)}, got {list(t.shape)}")
+    if t.dtype != like.dtype:
+        raise TypeError(f"{op}: {name}: expected dtype {like.dtype}, got {t.dtype}")
+    check_device(op, name, t, like)
+
+
+def check_vector(op: str, name: str, v: Tensor | None, channels: int, like: Tensor) -> None:
+    """``v`` is None or ``(channels,)``, of any floating-point dtype, on the device of ``like``."""
+    if v is None:
+        return
+    if list(v.shape) != [channels]:
+        raise ValueError(f"{op}: {name}: expected shape [{channels}], got {list(v.shape)}")
+    if not v.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name}: expected a floating-point dtype, got {v.dtype}")
+    check_device(op, name, v, like)
+
+
+def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    """``t`` is where ``like`` is."""
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name}: expected device {like.device}, got {t.device}")
+
+
+def vector(op: str, name: str, v: Tensor | None, channels: int, like: Tensor) -> Tensor | None:
+    """``v`` checked, with its elements side by side."""
+    check_vector(op, name, v, channels, like)
+    return None if v is None else v.contiguous()

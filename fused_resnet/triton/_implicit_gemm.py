@@ -1,0 +1,167 @@
+r"""The parts of an implicit matrix product, which the convolutions' kernels are made of.
+
+    sum[m][n] = sum_k a[m][k] w[n][k]
+
+with m a pixel of the result, n a filter, k = (ky, kx, c) and a[m][k] the pixel of x under the tap
+(ky, kx): both operands lie in memory with k as their inner dimension, as NHWC maps and KRSC
+filters; a is never stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._common import channel_affine, channel_vector, relu
+
+
+@triton.jit
+def swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tile number ``tile`` in an order by groups of GROUP_M rows of tiles, columns outermost."""
+    width = GROUP_M * tiles_n
+    first = tile // width * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = tile % width
+    return first + within % height, within // height
+
+
+@triton.jit
+def round_to_tf32(v):  # type: ignore[no-untyped-def]
+    """Float32 to the nearest tf32, ties away from zero.
+
+    Tensor cores drop the 13 low bits: unless they are rounded first, products come out too small,
+    and with them the sum, by three times what rounding would cost. NaN must not overflow.
+    """
+    bits = v.to(tl.uint32, bitcast=True) + 0x1000
+    return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+
+
+@triton.jit
+def multiply(acc, a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``acc + a b`` by "half", "tf32" or "ieee" products, in float32."""
+    if PRECISION == "tf32":
+        return tl.dot(round_to_tf32(a), round_to_tf32(b), acc, input_precision="tf32")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def accumulate(  # type: ignore[no-untyped-def]
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    x_ptr,  # (N, H, W, C); with X_DESCRIPTOR a descriptor of it as (N H W, C)
+    w_ptr,  # (K, w_stride), of which KH KW group_c are used; with W_DESCRIPTOR a descriptor of it
+    in_scale_ptr, in_shift_ptr,  # (C,) any float, or None: x is relu(x scale + shift)
+    image, oy, ox, row_valid,  # (BLOCK_M,): the rows' image and place in the result
+    first_row, first_filter, filter_valid,  # filter_valid: (BLOCK_N,)
+    channel0, step_begin, step_end,
+    H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
+    MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds the blocks of depth from step_begin to step_end; see ``mode_of`` for MODE."""
+    y0 = oy * stride_h - pad_h
+    x0 = ox * stride_w - pad_w
+    if not X_DESCRIPTOR:
+        rows = x_ptr + (image.to(tl.int64) * H * W * C + channel0)[:, None]
+    if not W_DESCRIPTOR:
+        filters = first_filter + tl.arange(0, BLOCK_N)
+        columns = w_ptr + (filters.to(tl.int64) * w_stride)[None, :]
+    blocks = tl.cdiv(group_c, BLOCK_K)
+    for step in range(step_begin, step_end):
+        if MODE == "flat":
+            depth = KH * KW * group_c
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = k // group_c
+            c = k - tap * group_c
+            ky = tap // KW
+            kx = tap - ky * KW
+            iy = y0[:, None] + (ky * dil_h)[None, :]
+            ix = x0[:, None] + (kx * dil_w)[None, :]
+            inside = (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
+            k_valid = k < depth
+            a_valid = inside & row_valid[:, None] & k_valid[None, :]
+            a = tl.load(rows + (iy * W + ix) * C + c[None, :], mask=a_valid, other=0.0)
+            k0 = step * BLOCK_K
+        else:
+            if MODE == "pointwise":
+                tap = 0
+                block = step
+                iy = y0
+                ix = x0
+                inside = row_valid
+            else:
+                tap = step // blocks
+                block = step - tap * blocks
+                ky = tap // KW
+                kx = tap - ky * KW
+                iy = y0 + ky * dil_h
+                ix = x0 + kx * dil_w
+                inside = row_valid & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
+            c = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            k0 = tap * group_c + block * BLOCK_K
+            if EVEN_C:
+                a_valid = inside[:, None]
+                k_valid = c >= 0
+            else:
+                k_valid = c < group_c
+                a_valid = inside[:, None] & k_valid[None, :]
+            if X_DESCRIPTOR:
+                a = x_ptr.load([first_row, block * BLOCK_K])
+            else:
+                a = tl.load(
+                    rows + ((iy * W + ix) * C)[:, None] + c[None, :], mask=a_valid, other=0.0
+                )
+        if in_scale_ptr is not None:
+            # The zeros around a map come after batch norm and ReLU, and stay zeros.
+            in_scale = channel_vector(in_scale_ptr + channel0, c, k_valid, 0.0)
+            in_shift = channel_vector(in_shift_ptr + channel0, c, k_valid, 0.0)
+            v = relu(a.to(tl.float32) * in_scale[None, :] + in_shift[None, :])
+            a = tl.where(a_valid, v, 0.0).to(a.dtype)
+        if W_DESCRIPTOR:
+            b = w_ptr.load([first_filter, k0]).T
+        else:
+            k = k0 + tl.arange(0, BLOCK_K)
+            b = tl.load(
+                columns + k[:, None], mask=k_valid[:, None] & filter_valid[None, :], other=0.0
+            )
+        acc = multiply(acc, a, b, PRECISION)
+    return acc
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    y_ptr, residual_ptr,  # (M, K); residual or None
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
+    residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
+    m, channel, row_valid, channel_valid,
+    K, eps,
+    RELU: tl.constexpr,
+):  # fmt: skip
+    """Affine step, residual, ReLU, one rounding and the store. Returns what was stored."""
+    scale, shift = channel_affine(
+        channel, channel_valid, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps
+    )
+    valid = row_valid[:, None] & channel_valid[None, :]
+    at = m.to(tl.int64)[:, None] * K + channel[None, :]
+    v = acc * scale[None, :] + shift[None, :]
+    if residual_ptr is not None:
+        r = tl.load(residual_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        if residual_scale_ptr is not None:
+            r_scale = channel_vector(residual_scale_ptr, channel, channel_valid, 1.0)
+            r_shift = channel_vector(residual_shift_ptr, channel, channel_valid, 0.0)
+            r = r * r_scale[None, :] + r_shift[None, :]
+        v += r
+    if RELU:
+        v = relu(v)
+    rounded = v.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, rounded, mask=valid)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The left and the right half of a tile's columns."""
+    pairs = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    return tl.split(pairs)

@@ -1,0 +1,339 @@
+r"""The stem: y = max_pool(relu(conv(x, w) * scale + shift)), the convolution's result kept on chip.
+
+ResNet's: 3 channels of 224 x 224, 64 filters of 7 x 7, stride 2; then 3 x 3 pooling, stride 2. An
+image in 16 bits: 0.30 MB of x are read and 0.40 MB of y written, where the convolution's result
+would be 1.6 MB written and read again; 236 Mflop.
+
+A program makes one tile of pooled pixels for 64 filters: 5 x 5 of them want 11 x 11 of the
+convolution's, 121 of the 128 rows of its matrix product; the rows between neighbouring tiles are
+computed twice (11 x 11 / (10 x 10), 21% more). The depth runs over (ky, kx, c) as one axis (see
+``_implicit_gemm.py``), as no instruction brings whole blocks of 3 channels: x is gathered, and
+comes from the L1 cache for most taps.
+
+The rounded results then are pooled along rows and then along columns, kernel_w and kernel_h steps
+of ``tl.gather`` through shared memory: 6 in place of the 9 that a window of 3 x 3 would take at
+once. What lies outside of the convolution's map is minus infinity by then, and NaN wins over all.
+
+Occupancy designed for: one program of 8 warps in strict float32, two else; 16 KiB of shared memory
+in half precision, for the tile that is gathered from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from ._common import REGISTERS, cdiv, channel_affine, check_map, on_device, power_of_two, relu
+from ._conv_plan import precision_of
+from ._conv_shape import ConvShape, check_pair, window
+from ._implicit_gemm import accumulate
+from .conv_bn_add_relu import BATCH_NORM, FOLDED, Affine, ConvCall, _filters
+
+
+class StemConfig(NamedTuple):
+    """Pixels of the convolution in a tile, filters, depth of a step; warps and stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+#: By how products are made. The second of each is for maps of which the first would make too few.
+CONFIGS: dict[str, list[StemConfig]] = {
+    "half": [StemConfig(128, 64, 32, 8, 2), StemConfig(64, 64, 32, 8, 2)],
+    "tf32": [StemConfig(128, 64, 32, 8, 2), StemConfig(64, 64, 32, 8, 2)],
+    "ieee": [StemConfig(64, 32, 16, 4, 2)],
+}
+
+
+@triton.jit
+def _larger(best, v):  # type: ignore[no-untyped-def]
+    """The larger, or NaN if there is one."""
+    return tl.where((v > best) | (v != v), v, best)
+
+
+@triton.jit
+def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # (N, H, W, C)
+    w_ptr,  # (K, KH KW C)
+    y_ptr,  # (N, PH, PW, K)
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
+    K, H, W, C, OH, OW, PH, PW, KH, KW,
+    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+    pool_pad_h, pool_pad_w, tiles_y, tiles_x, eps,
+    POOL_H: tl.constexpr, POOL_W: tl.constexpr,  # the window
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr,  # and its stride
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,  # pooled pixels of a program
+    BLOCK_MIDDLE: tl.constexpr, BLOCK_OUT: tl.constexpr,  # powers of two: pooled along rows; both
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of pooled pixels for a block of filters."""
+    ROWS: tl.constexpr = (TILE_H - 1) * STEP_H + POOL_H
+    COLS: tl.constexpr = (TILE_W - 1) * STEP_W + POOL_W
+    tile = tl.program_id(0)
+    image = tile // (tiles_y * tiles_x)
+    within = tile - image * (tiles_y * tiles_x)
+    py0 = within // tiles_x * TILE_H
+    px0 = within % tiles_x * TILE_W
+    i = tl.arange(0, BLOCK_M)
+    oy = py0 * STEP_H - pool_pad_h + i // COLS
+    ox = px0 * STEP_W - pool_pad_w + i % COLS
+    in_map = (i < ROWS * COLS) & (oy >= 0) & (oy < OH) & (ox >= 0) & (ox < OW)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    images = tl.zeros((BLOCK_M,), tl.int32) + image
+    acc = accumulate(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        x_ptr, w_ptr, None, None, images, oy, ox, in_map, 0, tl.program_id(1) * BLOCK_N, n < K,
+        0, 0, tl.cdiv(KH * KW * C, BLOCK_K),
+        H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, C, KH * KW * C,
+        "flat", False, PRECISION, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    scale, shift = channel_affine(
+        n, n < K, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps
+    )
+    v = relu(acc * scale[None, :] + shift[None, :]).to(y_ptr.dtype.element_ty)
+    v = tl.where(in_map[:, None], v, float("-inf")).to(y_ptr.dtype.element_ty)
+
+    # Along rows: pixel (r, q) of (ROWS, TILE_W) is the largest of v's from (r, q STEP_W) on.
+    j = tl.arange(0, BLOCK_MIDDLE)
+    first = tl.where(j < ROWS * TILE_W, j // TILE_W * COLS + j % TILE_W * STEP_W, 0)
+    middle = tl.full((BLOCK_MIDDLE, BLOCK_N), float("-inf"), tl.float32)
+    for b in tl.static_range(POOL_W):
+        at = tl.broadcast_to((first + b)[:, None], (BLOCK_MIDDLE, BLOCK_N))
+        middle = _larger(middle, tl.gather(v, at, 0).to(tl.float32))
+    row_pooled = middle.to(y_ptr.dtype.element_ty)
+
+    o = tl.arange(0, BLOCK_OUT)
+    first = tl.where(o < TILE_H * TILE_W, o // TILE_W * STEP_H * TILE_W + o % TILE_W, 0)
+    best = tl.full((BLOCK_OUT, BLOCK_N), float("-inf"), tl.float32)
+    for b in tl.static_range(POOL_H):
+        at = tl.broadcast_to((first + b * TILE_W)[:, None], (BLOCK_OUT, BLOCK_N))
+        best = _larger(best, tl.gather(row_pooled, at, 0).to(tl.float32))
+    py = py0 + o // TILE_W
+    px = px0 + o % TILE_W
+    valid = (o < TILE_H * TILE_W) & (py < PH) & (px < PW)
+    at = ((image.to(tl.int64) * PH + py) * PW + px)[:, None] * K + n[None, :]
+    tl.store(y_ptr + at, best.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (n < K)[None, :])
+
+
+class Pool(NamedTuple):
+    """The window of the max-pool, its stride, and its padding with minus infinity."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def size(self, s: ConvShape) -> tuple[int, int]:
+        """Height and width of the pooled map."""
+        sizes = [
+            window(n, k, by, pad) for n, k, by, pad in zip((s.out_h, s.out_w), *self, strict=True)
+        ]
+        return sizes[0], sizes[1]
+
+
+def _pool(
+    op: str, s: ConvShape, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Pool:
+    pool = Pool(
+        check_pair(op, "pool_kernel", kernel, 1),
+        check_pair(op, "pool_stride", stride, 1),
+        check_pair(op, "pool_padding", padding, 0),
+    )
+    if any(2 * p > k for p, k in zip(pool.padding, pool.kernel, strict=True)):
+        raise ValueError(
+            f"{op}: pool_padding: expected at most half of pool_kernel {list(kernel)}, "
+            f"got {list(padding)}"
+        )
+    if min(pool.size(s)) < 1:
+        raise ValueError(
+            f"{op}: pool_kernel: expected at most the padded map of {s.out_h} x {s.out_w}, "
+            f"got {list(kernel)}"
+        )
+    return pool
+
+
+def tile_of(config: StemConfig, pool: Pool, pooled: tuple[int, int]) -> tuple[int, int] | None:
+    """Pooled pixels of a program: those of which the map has the fewest tiles, or None."""
+    best = None
+    for h in range(1, min(pooled[0], config.block_m) + 1):
+        rows = (h - 1) * pool.stride[0] + pool.kernel[0]
+        # As many columns as still fit.
+        most = (config.block_m // rows - pool.kernel[1]) // pool.stride[1] + 1
+        w = min(most, pooled[1])
+        if w < 1:
+            break
+        tiles = cdiv(pooled[0], h) * cdiv(pooled[1], w)
+        # Of the same number of tiles, the one with the least to gather.
+        if best is None or (tiles, rows * w) < best[0]:
+            best = (tiles, rows * w), (h, w)
+    return best and best[1]
+
+
+def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
+    """The stem in one kernel where its tiles fit, else the convolution and torch's pooling."""
+    s, x = call.shape, call.x
+    pooled = pool.size(s)
+    candidates = [config] if config else CONFIGS[precision_of(x)]
+    tiles = [tile_of(c, pool, pooled) for c in candidates]
+    fitting = [(c, t) for c, t in zip(candidates, tiles, strict=True) if t is not None]
+    if not fitting or s.groups != 1 or max(pool.kernel) > 8:
+        return torch.nn.functional.max_pool2d(call.run(None), *pool)
+    # Small maps would fill a large tile but in part.
+    config, (tile_h, tile_w) = min(
+        fitting,
+        key=lambda ct: cdiv(pooled[0], ct[1][0]) * cdiv(pooled[1], ct[1][1]) * ct[0].block_m,
+    )
+    tiles_y, tiles_x = cdiv(pooled[0], tile_h), cdiv(pooled[1], tile_w)
+    y = torch.empty(
+        (s.n, s.k, *pooled), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if y.numel() == 0:
+        return y
+    rows = (tile_h - 1) * pool.stride[0] + pool.kernel[0]
+    sizes: dict[str, Any] = call.geometry()
+    del sizes["group_c"], sizes["w_stride"]
+    affine: dict[str, Any] = call.epilogue()
+    for name in ("residual_ptr", "residual_scale_ptr", "residual_shift_ptr", "RELU"):
+        del affine[name]
+    with on_device(y):
+        conv_bn_relu_maxpool_kernel[(s.n * tiles_y * tiles_x, cdiv(s.k, config.block_n))](
+            x, call.weight, y, **sizes, **affine,
+            OH=s.out_h, OW=s.out_w, PH=pooled[0], PW=pooled[1],
+            pool_pad_h=pool.padding[0], pool_pad_w=pool.padding[1],
+            tiles_y=tiles_y, tiles_x=tiles_x,
+            POOL_H=pool.kernel[0], POOL_W=pool.kernel[1],
+            STEP_H=pool.stride[0], STEP_W=pool.stride[1],
+            TILE_H=tile_h, TILE_W=tile_w,
+            BLOCK_MIDDLE=max(16, power_of_two(rows * tile_w)),
+            BLOCK_OUT=max(16, power_of_two(tile_h * tile_w)),
+            PRECISION=precision_of(x), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, num_warps=config.warps, num_stages=config.stages,
+            maxnreg=REGISTERS,
+        )  # fmt: skip
+    return y
+
+
+def conv_bn_relu_maxpool(
+    x: Tensor,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eps: float,
+    pool_kernel: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    *,
+    config: StemConfig | None = None,
+) -> Tensor:
+    r"""The stem: convolution, batch norm, ReLU and max-pool.
+
+    .. math:: y = \mathrm{maxpool}(\max(0, \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon}
+        + \beta))
+
+    Args:
+        x: ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
+        weight: ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        conv_bias: ``(K,)``, any float, or None.
+        bn_weight: Likewise; None means 1.
+        bn_bias: Likewise; None means 0.
+        mean: ``(K,)``, any float.
+        var: As ``mean``.
+        stride: In pixels, (height, width), as all of these.
+        padding: Zeros on each side.
+        dilation: Distance between taps.
+        groups: Independent groups of channels; more than one go in two steps.
+        eps: Added to the variance.
+        pool_kernel: Window of the max-pool.
+        pool_stride: Its step.
+        pool_padding: Its padding with minus infinity.
+        config: Forces a configuration.
+
+    Returns:
+        ``(N, K, PH, PW)``, dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: Wrong rank, shape or device, or a kernel or window larger than its padded map.
+        TypeError: Wrong dtype.
+    """
+    op = "conv_bn_relu_maxpool"
+    check_map(op, "x", x)
+    call = ConvCall(
+        op,
+        x,
+        _filters(op, weight, x),
+        weight.shape,
+        (stride, padding, dilation, groups),
+        Affine(conv_bias, bn_weight, bn_bias, mean, var, eps),
+        BATCH_NORM,
+    )
+    pool = _pool(op, call.shape, pool_kernel, pool_stride, pool_padding)
+    return _run(call, pool, config).contiguous(memory_format=suggest_memory_format(x))
+
+
+def conv_bn_relu_maxpool_packed(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    *,
+    config: StemConfig | None = None,
+) -> Tensor:
+    """The stem with a packed weight and a folded batch norm.
+
+    Args:
+        x: As :func:`conv_bn_relu_maxpool`.
+        packed: The weight as a vector, [k][kh][kw][c / groups], dtype of ``x``.
+        scale: ``(K,)``, any float.
+        shift: As ``scale``.
+        weight_shape: ``(K, C / groups, kh, kw)``.
+        stride: See there, and so all that follow.
+        padding: See there.
+        dilation: See there.
+        groups: See there.
+        pool_kernel: See there.
+        pool_stride: See there.
+        pool_padding: See there.
+        config: See there.
+
+    Returns:
+        ``(N, K, PH, PW)``, dtype of ``x``, channels_last.
+
+    Raises:
+        ValueError: As :func:`conv_bn_relu_maxpool`.
+        TypeError: Wrong dtype.
+    """
+    op = "conv_bn_relu_maxpool_packed"
+    call = ConvCall(
+        op,
+        x,
+        packed,
+        weight_shape,
+        (stride, padding, dilation, groups),
+        Affine(weight=scale, bias=shift),
+        FOLDED,
+    )
+    return _run(call, _pool(op, call.shape, pool_kernel, pool_stride, pool_padding), config)

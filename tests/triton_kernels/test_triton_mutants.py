@@ -1,0 +1,37 @@
+"""Every planted bug must be caught: the tests and the interpreter, tested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+from triton_mutants import MUTANTS, ROOT, Catch, Mutant, catch, table
+
+RESULTS: list[tuple[Mutant, Catch | None]] = []
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, id=m.bug, marks=() if m.quick else pytest.mark.slow) for m in MUTANTS],
+)
+def test_is_caught(mutant: Mutant) -> None:
+    caught = catch(mutant)
+    RESULTS.append((mutant, caught))
+    assert caught, f"no test saw: {mutant.bug} ({mutant.file})"
+
+
+def test_there_are_some_of_every_file_with_kernels() -> None:
+    assert len({mutant.bug for mutant in MUTANTS}) == len(MUTANTS) >= 12
+    files = sorted((ROOT / "fused_resnet" / "triton").glob("*.py"))
+    with_kernels = {path.name for path in files if "@triton.jit" in path.read_text()}
+    assert with_kernels == {mutant.file for mutant in MUTANTS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _print_table(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print()
+        Console(width=180).print(table(RESULTS))
