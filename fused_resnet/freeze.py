@@ -21,6 +21,7 @@ from . import ops
 from .backends import BackendUnavailable
 from .blocks import Group, Packed, ResNetRoute, Route, padding_of
 from .checks import DTYPES
+from .folding import fold
 from .frozen_block import FrozenBlock, is_block
 from .fuse import derive, fuse
 from .parts import in_parts
@@ -222,7 +223,9 @@ class FrozenConv(Frozen, Packed):
             "dilation": self.dilation,
             "groups": self.groups,
         }
-        scale, shift = _fold(conv, bn)
+        scale, shift = fold(
+            conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, torch.float64
+        )
         self._set_weight(conv.weight)
         self.register_buffer("scale", scale.to(wide))
         self.register_buffer("shift", shift.to(wide))
@@ -332,18 +335,6 @@ def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 class Folded(nn.Identity):
     """Where a batch norm was that is now in its convolution's :class:`FrozenConv`. Never called."""
-
-
-def _fold(conv: nn.Conv2d, bn: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift of the group, in float64."""
-    scale = torch.rsqrt(bn.running_var.double() + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight.double()
-    offset = -bn.running_mean.double()
-    if conv.bias is not None:
-        offset = offset + conv.bias.double()
-    shift = offset * scale
-    return scale, shift if bn.bias is None else shift + bn.bias.double()
 
 
 def _freeze_groups(owner: Route, dtype: torch.dtype | None, winograd: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .folding import fold
 
 #: The operations that the libraries have; every other one is plain PyTorch.
 OPERATIONS = ("conv_bn_add_relu",)
@@ -65,30 +66,11 @@ def conv_bn_add_relu(
             eps=eps,
             relu=relu,
         )
-    folded, bias = _fold(weight, conv_bias, bn_weight, bn_bias, mean, var, eps)
+    scale, shift = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, torch.float32)
+    folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    folded = folded.contiguous(memory_format=torch.channels_last)
+    bias = shift.to(weight.dtype)
     return fused(x, folded, bias, residual, stride, padding, dilation, groups)
-
-
-def _fold(
-    weight: Tensor,
-    conv_bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does the batch norm too, in the weight's dtype."""
-    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    scale = torch.rsqrt(var.to(wide) + eps)
-    if bn_weight is not None:
-        scale = scale * bn_weight.to(wide)
-    offset = -mean.to(wide) if conv_bias is None else conv_bias.to(wide) - mean.to(wide)
-    bias = offset * scale
-    if bn_bias is not None:
-        bias = bias + bn_bias.to(wide)
-    folded = (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-    return folded.contiguous(memory_format=torch.channels_last), bias.to(weight.dtype)
 
 
 def _onednn_takes(x: Tensor, groups: int) -> bool:

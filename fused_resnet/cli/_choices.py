@@ -6,7 +6,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import tuner
+from .. import fuse, tuner
+from ..models import resnet
 from ._common import progress
 
 
@@ -20,6 +21,17 @@ def calls_of(model: nn.Module, images: Tensor) -> list[tuple[tuner.Call, int]]:
         counts[call.key] = counts.get(call.key, 0) + 1
         first.setdefault(call.key, call)
     return [(first[key], count) for key, count in counts.items()]
+
+
+def network_calls(
+    name: str, batch: int, size: int, dtype: torch.dtype, device: str = "cpu"
+) -> list[tuple[tuner.Call, int]]:
+    """Those of a fused network of this package, in channels_last."""
+    model = fuse(getattr(resnet, name)().eval()).to(device=device, dtype=dtype)
+    images = torch.zeros(batch, 3, size, size, dtype=dtype, device=device)
+    return calls_of(
+        model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    )
 
 
 def table_of(calls: list[tuple[tuner.Call, int]], title: str) -> Table:

@@ -13,11 +13,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import fuse
 from ..bench import environment, harness, networks, plot, results
 from ..bench.providers import PROVIDERS
-from ..models import resnet
-from ._choices import calls_of, table_of
+from ._choices import network_calls, table_of
 from ._common import DTYPES, UsageError, console, listed, one_of, positive, progress, writable
 
 DEFAULT_PROVIDERS = ("eager", "channels_last", "compile", "jit", "fused", "frozen")
@@ -115,13 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def explain(arguments: argparse.Namespace, batch: int) -> Table:
     """What the tuner chooses for each call of the fused network."""
-    dtype = getattr(torch, arguments.dtype)
     torch.set_num_threads(arguments.threads)
-    model = fuse(getattr(resnet, arguments.model)().eval()).to(dtype)
-    images = torch.zeros(batch, 3, arguments.size, arguments.size, dtype=dtype)
-    calls = calls_of(
-        model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    )
+    dtype = getattr(torch, arguments.dtype)
+    calls = network_calls(arguments.model, batch, arguments.size, dtype)
     return table_of(calls, f"the fused network's calls, batch {batch}")
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import fuse, tuning_cache
+from .. import tuning_cache
 from ..bench import environment, networks
-from ..models import resnet
-from ._choices import calls_of, table_of
+from ._choices import network_calls, table_of
 from ._common import UsageError, console, listed, one_of, positive
 
 #: Of those that the tuner takes part in.
@@ -54,11 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ["FUSED_RESNET_TUNE"] = "exhaustive" if arguments.exhaustive else "1"
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    model = fuse(getattr(resnet, arguments.model)().eval())
-    model = model.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
     for batch in arguments.batch:
-        images = torch.zeros(batch, 3, arguments.size, arguments.size, dtype=dtype, device=device)
-        calls = calls_of(model, images.to(memory_format=torch.channels_last))
+        calls = network_calls(arguments.model, batch, arguments.size, dtype, device)
         title = f"{arguments.model}, batch {batch}, {arguments.dtype}, {device}"
         console().print(table_of(calls, title))
     print(f"kept in {tuning_cache.path()}")

@@ -1,0 +1,42 @@
+"""A batch norm of known statistics as one affine step behind a convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fold(
+    conv_bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    r"""Scale and shift with :math:`\mathrm{bn}(z + b) = \mathrm{scale} \cdot z + \mathrm{shift}`.
+
+    .. math:: \mathrm{scale} = \gamma / \sqrt{\sigma^2 + \epsilon}, \quad
+        \mathrm{shift} = \beta + (b - \mu)\, \mathrm{scale}
+
+    Args:
+        conv_bias: :math:`b`, ``(K,)``; None means 0, and so of ``bn_bias``.
+        bn_weight: :math:`\gamma`; None means 1.
+        bn_bias: :math:`\beta`.
+        mean: :math:`\mu`.
+        var: :math:`\sigma^2`.
+        eps: Added to the variance.
+        dtype: Of the arithmetic and of what is returned.
+
+    Returns:
+        Two vectors ``(K,)``.
+    """
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    if bn_weight is not None:
+        scale = scale * bn_weight.to(dtype)
+    offset = -mean.to(dtype)
+    if conv_bias is not None:
+        offset = offset + conv_bias.to(dtype)
+    shift = offset * scale
+    return scale, shift if bn_bias is None else shift + bn_bias.to(dtype)
