@@ -79,4 +79,51 @@ inline ConvShape conv_shape(const char* op, const at::Tensor& x, at::IntArrayRef
   return s;
 }
 
+// Of a max-pool behind a convolution of these sizes.
+inline void check_pool(const char* op, const ConvShape& s, at::IntArrayRef kernel,
+                       at::IntArrayRef stride, at::IntArrayRef padding) {
+  check_pair(op, "pool_kernel", kernel, 1);
+  check_pair(op, "pool_stride", stride, 1);
+  check_pair(op, "pool_padding", padding, 0);
+  TORCH_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], op,
+                    ": pool_padding: expected at most half of pool_kernel ", kernel, ", got ",
+                    padding);
+  TORCH_CHECK_VALUE(
+      s.out_h() + 2 * padding[0] >= kernel[0] && s.out_w() + 2 * padding[1] >= kernel[1], op,
+      ": pool_kernel: expected at most the padded map of ", s.out_h(), " x ", s.out_w(), ", got ",
+      kernel);
+}
+
+// The arguments of bn_add_relu, on any device.
+inline void check_bn(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                     const std::optional<at::Tensor>& bias,
+                     const std::optional<at::Tensor>& running_mean,
+                     const std::optional<at::Tensor>& running_var,
+                     const std::optional<at::Tensor>& residual, bool training) {
+  check_map(op, "x", x);
+  const int64_t channels = x.size(1);
+  check_vector(op, "weight", weight, channels, x);
+  check_vector(op, "bias", bias, channels, x);
+  check_vector(op, "running_mean", running_mean, channels, x);
+  check_vector(op, "running_var", running_var, channels, x);
+  check_same(op, "residual", residual, x.sizes(), x);
+  TORCH_CHECK_VALUE(training || (running_mean && running_var), op,
+                    ": running_mean, running_var: expected tensors when not training, got None");
+}
+
+// The arguments of bn_add_relu_backward, on any device.
+inline void check_bn_backward(const char* op, const at::Tensor& grad, const at::Tensor& x,
+                              const std::optional<at::Tensor>& y,
+                              const std::optional<at::Tensor>& weight, const at::Tensor& mean,
+                              const at::Tensor& var, bool relu) {
+  check_map(op, "x", x);
+  const int64_t channels = x.size(1);
+  check_same(op, "grad", grad, x.sizes(), x);
+  check_same(op, "y", y, x.sizes(), x);
+  check_vector(op, "weight", weight, channels, x);
+  check_vector(op, "mean", mean, channels, x);
+  check_vector(op, "var", var, channels, x);
+  TORCH_CHECK_VALUE(y || !relu, op, ": y: expected a tensor when relu=True, got None");
+}
+
 }  // namespace fr

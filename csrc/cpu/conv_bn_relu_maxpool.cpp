@@ -9,9 +9,7 @@ namespace {
 
 PoolForward pool_shape(const char* op, const ConvShape& s, at::IntArrayRef kernel,
                        at::IntArrayRef stride, at::IntArrayRef padding) {
-  check_pair(op, "pool_kernel", kernel, 1);
-  check_pair(op, "pool_stride", stride, 1);
-  check_pair(op, "pool_padding", padding, 0);
+  check_pool(op, s, kernel, stride, padding);
   PoolForward p{};
   p.h = s.out_h();
   p.w = s.out_w();
@@ -22,12 +20,6 @@ PoolForward pool_shape(const char* op, const ConvShape& s, at::IntArrayRef kerne
   p.stride_w = stride[1];
   p.pad_h = padding[0];
   p.pad_w = padding[1];
-  TORCH_CHECK_VALUE(2 * p.pad_h <= p.kernel_h && 2 * p.pad_w <= p.kernel_w, op,
-                    ": pool_padding: expected at most half of pool_kernel ", kernel, ", got ",
-                    padding);
-  TORCH_CHECK_VALUE(p.h + 2 * p.pad_h >= p.kernel_h && p.w + 2 * p.pad_w >= p.kernel_w, op,
-                    ": pool_kernel: expected at most the padded map of ", p.h, " x ", p.w, ", got ",
-                    kernel);
   return p;
 }
 

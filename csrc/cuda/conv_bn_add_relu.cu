@@ -5,6 +5,10 @@
 namespace fr {
 namespace {
 
+struct ConvTileInfo {
+  int m, n, slab_rows;  // slab: the rows whose statistics come together
+};
+
 template <class T>
 constexpr ConvTileInfo kInfo{T::kM, T::kN, T::kWarpM};
 
@@ -50,8 +54,6 @@ double cost(const ConvParams& p, ConvPrecision precision, const ConvPlan& plan, 
 }
 
 }  // namespace
-
-ConvTileInfo conv_tile(int tile) { return kTiles[tile]; }
 
 ConvParams conv_params(const ConvShape& s) {
   const auto as_int = [](int64_t v) { return static_cast<int>(v); };

@@ -18,12 +18,7 @@ struct ConvPlan {
   int split_k;
 };
 
-struct ConvTileInfo {
-  int m, n, slab_rows;  // slab: the rows whose statistics come together
-};
-
 constexpr int kConvTiles = 3;
-ConvTileInfo conv_tile(int tile);
 
 // Fills in sizes; operands, epilogue and the second convolution are the caller's to add.
 ConvParams conv_params(const ConvShape& shape);

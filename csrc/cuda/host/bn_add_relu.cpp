@@ -98,15 +98,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& residual, bool training, double eps, bool relu) {
   const char* op = "bn_add_relu";
-  check_map(op, "x", x);
+  check_bn(op, x, weight, bias, running_mean, running_var, residual, training);
   const int64_t channels = x.size(1);
-  check_vector(op, "weight", weight, channels, x);
-  check_vector(op, "bias", bias, channels, x);
-  check_vector(op, "running_mean", running_mean, channels, x);
-  check_vector(op, "running_var", running_var, channels, x);
-  check_same(op, "residual", residual, x.sizes(), x);
-  TORCH_CHECK_VALUE(training || (running_mean && running_var), op,
-                    ": running_mean, running_var: expected tensors when not training, got None");
 
   BnCall call(op, x);
   at::Tensor y;
@@ -166,14 +159,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
     const OptionalTensor& weight, const at::Tensor& mean, const at::Tensor& var, bool training,
     double eps, bool relu, bool need_residual) {
   const char* op = "bn_add_relu_backward";
-  check_map(op, "x", x);
+  check_bn_backward(op, grad, x, y, weight, mean, var, relu);
   const int64_t channels = x.size(1);
-  check_same(op, "grad", grad, x.sizes(), x);
-  check_same(op, "y", y, x.sizes(), x);
-  check_vector(op, "weight", weight, channels, x);
-  check_vector(op, "mean", mean, channels, x);
-  check_vector(op, "var", var, channels, x);
-  TORCH_CHECK_VALUE(y || !relu, op, ": y: expected a tensor when relu=True, got None");
 
   BnCall call(op, x);
   at::Tensor dx, dresidual = at::empty({0}, x.options().memory_format(std::nullopt));

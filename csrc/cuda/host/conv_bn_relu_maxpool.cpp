@@ -13,16 +13,7 @@ namespace {
 
 PoolWindow pool_window(const char* op, const ConvShape& s, at::IntArrayRef kernel,
                        at::IntArrayRef stride, at::IntArrayRef padding) {
-  check_pair(op, "pool_kernel", kernel, 1);
-  check_pair(op, "pool_stride", stride, 1);
-  check_pair(op, "pool_padding", padding, 0);
-  TORCH_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], op,
-                    ": pool_padding: expected at most half of pool_kernel ", kernel, ", got ",
-                    padding);
-  TORCH_CHECK_VALUE(
-      s.out_h() + 2 * padding[0] >= kernel[0] && s.out_w() + 2 * padding[1] >= kernel[1], op,
-      ": pool_kernel: expected at most the padded map of ", s.out_h(), " x ", s.out_w(), ", got ",
-      kernel);
+  check_pool(op, s, kernel, stride, padding);
   const auto as_int = [](int64_t v) { return static_cast<int>(v); };
   return {as_int(kernel[0]), as_int(kernel[1]),  as_int(stride[0]),
           as_int(stride[1]), as_int(padding[0]), as_int(padding[1])};
