@@ -79,7 +79,7 @@ cudaError_t bn_statistics(const BnStatisticsParams& p, Storage storage, bool by_
                           cudaStream_t stream) {
   return with_instance(storage, by_packs, [&](auto element, auto vector) {
     return launch(bn_statistics_kernel<decltype(element), vector()>, grid_of(p.map),
-                  dim3(kBnThreads), kBnThreads * sizeof(BnMoments<vector()>), stream, p);
+                  dim3(kBnThreads), kBnThreads * sizeof(Moments<vector()>), stream, p);
   });
 }
 

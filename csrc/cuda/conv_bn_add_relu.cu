@@ -133,7 +133,7 @@ cudaError_t conv_statistics(const ConvParams& p, const ConvPlan& plan, float* me
       p.rows,       p.epilogue.k};
   const dim3 grid(static_cast<unsigned>(ceil_div(p.epilogue.k, kStatisticsLanes)));
   return launch(conv_statistics_kernel, grid, dim3(kStatisticsLanes, kStatisticsWays),
-                kStatisticsLanes * kStatisticsWays * sizeof(Moments), stream, args);
+                kStatisticsLanes * kStatisticsWays * sizeof(Moments<1>), stream, args);
 }
 
 }  // namespace fr

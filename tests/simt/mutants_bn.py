@@ -7,6 +7,7 @@ from planting import Mutant
 FORWARD = "csrc/cuda/kernels/bn_add_relu.cuh"
 BACKWARD = "csrc/cuda/kernels/bn_add_relu_backward.cuh"
 MERGE = "csrc/cuda/kernels/bn_merge.cuh"
+MOMENTS = "csrc/cuda/kernels/moments.cuh"
 WALK = "csrc/cuda/kernels/bn_walk.cuh"
 PLAN = "csrc/cuda/bn_add_relu.cu"
 
@@ -32,7 +33,7 @@ MUTANTS = [
     ),
     Mutant(
         "bn: Welford's update without the new mean",
-        MERGE,
+        MOMENTS,
         "m2 = fmaf(delta, v - mean, m2);",
         "m2 = fmaf(delta, delta, m2);",
         tests=_FORWARD,
@@ -127,7 +128,7 @@ MUTANTS = [
     ),
     Mutant(
         "bn: moments merged without their means' distance",
-        MERGE,
+        MOMENTS,
         "fmaf(delta * delta, seen * share, other.m2)",
         "other.m2",
         tests=_FORWARD,
@@ -179,8 +180,8 @@ MUTANTS = [
     Mutant(
         "bn: the shared memory that is asked for is half of what is used",
         PLAN,
-        "kBnThreads * sizeof(BnMoments<vector()>), stream, p);",
-        "kBnThreads / 2 * sizeof(BnMoments<vector()>), stream, p);",
+        "kBnThreads * sizeof(Moments<vector()>), stream, p);",
+        "kBnThreads / 2 * sizeof(Moments<vector()>), stream, p);",
         tests=_FORWARD,
     ),
     Mutant(

@@ -11,6 +11,7 @@ SOURCE = f"{KERNELS}/conv_source.cuh"
 EPILOGUE = f"{KERNELS}/conv_epilogue.cuh"
 CONV = f"{KERNELS}/conv_bn_add_relu.cuh"
 STATISTICS = f"{KERNELS}/conv_statistics.cuh"
+MOMENTS = f"{KERNELS}/moments.cuh"
 BLOCK = f"{KERNELS}/residual_block.cuh"
 _CONV_TESTS = "tests/simt/test_conv_bn_add_relu.py"
 SHAPES = f"{_CONV_TESTS}::test_awkward_shapes"
@@ -294,10 +295,10 @@ MUTANTS = [
         CONV_STATISTICS,
     ),
     Mutant(
-        "statistics: lanes merged without their means' distance",
-        EPILOGUE,
-        " + delta * delta * count * share;",
-        ";",
+        "statistics: a lane takes its own count for the other's",
+        MOMENTS,
+        "other.seen = __shfl_xor_sync(0xffffffffu, seen, lanes);",
+        "other.seen = seen;",
         CONV_STATISTICS,
     ),
     Mutant(

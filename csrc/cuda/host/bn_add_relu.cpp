@@ -4,17 +4,14 @@
 
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <tuple>
-#include <vector>
 
 #include "../../checks.h"
 #include "context.h"
+#include "operands.h"
 
 namespace fr {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 Storage storage_of(const char* op, const at::Tensor& x) {
   switch (x.scalar_type()) {
@@ -41,15 +38,13 @@ class BnCall {
                       ": x: expected less channels, got ", x.size(1));
   }
 
-  const void* input(const at::Tensor& t) { return align(keep(t.contiguous(format_))); }
+  const void* input(const at::Tensor& t) { return align(operands_.keep(t.contiguous(format_))); }
   void* result(at::Tensor& t) {
     t = at::empty(x_.sizes(), x_.options().memory_format(format_));
     align(t);
     return t.mutable_data_ptr();
   }
-  const float* vector(const OptionalTensor& v) {
-    return v ? keep(v->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
-  }
+  const float* vector(const OptionalTensor& v) { return operands_.floats(v); }
   at::Tensor floats(int64_t size) const {
     return at::empty({size}, x_.options().dtype(at::kFloat).memory_format(std::nullopt));
   }
@@ -75,10 +70,6 @@ class BnCall {
   }
 
  private:
-  const at::Tensor& keep(const at::Tensor& t) {
-    kept_.push_back(t);
-    return kept_.back();
-  }
   const void* align(const at::Tensor& t) {
     aligned_ = aligned_ && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
     return t.const_data_ptr();
@@ -86,11 +77,11 @@ class BnCall {
 
   const char* op_;
   at::Tensor x_;
+  Operands operands_;
   DeviceScope scope_;
   Storage storage_;
   at::MemoryFormat format_;
   bool aligned_ = true, by_packs_ = false;
-  std::vector<at::Tensor> kept_;
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(

@@ -42,15 +42,15 @@ class StemCall {
 
   const float* vector(const char* name, const OptionalTensor& v) {
     check_vector(op_, name, v, shape_.k, x_);
-    return v ? keep(v->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
+    return operands_.floats(v);
   }
 
   // `weight` lies as [k][kh][kw][c].
   at::Tensor run(const at::Tensor& weight, const ConvAffine& affine) {
     const at::Tensor y = at::empty({shape_.n, shape_.k, params_.out_h, params_.out_w},
                                    x_.options().memory_format(kChannelsLast));
-    params_.image.x = keep(x_.contiguous(kChannelsLast)).const_data_ptr();
-    params_.weight = keep(weight).const_data_ptr();
+    params_.image.x = operands_.keep(x_.contiguous(kChannelsLast)).const_data_ptr();
+    params_.weight = operands_.keep(weight).const_data_ptr();
     params_.affine = affine;
     params_.y = y.mutable_data_ptr();
     params_.vector = shape_.k * x_.element_size() % 16 == 0 &&
@@ -61,19 +61,14 @@ class StemCall {
   }
 
  private:
-  const at::Tensor& keep(const at::Tensor& t) {
-    kept_.push_back(t);
-    return kept_.back();
-  }
-
   const char* op_;
   at::Tensor x_;
+  Operands operands_;
   DeviceScope scope_;
   ConvShape shape_;
   ConvPrecision precision_;
   StemParams params_{};
   bool fits_;
-  std::vector<at::Tensor> kept_;
 };
 
 at::Tensor max_pool(const at::Tensor& y, const Pool& pool) {

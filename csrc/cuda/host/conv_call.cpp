@@ -50,21 +50,16 @@ ConvCall::ConvCall(const char* op, const at::Tensor& x, at::IntArrayRef weight_s
   params_.image.x = map(x);
 }
 
-const at::Tensor& ConvCall::keep(const at::Tensor& t) {
-  kept_.push_back(t);
-  return kept_.back();
-}
-
 const void* ConvCall::map(const at::Tensor& t) {
   const at::Tensor dense = t.dim() == 4 ? t.contiguous(kChannelsLast) : t.contiguous();
-  const void* data = keep(dense).const_data_ptr();
+  const void* data = operands_.keep(dense).const_data_ptr();
   aligned_ = aligned_ && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   return data;
 }
 
 const float* ConvCall::vector(const char* name, const OptionalTensor& v, int64_t channels) {
   check_vector(op_, name, v, channels, x_);
-  return v ? keep(v->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
+  return operands_.floats(v);
 }
 
 void ConvCall::set_weight(const at::Tensor& weight) {
@@ -145,7 +140,7 @@ void ConvCall::launch(const ConvPlan& plan) {
   const int64_t partial = conv_partial_numel(params_, plan);
   if (partial > 0) {
     const auto options = x_.options().dtype(at::kFloat);
-    params_.partial = keep(at::empty({partial}, options)).mutable_data_ptr<float>();
+    params_.partial = operands_.keep(at::empty({partial}, options)).mutable_data_ptr<float>();
   }
   check_launch(op_, conv_bn_add_relu(params_, precision_, plan, aligned_, scope_.stream()));
 }

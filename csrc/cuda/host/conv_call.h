@@ -3,18 +3,15 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <vector>
 
 #include "../../checks.h"
 #include "../conv_bn_add_relu.h"
 #include "../residual_block.h"
 #include "context.h"
+#include "operands.h"
 
 namespace fr {
-
-using OptionalTensor = std::optional<at::Tensor>;
-constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
 struct ConvGeometry {
   at::IntArrayRef stride, padding, dilation;
@@ -63,20 +60,19 @@ class ConvCall {
  private:
   ConvPlan plan(bool may_split) const;
   void launch(const ConvPlan& plan);
-  const at::Tensor& keep(const at::Tensor& t);
   at::Tensor empty_map(int64_t channels);
   const float* vector(const char* name, const OptionalTensor& v, int64_t channels);
   const void* map(const at::Tensor& t);
 
   const char* op_;
   at::Tensor x_;
+  Operands operands_;
   DeviceScope scope_;
   ConvShape shape_;
   ConvPrecision precision_;
   ConvParams params_;
   bool aligned_ = true;
   int64_t tile_ = -1, split_k_ = -1;
-  std::vector<at::Tensor> kept_;
 };
 
 }  // namespace fr

@@ -32,12 +32,12 @@ __global__ void __launch_bounds__(kBnThreads, 3)
   constexpr int kInFlight = 4;
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);
-  BnMoments<kVector>* const parts = arena.take<BnMoments<kVector>>(kBnThreads);
+  Moments<kVector>* const parts = arena.take<Moments<kVector>>(kBnThreads);
   const BnWalk<kVector> walk(p.map);
   const T* const x = static_cast<const T*>(p.x);
 
   float pivot[kVector];
-  BnMoments<kVector> moments;
+  Moments<kVector> moments;
   if (walk.active()) {
     BnItem<T, kVector> first;
     first.load(x + walk.offset(0));

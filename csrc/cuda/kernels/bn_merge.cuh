@@ -1,57 +1,12 @@
-// What a thread has seen of its channels, and how the threads of a block merge theirs, always in
-// the same order.
+// Sums that a thread has of its channels, and how the threads of a block merge what they have,
+// always in the same order.
 #pragma once
 
 #include "../device.cuh"
 #include "bn_params.cuh"
+#include "moments.cuh"
 
 namespace fr {
-
-// The mean of some numbers and the sum of their squared differences from it. Unlike a difference of
-// two sums, neither loses digits when the mean is large.
-struct BnMoment {
-  float mean = 0.0f, m2 = 0.0f;
-
-  // Welford's update; `share` is one over how many numbers there are now.
-  FR_DEVICE void add(float v, float share) {
-    const float delta = v - mean;
-    mean = fmaf(delta, share, mean);
-    m2 = fmaf(delta, v - mean, m2);
-  }
-
-  // Chan, Golub and LeVeque's, for the moment of `seen` numbers and that of `other_seen` more.
-  FR_DEVICE void merge(float seen, const BnMoment& other, float other_seen) {
-    if (other_seen == 0.0f) return;
-    const float delta = other.mean - mean, share = other_seen / (seen + other_seen);
-    mean = fmaf(delta, share, mean);
-    m2 += fmaf(delta * delta, seen * share, other.m2);
-  }
-};
-
-template <int kCount>
-struct BnMoments {
-  float seen = 0.0f;  // the same for all
-  BnMoment of[kCount];
-
-  FR_DEVICE void add(const float (&v)[kCount]) {
-    seen += 1.0f;
-    const float share = 1.0f / seen;
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) of[e].add(v[e], share);
-  }
-
-  FR_DEVICE void merge(const BnMoments& other) {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) of[e].merge(seen, other.of[e], other.seen);
-    seen += other.seen;
-  }
-
-  // Makes the first that of all.
-  FR_DEVICE void join() {
-#pragma unroll
-    for (int e = 1; e < kCount; ++e) of[0].merge(static_cast<float>(e) * seen, of[e], seen);
-  }
-};
 
 // A sum that keeps what each addition rounds off (Knuth's two-sum): a gradient's terms mostly
 // cancel, their rounding errors do not.

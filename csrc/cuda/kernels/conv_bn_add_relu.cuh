@@ -25,6 +25,7 @@
 #pragma once
 
 #include "conv_epilogue.cuh"
+#include "moments.cuh"
 
 namespace fr {
 
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   }
 
   const ChannelAffine<kWidth> affine(p.epilogue.affine, channel, end);
-  RunningStatistics<kWidth> statistics;
+  Moments<kWidth> statistics;
   for_each_pack<T, Precision>(acc, slab, [&](float (&v)[kWidth], int row, int) {
     if (row0 + row >= p.rows || channel >= end) return;
     finish_pack<S>(p.epilogue, affine, v, row0 + row, channel, end);
@@ -98,15 +99,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   });
   if (p.statistics) {
     // Lanes of equal pack merge over their rows; a slab of the result is a warp's rows.
-    for (int lanes = T::kWarpN / kWidth; lanes < 32; lanes *= 2) statistics.merge(lanes);
+    for (int lanes = T::kWarpN / kWidth; lanes < 32; lanes *= 2) statistics.merge_lane(lanes);
     if (lane < T::kWarpN / kWidth) {
       const int64_t at =
           static_cast<int64_t>(tile_m * T::kWarpsM + warp_m) * 2 * p.epilogue.k + channel;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         if (channel + i < end) {
-          p.statistics[at + i] = statistics.mean[i];
-          p.statistics[at + p.epilogue.k + i] = statistics.m2[i];
+          p.statistics[at + i] = statistics.of[i].mean;
+          p.statistics[at + p.epilogue.k + i] = statistics.of[i].m2;
         }
       }
     }

@@ -85,43 +85,6 @@ FR_DEVICE void finish_pack(const ConvEpilogue& e, const ChannelAffine<kPack<S>>&
   }
 }
 
-// Mean and sum of squared differences (M2) of some channels over rows that come one by one.
-template <int kCount>
-struct RunningStatistics {
-  float count = 0.0f, mean[kCount], m2[kCount];
-
-  FR_DEVICE RunningStatistics() {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) mean[i] = m2[i] = 0.0f;
-  }
-
-  // Welford's update.
-  FR_DEVICE void add(const float (&v)[kCount]) {
-    count += 1.0f;
-    const float share = 1.0f / count;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float delta = v[i] - mean[i];
-      mean[i] = fmaf(delta, share, mean[i]);
-      m2[i] = fmaf(delta, v[i] - mean[i], m2[i]);
-    }
-  }
-
-  // Merges with the lane whose number differs in the bits of `lanes` (Chan, Golub and LeVeque).
-  FR_DEVICE void merge(int lanes) {
-    const float other = __shfl_xor_sync(0xffffffffu, count, lanes);
-    const float total = count + other;
-    const float share = total > 0.0f ? other / total : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float delta = __shfl_xor_sync(0xffffffffu, mean[i], lanes) - mean[i];
-      m2[i] += __shfl_xor_sync(0xffffffffu, m2[i], lanes) + delta * delta * count * share;
-      mean[i] = fmaf(delta, share, mean[i]);
-    }
-    count = total;
-  }
-};
-
 // Calls visit(values, row, pack) for each pack of the warp's results, a lane one pack at a time:
 // `row` is within the warp's rows, `pack` within its columns and always the same for a lane.
 template <class T, class Precision, class Visit>

@@ -1,8 +1,7 @@
 // Mean and biased variance of each channel from a convolution's slabs: the statistics that each
 // warp left of its rows (see conv_bn_add_relu.cuh).
 //
-// Merging is Chan, Golub and LeVeque's, which unlike the difference of two sums of squares loses no
-// digits when the mean is large. A block has 32 channels side by side, so that a warp reads
+// A block has 32 channels side by side, so that a warp reads
 // neighbours, and 16 threads for each, which take every 16th slab; the order is always the same.
 //
 // Bytes: 8 for each slab and channel, 1/8 (float32) to 1/16 of a byte for each byte of y. Occupancy
@@ -10,6 +9,7 @@
 #pragma once
 
 #include "../device.cuh"
+#include "moments.cuh"
 
 namespace fr {
 
@@ -23,46 +23,30 @@ struct ConvStatisticsParams {
   int count, slab_rows, rows, k;
 };
 
-struct Moments {
-  float size, mean, m2;
-
-  FR_DEVICE void merge(float other_size, float other_mean, float other_m2) {
-    const float total = size + other_size;
-    if (total == 0.0f) return;
-    const float delta = other_mean - mean, share = other_size / total;
-    m2 += other_m2 + delta * delta * size * share;
-    mean = fmaf(delta, share, mean);
-    size = total;
-  }
-};
-
 __global__ void __launch_bounds__(kStatisticsLanes* kStatisticsWays, 2)
     conv_statistics_kernel(const __grid_constant__ ConvStatisticsParams p) {
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);
-  Moments* const parts = arena.take<Moments>(kStatisticsLanes * kStatisticsWays);
+  Moments<1>* const parts = arena.take<Moments<1>>(kStatisticsLanes * kStatisticsWays);
   const int lane = threadIdx.x, way = threadIdx.y;
   const int channel = blockIdx.x * kStatisticsLanes + lane;
 
-  Moments moments{0.0f, 0.0f, 0.0f};
+  Moments<1> moments;
   if (channel < p.k) {
     for (int i = way; i < p.count; i += kStatisticsWays) {
       const int64_t at = static_cast<int64_t>(i) * 2 * p.k + channel;
       const int64_t left = p.rows - static_cast<int64_t>(i) * p.slab_rows;
       const float size =
           static_cast<float>(left < p.slab_rows ? (left < 0 ? 0 : left) : p.slab_rows);
-      moments.merge(size, p.slabs[at], p.slabs[at + p.k]);
+      moments.merge({size, {{p.slabs[at], p.slabs[at + p.k]}}});
     }
   }
   parts[way * kStatisticsLanes + lane] = moments;
   __syncthreads();
   if (way != 0 || channel >= p.k) return;
-  for (int w = 1; w < kStatisticsWays; ++w) {
-    const Moments& other = parts[w * kStatisticsLanes + lane];
-    moments.merge(other.size, other.mean, other.m2);
-  }
-  p.mean[channel] = moments.mean;
-  p.var[channel] = moments.m2 / moments.size;
+  for (int w = 1; w < kStatisticsWays; ++w) moments.merge(parts[w * kStatisticsLanes + lane]);
+  p.mean[channel] = moments.of[0].mean;
+  p.var[channel] = moments.of[0].m2 / moments.seen;
 }
 
 }  // namespace fr
