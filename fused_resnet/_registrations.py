@@ -38,7 +38,7 @@ TRITON = (
 )
 
 
-def _triton(name: str) -> Callable[..., Any]:
+def triton_operator(name: str) -> Callable[..., Any]:
     """The operator, its module imported at the first call: most processes never need Triton."""
 
     def call(*arguments: Any) -> Any:
@@ -53,7 +53,7 @@ for _schema in _C.schemas():
     _triton_library.define(_schema)
     _pytorch_library.define(_schema)
 for _name in TRITON:
-    _triton_library.impl(_name, _triton(_name), "CUDA")
+    _triton_library.impl(_name, triton_operator(_name), "CUDA")
 for _name in library.OPERATIONS:
     for _key in ("CPU", "CUDA"):
         _pytorch_library.impl(_name, getattr(library, _name), _key)

@@ -31,6 +31,12 @@ _choice: contextvars.ContextVar[str] = contextvars.ContextVar(
 )
 
 
+#: Whether a GPU's backend takes CPU tensors: its kernels are then executed or interpreted there.
+_emulated: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "fused_resnet_emulated", default=False
+)
+
+
 class BackendUnavailable(RuntimeError):  # noqa: N818  (the name is in the public contract)
     """A backend was asked for by name and cannot run; the message says why."""
 
@@ -104,6 +110,27 @@ def use_backend(name: str) -> Iterator[None]:
         status = _status(name)
         if not status:
             raise BackendUnavailable(f"backend {name!r} is not available: {status.reason}")
+    with _chosen(name):
+        yield
+
+
+@contextlib.contextmanager
+def emulating(name: str) -> Iterator[None]:
+    """Choose ``"cuda"`` or ``"triton"`` for CPU tensors, in this thread.
+
+    For a proof on a machine without a GPU: who asks for it has put operators that take CPU tensors
+    in the place of the backend's own (see :mod:`fused_resnet.verify.emulation`).
+    """
+    token = _emulated.set(True)
+    try:
+        with _chosen(name):
+            yield
+    finally:
+        _emulated.reset(token)
+
+
+@contextlib.contextmanager
+def _chosen(name: str) -> Iterator[None]:
     token = _choice.set(name)
     try:
         with _Marker(name):
@@ -154,7 +181,7 @@ def select(op: str, x: torch.Tensor) -> str:
             return "cpu"
         cuda = device == "cuda" and x.dtype is not torch.float64 and _cuda_runs(x.device.index)
         return "cuda" if cuda else "reference"
-    if device not in ("cuda" if choice == "triton" else choice, "meta"):
+    if device not in ("cuda" if choice == "triton" else choice, "meta") and not _emulated.get():
         raise BackendUnavailable(
             f"{op}: backend {choice!r} was asked for, but the input is on {device!r}"
         )

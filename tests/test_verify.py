@@ -14,7 +14,7 @@ from fused_resnet._calibration import batch_norms, calibrate, randomise
 from fused_resnet.bench.networks import random_model
 from fused_resnet.verify import LIMIT, ROUNDING, Row, verify_networks, verify_operations
 from fused_resnet.verify import networks as verified_networks
-from fused_resnet.verify.operations import CASES, DTYPES, FORMATS, MODES
+from fused_resnet.verify.operations import CASES, DTYPES, FORMATS, FROZEN, MODES
 from fused_resnet.verify.rows import Comparison, compare, relative_error, worst
 
 # The rule
@@ -63,8 +63,8 @@ def test_every_operation_passes(dtype: torch.dtype) -> None:
     rows = list(verify_operations([dtype]))
     expected = {
         (operation, mode, memory_format)
-        for operation in CASES
-        for mode in (MODES if not operation.endswith("_packed") else MODES[:1])
+        for operation in (*CASES, "residual_block")
+        for mode in (MODES if operation not in FROZEN else MODES[:1])
         for memory_format in FORMATS
     }
     assert {(r.subject, r.mode, r.memory_format) for r in rows} == expected
@@ -75,7 +75,7 @@ def test_the_reference_backend_is_pytorch_itself() -> None:
     rows = list(verify_operations([torch.float32], backend="reference"))
     assert rows
     assert all(r.ratio in (1.0, None) for r in rows)
-    assert not any(r.subject.endswith("_packed") for r in rows)
+    assert not any(r.subject in FROZEN for r in rows)
 
 
 def _swapped(function: Any, **changes: Any) -> Any:

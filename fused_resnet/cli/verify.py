@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from ..backends import NAMES, use_backend
 from ..bench import environment
 from ..bench.networks import MODELS as ALL_MODELS
 from ..bench.results import save
-from ..verify import LIMIT, ROUNDING, Row, verify_networks, verify_operations
+from ..verify import LIMIT, ROUNDING, Row, emulation, verify_networks, verify_operations
 from ..verify.networks import MODELS
 from ..verify.operations import rows_of
+from . import _matrix
 from ._common import (
     DTYPES,
     UsageError,
@@ -65,6 +67,22 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         metavar="FILE",
         help="write the rows to a file, or print JSON instead of the table",
     )
+    parser.add_argument(
+        "--matrix",
+        action="store_true",
+        help="every operation on every backend, in place of the rows: a GPU's kernels run on the "
+        "GPU, or without one by the emulators of a source checkout's tests. Exit code 1 too if a "
+        "cell could not be run",
+    )
+    parser.add_argument(
+        "--checkout",
+        type=Path,
+        default=emulation.OWN_ROOT,
+        metavar="DIR",
+        help="root of the source checkout whose tests hold the emulators, of this package's "
+        "version; the CUDA one is compiled at its first use, which takes minutes (default: the "
+        "checkout that the package is used from)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -77,20 +95,31 @@ def run(arguments: argparse.Namespace) -> int:
             path = writable(arguments.json)
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"verify: --json: {error}") from None
-    with use_backend(arguments.backend):  # unavailable: say so before any work
-        pass
-    rows = _verify(arguments)
+    if arguments.matrix:
+        cells = _matrix.measure(_dtypes(arguments), arguments.checkout.resolve())
+        document = _matrix.document(cells, arguments.checkout)
+    else:
+        with use_backend(arguments.backend):  # unavailable: say so before any work
+            pass
+        rows = _verify(arguments)
+        document = _document(rows, arguments.backend)
     if to_stdout:
-        print_json(_document(rows, arguments.backend))
+        print_json(document)
+    elif arguments.matrix:
+        console().print(_matrix.table(cells))
     else:
         _show(rows)
     if path is not None:
-        save(path, _document(rows, arguments.backend))
-    return 0 if all(row.passed for row in rows) else 1
+        save(path, document)
+    return 0 if document["passed"] else 1
+
+
+def _dtypes(arguments: argparse.Namespace) -> list[torch.dtype]:
+    return [getattr(torch, name) for name in arguments.dtype]
 
 
 def _verify(arguments: argparse.Namespace) -> list[Row]:
-    dtypes = [getattr(torch, name) for name in arguments.dtype]
+    dtypes = _dtypes(arguments)
     models = [name for name in arguments.models if name != "none"]
     steps = {"float32", "float64"} & set(arguments.dtype)
     total = len(rows_of(dtypes, arguments.backend)) + len(models) * (1 + len(steps))

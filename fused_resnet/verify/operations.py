@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import use_backend
+from . import blocks
+from .operands import Draw, Inputs, Subject, folded
 from .rows import Comparison, Row, compare, relative_error, worst
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -70,10 +74,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("7x7/2, no relu", (2, 3, 32, 32), (64, 3, 7, 7),
              options={"stride": 2, "padding": 3, "relu": False}),
     ),
+    "conv_bn_relu_maxpool_packed": (
+        Case("ResNet's stem", (2, 3, 33, 32), (64, 3, 7, 7)),
+    ),
 }  # fmt: skip
 
+#: The operations of frozen networks: they have no gradient, and no statistics to move.
+FROZEN = ("conv_bn_add_relu_packed", "conv_bn_relu_maxpool_packed", "residual_block")
+
 Function = Callable[..., Tensor]
-Inputs = dict[str, Tensor]
 
 
 def verify_operations(
@@ -94,7 +103,7 @@ def verify_operations(
     for operation, dtype, memory_format, mode in rows_of(dtypes, backend):
         progress(f"{operation} {str(dtype).removeprefix('torch.')} {memory_format} {mode}")
         yield worst(
-            _comparisons(operation, dtype, memory_format, mode, backend),
+            comparisons(operation, dtype, memory_format, mode, lambda: use_backend(backend)),
             operation,
             mode,
             dtype,
@@ -104,109 +113,102 @@ def verify_operations(
 
 def rows_of(dtypes: Sequence[torch.dtype], backend: str) -> list[tuple[str, torch.dtype, str, str]]:
     """Operation, dtype, memory format and mode of every row that there is."""
-    # A packed weight is for the compiled kernels alone, and has no gradient.
+    # A packed weight is for the compiled kernels alone.
     return [
         (operation, dtype, memory_format, mode)
-        for operation in CASES
+        for operation in (*CASES, "residual_block")
         for dtype in dtypes
         for memory_format in FORMATS
         for mode in MODES
-        if not operation.endswith("_packed") or (mode == "inference" and backend != "reference")
+        if operation not in FROZEN or (mode == "inference" and backend != "reference")
     ]
 
 
-def _comparisons(
-    operation: str, dtype: torch.dtype, memory_format: str, mode: str, backend: str
+def comparisons(
+    operation: str,
+    dtype: torch.dtype,
+    memory_format: str,
+    mode: str,
+    chosen: Callable[[], AbstractContextManager[Any]],
+    device: str = "cpu",
 ) -> Iterator[Comparison]:
-    packed = operation.endswith("_packed")
-    unfused = getattr(reference, operation.removesuffix("_packed"))
-    fused = _packed if packed else getattr(ops, operation)
-    for number, case in enumerate(CASES[operation]):
+    """All tensors of all cases of one operation.
+
+    Args:
+        operation: Of :data:`CASES`, or ``"residual_block"``.
+        dtype: Storage type.
+        memory_format: Of :data:`FORMATS`.
+        mode: Of :data:`MODES`.
+        chosen: Makes the context in which the operation is called: the choice of a backend.
+        device: Where it is called, and PyTorch's own run. Float64 is computed on the CPU.
+    """
+    for number, subject in enumerate(_subjects(operation)):
         # The batch norm of a half-precision model is float32 under autocast and half after .half():
         # the cases take turns.
         affine = torch.float32 if number % 2 == 0 and dtype.itemsize == 2 else dtype
-        inputs = _inputs(unfused, case, dtype, affine, FORMATS[memory_format], seed=number)
-        truth = _run(unfused, case, _to(inputs, torch.float64), mode)
-        with use_backend(backend):
-            answer = _run(fused, case, inputs, mode)
+        inputs = subject.inputs(Draw(number, dtype, affine, FORMATS[memory_format]))
+        exact = {name: t.double() for name, t in inputs.items()}
+        truth = _run(subject.unfused, exact, mode)
+        there = {name: t.to(device) for name, t in inputs.items()}
+        with chosen():
+            answer = _run(subject.fused, there, mode)
         if dtype is torch.float64:
             for name in truth:
                 error = relative_error([answer[name]], [truth[name]])
-                yield Comparison(f"{case.name}: {name}", error, None, FLOAT64_BOUND)
+                yield Comparison(f"{subject.name}: {name}", error, None, FLOAT64_BOUND)
             continue
-        own = _run(unfused, case, inputs, mode)
+        own = _run(subject.unfused, there, mode)
         for name in truth:
             error, own_error = (
                 relative_error([result[name]], [truth[name]]) for result in (answer, own)
             )
-            yield compare(f"{case.name}: {name}", error, own_error, dtype)
+            yield compare(f"{subject.name}: {name}", error, own_error, dtype)
 
 
-def _inputs(
-    unfused: Function,
-    case: Case,
-    dtype: torch.dtype,
-    affine: torch.dtype,
-    layout: torch.memory_format,
-    seed: int,
-) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
+def _subjects(operation: str) -> Iterator[Subject]:
+    if operation == "residual_block":
+        yield from blocks.subjects()
+        return
+    for case in CASES[operation]:
+        unfused = partial(getattr(reference, operation.removesuffix("_packed")), **case.options)
+        fused = partial(PACKED.get(operation) or getattr(ops, operation), **case.options)
+        yield Subject(case.name, unfused, fused, partial(_inputs, case, unfused))
 
-    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale + mean
 
-    def feature_map(*shape: int, **how: float) -> Tensor:
-        return normal(*shape, **how).to(dtype).contiguous(memory_format=layout)
-
+def _inputs(case: Case, unfused: Function, draw: Draw) -> Inputs:
     channels = case.x[1]
-    inputs = {"x": feature_map(*case.x, mean=0.3)}
+    inputs = {"x": draw.feature_map(*case.x, mean=0.3)}
     if case.weight is not None:
         channels = case.weight[0]
-        fan_in = case.weight[1] * case.weight[2] * case.weight[3]
-        inputs["conv_weight"] = feature_map(*case.weight, scale=(2 / fan_in) ** 0.5)
-    inputs["bn_weight"] = normal(channels, scale=0.3, mean=1.0).to(affine)
-    inputs["bn_bias"] = normal(channels, scale=0.3).to(affine)
-    inputs["running_mean"] = normal(channels, scale=0.3).to(affine)
-    inputs["running_var"] = (normal(channels, scale=0.3).abs() + 0.7).to(affine)
+        inputs["conv_weight"] = draw.conv_weight(*case.weight)
+    inputs |= draw.batch_norm(channels)
     with torch.no_grad():
-        shape = _call(unfused, case, inputs).shape
+        shape = unfused(**inputs).shape
     if case.residual:
-        inputs["residual"] = feature_map(*shape)
-    inputs["gradient"] = feature_map(*shape)
+        inputs["residual"] = draw.feature_map(*shape)
+    inputs["gradient"] = draw.feature_map(*shape)
     return inputs
 
 
-def _to(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    return {name: t.to(dtype) for name, t in inputs.items()}
-
-
-def _call(function: Function, case: Case, inputs: Inputs, **more: Any) -> Tensor:
-    arguments = {name: t for name, t in inputs.items() if name != "gradient"}
-    return function(**arguments, **case.options, **more)
-
-
-def _run(function: Function, case: Case, inputs: Inputs, mode: str) -> dict[str, Tensor]:
+def _run(function: Function, inputs: Inputs, mode: str) -> dict[str, Tensor]:
     """What one call gives, by name. The inputs stay as they were."""
     mine = {name: t.clone() for name, t in inputs.items()}
+    gradient = mine.pop("gradient", None)
     if mode == "inference":
         with torch.inference_mode():
-            return {"y": _call(function, case, mine)}
+            return {"y": function(**mine)}
     training = mode != "backward in eval"
     if mode == "training":
         with torch.no_grad():
-            y = _call(function, case, mine, training=True)
+            y = function(**mine, training=True)
         return {"y": y} | {n: t for n, t in mine.items() if "running" in n}
-    leaves = {
-        name: t.requires_grad_()
-        for name, t in mine.items()
-        if "running" not in name and name != "gradient"
-    }
-    y = _call(function, case, mine, training=training)
-    gradients = torch.autograd.grad(y, list(leaves.values()), mine["gradient"])
+    leaves = {name: t.requires_grad_() for name, t in mine.items() if "running" not in name}
+    y = function(**mine, training=training)
+    gradients = torch.autograd.grad(y, list(leaves.values()), gradient)
     return {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-def _packed(
+def _conv_packed(
     x: Tensor,
     conv_weight: Tensor,
     bn_weight: Tensor,
@@ -219,16 +221,41 @@ def _packed(
     **options: Any,
 ) -> Tensor:
     """Fold and pack as ``freeze`` does, then call the packed operation."""
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    scale = bn_weight.double() * torch.rsqrt(running_var.double() + 1e-5)
-    shift = bn_bias.double() - running_mean.double() * scale
+    scale, shift = folded(x.dtype, bn_weight, bn_bias, running_mean, running_var)
     return ops.conv_bn_add_relu_packed(
         x,
         ops.pack_conv_weight(conv_weight, groups),
-        scale.to(wide),
-        shift.to(wide),
+        scale,
+        shift,
         residual,
         weight_shape=tuple(conv_weight.shape),  # type: ignore[arg-type]
         groups=groups,
         **options,
     )
+
+
+def _stem_packed(
+    x: Tensor,
+    conv_weight: Tensor,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    **options: Any,
+) -> Tensor:
+    """As :func:`_conv_packed`."""
+    scale, shift = folded(x.dtype, bn_weight, bn_bias, running_mean, running_var)
+    return ops.conv_bn_relu_maxpool_packed(
+        x,
+        ops.pack_conv_weight(conv_weight),
+        scale,
+        shift,
+        weight_shape=tuple(conv_weight.shape),  # type: ignore[arg-type]
+        **options,
+    )
+
+
+PACKED: dict[str, Function] = {
+    "conv_bn_add_relu_packed": _conv_packed,
+    "conv_bn_relu_maxpool_packed": _stem_packed,
+}

@@ -75,8 +75,8 @@ def relative_error(answer: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
     for a, t in zip(answer, truth, strict=True):
         if a.shape != t.shape:
             raise ValueError(f"relative_error: answer: expected {t.shape}, got {a.shape}")
-        exact = t.detach().double()
-        distance += float((a.detach().double() - exact).square().sum())
+        exact = t.detach().cpu().double()
+        distance += float((a.detach().cpu().double() - exact).square().sum())
         norm += float(exact.square().sum())
     if norm == 0.0:
         return 0.0 if distance == 0.0 else float("inf")

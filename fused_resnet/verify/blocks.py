@@ -1,0 +1,142 @@
+"""Frozen residual blocks against float64: whole, as :func:`fused_resnet.ops.residual_block`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..backends import select
+from .operands import BATCH_NORM, Draw, Inputs, Subject, folded
+
+
+class Conv(NamedTuple):
+    """One convolution of a block, and what the names of its arguments begin with."""
+
+    prefix: str
+    weight: tuple[int, int, int, int]
+    stride: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block; each is here for a reason that its name gives.
+
+    Attributes:
+        name: The reason.
+        x: Shape of the input.
+        widths: Output channels of its convolutions: two of 3x3, or 1x1, 3x3 and 1x1.
+        stride: Of the block.
+        shortcut: Whether its shortcut is a 1x1 convolution, or nothing.
+        joined: Whether the shortcut and the last convolution are given as one sum, where a backend
+            takes that.
+    """
+
+    name: str
+    x: tuple[int, int, int, int]
+    widths: tuple[int, ...]
+    stride: int = 1
+    shortcut: bool = False
+    joined: bool = False
+
+    @property
+    def bottleneck(self) -> bool:
+        """Which kind of block."""
+        return len(self.widths) == 3
+
+    def convs(self) -> Iterator[Conv]:
+        """In order; the shortcut's is the last."""
+        channels, strided = self.x[1], 1 if self.bottleneck else 0
+        for i, k in enumerate(self.widths):
+            size = 1 if self.bottleneck and i != 1 else 3
+            stride = self.stride if i == strided else 1
+            yield Conv(f"conv{i + 1}", (k, channels, size, size), stride)
+            channels = k
+        if self.shortcut:
+            yield Conv("shortcut", (channels, self.x[1], 1, 1), self.stride)
+
+
+CASES = (
+    Block("basic", (2, 64, 8, 7), (64, 64)),
+    Block("basic/2, shortcut", (1, 24, 9, 8), (40, 40), 2, shortcut=True, joined=True),
+    Block("bottleneck of 64, on chip on a GPU", (1, 128, 7, 6), (64, 64, 128)),
+    Block("bottleneck of 64, shortcut", (1, 32, 7, 6), (64, 64, 128), shortcut=True),
+    Block("bottleneck/2, shortcut", (1, 24, 7, 6), (16, 24, 40), 2, shortcut=True, joined=True),
+    Block("bottleneck of odd channels", (1, 21, 7, 6), (17, 19, 21)),
+)
+
+
+def subjects() -> Iterator[Subject]:
+    """One a block."""
+    for block in CASES:
+        yield Subject(
+            block.name, partial(_unfused, block), partial(_fused, block), partial(_inputs, block)
+        )
+
+
+def _inputs(block: Block, draw: Draw) -> Inputs:
+    inputs = {"x": draw.feature_map(*block.x, mean=0.3)}
+    for conv in block.convs():
+        inputs[f"{conv.prefix}.weight"] = draw.conv_weight(*conv.weight)
+        for name, vector in draw.batch_norm(conv.weight[0]).items():
+            inputs[f"{conv.prefix}.{name}"] = vector
+    return inputs
+
+
+def _batch_norm(conv: Conv, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, bias, mean, var = (inputs[f"{conv.prefix}.{name}"] for name in BATCH_NORM)
+    return weight, bias, mean, var
+
+
+def _unfused(block: Block, **inputs: Tensor) -> Tensor:
+    """The block by the calls of an unfused model."""
+
+    def run(conv: Conv, h: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        return reference.conv_bn_add_relu(
+            h,
+            inputs[f"{conv.prefix}.weight"],
+            *_batch_norm(conv, inputs),
+            residual,
+            stride=conv.stride,
+            padding=conv.weight[2] // 2,
+            relu=relu,
+        )
+
+    convs = list(block.convs())
+    h = residual = inputs["x"]
+    if block.shortcut:
+        residual = run(convs.pop(), h, None, relu=False)
+    for conv in convs[:-1]:
+        h = run(conv, h, None, relu=True)
+    return run(convs[-1], h, residual, relu=True)
+
+
+def _fused(block: Block, **inputs: Tensor) -> Tensor:
+    """Fold and pack as ``freeze`` does, then call the operation."""
+    x, convs = inputs["x"], list(block.convs())
+    packed = [ops.pack_conv_weight(inputs[f"{conv.prefix}.weight"]) for conv in convs]
+    affine = [folded(x.dtype, *_batch_norm(conv, inputs)) for conv in convs]
+    scale, shift = [a[0] for a in affine], [a[1] for a in affine]
+    joined = joined_shift = None
+    if block.joined and select("residual_block", x) in ("cuda", "triton"):
+        parts = [
+            p.double().view(s.numel(), -1) * s.double().view(-1, 1)
+            for p, s in zip(packed[-2:], scale[-2:], strict=True)
+        ]
+        joined = torch.cat(parts, 1).to(packed[-1].dtype).flatten()
+        joined_shift = shift[-2] + shift[-1]
+    return ops.residual_block(
+        x,
+        packed,
+        scale,
+        shift,
+        joined=joined,
+        joined_shift=joined_shift,
+        bottleneck=block.bottleneck,
+        stride=block.stride,
+    )

@@ -1,0 +1,81 @@
+"""What verified operations are called with: maps, weights and batch norms, drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..folding import fold
+
+#: By the name of the argument.
+Inputs = dict[str, Tensor]
+
+#: The four vectors of a batch norm, in the order of every signature.
+BATCH_NORM = ("bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+class Draw:
+    """Draws normal numbers in float32 and stores them as an operation is given them.
+
+    Args:
+        seed: The same numbers for the same seed, whatever the dtype and the layout.
+        dtype: Of maps and weights of convolutions.
+        affine: Of the batch norm's vectors.
+        layout: Memory format of maps and weights.
+    """
+
+    def __init__(
+        self, seed: int, dtype: torch.dtype, affine: torch.dtype, layout: torch.memory_format
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.affine, self.layout = dtype, affine, layout
+
+    def _normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        return torch.randn(shape, generator=self.generator) * scale + mean
+
+    def feature_map(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        """``(N, C, H, W)``."""
+        drawn = self._normal(*shape, scale=scale, mean=mean)
+        return drawn.to(self.dtype).contiguous(memory_format=self.layout)
+
+    def conv_weight(self, k: int, c: int, kh: int, kw: int) -> Tensor:
+        """``(K, C / groups, kh, kw)``, scaled so that maps behind ReLU keep their variance."""
+        return self.feature_map(k, c, kh, kw, scale=(2 / (c * kh * kw)) ** 0.5)
+
+    def batch_norm(self, channels: int) -> Inputs:
+        """The vectors of :data:`BATCH_NORM`, none of them at its initial value."""
+        drawn = [
+            self._normal(channels, scale=0.3, mean=1.0),
+            self._normal(channels, scale=0.3),
+            self._normal(channels, scale=0.3),
+            self._normal(channels, scale=0.3).abs() + 0.7,
+        ]
+        return dict(zip(BATCH_NORM, (v.to(self.affine) for v in drawn), strict=True))
+
+
+class Subject(NamedTuple):
+    """One case of an operation, and the two functions that are held against each other.
+
+    Attributes:
+        name: Of the case.
+        unfused: Plain PyTorch, which in float64 is the truth.
+        fused: The operation.
+        inputs: Draws the tensors that both take.
+    """
+
+    name: str
+    unfused: Callable[..., Tensor]
+    fused: Callable[..., Tensor]
+    inputs: Callable[[Draw], Inputs]
+
+
+def folded(
+    dtype: torch.dtype, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A batch norm as scale and shift, as a frozen network of that dtype keeps them."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    scale, shift = fold(None, weight, bias, mean, var, 1e-5, torch.float64)
+    return scale.to(wide), shift.to(wide)
