@@ -5,6 +5,7 @@
 
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
+#include "cpu/peak.h"
 #include "schemas.h"
 #ifdef FR_WITH_CUDA
 #include "cuda/probe.h"
@@ -78,6 +79,32 @@ bool winograd_fits(const std::vector<int64_t>& weight_shape, const std::vector<i
   return fr::winograd_fits(s);
 }
 
+std::string conv_algorithm(const std::vector<int64_t>& x_shape,
+                           const std::vector<int64_t>& weight_shape,
+                           const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                           const std::vector<int64_t>& dilation, int64_t groups,
+                           at::ScalarType dtype, bool transformed) {
+  fr::ConvShape s = shape_of_weight(weight_shape, groups);
+  s.n = x_shape.at(0);
+  s.h = x_shape.at(2);
+  s.w = x_shape.at(3);
+  s.stride_h = stride.at(0);
+  s.stride_w = stride.at(1);
+  s.pad_h = padding.at(0);
+  s.pad_w = padding.at(1);
+  s.dilation_h = dilation.at(0);
+  s.dilation_w = dilation.at(1);
+  return fr::name_of(fr::choose_algorithm(s, fr::dtype_of(dtype), transformed));
+}
+
+py::dict memory_bandwidth() {
+  const fr::Bandwidth measured = fr::memory_bandwidth();
+  py::dict result;
+  result["read"] = measured.read;
+  result["copy"] = measured.copy;
+  return result;
+}
+
 int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight_shape, int64_t groups,
                                  bool is_double) {
   const fr::ConvShape s = shape_of_weight(weight_shape, groups);
@@ -113,6 +140,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Elements of what pack_conv_weight returns.");
   m.def("winograd_fits", &winograd_fits,
         "Whether transform_conv_weight returns anything but an empty tensor for float32.");
+  m.def("conv_algorithm", &conv_algorithm,
+        "The algorithm by which conv_bn_add_relu_packed computes such a call on the CPU.");
+  m.def(
+      "peak_flops", [](at::ScalarType dtype) { return fr::peak_flops(fr::dtype_of(dtype)); },
+      "Measured floating-point operations a second of the CPU, on PyTorch's threads.");
+  m.def("memory_bandwidth", &memory_bandwidth,
+        "Measured bytes a second from memory, on PyTorch's threads: read, and copy.");
   // The operators themselves, through the dispatcher, for those who want them bare.
   const py::object ops = py::module_::import("torch").attr("ops").attr("fused_resnet");
   for (const std::string schema : fr::kSchemas) {

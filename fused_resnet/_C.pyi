@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 def build_info() -> dict[str, Any]: ...
 def schemas() -> list[str]: ...
 def cuda_device_problem(device: int) -> str: ...
@@ -10,6 +12,18 @@ def packed_conv_weight_numel(weight_shape: list[int], groups: int, is_double: bo
 def winograd_fits(
     weight_shape: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> bool: ...
+def conv_algorithm(
+    x_shape: list[int],
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+    transformed: bool,
+) -> str: ...
+def peak_flops(dtype: torch.dtype) -> float: ...
+def memory_bandwidth() -> dict[str, float]: ...
 
 # The operators of torch.ops.fused_resnet, through the dispatcher: unchecked by fused_resnet.checks.
 bn_add_relu: Callable[..., Any]

@@ -60,8 +60,8 @@ at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& pa
   ConvCall call = prepare_packed(op, x, packed, scale, shift, residual, weight_shape,
                                  {stride, padding, dilation, groups}, relu);
   const ConvShape& s = call.args.shape;
-  if (call.dtype == kFloat32 && transformed && transformed->numel() > 0 && winograd_fits(s) &&
-      winograd_pays(s)) {
+  const bool is_transformed = transformed && transformed->numel() > 0;
+  if (choose_algorithm(s, call.dtype, is_transformed) == ConvAlgorithm::kWinograd) {
     check_same(op, "transformed", transformed, {kWinogradPoints * s.k * s.c}, x);
     call.packed = transformed->contiguous();
     call.args.packed = call.packed.const_data_ptr();

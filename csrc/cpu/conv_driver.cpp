@@ -16,7 +16,7 @@ constexpr int64_t kBlockBytes = 512 * 1024;
 constexpr int64_t kLeastTiles = 8;
 
 // At 14x14, one image has 16 tiles: there the products of all 36 points fill the microkernel's
-// rows.
+// rows. A few tiles do not pay for reading four times the weights.
 constexpr int64_t kLeastWinogradTiles = 12;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,7 +116,15 @@ bool winograd_fits(const ConvShape& s) {
          s.k % table.panel[kFloat32] == 0;
 }
 
-bool winograd_pays(const ConvShape& s) { return winograd_tiles(s) >= kLeastWinogradTiles; }
+ConvAlgorithm choose_algorithm(const ConvShape& s, DType dtype, bool transformed) {
+  const bool winograd = transformed && dtype == kFloat32 && winograd_fits(s) &&
+                        winograd_tiles(s) >= kLeastWinogradTiles;
+  return winograd ? ConvAlgorithm::kWinograd : ConvAlgorithm::kDirect;
+}
+
+const char* name_of(ConvAlgorithm algorithm) {
+  return algorithm == ConvAlgorithm::kWinograd ? "winograd" : "direct";
+}
 
 void run_winograd(const ConvForward& f) {
   const KernelTable& table = kernels();

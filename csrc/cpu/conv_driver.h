@@ -17,8 +17,15 @@ void run_winograd(const ConvForward& f);
 // Whether that can compute this convolution; sizes of the input do not matter.
 bool winograd_fits(const ConvShape& shape);
 
-// Whether it is the faster way: a few tiles do not pay for reading four times the weights.
-bool winograd_pays(const ConvShape& shape);
+// The ways to compute a convolution.
+enum class ConvAlgorithm { kDirect, kWinograd };
+
+// The one that runs, and the only place where that is decided. `transformed`: whether the weight is
+// there as transform_conv_weight lays it out.
+ConvAlgorithm choose_algorithm(const ConvShape& shape, DType dtype, bool transformed);
+
+// Its name for people: "direct" or "winograd".
+const char* name_of(ConvAlgorithm algorithm);
 
 // Elements of a packed weight.
 int64_t packed_numel(const ConvShape& shape, int64_t panel);

@@ -54,16 +54,17 @@ def jit(model: nn.Module, images: Tensor) -> Call:
 
 def fused(model: nn.Module, images: Tensor) -> Call:
     """``fused_resnet.fuse``: the live parameters, blocks in one pass each."""
-    model, images = _channels_last(model, images)
-    swapped = fr.fuse(model)
-    return lambda: swapped(images)
+    return _call_of(*OURS["fused"](model, images))
 
 
 def frozen(model: nn.Module, images: Tensor) -> Call:
     """``fused_resnet.freeze``: batch norms folded, weights packed for this machine."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    packed = fr.freeze(model, dtype=images.dtype)
-    return lambda: packed(images)
+    return _call_of(*OURS["frozen"](model, images))
+
+
+def frozen_direct(model: nn.Module, images: Tensor) -> Call:
+    """``fused_resnet.freeze(..., winograd=False)``: every convolution as its direct sum."""
+    return _call_of(*OURS["frozen_direct"](model, images))
 
 
 PROVIDERS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
@@ -73,7 +74,32 @@ PROVIDERS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "jit": jit,
     "fused": fused,
     "frozen": frozen,
+    "frozen_direct": frozen_direct,
 }
+
+
+#: Of this package's providers, the network itself and the images as it wants them.
+OURS: dict[str, Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]]] = {
+    "fused": lambda model, images: _fused_network(model, images),
+    "frozen": lambda model, images: _frozen_network(model, images, winograd=True),
+    "frozen_direct": lambda model, images: _frozen_network(model, images, winograd=False),
+}
+
+
+def _fused_network(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
+    model, images = _channels_last(model, images)
+    return fr.fuse(model), images
+
+
+def _frozen_network(
+    model: nn.Module, images: Tensor, *, winograd: bool
+) -> tuple[nn.Module, Tensor]:
+    frozen = fr.freeze(model, dtype=images.dtype, winograd=winograd)
+    return frozen, images.contiguous(memory_format=torch.channels_last)
+
+
+def _call_of(network: nn.Module, images: Tensor) -> Call:
+    return lambda: network(images)
 
 
 def _channels_last(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:

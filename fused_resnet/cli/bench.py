@@ -14,9 +14,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..bench import environment, harness, networks, plot, results
-from ..bench.providers import PROVIDERS
+from ..bench.providers import OURS, PROVIDERS
 from ._choices import network_calls, table_of
 from ._common import DTYPES, UsageError, console, listed, one_of, positive, progress, writable
+from ._layers import table_of as table_of_layers
+from ._layers import view
 
 DEFAULT_PROVIDERS = ("eager", "channels_last", "compile", "jit", "fused", "frozen")
 
@@ -66,6 +68,13 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="show which backend runs each call of the fused network, and by how much it is faster",
     )
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="instead of a comparison: each operation of the frozen network (or of those of "
+        "frozen, frozen_direct and fused that --providers names), timed inside whole forwards, "
+        "with its share of this machine's measured peak and memory bandwidth",
+    )
     parser.add_argument("--plot", type=writable, metavar="FILE.png", help="draw the rows")
     parser.set_defaults(run=run)
 
@@ -74,14 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and show."""
     if arguments.size < 32:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
+    if arguments.layers:
+        return view_layers(arguments)
     command = shlex.join(["fused-resnet", *arguments.typed])
     rows: list[results.Row] = []
     for batch in arguments.batch:
-        generator = torch.Generator().manual_seed(batch)
-        shape = (3, arguments.size, arguments.size)
-        images = torch.randn(batch, *shape, generator=generator)
-        # Not on the images themselves: the statistics of a batch of one make no network.
-        model = networks.random_model(arguments.model, torch.randn(8, *shape, generator=generator))
+        model, images = problem(arguments, batch)
         rows += measure(
             model,
             images,
@@ -109,6 +116,57 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise UsageError(f"bench: --plot: {error}") from None
     return complain(rows)
+
+
+def problem(arguments: argparse.Namespace, batch: int) -> tuple[nn.Module, Tensor]:
+    """The network and one batch of images, float32."""
+    generator = torch.Generator().manual_seed(batch)
+    shape = (3, arguments.size, arguments.size)
+    images = torch.randn(batch, *shape, generator=generator)
+    # Not on the images themselves: the statistics of a batch of one make no network.
+    others = torch.randn(8, *shape, generator=generator)
+    return networks.random_model(arguments.model, others), images
+
+
+def view_layers(arguments: argparse.Namespace) -> int:
+    """Each operation of a forward, for each batch and provider."""
+    viewed = [name for name in arguments.providers if name in OURS]
+    if arguments.providers == list(DEFAULT_PROVIDERS):
+        viewed = ["frozen"]
+    if not viewed:
+        raise UsageError(f"bench: --layers: expected --providers of {', '.join(OURS)}")
+    if arguments.plot or arguments.explain:
+        raise UsageError("bench: --layers: goes with neither --plot nor --explain")
+    found = []
+    for batch in arguments.batch:
+        for provider in viewed:
+            model, images = problem(arguments, batch)
+            found.append(
+                view(
+                    model,
+                    images.to(getattr(torch, arguments.dtype)),
+                    provider=provider,
+                    threads=arguments.threads,
+                    forwards=arguments.rounds,
+                )
+            )
+    out = console()
+    if not out.is_terminal:
+        out.width = 200
+    size = f"{arguments.size}x{arguments.size}"
+    title = f"{arguments.model}, {size}, {arguments.dtype}, {environment.device()}"
+    for one in found:
+        out.print(table_of_layers(one, title), highlight=False)
+    if arguments.json:
+        about = {
+            "model": arguments.model,
+            "size": arguments.size,
+            "dtype": arguments.dtype,
+            **environment.describe(),
+            "command": shlex.join(["fused-resnet", *arguments.typed]),
+        }
+        results.save(arguments.json, [about | one for one in found])
+    return 0
 
 
 def explain(arguments: argparse.Namespace, batch: int) -> Table:

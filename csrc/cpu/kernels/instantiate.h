@@ -4,6 +4,7 @@
 #include "bn_add_relu.h"
 #include "conv_bn_add_relu.h"
 #include "max_pool.h"
+#include "peak.h"
 #include "winograd.h"
 
 namespace fr {
@@ -28,7 +29,8 @@ constexpr KernelTable make_table(const char* isa) {
           {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
           {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
           {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()},
-          {kLanes<float>, winograd_scratch_bytes, winograd, winograd_pack}};
+          {kLanes<float>, winograd_scratch_bytes, winograd, winograd_pack},
+          {multiply_add<float>, multiply_add<double>, kDotBFloat16, read_memory, copy_memory}};
 }
 
 }  // namespace FR_ISA

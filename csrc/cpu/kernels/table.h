@@ -131,12 +131,22 @@ struct WinogradKernels {
                int64_t panel1, float* transformed);
 };
 
+// What one core can do at most; see peak.h.
+struct PeakKernels {
+  double (*multiply_add_float32)(int64_t iterations);
+  double (*multiply_add_float64)(int64_t iterations);
+  double (*dot_bfloat16)(int64_t iterations);  // null: not in this instruction set
+  void (*read_memory)(const float* from, int64_t count);
+  void (*copy_memory)(const float* from, float* to, int64_t count);
+};
+
 struct KernelTable {
   const char* isa;
   int64_t panel[kNumDTypes];  // output channels that the microkernel computes side by side
   int64_t tile[kNumDTypes];   // output pixels likewise
   Kernels of[kNumDTypes];
   WinogradKernels winograd;
+  PeakKernels peak;
 };
 
 const KernelTable& kernel_table_portable();

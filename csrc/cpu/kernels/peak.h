@@ -1,0 +1,82 @@
+// What one core can do at most, measured: the yardstick of `fused-resnet bench --layers`.
+//
+// Arithmetic: chains of multiply-adds a = a * m + b on registers alone. A core of today starts two
+// a cycle and takes four to six cycles for each, so that a dozen independent chains keep it busy.
+// Memory: a buffer larger than every cache is summed, or copied, a vector at a time.
+#pragma once
+
+#include "vec.h"
+
+namespace fr {
+namespace FR_ISA {
+
+// Chains: as many as the registers hold beside the two operands, in a number that unrolls evenly.
+constexpr int kChains = FR_VECTOR_BYTES == 64 ? 24 : 12;
+
+template <class A>
+FR_INLINE void keep(const Vec<A>& v) {
+  volatile A sink = v[0];
+  (void)sink;
+}
+
+// Returns the floating-point operations done, a multiplication and an addition counted as two.
+template <class A>
+double multiply_add(int64_t iterations) {
+  Vec<A> chain[kChains];
+  for (int i = 0; i < kChains; ++i) chain[i] = broadcast(static_cast<A>(i));
+  // Converges to 1: neither infinities nor subnormals, which some cores slow down for.
+  const Vec<A> m = broadcast(A(0.5)), b = broadcast(A(0.5));
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) chain[i] = chain[i] * m + b;
+  }
+  Vec<A> sum{};
+  for (int i = 0; i < kChains; ++i) sum += chain[i];
+  keep<A>(sum);
+  return 2.0 * kLanes<A> * kChains * static_cast<double>(iterations);
+}
+
+#if FR_VECTOR_BYTES == 64
+// Pairs of bfloat16 products added to float32. By a function's own attribute, as the other kernels
+// of this file must run where that extension is missing.
+__attribute__((target("avx512bf16"))) inline double dot_bfloat16(int64_t iterations) {
+  __m512 chain[kChains];
+  for (int i = 0; i < kChains; ++i) chain[i] = _mm512_set1_ps(static_cast<float>(i));
+  const __m512bh m = (__m512bh)_mm512_set1_epi16(0x3f80), b = (__m512bh)_mm512_set1_epi16(0x3f80);
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) chain[i] = _mm512_dpbf16_ps(chain[i], m, b);
+  }
+  Vec<float> sum{};
+  for (int i = 0; i < kChains; ++i) sum += (Vec<float>)chain[i];
+  keep<float>(sum);
+  return 4.0 * kLanes<float> * kChains * static_cast<double>(iterations);
+}
+constexpr auto kDotBFloat16 = &dot_bfloat16;
+#else
+constexpr double (*kDotBFloat16)(int64_t) = nullptr;
+#endif
+
+// count: elements, a multiple of 8 vectors.
+inline void read_memory(const float* from, int64_t count) {
+  Vec<float> sum[8] = {};
+  for (int64_t i = 0; i < count; i += 8 * kLanes<float>) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) sum[j] += load(from + i + j * kLanes<float>);
+  }
+  Vec<float> all{};
+  for (int j = 0; j < 8; ++j) all += sum[j];
+  keep<float>(all);
+}
+
+inline void copy_memory(const float* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += 8 * kLanes<float>) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      store(load(from + i + j * kLanes<float>), to + i + j * kLanes<float>);
+    }
+  }
+}
+
+}  // namespace FR_ISA
+}  // namespace fr

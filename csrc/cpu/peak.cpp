@@ -1,0 +1,94 @@
+#include "peak.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace fr {
+namespace {
+
+// The best of some repetitions: what disturbs a measurement of a peak only ever lowers it.
+constexpr int kRepeats = 10;
+constexpr double kSecondsEach = 5e-3;
+
+// Of each buffer: several times the largest last cache of a server's socket would take too long;
+// this is several times what one of its core complexes has.
+constexpr int64_t kBufferBytes = 256 * 1024 * 1024;
+
+// Seconds that all threads need for `work(i)`, one each.
+template <class Work>
+double seconds(const Work& work) {
+  const int64_t threads = at::get_num_threads();
+  const auto start = std::chrono::steady_clock::now();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i);
+  });
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+bool has_dot_bfloat16() {
+#ifdef FR_HAVE_X86_KERNELS
+  return kernels().peak.dot_bfloat16 != nullptr && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+double peak_flops(DType dtype) {
+  const PeakKernels& peak = kernels().peak;
+  const auto loop = dtype == kFloat64                          ? peak.multiply_add_float64
+                    : dtype == kBFloat16 && has_dot_bfloat16() ? peak.dot_bfloat16
+                                                               : peak.multiply_add_float32;
+  const double threads = at::get_num_threads();
+  double best = 0;
+  int64_t iterations = 1024;
+  for (int repeat = 0; repeat < kRepeats;) {
+    double each = 0;
+    const double time = seconds([&](int64_t i) {
+      const double flops = loop(iterations);
+      if (i == 0) each = flops;
+    });
+    if (time < kSecondsEach) {
+      iterations *= 2;
+      continue;
+    }
+    best = std::max(best, each * threads / time);
+    ++repeat;
+  }
+  return best;
+}
+
+Bandwidth memory_bandwidth() {
+  const PeakKernels& peak = kernels().peak;
+  const int64_t threads = at::get_num_threads();
+  const int64_t step = 4096;  // bytes: whole pages, and whole strides of the loops
+  const int64_t share = std::max(kBufferBytes / threads / step, int64_t{1}) * step;
+  const c10::DataPtr from = c10::GetCPUAllocator()->allocate(share * threads);
+  const c10::DataPtr to = c10::GetCPUAllocator()->allocate(share * threads);
+  const auto part = [share](const c10::DataPtr& buffer, int64_t i) {
+    return reinterpret_cast<float*>(static_cast<char*>(buffer.get()) + i * share);
+  };
+  // Written first: pages that nobody wrote are all the same page of zeros.
+  seconds([&](int64_t i) {
+    std::memset(part(from, i), 0, share);
+    std::memset(part(to, i), 0, share);
+  });
+  const int64_t count = share / static_cast<int64_t>(sizeof(float));
+  Bandwidth best{};
+  const double bytes = static_cast<double>(share * threads);
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    best.read = std::max(
+        best.read, bytes / seconds([&](int64_t i) { peak.read_memory(part(from, i), count); }));
+    best.copy = std::max(best.copy, 2 * bytes / seconds([&](int64_t i) {
+                                      peak.copy_memory(part(from, i), part(to, i), count);
+                                    }));
+  }
+  return best;
+}
+
+}  // namespace fr
