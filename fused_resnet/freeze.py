@@ -24,6 +24,7 @@ from .checks import DTYPES
 from .folding import fold
 from .frozen_block import FrozenBlock, is_block
 from .fuse import derive, fuse
+from .graphs import Graphs, size_for
 from .parts import in_parts
 
 #: The largest weight, in elements, that Winograd's algorithm gets a transformed copy of: that of
@@ -32,7 +33,11 @@ WINOGRAD_NUMEL = 256 * 256 * 9
 
 
 def freeze(
-    model: nn.Module, dtype: torch.dtype | None = None, *, winograd: bool = True
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    winograd: bool = True,
+    graphs: int | bool | None = None,
 ) -> nn.Module:
     r"""An inference-only copy, in eval mode, with packed weights and folded batch norms.
 
@@ -49,6 +54,12 @@ def freeze(
         winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm in float32:
             2.5 times as fast, at a relative error of about 1e-6 where the direct sum has 2e-7. It
             keeps a transformed copy of the weights of up to 256 channels beside the packed one.
+        graphs: On CUDA, for how many input shapes the model keeps a CUDA graph, recorded at the
+            shape's second call; 0 or False for none, and True for 8. A replay runs no Python, so
+            None means 8 where all modules are torch's, torchvision's and this package's, else 0.
+            ``frozen.cuda_graphs`` is where they are (:class:`fused_resnet.graphs.Graphs`): its
+            ``size`` can be changed, ``memory`` tells what each takes, ``reuse_outputs`` saves the
+            copy of each result at the price that the next call overwrites it.
 
     Returns:
         The frozen model. It takes floating-point inputs of its own dtype or float32, computes in
@@ -77,6 +88,7 @@ def freeze(
     if not isinstance(frozen, torch.jit.ScriptModule):
         frozen.__class__ = derive(type(frozen), FrozenRoot)
         frozen.frozen_dtype = own or torch.float32  # type: ignore[assignment]
+        frozen.cuda_graphs = Graphs(size_for(frozen, graphs))  # type: ignore[assignment]
     return frozen
 
 
@@ -122,13 +134,13 @@ class FrozenRoot(Frozen):
     """Mixed into the outermost module: dtype and memory format of what comes in and goes out."""
 
     frozen_dtype: torch.dtype
+    cuda_graphs: Graphs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""
         given = self._given_dtype((args, kwargs))
         with torch.no_grad():
-            args, kwargs = tree_map(self._enter, (args, kwargs))
-            result = super().forward(*args, **kwargs)
+            result = self.cuda_graphs.run(self, super().forward, args, kwargs, self._enter)
             if given is None or given is self.frozen_dtype:
                 return result
             return tree_map(lambda leaf: leaf.to(given) if _is_map(leaf) else leaf, result)

@@ -10,6 +10,7 @@ from torch import nn
 
 from .blocks import Route
 from .fuse import verdict_of
+from .graphs import Graphs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,10 +23,13 @@ class Report:
     Attributes:
         fused: ``(module path, operation)`` of every group that one operation runs.
         left: ``(module path, reason)`` of what could have been part of a group and is not.
+        graphs: Bytes that each CUDA graph of a frozen model takes, by the shape and dtype of its
+            input.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
+    graphs: dict[str, int] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -35,9 +39,10 @@ class Report:
     def summary(self) -> str:
         """One line."""
         kinds = ", ".join(f"{count} {operation}" for operation, count in self.counts.items())
-        return (
-            f"{len(self.fused)} groups fused{f' ({kinds})' if kinds else ''}, {len(self.left)} left"
-        )
+        line = f"{len(self.fused)} groups fused{f' ({kinds})' if kinds else ''}"
+        line += f", {len(self.left)} left"
+        held = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.graphs.items()]
+        return line + (f"; CUDA graphs: {', '.join(held)}" if held else "")
 
     def __str__(self) -> str:
         rows = [("module", "fused as", "left because")]
@@ -75,7 +80,7 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
-    result = Report()
+    result = Report(graphs=_graphs_of(model))
     known: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, Route):
@@ -97,6 +102,11 @@ def report(model: nn.Module) -> Report:
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in known:
             result.left.append((path, "no block, ResNet stem or Sequential that fuse() knows"))
     return result
+
+
+def _graphs_of(model: nn.Module) -> dict[str, int]:
+    graphs = getattr(model, "cuda_graphs", None)
+    return graphs.memory if isinstance(graphs, Graphs) else {}
 
 
 def _join(path: str, name: str) -> str:
