@@ -27,6 +27,7 @@ ISAS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx512bf16",
 }
 # Where no card is in sight to ask, and TORCH_CUDA_ARCH_LIST says nothing.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -57,9 +58,8 @@ def kernel_libraries() -> list:
     headers = [*sources("csrc/cpu/kernels/*.h"), "csrc/conv_shape.h"]
     libraries = []
     for isa, extra in ISAS.items() if IS_X86 else [("portable", "")]:
-        source = f"csrc/cpu/kernels/isa_{isa}.cpp"
-        build = {"sources": [source], "cflags": flags + extra.split()}
-        libraries.append((f"fused_resnet_{isa}", {**build, "obj_deps": {source: headers}}))
+        build = {"sources": [f"csrc/cpu/kernels/isa_{isa}.cpp"], "cflags": flags + extra.split()}
+        libraries.append((f"fused_resnet_{isa}", {**build, "obj_deps": {"": headers}}))
     return libraries
 
 

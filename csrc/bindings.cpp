@@ -106,9 +106,8 @@ py::dict memory_bandwidth() {
 }
 
 int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight_shape, int64_t groups,
-                                 bool is_double) {
-  const fr::ConvShape s = shape_of_weight(weight_shape, groups);
-  return fr::packed_numel(s, fr::kernels().panel[is_double ? fr::kFloat64 : fr::kFloat32]);
+                                 at::ScalarType dtype) {
+  return fr::kernels().of[fr::dtype_of(dtype)].packed_numel(shape_of_weight(weight_shape, groups));
 }
 
 std::string cuda_device_problem(int device) {
@@ -138,6 +137,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Empty if this build runs on that CUDA device, else why it does not.");
   m.def("packed_conv_weight_numel", &packed_conv_weight_numel,
         "Elements of what pack_conv_weight returns.");
+  m.def("packed_conv_weight_dtype", &fr::packed_type, "Their dtype, for weights of this one.");
   m.def("winograd_fits", &winograd_fits,
         "Whether transform_conv_weight returns anything but an empty tensor for float32.");
   m.def("conv_algorithm", &conv_algorithm,

@@ -107,11 +107,8 @@ def _(  # type: ignore[no-untyped-def]
 def _(weight, groups):  # type: ignore[no-untyped-def]
     if weight.device.type == "cuda":
         return weight.new_empty((weight.numel(),))
-    wide = accumulator(weight)
-    return weight.new_empty(
-        (_C.packed_conv_weight_numel(list(weight.shape), groups, wide is torch.float64),),
-        dtype=wide,
-    )
+    numel = _C.packed_conv_weight_numel(list(weight.shape), groups, weight.dtype)
+    return weight.new_empty((numel,), dtype=_C.packed_conv_weight_dtype(weight.dtype))
 
 
 @fake("unpack_conv_weight")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import ops
+from . import _C, ops
 from .backends import BackendUnavailable
 from .blocks import Group, Packed, ResNetRoute, Route, padding_of
 from .checks import DTYPES
@@ -339,10 +339,8 @@ class FrozenConv(Frozen, Packed):
 
 
 def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of a packed weight: CUDA's kernels multiply maps as they are stored, the CPU's in float32."""
-    if device.type == "cuda" or dtype is torch.float64:
-        return dtype
-    return torch.float32
+    """Of a packed weight: CUDA multiplies maps as they are stored, the CPU as it can."""
+    return dtype if device.type == "cuda" else _C.packed_conv_weight_dtype(dtype)
 
 
 class Folded(nn.Identity):

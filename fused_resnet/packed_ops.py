@@ -26,7 +26,9 @@ def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
 
     Returns:
         A vector whose layout depends on the device and the instruction set in use: rebuild it, do
-        not ship it. On the CPU bfloat16 and float16 are packed as float32; on CUDA as they are.
+        not ship it. On CUDA the dtype is kept, on the CPU too where the kernels multiply in it;
+        else it is float32: for float16, and for bfloat16 without AVX512-BF16 (the instruction set
+        ``avx512_bf16`` of :func:`fused_resnet.build_info`).
 
     Raises:
         ValueError: Wrong rank, or groups that do not divide K.
@@ -109,7 +111,7 @@ def conv_bn_add_relu_packed(
 
     Args:
         x: ``(N, C, H, W)``; float32, bfloat16, float16, and on the CPU float64.
-        packed: From :func:`pack_conv_weight`.
+        packed: From :func:`pack_conv_weight`, of a weight in the dtype of ``x``.
         scale: ``(K,)``, float32 (float64 for float64 ``x``).
         shift: As ``scale``.
         residual: Shape and dtype of the result, or None.

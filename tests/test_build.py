@@ -14,7 +14,7 @@ import torch
 import fused_resnet as fr
 from fused_resnet import _C
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -105,13 +105,13 @@ def test_wide_instructions_stay_behind_the_dispatch():
         if line.endswith(">:"):
             function = line.partition("<")[2][:-2]
         elif "%zmm" in line or "%ymm" in line:
-            home = re.search(r"fr::(avx512|avx2)::", function)
+            home = re.search(r"fr::(avx512_bf16|avx512|avx2)::", function)
             (seen if home else strays).add(home.group(1) if home else function)
             if home and home.group(1) == "avx2" and "%zmm" in line:
                 strays.add(function)
     if fr.build_info()["isa_supported"][-1] != "portable" or not seen:
         pytest.skip("this build has no x86-64 kernels")
-    assert seen == {"avx512", "avx2"}
+    assert seen == {"avx512_bf16", "avx512", "avx2"}
     assert not strays
 
 

@@ -123,6 +123,8 @@ def test_info(capsys: Capture) -> None:
     out = capsys.readouterr().out
     for text in (fr.__version__, torch.__version__, fr.build_info()["isa"], "FUSED_RESNET_ISA"):
         assert text in out
+    native = fr.build_info()["bfloat16"] == "bfloat16"
+    assert ("multiplied as bfloat16" if native else "multiplied as float32") in out
     for name, status in fr.backends().items():
         assert f"backend {name}" in out
         assert status or status.reason[:40] in out

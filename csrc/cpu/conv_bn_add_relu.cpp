@@ -95,16 +95,15 @@ ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& p
   ConvCall call;
   call.args.shape = conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
   const ConvShape& s = call.args.shape;
-  const auto type = accumulator(x.scalar_type());
-  const int64_t numel = packed_numel(s, kernels().panel[dtype_of(type)]);
-  const auto check = [&](const char* name, const at::Tensor& t, int64_t size) {
+  const int64_t numel = kernels().of[dtype_of(x.scalar_type())].packed_numel(s);
+  const auto check = [&](const char* name, const at::Tensor& t, int64_t size, at::ScalarType type) {
     check_vector(op, name, t, size, x);
     TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, ", got ",
                      t.scalar_type());
   };
-  check("packed", packed, numel);
-  check("scale", scale, s.k);
-  check("shift", shift, s.k);
+  check("packed", packed, numel, packed_type(x.scalar_type()));
+  check("scale", scale, s.k, accumulator(x.scalar_type()));
+  check("shift", shift, s.k, accumulator(x.scalar_type()));
   call.packed = packed.contiguous();
   call.folded = {scale.contiguous(), shift.contiguous()};
   bind_operands(op, call, x, residual, relu);

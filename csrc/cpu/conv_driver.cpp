@@ -89,10 +89,7 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panel, int64_t tile, int64
   return b;
 }
 
-int64_t accumulator_bytes(DType dtype) {
-  return dtype == kFloat64 ? static_cast<int64_t>(sizeof(double))
-                           : static_cast<int64_t>(sizeof(float));
-}
+int64_t bytes_of(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 // A 1x1 convolution that moves one pixel at a time sees no rows and no images.
 void flatten(ConvShape& s) {
@@ -151,17 +148,13 @@ void run_winograd(const ConvForward& f) {
   });
 }
 
-int64_t packed_numel(const ConvShape& s, int64_t panel) {
-  return s.groups * ceil_div(s.group_k(), panel) * panel * s.depth();
-}
-
 void run_conv(DType dtype, ConvForward f) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
   if (f.shape.n == 0) return;
   flatten(f.shape);
   const Blocks blocks = cut(f.shape, f.residual != nullptr, table.panel[dtype], table.tile[dtype],
-                            accumulator_bytes(dtype), at::get_num_threads());
+                            bytes_of(k.packed), at::get_num_threads());
   at::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
     c10::DataPtr scratch;
     int64_t bytes = 0;
@@ -182,7 +175,7 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
   const Kernels& k = table.of[dtype];
   const ConvShape& s = f.shape;
   if (s.n == 0) return;
-  const int64_t element = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+  const int64_t element = bytes_of(dtype);
   const int64_t row_bytes = s.out_w() * s.k * element;
   const int64_t panels = s.groups * ceil_div(s.group_k(), table.panel[dtype]);
   const int64_t rows = block_size(pool.out_h(), kBlockBytes / (row_bytes * pool.stride_h),

@@ -27,7 +27,4 @@ ConvAlgorithm choose_algorithm(const ConvShape& shape, DType dtype, bool transfo
 // Its name for people: "direct" or "winograd".
 const char* name_of(ConvAlgorithm algorithm);
 
-// Elements of a packed weight.
-int64_t packed_numel(const ConvShape& shape, int64_t panel);
-
 }  // namespace fr

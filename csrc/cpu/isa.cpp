@@ -12,6 +12,18 @@
 namespace fr {
 namespace {
 
+#ifdef FR_HAVE_X86_KERNELS
+const KernelTable& kernel_table_avx512_bf16() {
+  static const KernelTable table = [] {
+    KernelTable t = kernel_table_avx512();
+    t.isa = "avx512_bf16";
+    avx512_bf16::replace_convolution(t.of[kBFloat16]);
+    return t;
+  }();
+  return table;
+}
+#endif
+
 std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables;
 #ifdef FR_HAVE_X86_KERNELS
@@ -21,6 +33,7 @@ std::vector<const KernelTable*> supported_tables() {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&kernel_table_avx512_bf16());
     tables.push_back(&kernel_table_avx512());
   }
   if (avx2) tables.push_back(&kernel_table_avx2());
@@ -53,6 +66,17 @@ std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const auto* table : supported_tables()) names.emplace_back(table->isa);
   return names;
+}
+
+at::ScalarType packed_type(at::ScalarType storage) {
+  switch (kernels().of[dtype_of(storage)].packed) {
+    case kFloat64:
+      return at::kDouble;
+    case kBFloat16:
+      return at::kBFloat16;
+    default:
+      return at::kFloat;
+  }
 }
 
 DType dtype_of(at::ScalarType type) {

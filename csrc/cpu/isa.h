@@ -19,4 +19,8 @@ std::vector<std::string> supported_isas();
 
 DType dtype_of(at::ScalarType type);
 
+// Of a weight packed for maps of this type: bfloat16 where the instruction set multiplies that,
+// else float32 for it and for float16.
+at::ScalarType packed_type(at::ScalarType storage);
+
 }  // namespace fr

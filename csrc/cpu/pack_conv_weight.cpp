@@ -12,16 +12,16 @@ namespace fr {
 
 at::Tensor pack_weight(const at::Tensor& weight, const ConvShape& shape) {
   const DType dtype = dtype_of(weight.scalar_type());
-  const int64_t panel = kernels().panel[dtype];
-  const at::Tensor packed = at::empty({packed_numel(shape, panel)},
-                                      weight.options().dtype(accumulator(weight.scalar_type())));
+  const Kernels& k = kernels().of[dtype];
+  const at::Tensor packed =
+      at::empty({k.packed_numel(shape)}, weight.options().dtype(packed_type(weight.scalar_type())));
   const bool taps_outside = weight.is_contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor source = taps_outside ? weight : weight.contiguous();
-  const auto kernel = kernels().of[dtype].pack;
-  const int64_t per_panel = panel * shape.depth();
-  at::parallel_for(0, packed.numel() / per_panel, std::max<int64_t>(1, 16 * 1024 / per_panel),
+  const int64_t panel = kernels().panel[dtype];
+  const int64_t panels = shape.groups * ((shape.group_k() + panel - 1) / panel);
+  at::parallel_for(0, panels, std::max<int64_t>(1, 16 * 1024 / (panel * shape.depth())),
                    [&](int64_t begin, int64_t end) {
-                     kernel(shape, !taps_outside, source.const_data_ptr(), begin, end,
+                     k.pack(shape, !taps_outside, source.const_data_ptr(), begin, end,
                             packed.mutable_data_ptr());
                    });
   return packed;
@@ -52,15 +52,16 @@ at::Tensor pack_conv_weight_cpu(const at::Tensor& weight, int64_t groups) {
 at::Tensor unpack_conv_weight_cpu(const at::Tensor& packed, at::IntArrayRef sizes, int64_t groups) {
   const char* op = "unpack_conv_weight";
   const ConvShape s = weight_shape(op, sizes, groups);
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kFloat || packed.scalar_type() == at::kDouble, op,
-                   ": packed: expected dtype float32 or float64, got ", packed.scalar_type());
-  const DType dtype = dtype_of(packed.scalar_type());
-  const int64_t numel = packed_numel(s, kernels().panel[dtype]);
+  const at::ScalarType type = packed.scalar_type();
+  TORCH_CHECK_TYPE(type != at::kHalf && packed_type(type) == type, op,
+                   ": packed: expected a dtype that pack_conv_weight returns here, got ", type);
+  const Kernels& k = kernels().of[dtype_of(type)];
+  const int64_t numel = k.packed_numel(s);
   TORCH_CHECK_VALUE(packed.dim() == 1 && packed.size(0) == numel, op, ": packed: expected shape [",
                     numel, "] for weight ", sizes, ", got ", packed.sizes());
   const at::Tensor weight = at::empty(sizes, packed.options());
   const at::Tensor source = packed.contiguous();
-  kernels().of[dtype].unpack(s, source.const_data_ptr(), weight.mutable_data_ptr());
+  k.unpack(s, source.const_data_ptr(), weight.mutable_data_ptr());
   return weight;
 }
 

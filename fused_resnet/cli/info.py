@@ -42,6 +42,15 @@ def collect() -> dict[str, Any]:
     }
 
 
+def _bfloat16(build: dict[str, Any]) -> str:
+    """How convolutions multiply bfloat16 maps on the CPU."""
+    if build["bfloat16"] == "bfloat16":
+        return "multiplied as bfloat16, by AVX512-BF16"
+    has = "avx512_bf16" in build["isa_supported"]
+    why = f"FUSED_RESNET_ISA={build['isa']} asks for it" if has else "no AVX512-BF16 here"
+    return f"stored as bfloat16, multiplied as float32: {why}"
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Show it."""
     facts = collect()
@@ -58,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("processor", f"{facts['cpu']['name']}, {facts['cpu']['cores']} cores")
     isa = f"{build['isa']} in use, of {', '.join(build['isa_supported'])}"
     table.add_row("instruction set", isa)
+    table.add_row("bfloat16", _bfloat16(build))
     table.add_row("threads", str(build["threads"]))
     table.add_row("built with", f"torch {build['torch']}, {build['compiler']}")
     cuda = f"{build['cuda']} for {', '.join(build['cuda_archs'])}" if build["cuda"] else "no"

@@ -294,6 +294,11 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
   }
 }
 
+template <class T>
+int64_t packed_numel(const ConvShape& s) {
+  return s.groups * ceil_div(s.group_k(), kPanel<Acc<T>>) * kPanel<Acc<T>> * s.depth();
+}
+
 // Both walk a filter in its own order, one cache line of it at a time, for all filters of a panel:
 // column by column instead, the filters' lines would share a few sets of the cache and evict each
 // other.

@@ -20,7 +20,9 @@ constexpr Kernels kernels_of() {
           conv<T>,
           max_pool<T>,
           pack<T>,
-          unpack<T>};
+          unpack<T>,
+          packed_numel<T>,
+          sizeof(Acc<T>) == sizeof(double) ? kFloat64 : kFloat32};
 }
 
 // In the order of DType.

@@ -54,12 +54,12 @@ struct BnBackward {
   void* dx;
 };
 
-// relu(scale * conv(x, w) + shift [+ residual]) for channels-last maps. Weights, scale and shift
-// are of the accumulator type: double for float64 maps, else float.
+// relu(scale * conv(x, w) + shift [+ residual]) for channels-last maps. Scale and shift are of the
+// accumulator type, double for float64 maps, else float; the packed weight is of Kernels::packed.
 struct ConvForward {
   ConvShape shape;
   const void* x;
-  const void* packed;  // see conv_bn_add_relu.h
+  const void* packed;  // see conv_bn_add_relu.h, conv_bfloat16.h
   const void* scale;
   const void* shift;
   const void* residual;  // null: none
@@ -111,6 +111,8 @@ struct Kernels {
   void (*pack)(const ConvShape&, bool taps_inside, const void* weight, int64_t panel0,
                int64_t panel1, void* packed);
   void (*unpack)(const ConvShape&, const void* packed, void* weight);  // to contiguous
+  int64_t (*packed_numel)(const ConvShape&);
+  DType packed;  // of a packed weight: what the convolution multiplies in
 };
 
 // Winograd's F(4x4, 3x3): outputs of a tile's side, and products for each tile.
@@ -153,6 +155,10 @@ const KernelTable& kernel_table_portable();
 #ifdef FR_HAVE_X86_KERNELS
 const KernelTable& kernel_table_avx2();
 const KernelTable& kernel_table_avx512();
+// The convolution of bfloat16 maps by AVX512-BF16, in place of AVX-512's.
+namespace avx512_bf16 {
+void replace_convolution(Kernels& bfloat16);
+}
 #endif
 
 }  // namespace fr

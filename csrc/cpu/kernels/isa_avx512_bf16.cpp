@@ -1,0 +1,20 @@
+// Compiled with the flags of this instruction set and nothing but it: see setup.py. All but these
+// kernels it has in common with AVX-512.
+#define FR_ISA avx512_bf16
+#define FR_VECTOR_BYTES 64
+#include "conv_bfloat16.h"
+
+namespace fr {
+namespace avx512_bf16 {
+
+void replace_convolution(Kernels& bfloat16) {
+  bfloat16.conv_scratch_bytes = conv_bfloat16_scratch_bytes;
+  bfloat16.conv = conv_bfloat16;
+  bfloat16.pack = pack_bfloat16;
+  bfloat16.unpack = unpack_bfloat16;
+  bfloat16.packed_numel = packed_bfloat16_numel;
+  bfloat16.packed = kBFloat16;
+}
+
+}  // namespace avx512_bf16
+}  // namespace fr

@@ -1,0 +1,161 @@
+"""bfloat16 convolutions on the CPU: shapes that their own kernel treats apart, and its numbers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Conv, batch_norm, conv_weight, doubled, normal
+from tolerances import assert_as_exact_as_pytorch
+
+import fused_resnet as fr
+from fused_resnet import ops, reference
+
+ISA = fr.build_info()["isa"]
+NATIVE = ISA == "avx512_bf16"
+
+#: Channels in pairs, halves of pairs, pixels that are copied and pixels that are not.
+CASES = [
+    Conv("1x1-odd", (2, 7, 5, 6), 40, (1, 1)),
+    Conv("1x1-stride2-odd", (2, 9, 7, 8), 33, (1, 1), {"stride": 2}),
+    Conv("1x1-stride3x1", (2, 10, 7, 8), 16, (1, 1), {"stride": (3, 1)}),
+    Conv("1x1-stride-padded", (2, 6, 7, 5), 16, (1, 1), {"stride": (1, 2), "padding": (2, 1)}),
+    Conv("1x1-pixels-4KiB-apart", (2, 2048, 4, 4), 32, (1, 1)),
+    Conv("1x1-strided-4KiB-apart", (2, 1024, 5, 6), 32, (1, 1), {"stride": 2}),
+    Conv("3x3-pixels-4KiB-apart", (1, 2048, 3, 5), 32, args={"padding": 1}),
+    Conv("3x3-strided-4KiB-apart", (2, 1024, 5, 7), 32, args={"stride": 2, "padding": 1}),
+    Conv("groups-4KiB-apart", (1, 2048, 3, 4), 64, args={"padding": 1, "groups": 32}),
+    Conv("3x3-valid-odd", (2, 5, 9, 8), 16),
+    Conv("3x3-stride2-valid", (2, 6, 9, 9), 16, args={"stride": 2}),
+    Conv("dilated", (1, 8, 11, 9), 16, args={"dilation": 2, "padding": 2}),
+    Conv("dilated-valid", (1, 8, 11, 9), 16, args={"dilation": (2, 3)}),
+    Conv("dilated-odd", (2, 5, 11, 9), 16, args={"dilation": 2, "padding": 2}),
+    Conv("dilated-odd-strided", (2, 3, 11, 13), 16, args={"dilation": (1, 3), "stride": 2}),
+    Conv("dilated-rows-odd", (1, 3, 11, 9), 16, args={"dilation": (3, 1), "padding": (3, 1)}),
+    Conv("groups-odd", (2, 15, 6, 7), 24, args={"padding": 1, "groups": 3}),
+    Conv("groups-odd-dilated", (2, 15, 8, 9), 24, args={"dilation": 2, "groups": 3}),
+    Conv("groups-1x1-strided", (2, 12, 7, 7), 24, (1, 1), {"stride": 2, "groups": 4}),
+    Conv("groups-panel-and-one", (1, 8, 5, 5), 66, args={"padding": 1, "groups": 2}),
+    Conv("row-of-odd-width", (1, 3, 9, 20), 48, (5, 3), {"stride": (2, 1), "padding": (2, 1)}),
+    Conv("wide-padding", (1, 4, 3, 3), 16, args={"padding": (5, 4)}),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def operands(case: Conv) -> tuple[torch.Tensor, ...]:
+    x = normal(*case.x, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    return x, conv_weight(case, torch.bfloat16), *batch_norm(case.k, torch.bfloat16)
+
+
+@cases
+@pytest.mark.parametrize("relu", [True, False])
+def test_bfloat16_conv(case, relu):
+    x, w, *bn = operands(case)
+    r = normal(*reference.conv_bn_add_relu(x, w, *bn, **case.args).shape, dtype=torch.bfloat16)
+    truth = reference.conv_bn_add_relu(
+        doubled(x), doubled(w), *doubled(bn), doubled(r), relu=relu, **case.args
+    )
+    eager = reference.conv_bn_add_relu(x, w, *bn, r, relu=relu, **case.args)
+    result = ops.conv_bn_add_relu(x, w, *bn, r, relu=relu, **case.args)
+    assert_as_exact_as_pytorch(result, eager, truth)
+
+
+@cases
+def test_bfloat16_result_is_rounded_once(case):
+    """Nearly all elements are the bfloat16 next to the truth; a second rounding moves a sixth."""
+    x, w, *bn = operands(case)
+    truth = reference.conv_bn_add_relu(doubled(x), doubled(w), *doubled(bn), **case.args)
+    result = ops.conv_bn_add_relu(x, w, *bn, **case.args)
+    assert (result == truth.to(torch.bfloat16)).double().mean() > 0.99
+
+
+@cases
+def test_bfloat16_packing_is_lossless(case):
+    groups = case.args.get("groups", 1)
+    w = conv_weight(case, torch.bfloat16)
+    for weight in (w, w.contiguous(memory_format=torch.channels_last)):
+        packed = ops.pack_conv_weight(weight, groups)
+        assert packed.dtype is (torch.bfloat16 if NATIVE else torch.float32)
+        back = ops.unpack_conv_weight(packed, tuple(w.shape), groups)
+        assert torch.equal(back.to(torch.bfloat16), w)
+
+
+def test_bfloat16_weights_are_half_the_memory():
+    w = normal(64, 64, 3, 3, dtype=torch.bfloat16)
+    packed = ops.pack_conv_weight(w)
+    assert packed.numel() * packed.element_size() == w.numel() * (2 if NATIVE else 4)
+
+
+def test_a_weight_packed_for_another_type_is_refused():
+    x, w, one = torch.ones(1, 8, 2, 2), torch.ones(32, 8, 1, 1), torch.ones(32)
+    pairs = [(torch.bfloat16, torch.float64), (torch.float32, torch.float64)]
+    if NATIVE:
+        pairs += [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+    for dtype, other in pairs:
+        packed = ops.pack_conv_weight(w.to(other))
+        with pytest.raises(TypeError, match="packed: expected dtype"):
+            ops.conv_bn_add_relu_packed(x.to(dtype), packed, one, one, weight_shape=tuple(w.shape))
+    foreign = torch.float16 if NATIVE else torch.bfloat16
+    with pytest.raises(TypeError, match="packed: expected a dtype that pack_conv_weight returns"):
+        ops.unpack_conv_weight(torch.zeros(256, dtype=foreign), (8, 8, 1, 1))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_pair_that_is_cut_in_half_reads_no_neighbour(channels, size):
+    """The element behind an odd run is another pixel's: a NaN there must not come in by 0 * NaN."""
+    x = normal(1, channels, 5, 40, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    x[0, :, :, 20] = float("nan")
+    w = normal(16, channels, size, size, dtype=torch.bfloat16)
+    bn = batch_norm(16, torch.bfloat16)
+    expected = reference.conv_bn_add_relu(doubled(x), doubled(w), *doubled(bn)).isnan()
+    result = ops.conv_bn_add_relu(x, w, *bn).isnan()
+    assert torch.equal(result, expected)
+    assert expected.any()
+    assert not expected.all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_bfloat16_non_finite_values_pass_through(value):
+    x = normal(2, 16, 9, 9, dtype=torch.bfloat16)
+    x[1, 3, 4, 5] = value
+    w, bn = normal(40, 16, 3, 3, dtype=torch.bfloat16), batch_norm(40, torch.bfloat16)
+    for relu in (True, False):
+        result = ops.conv_bn_add_relu(x, w, *bn, padding=1, relu=relu)
+        truth = reference.conv_bn_add_relu(
+            doubled(x), doubled(w), *doubled(bn), padding=1, relu=relu
+        )
+        torch.testing.assert_close(
+            result.double(), truth.double(), rtol=3e-2, atol=3e-2, equal_nan=True
+        )
+
+
+def test_nothing_is_written_beside_a_partial_panel():
+    """33 channels: the second panel has one; the 31 that it lacks are other pixels' channels."""
+    x = normal(1, 8, 6, 15, dtype=torch.bfloat16)
+    w, bn = normal(33, 8, 3, 3, dtype=torch.bfloat16), batch_norm(33, torch.bfloat16)
+    y = ops.conv_bn_add_relu(x, w, *bn, padding=1)
+    one = ops.conv_bn_add_relu(x, w[32:], *(t[32:] for t in bn), padding=1)
+    rest = ops.conv_bn_add_relu(x, w[:32], *(t[:32] for t in bn), padding=1)
+    assert torch.equal(y, torch.cat([rest, one], 1))
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+def test_bfloat16_on_every_instruction_set(isa):
+    """All of the above once more where another instruction set is asked for."""
+    if isa not in fr.build_info()["isa_supported"]:
+        pytest.skip(f"this machine does not support {isa}")
+    if isa == ISA:
+        pytest.skip(f"{isa} is what the tests above ran on")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    environment = os.environ | {"FUSED_RESNET_ISA": isa}
+    result = subprocess.run(
+        [*command, Path(__file__).name, "-k", "not every_instruction_set"],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
