@@ -17,7 +17,7 @@ const KernelTable& kernel_table_avx512_bf16() {
   static const KernelTable table = [] {
     KernelTable t = kernel_table_avx512();
     t.isa = "avx512_bf16";
-    avx512_bf16::replace_convolution(t.of[kBFloat16]);
+    avx512_bf16::replace_bfloat16(t);
     return t;
   }();
   return table;

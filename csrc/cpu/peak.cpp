@@ -29,24 +29,17 @@ double seconds(const Work& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-bool has_dot_bfloat16() {
-#ifdef FR_HAVE_X86_KERNELS
-  return kernels().peak.dot_bfloat16 != nullptr && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 double peak_flops(DType dtype) {
   const PeakKernels& peak = kernels().peak;
-  const auto loop = dtype == kFloat64                          ? peak.multiply_add_float64
-                    : dtype == kBFloat16 && has_dot_bfloat16() ? peak.dot_bfloat16
-                                                               : peak.multiply_add_float32;
+  const auto loop = dtype == kFloat64                         ? peak.multiply_add_float64
+                    : dtype == kBFloat16 && peak.dot_bfloat16 ? peak.dot_bfloat16
+                                                              : peak.multiply_add_float32;
   const double threads = at::get_num_threads();
   double best = 0;
-  int64_t iterations = 1024;
+  // From a fraction of a millisecond up: fewer, and a thread that has to wait would look like work.
+  int64_t iterations = 64 * 1024;
   for (int repeat = 0; repeat < kRepeats;) {
     double each = 0;
     const double time = seconds([&](int64_t i) {

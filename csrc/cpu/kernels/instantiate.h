@@ -32,7 +32,7 @@ constexpr KernelTable make_table(const char* isa) {
           {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
           {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()},
           {kLanes<float>, winograd_scratch_bytes, winograd, winograd_pack},
-          {multiply_add<float>, multiply_add<double>, kDotBFloat16, read_memory, copy_memory}};
+          {multiply_add<float>, multiply_add<double>, nullptr, read_memory, copy_memory}};
 }
 
 }  // namespace FR_ISA

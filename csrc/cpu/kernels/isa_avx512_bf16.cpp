@@ -3,17 +3,20 @@
 #define FR_ISA avx512_bf16
 #define FR_VECTOR_BYTES 64
 #include "conv_bfloat16.h"
+#include "peak.h"
 
 namespace fr {
 namespace avx512_bf16 {
 
-void replace_convolution(Kernels& bfloat16) {
+void replace_bfloat16(KernelTable& table) {
+  Kernels& bfloat16 = table.of[kBFloat16];
   bfloat16.conv_scratch_bytes = conv_bfloat16_scratch_bytes;
   bfloat16.conv = conv_bfloat16;
   bfloat16.pack = pack_bfloat16;
   bfloat16.unpack = unpack_bfloat16;
   bfloat16.packed_numel = packed_bfloat16_numel;
   bfloat16.packed = kBFloat16;
+  table.peak.dot_bfloat16 = dot_bfloat16;
 }
 
 }  // namespace avx512_bf16

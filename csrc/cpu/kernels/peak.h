@@ -36,10 +36,9 @@ double multiply_add(int64_t iterations) {
   return 2.0 * kLanes<A> * kChains * static_cast<double>(iterations);
 }
 
-#if FR_VECTOR_BYTES == 64
-// Pairs of bfloat16 products added to float32. By a function's own attribute, as the other kernels
-// of this file must run where that extension is missing.
-__attribute__((target("avx512bf16"))) inline double dot_bfloat16(int64_t iterations) {
+#ifdef __AVX512BF16__
+// Pairs of bfloat16 products added to float32.
+inline double dot_bfloat16(int64_t iterations) {
   __m512 chain[kChains];
   for (int i = 0; i < kChains; ++i) chain[i] = _mm512_set1_ps(static_cast<float>(i));
   const __m512bh m = (__m512bh)_mm512_set1_epi16(0x3f80), b = (__m512bh)_mm512_set1_epi16(0x3f80);
@@ -52,9 +51,6 @@ __attribute__((target("avx512bf16"))) inline double dot_bfloat16(int64_t iterati
   keep<float>(sum);
   return 4.0 * kLanes<float> * kChains * static_cast<double>(iterations);
 }
-constexpr auto kDotBFloat16 = &dot_bfloat16;
-#else
-constexpr double (*kDotBFloat16)(int64_t) = nullptr;
 #endif
 
 // count: elements, a multiple of 8 vectors.

@@ -155,9 +155,9 @@ const KernelTable& kernel_table_portable();
 #ifdef FR_HAVE_X86_KERNELS
 const KernelTable& kernel_table_avx2();
 const KernelTable& kernel_table_avx512();
-// The convolution of bfloat16 maps by AVX512-BF16, in place of AVX-512's.
+// What AVX512-BF16 does better, put in the place of AVX-512's.
 namespace avx512_bf16 {
-void replace_convolution(Kernels& bfloat16);
+void replace_bfloat16(KernelTable& table);
 }
 #endif
 
