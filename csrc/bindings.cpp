@@ -69,32 +69,23 @@ fr::ConvShape shape_of_weight(const std::vector<int64_t>& sizes, int64_t groups)
   return s;
 }
 
-bool winograd_fits(const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
-                   const std::vector<int64_t>& dilation, int64_t groups) {
-  fr::ConvShape s = shape_of_weight(weight_shape, groups);
-  s.stride_h = stride.at(0);
-  s.stride_w = stride.at(1);
-  s.dilation_h = dilation.at(0);
-  s.dilation_w = dilation.at(1);
-  return fr::winograd_fits(s);
-}
-
-std::string conv_algorithm(const std::vector<int64_t>& x_shape,
+// input_shape is x's (N, C, H, W); the rest as conv_bn_add_relu_packed has it.
+std::string conv_algorithm(const std::vector<int64_t>& input_shape,
                            const std::vector<int64_t>& weight_shape,
                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                            const std::vector<int64_t>& dilation, int64_t groups,
-                           at::ScalarType dtype, bool transformed) {
+                           at::ScalarType dtype, bool winograd) {
   fr::ConvShape s = shape_of_weight(weight_shape, groups);
-  s.n = x_shape.at(0);
-  s.h = x_shape.at(2);
-  s.w = x_shape.at(3);
+  s.n = input_shape.at(0);
+  s.h = input_shape.at(2);
+  s.w = input_shape.at(3);
   s.stride_h = stride.at(0);
   s.stride_w = stride.at(1);
   s.pad_h = padding.at(0);
   s.pad_w = padding.at(1);
   s.dilation_h = dilation.at(0);
   s.dilation_w = dilation.at(1);
-  return fr::name_of(fr::choose_algorithm(s, fr::dtype_of(dtype), transformed));
+  return fr::conv_algorithm(fr::dtype_of(dtype), s, winograd);
 }
 
 py::dict memory_bandwidth() {
@@ -138,10 +129,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("packed_conv_weight_numel", &packed_conv_weight_numel,
         "Elements of what pack_conv_weight returns.");
   m.def("packed_conv_weight_dtype", &fr::packed_type, "Their dtype, for weights of this one.");
-  m.def("winograd_fits", &winograd_fits,
-        "Whether transform_conv_weight returns anything but an empty tensor for float32.");
   m.def("conv_algorithm", &conv_algorithm,
-        "The algorithm by which conv_bn_add_relu_packed computes such a call on the CPU.");
+        "What conv_bn_add_relu_packed runs on the CPU: direct or winograd.");
   m.def(
       "peak_flops", [](at::ScalarType dtype) { return fr::peak_flops(fr::dtype_of(dtype)); },
       "Measured floating-point operations a second of the CPU, on PyTorch's threads.");

@@ -32,12 +32,10 @@ inline constexpr const char* kSchemas[] = {
     "pack_conv_weight(Tensor weight, int groups) -> Tensor",
     "unpack_conv_weight(Tensor packed, int[] weight_shape, int groups) -> Tensor",
 
-    // For Winograd's algorithm; empty where that does not apply.
-    "transform_conv_weight(Tensor weight, int[2] stride, int[2] dilation, int groups) -> Tensor",
-
+    // winograd: on the CPU that algorithm may run, where it is the faster way.
     "conv_bn_add_relu_packed(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
-    "Tensor? residual, Tensor? transformed, int[] weight_shape, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, bool relu) -> Tensor",
+    "Tensor? residual, int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, "
+    "int groups, bool relu, bool winograd=False) -> Tensor",
 
     "conv_bn_relu_maxpool_packed(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
     "int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int groups, "

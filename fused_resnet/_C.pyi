@@ -10,18 +10,15 @@ def schemas() -> list[str]: ...
 def cuda_device_problem(device: int) -> str: ...
 def packed_conv_weight_numel(weight_shape: list[int], groups: int, dtype: torch.dtype) -> int: ...
 def packed_conv_weight_dtype(dtype: torch.dtype) -> torch.dtype: ...
-def winograd_fits(
-    weight_shape: list[int], stride: list[int], dilation: list[int], groups: int
-) -> bool: ...
 def conv_algorithm(
-    x_shape: list[int],
+    input_shape: list[int],
     weight_shape: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
     dtype: torch.dtype,
-    transformed: bool,
+    winograd: bool,
 ) -> str: ...
 def peak_flops(dtype: torch.dtype) -> float: ...
 def memory_bandwidth() -> dict[str, float]: ...
@@ -33,7 +30,6 @@ conv_bn_add_relu: Callable[..., Any]
 conv_bn_relu_maxpool: Callable[..., Any]
 pack_conv_weight: Callable[..., Any]
 unpack_conv_weight: Callable[..., Any]
-transform_conv_weight: Callable[..., Any]
 conv_bn_add_relu_packed: Callable[..., Any]
 conv_bn_relu_maxpool_packed: Callable[..., Any]
 bn_add_relu_given: Callable[..., Any]

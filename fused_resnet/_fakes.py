@@ -116,21 +116,10 @@ def _(packed, weight_shape, groups):  # type: ignore[no-untyped-def]
     return packed.new_empty(weight_shape)
 
 
-@fake("transform_conv_weight")
-def _(weight, stride, dilation, groups):  # type: ignore[no-untyped-def]
-    shape = list(weight.shape)
-    fits = (
-        weight.device.type != "cuda"
-        and weight.dtype is torch.float32
-        and _C.winograd_fits(shape, list(stride), list(dilation), groups)
-    )
-    return weight.new_empty((36 * shape[0] * shape[1] if fits else 0,))
-
-
 @fake("conv_bn_add_relu_packed")
 def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, residual, transformed, weight_shape, stride, padding, dilation,
-    groups, relu,
+    x, packed, scale, shift, residual, weight_shape, stride, padding, dilation, groups, relu,
+    winograd=False,
 ):  # fmt: skip
     shape = _conv_shape(x, weight_shape, stride, padding, dilation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)

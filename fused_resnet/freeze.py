@@ -27,10 +27,6 @@ from .fuse import derive, fuse
 from .graphs import Graphs, size_for
 from .parts import in_parts
 
-#: The largest weight, in elements, that Winograd's algorithm gets a transformed copy of: that of
-#: ResNet's third stage. Beyond, four times the weight outgrows the cache, and the memory.
-WINOGRAD_NUMEL = 256 * 256 * 9
-
 
 def freeze(
     model: nn.Module,
@@ -52,8 +48,7 @@ def freeze(
         dtype: float32, float64, bfloat16 or float16, of the feature maps and of the parameters that
             are left; None keeps the model's own.
         winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm in float32:
-            2.5 times as fast, at a relative error of about 1e-6 where the direct sum has 2e-7. It
-            keeps a transformed copy of the weights of up to 256 channels beside the packed one.
+            2.5 times as fast, at a relative error of about 1e-6 where the direct sum has 2e-7.
         graphs: On CUDA, for how many input shapes the model keeps a CUDA graph, recorded at the
             shape's second call; 0 or False for none, and True for 8. A replay runs no Python, so
             None means 8 where all modules are torch's, torchvision's and this package's, else 0.
@@ -197,7 +192,6 @@ class FrozenConv(Frozen, Packed):
     """
 
     packed: Tensor
-    transformed: Tensor | None
     scale: Tensor
     shift: Tensor
 
@@ -246,16 +240,6 @@ class FrozenConv(Frozen, Packed):
     def _set_weight(self, weight: Tensor) -> None:
         weight = weight.to(packed_dtype(self.dtype, weight.device))
         self.register_buffer("packed", ops.pack_conv_weight(weight, self.groups))
-        transformed = None
-        if self.winograd and not weight.is_cuda and weight.numel() <= WINOGRAD_NUMEL:
-            transformed = ops.transform_conv_weight(
-                weight,
-                stride=self.stride,  # type: ignore[arg-type]
-                dilation=self.dilation,  # type: ignore[arg-type]
-                groups=self.groups,
-            )
-        fits = transformed is not None and transformed.numel() > 0
-        self.register_buffer("transformed", transformed if fits else None)
 
     @property
     def weight(self) -> Tensor:
@@ -274,8 +258,8 @@ class FrozenConv(Frozen, Packed):
             scale,
             shift,
             residual,
-            transformed=self.transformed,
             relu=self.relu,
+            winograd=self.winograd,
             **self._geometry,
         )
 

@@ -22,7 +22,6 @@ from .packed_ops import (
     conv_bn_relu_maxpool_packed,
     pack_conv_weight,
     residual_block,
-    transform_conv_weight,
     unpack_conv_weight,
 )
 from .reference import IntOrPair
@@ -35,7 +34,6 @@ __all__ = [
     "conv_bn_relu_maxpool_packed",
     "pack_conv_weight",
     "residual_block",
-    "transform_conv_weight",
     "unpack_conv_weight",
 ]
 

@@ -56,40 +56,6 @@ def unpack_conv_weight(
     return packers(packed.device).unpack_conv_weight(packed, weight_shape, groups)
 
 
-def transform_conv_weight(
-    weight: Tensor, *, stride: IntOrPair = 1, dilation: IntOrPair = 1, groups: int = 1
-) -> Tensor:
-    r"""Transform a 3x3 weight for Winograd's algorithm :math:`F(4 \times 4, 3 \times 3)`.
-
-    .. math:: U = G g G^T
-
-    for each filter :math:`g`, computed in float64 and stored in float32: 36 numbers for its 9.
-
-    Args:
-        weight: ``(K, C, 3, 3)`` on the CPU, float32.
-        stride: Of the convolution; the algorithm is for 1.
-        dilation: Of the convolution; the algorithm is for 1.
-        groups: Of the convolution; the algorithm is for 1.
-
-    Returns:
-        A vector in this machine's layout; an empty one where the algorithm does not apply: another
-        dtype, kernel, stride, dilation or number of groups, or channels that do not fill vectors.
-
-    Raises:
-        ValueError: Wrong rank, or groups that do not divide K.
-
-    Source:
-        Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
-    """
-    op = "transform_conv_weight"
-    return OPERATORS["cpu"].transform_conv_weight(
-        weight,
-        checks.pair(op, "stride", stride, 1),
-        checks.pair(op, "dilation", dilation, 1),
-        groups,
-    )
-
-
 def conv_bn_add_relu_packed(
     x: Tensor,
     packed: Tensor,
@@ -97,13 +63,13 @@ def conv_bn_add_relu_packed(
     shift: Tensor,
     residual: Tensor | None = None,
     *,
-    transformed: Tensor | None = None,
     weight_shape: tuple[int, int, int, int],
     stride: IntOrPair = 1,
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
     groups: int = 1,
     relu: bool = True,
+    winograd: bool = False,
 ) -> Tensor:
     r"""Inference with a packed weight and a folded batch norm; no gradient.
 
@@ -115,14 +81,14 @@ def conv_bn_add_relu_packed(
         scale: ``(K,)``, float32 (float64 for float64 ``x``).
         shift: As ``scale``.
         residual: Shape and dtype of the result, or None.
-        transformed: From :func:`transform_conv_weight`: Winograd's algorithm then runs where it is
-            the faster way, with a relative error of about 1e-6. None or empty: the direct sum.
         weight_shape: ``(K, C / groups, kh, kw)`` of the weight that was packed.
         stride: Of the convolution, an int or ``(height, width)``.
         padding: Zeros on each side, an int or ``(height, width)``.
         dilation: Distance between taps, an int or ``(height, width)``.
         groups: Number of independent groups of channels.
         relu: False leaves the maximum out.
+        winograd: Whether a 3x3 convolution of stride 1 may run by Winograd's algorithm in float32
+            on the CPU where it is the faster way, with a relative error of about 1e-6.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
@@ -130,6 +96,9 @@ def conv_bn_add_relu_packed(
     Raises:
         ValueError: Shapes that do not fit each other.
         TypeError: Wrong dtype.
+
+    Source:
+        Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
     """
     op = "conv_bn_add_relu_packed"
     geometry = (
@@ -145,7 +114,7 @@ def conv_bn_add_relu_packed(
             x, weight, scale, shift, residual, *geometry, relu=relu
         )
     return OPERATORS[backend].conv_bn_add_relu_packed(
-        x, packed, scale, shift, residual, transformed, weight_shape, *geometry, relu
+        x, packed, scale, shift, residual, weight_shape, *geometry, relu, winograd
     )
 
 

@@ -115,6 +115,24 @@ MUTANTS = [
         "o[3] = d1 + 8.0f * d2 + m[5];",
         "o[3] = d1 + 4.0f * d2 + m[5];",
     ),
+    Mutant(
+        "Winograd's weight transform with a wrong sign",
+        "csrc/cpu/kernels/winograd.h",
+        "o[4] = (1.0f / 24) * (far - 2.0f * g[1]);",
+        "o[4] = (1.0f / 24) * (far + 2.0f * g[1]);",
+    ),
+    Mutant(
+        "Winograd's products lose all channels but the last pass's",
+        "csrc/cpu/kernels/winograd.h",
+        "first ? acc[i][v] : acc[i][v] + load(to)",
+        "acc[i][v]",
+    ),
+    Mutant(
+        "Winograd's panels begin at the first one's channel",
+        "csrc/cpu/kernels/winograd.h",
+        "winograd_output(f, b.tile0, b.tile1, q * panel, product);",
+        "winograd_output(f, b.tile0, b.tile1, b.panel0 * panel, product);",
+    ),
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
     Mutant(
         "backward mask lets zero pass",

@@ -216,7 +216,7 @@ def test_opcheck_packed(fmt, dtype):
     operands = (x, packed, scale, shift)
     check(
         compiled.conv_bn_add_relu_packed.default,
-        (*operands, r, None, list(w.shape), *geometry, True),
+        (*operands, r, list(w.shape), *geometry, True),
     )
     check(
         compiled.conv_bn_relu_maxpool_packed.default,

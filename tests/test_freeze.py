@@ -194,7 +194,7 @@ def test_a_model_in_training_is_frozen_in_eval_and_goes_on_training() -> None:
 
 
 def test_weights_are_held_once() -> None:
-    model, frozen = network(), fr.freeze(network(), winograd=False)
+    model, frozen = network(), fr.freeze(network())
     held = [*frozen.parameters(), *frozen.buffers()]
     values = sum(t.numel() for t in {t.data_ptr(): t for t in held}.values())
     own = sum(p.numel() for p in model.parameters())
@@ -203,13 +203,12 @@ def test_weights_are_held_once() -> None:
 
 
 def winograds(frozen: nn.Module) -> list[nn.Module]:
-    return [m for m in frozen.modules() if getattr(m, "transformed", None) is not None]
+    return [m for m in frozen.modules() if getattr(m, "winograd", False)]
 
 
 def test_winograd_is_for_float32_and_can_be_switched_off() -> None:
     model = randomize(fr.resnet18(num_classes=10)).eval()
-    # Stages 1 to 3 but for the strided convolutions; stage 4 has too many channels.
-    assert len(winograds(fr.freeze(model))) == 4 + 3 + 3
+    assert winograds(fr.freeze(model))
     assert not winograds(fr.freeze(model, winograd=False))
     assert not winograds(fr.freeze(model, torch.bfloat16))
     x = image(2, 3, 96, 96, dtype=torch.float32)
@@ -223,7 +222,7 @@ def test_winograd_is_for_float32_and_can_be_switched_off() -> None:
     assert errors[0] != errors[1] < 5e-6
 
 
-def test_loaded_weights_reach_the_transformed_copy() -> None:
+def test_loaded_weights_are_packed() -> None:
     one, other = (fr.freeze(randomize(fr.resnet18(num_classes=10), seed)) for seed in (1, 2))
     x = image(1, 3, 96, 96, dtype=torch.float32)
     assert not torch.equal(one(x), other(x))

@@ -84,28 +84,27 @@ def test_a_whole_block_is_counted_as_its_convolutions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "stride", "transform"),
+    ("size", "stride", "winograd"),
     [
         (28, 1, True),  # 49 tiles
-        (7, 1, True),  # 4 tiles: too few
+        (3, 1, True),  # one tile: too few
         (28, 2, True),  # no such algorithm
         (28, 1, False),  # not asked for
     ],
 )
-def test_the_algorithm_named_is_the_one_that_ran(size: int, stride: int, transform: bool) -> None:
+def test_the_algorithm_named_is_the_one_that_ran(size: int, stride: int, winograd: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 64, size, size, generator=generator)
     weight = torch.randn(64, 64, 3, 3, generator=generator)
-    transformed = ops.transform_conv_weight(weight, stride=stride) if transform else None
     one, zero = torch.ones(64), torch.zeros(64)
 
-    def result(transformed: torch.Tensor | None) -> torch.Tensor:
+    def result(winograd: bool) -> torch.Tensor:
         return ops.conv_bn_add_relu_packed(
             x,
             ops.pack_conv_weight(weight),
             one,
             zero,
-            transformed=transformed,
+            winograd=winograd,
             weight_shape=(64, 64, 3, 3),
             stride=stride,
             padding=1,
@@ -119,10 +118,11 @@ def test_the_algorithm_named_is_the_one_that_ran(size: int, stride: int, transfo
         [1, 1],
         1,
         torch.float32,
-        transformed is not None and transformed.numel() > 0,
+        winograd,
     )
     # The two algorithms round differently, so equal bits tell which one ran.
-    assert (named == "direct") == torch.equal(result(transformed), result(None))
+    assert (named == "direct") == torch.equal(result(winograd), result(False))
+    assert (named == "winograd") == (size == 28 and stride == 1 and winograd)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

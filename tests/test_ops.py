@@ -9,7 +9,7 @@ from cases import CONVS, FORMATS, MAPS, Conv, batch_norm, conv_weight, doubled, 
 from tolerances import DTYPES, assert_as_exact_as_pytorch, error
 
 import fused_resnet as fr
-from fused_resnet import ops, reference
+from fused_resnet import _C, ops, reference
 
 BACKENDS = ("reference", "cpu")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -475,8 +475,6 @@ def test_wrong_pool_arguments_are_named():
 
 def test_bare_operators_check_for_themselves():
     """``torch.ops`` and ``_C`` go past the Python checks: the compiled code must refuse too."""
-    from fused_resnet import _C
-
     x, w = torch.randn(1, 4, 5, 5), torch.randn(6, 4, 3, 3)
     one, geometry = torch.ones(6), ([1, 1], [0, 0], [1, 1], 1)
     short = torch.ones(5)
@@ -491,9 +489,7 @@ def test_bare_operators_check_for_themselves():
         lambda: _C.conv_bn_add_relu(
             x, w, None, None, None, one, one, None, [0, 1], [0, 0], [1, 1], 1, 1e-5, True
         ),
-        lambda: _C.conv_bn_add_relu_packed(
-            x, one, one, one, None, None, [6, 4, 3, 3], *geometry, True
-        ),
+        lambda: _C.conv_bn_add_relu_packed(x, one, one, one, None, [6, 4, 3, 3], *geometry, True),
         lambda: _C.unpack_conv_weight(one, [6, 4, 3, 3], 1),
         lambda: _C.bn_add_relu(x, one, None, None, None, None, True, 1e-5, True),
         lambda: _C.bn_add_relu(x, None, None, None, None, None, False, 1e-5, True),
@@ -518,61 +514,79 @@ WINOGRADS = [
     Conv("7x7-batch", (5, 64, 7, 7), 64, args={"padding": 1}),
     Conv("odd-valid", (2, 32, 19, 23), 64),
     Conv("wide-padding", (1, 32, 13, 18), 32, args={"padding": (2, 0)}),
+    # Weights are transformed for 128 channels at a time, the last of them for 16.
+    Conv("two-passes-and-a-rest", (1, 272, 9, 9), 64, args={"padding": 1}),
 ]
+
+
+def winograd_operands(case):
+    """What ``ops.conv_bn_add_relu_packed`` takes, in float32, and the result in float64."""
+    x = normal(*case.x, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    w, bn = conv_weight(case, torch.float32), batch_norm(case.k, torch.float32)
+    weight, bias, mean, var = doubled(bn)
+    scale = weight / torch.sqrt(var + 1e-5)
+    operands = (x, ops.pack_conv_weight(w), scale.float(), (bias - mean * scale).float())
+    return operands, lambda r, relu: reference.conv_bn_add_relu(
+        doubled(x), doubled(w), *doubled(bn), None if r is None else doubled(r), relu=relu,
+        **case.args,
+    ), {"weight_shape": tuple(w.shape), **case.args}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WINOGRADS, ids=str)
 @extras
 def test_winograd(case, relu, residual):
     """Within 2e-6 of float64, and not the direct sum in disguise."""
-    x = normal(*case.x, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
-    w, bn = conv_weight(case, torch.float32), batch_norm(case.k, torch.float32)
-    truth = reference.conv_bn_add_relu(doubled(x), doubled(w), *doubled(bn), **case.args)
-    r = normal(*truth.shape, dtype=torch.float32) if residual else None
-    truth = reference.conv_bn_add_relu(
-        doubled(x), doubled(w), *doubled(bn), None if r is None else doubled(r), relu=relu,
-        **case.args,
-    )  # fmt: skip
-    weight, bias, mean, var = doubled(bn)
-    scale = weight / torch.sqrt(var + 1e-5)
-    arguments = (x, ops.pack_conv_weight(w), scale.float(), (bias - mean * scale).float(), r)
-    options = {"weight_shape": tuple(w.shape), "relu": relu, **case.args}
-    transformed = ops.transform_conv_weight(w)
-    assert transformed.numel() == 4 * w.numel()
-    result = ops.conv_bn_add_relu_packed(*arguments, transformed=transformed, **options)
-    direct = ops.conv_bn_add_relu_packed(*arguments, **options)
+    operands, truth_of, options = winograd_operands(case)
+    r = normal(*truth_of(None, relu).shape, dtype=torch.float32) if residual else None
+    truth = truth_of(r, relu)
+    result = ops.conv_bn_add_relu_packed(*operands, r, winograd=True, relu=relu, **options)
+    direct = ops.conv_bn_add_relu_packed(*operands, r, relu=relu, **options)
     assert error(result, truth) < 2e-6
     assert not torch.equal(result, direct)
 
 
+@pytest.mark.parametrize("case", WINOGRADS[:4], ids=str)
+def test_winograd_has_the_same_bits_on_any_number_of_threads(case):
+    """Whether threads share out the tiles, the panels of output channels or both."""
+    operands, _, options = winograd_operands(case)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(ops.conv_bn_add_relu_packed(*operands, winograd=True, **options))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def algorithm(x, w, stride=1, padding=1, dilation=1, groups=1, winograd=True):
+    """The chooser's answer for an input and a weight of these sizes."""
+    pairs = ([v, v] for v in (stride, padding, dilation))
+    return _C.conv_algorithm(list(x), list(w), *pairs, groups, torch.float32, winograd)
+
+
 @pytest.mark.parametrize(
     "other",
-    [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"w": (64, 64, 1, 1)}, {"w": (64, 62, 3, 3)},
-     {"w": (33, 64, 3, 3)}, {"dtype": torch.float64}],
+    [{"stride": 2}, {"dilation": 2}, {"groups": 2, "w": (64, 32, 3, 3)}, {"w": (64, 64, 1, 1)},
+     {"w": (64, 62, 3, 3), "x": (8, 62, 56, 56)}, {"w": (33, 64, 3, 3)}, {"winograd": False},
+     {"x": (1, 64, 4, 4)}],
     ids=str,
 )  # fmt: skip
-def test_winograd_declines_what_it_cannot_compute(other):
-    w = torch.randn(other.pop("w", (64, 64, 3, 3)), dtype=other.pop("dtype", torch.float32))
-    assert ops.transform_conv_weight(w, **other).numel() == 0
+def test_winograd_is_for_plain_3x3_convolutions_with_some_tiles(other):
+    """A 4x4 map is one tile: transforming the weight for it does not pay."""
+    case = {"x": (8, 64, 56, 56), "w": (64, 64, 3, 3)}
+    assert algorithm(**case) == "winograd"
+    assert algorithm(**{**case, **other}) == "direct"
 
 
-def test_few_tiles_take_the_direct_sum():
-    """A 4x4 map is one tile: reading four times the weights for it does not pay."""
-    x, w = normal(1, 64, 4, 4, dtype=torch.float32), normal(64, 64, 3, 3, dtype=torch.float32)
-    one = torch.ones(64)
+def test_other_dtypes_take_the_direct_sum():
+    x, w = normal(1, 64, 16, 16, dtype=torch.float64), normal(64, 64, 3, 3, dtype=torch.float64)
+    one = torch.ones(64, dtype=torch.float64)
     arguments = (x, ops.pack_conv_weight(w), one, one)
     options = {"weight_shape": tuple(w.shape), "padding": 1}
-    transformed = ops.transform_conv_weight(w)
-    result = ops.conv_bn_add_relu_packed(*arguments, transformed=transformed, **options)
+    result = ops.conv_bn_add_relu_packed(*arguments, winograd=True, **options)
     assert torch.equal(result, ops.conv_bn_add_relu_packed(*arguments, **options))
-
-
-def test_a_foreign_transformed_weight_is_refused():
-    x, w, one = torch.randn(1, 64, 16, 16), torch.randn(64, 64, 3, 3), torch.ones(64)
-    with pytest.raises(ValueError, match="transformed: expected shape"):
-        ops.conv_bn_add_relu_packed(
-            x, ops.pack_conv_weight(w), one, one, transformed=one, weight_shape=tuple(w.shape)
-        )
 
 
 # residual_block

@@ -27,12 +27,11 @@ void bind_operands(const char* op, ConvCall& call, const at::Tensor& x,
   call.args.relu = relu;
 }
 
-template <class Driver>
-at::Tensor run(ConvCall& call, Driver driver) {
+at::Tensor run(ConvCall& call, bool winograd) {
   const ConvShape& s = call.args.shape;
   const at::Tensor y = at::empty({s.n, s.k, s.out_h(), s.out_w()}, call.x.options(), kChannelsLast);
   call.args.y = y.mutable_data_ptr();
-  driver();
+  run_conv(call.dtype, call.args, winograd);
   return y;
 }
 
@@ -44,30 +43,22 @@ at::Tensor conv_bn_add_relu_cpu(const at::Tensor& x, const at::Tensor& weight,
                                 at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
   ConvCall call = prepare("conv_bn_add_relu", x, weight, conv_bias, bn_weight, bn_bias, mean, var,
                           residual, {stride, padding, dilation, groups}, eps, relu);
-  return run(call, [&] { run_conv(call.dtype, call.args); }).contiguous(x.suggest_memory_format());
+  // Live parameters promise the direct sum's accuracy: Winograd's algorithm is freeze's to allow.
+  return run(call, false).contiguous(x.suggest_memory_format());
 }
 
 }  // namespace
 
 at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
                                        const at::Tensor& scale, const at::Tensor& shift,
-                                       const OptionalTensor& residual,
-                                       const OptionalTensor& transformed,
-                                       at::IntArrayRef weight_shape, at::IntArrayRef stride,
-                                       at::IntArrayRef padding, at::IntArrayRef dilation,
-                                       int64_t groups, bool relu) {
+                                       const OptionalTensor& residual, at::IntArrayRef weight_shape,
+                                       at::IntArrayRef stride, at::IntArrayRef padding,
+                                       at::IntArrayRef dilation, int64_t groups, bool relu,
+                                       bool winograd) {
   const char* op = "conv_bn_add_relu_packed";
   ConvCall call = prepare_packed(op, x, packed, scale, shift, residual, weight_shape,
                                  {stride, padding, dilation, groups}, relu);
-  const ConvShape& s = call.args.shape;
-  const bool is_transformed = transformed && transformed->numel() > 0;
-  if (choose_algorithm(s, call.dtype, is_transformed) == ConvAlgorithm::kWinograd) {
-    check_same(op, "transformed", transformed, {kWinogradPoints * s.k * s.c}, x);
-    call.packed = transformed->contiguous();
-    call.args.packed = call.packed.const_data_ptr();
-    return run(call, [&] { run_winograd(call.args); });
-  }
-  return run(call, [&] { run_conv(call.dtype, call.args); });
+  return run(call, winograd);
 }
 
 ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,

@@ -38,10 +38,9 @@ ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& p
 
 at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
                                        const at::Tensor& scale, const at::Tensor& shift,
-                                       const OptionalTensor& residual,
-                                       const OptionalTensor& transformed,
-                                       at::IntArrayRef weight_shape, at::IntArrayRef stride,
-                                       at::IntArrayRef padding, at::IntArrayRef dilation,
-                                       int64_t groups, bool relu);
+                                       const OptionalTensor& residual, at::IntArrayRef weight_shape,
+                                       at::IntArrayRef stride, at::IntArrayRef padding,
+                                       at::IntArrayRef dilation, int64_t groups, bool relu,
+                                       bool winograd);
 
 }  // namespace fr

@@ -15,9 +15,9 @@ constexpr int64_t kBlockBytes = 512 * 1024;
 // Tiles that a block has at least, however many channels: each block reads all weights.
 constexpr int64_t kLeastTiles = 8;
 
-// At 14x14, one image has 16 tiles: there the products of all 36 points fill the microkernel's
-// rows. A few tiles do not pay for reading four times the weights.
-constexpr int64_t kLeastWinogradTiles = 12;
+// Bytes of transformed input in one block of Winograd's algorithm. The more tiles, the less its
+// weights' transform costs; read from the last cache, tiles cost little more than from the second.
+constexpr int64_t kWinogradBytes = 4 * 1024 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -100,58 +100,9 @@ void flatten(ConvShape& s) {
   }
 }
 
-int64_t winograd_tiles(const ConvShape& s) {
-  return s.n * ceil_div(s.out_h(), kWinogradTile) * ceil_div(s.out_w(), kWinogradTile);
-}
-
-}  // namespace
-
-bool winograd_fits(const ConvShape& s) {
-  const KernelTable& table = kernels();
-  return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1 && s.c % table.winograd.lanes == 0 &&
-         s.k % table.panel[kFloat32] == 0;
-}
-
-ConvAlgorithm choose_algorithm(const ConvShape& s, DType dtype, bool transformed) {
-  const bool winograd = transformed && dtype == kFloat32 && winograd_fits(s) &&
-                        winograd_tiles(s) >= kLeastWinogradTiles;
-  return winograd ? ConvAlgorithm::kWinograd : ConvAlgorithm::kDirect;
-}
-
-const char* name_of(ConvAlgorithm algorithm) {
-  return algorithm == ConvAlgorithm::kWinograd ? "winograd" : "direct";
-}
-
-void run_winograd(const ConvForward& f) {
-  const KernelTable& table = kernels();
-  const ConvShape& s = f.shape;
-  const int64_t tiles = winograd_tiles(s), panels = s.k / table.panel[kFloat32];
-  if (tiles == 0) return;
-  const int64_t threads = at::get_num_threads();
-  const int64_t tile_bytes = kWinogradPoints * s.c * static_cast<int64_t>(sizeof(float));
-  const int64_t size =
-      block_size(tiles, std::max(kBlockBytes / tile_bytes, table.tile[kFloat32]), threads);
-  const int64_t blocks = ceil_div(tiles, size);
-  // Too few blocks for all threads: each transforms all input, and multiplies its share of panels.
-  const int64_t share = blocks >= threads ? panels : ceil_div(panels, threads);
-  const int64_t shares = ceil_div(panels, share);
-  at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
-    const c10::DataPtr scratch =
-        c10::GetCPUAllocator()->allocate(table.winograd.scratch_bytes(s, size));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t tile0 = i / shares * size, panel0 = i % shares * share;
-      const WinogradBlock block{tile0, std::min(tile0 + size, tiles), panel0,
-                                std::min(panel0 + share, panels)};
-      table.winograd.run(f, block, scratch.get());
-    }
-  });
-}
-
-void run_conv(DType dtype, ConvForward f) {
+void run_direct(DType dtype, ConvForward f) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
-  if (f.shape.n == 0) return;
   flatten(f.shape);
   const Blocks blocks = cut(f.shape, f.residual != nullptr, table.panel[dtype], table.tile[dtype],
                             bytes_of(k.packed), at::get_num_threads());
@@ -168,6 +119,94 @@ void run_conv(DType dtype, ConvForward f) {
       k.conv(f, block, scratch.get());
     }
   });
+}
+
+int64_t winograd_tiles(const ConvShape& s) {
+  return s.n * ceil_div(s.out_h(), kWinogradTile) * ceil_div(s.out_w(), kWinogradTile);
+}
+
+bool winograd_fits(const ConvShape& s) {
+  const KernelTable& table = kernels();
+  return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.groups == 1 && s.c % table.winograd.lanes == 0 &&
+         s.k % table.panel[kFloat32] == 0;
+}
+
+struct WinogradPlan {
+  int64_t tiles, panels;  // of one block
+  double cost;            // of all, on all threads
+};
+
+// The model of cost, in multiply-adds; a thread does a vector of them twice a cycle.
+//
+//   block of t tiles and k of K channels = 36 t C k + 450 t C + 350 t k + 200 C k
+//   direct                               = 9 OH OW N C K / threads
+//
+// The terms of a block are the products, and the transforms of the input, of the output and of the
+// weight: measured, as they wait for the cache more than they compute. More blocks of tiles mean
+// that weights are transformed more often, more blocks of panels that the input is.
+WinogradPlan plan_winograd(const ConvShape& s, int64_t panel, int64_t threads) {
+  const int64_t tiles = winograd_tiles(s), panels = s.k / panel;
+  const int64_t tile_bytes = kWinogradPoints * s.c * static_cast<int64_t>(sizeof(float));
+  const int64_t least = ceil_div(tiles, std::max<int64_t>(kWinogradBytes / tile_bytes, 1));
+  WinogradPlan best{0, 0, 0};
+  for (int64_t blocks = least; blocks < least + threads && blocks <= tiles; ++blocks) {
+    for (const int64_t shares : {int64_t{1}, std::min(ceil_div(threads, blocks), panels)}) {
+      WinogradPlan plan{ceil_div(tiles, blocks), ceil_div(panels, shares), 0};
+      const double t = static_cast<double>(plan.tiles), c = static_cast<double>(s.c);
+      const double k = static_cast<double>(plan.panels * panel);
+      const int64_t count = ceil_div(tiles, plan.tiles) * ceil_div(panels, plan.panels);
+      plan.cost = static_cast<double>(ceil_div(count, threads)) *
+                  (kWinogradPoints * t * c * k + 450 * t * c + 350 * t * k + 200 * c * k);
+      if (best.tiles == 0 || plan.cost < best.cost) best = plan;
+    }
+  }
+  return best;
+}
+
+bool takes_winograd(DType dtype, const ConvShape& s) {
+  if (dtype != kFloat32 || !winograd_fits(s) || s.n == 0) return false;
+  const int64_t threads = at::get_num_threads();
+  const double direct = static_cast<double>(s.n * s.out_h() * s.out_w()) *
+                        static_cast<double>(s.depth() * s.k) / static_cast<double>(threads);
+  return plan_winograd(s, kernels().panel[kFloat32], threads).cost < direct;
+}
+
+void run_winograd(const ConvForward& f) {
+  const KernelTable& table = kernels();
+  const ConvShape& s = f.shape;
+  const int64_t panel = table.panel[kFloat32], tiles = winograd_tiles(s), panels = s.k / panel;
+  const WinogradPlan plan = plan_winograd(s, panel, at::get_num_threads());
+  const int64_t shares = ceil_div(panels, plan.panels);
+  at::parallel_for(0, ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
+    const c10::DataPtr scratch =
+        c10::GetCPUAllocator()->allocate(table.winograd.scratch_bytes(s, plan.tiles));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile0 = i / shares * plan.tiles, panel0 = i % shares * plan.panels;
+      const WinogradBlock block{tile0, std::min(tile0 + plan.tiles, tiles), panel0,
+                                std::min(panel0 + plan.panels, panels)};
+      table.winograd.run(f, block, scratch.get());
+    }
+  });
+}
+
+}  // namespace
+
+const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
+  return winograd && takes_winograd(dtype, shape) ? "winograd" : "direct";
+}
+
+int64_t packed_numel(const ConvShape& s, int64_t panel) {
+  return s.groups * ceil_div(s.group_k(), panel) * panel * s.depth();
+}
+
+void run_conv(DType dtype, const ConvForward& f, bool winograd) {
+  if (f.shape.n == 0) return;
+  if (winograd && takes_winograd(dtype, f.shape)) {
+    run_winograd(f);
+  } else {
+    run_direct(dtype, f);
+  }
 }
 
 void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {

@@ -5,26 +5,15 @@
 
 namespace fr {
 
-// Channels-last operands; f.packed as pack_conv_weight lays it out.
-void run_conv(DType dtype, ConvForward f);
+// Channels-last operands; f.packed as pack_conv_weight lays it out. `winograd`: that algorithm may
+// run, see conv_algorithm.
+void run_conv(DType dtype, const ConvForward& f, bool winograd);
 
 // The same, then max-pool; f.y is not used. y is the pooled result.
 void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y);
 
-// The same by Winograd's algorithm, float32; f.packed as transform_conv_weight lays it out.
-void run_winograd(const ConvForward& f);
-
-// Whether that can compute this convolution; sizes of the input do not matter.
-bool winograd_fits(const ConvShape& shape);
-
-// The ways to compute a convolution.
-enum class ConvAlgorithm { kDirect, kWinograd };
-
-// The one that runs, and the only place where that is decided. `transformed`: whether the weight is
-// there as transform_conv_weight lays it out.
-ConvAlgorithm choose_algorithm(const ConvShape& shape, DType dtype, bool transformed);
-
-// Its name for people: "direct" or "winograd".
-const char* name_of(ConvAlgorithm algorithm);
+// The name of the algorithm that run_conv takes for such a convolution, on as many threads as there
+// are now: "direct" or "winograd".
+const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd);
 
 }  // namespace fr

@@ -65,37 +65,11 @@ at::Tensor unpack_conv_weight_cpu(const at::Tensor& packed, at::IntArrayRef size
   return weight;
 }
 
-// An empty tensor where Winograd's algorithm cannot compute the convolution.
-at::Tensor transform_conv_weight_cpu(const at::Tensor& weight, at::IntArrayRef stride,
-                                     at::IntArrayRef dilation, int64_t groups) {
-  const char* op = "transform_conv_weight";
-  ConvShape s = weight_shape(op, weight.sizes(), groups);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "dilation", dilation, 1);
-  s.stride_h = stride[0];
-  s.stride_w = stride[1];
-  s.dilation_h = dilation[0];
-  s.dilation_w = dilation[1];
-  if (weight.scalar_type() != at::kFloat || !winograd_fits(s)) {
-    return at::empty({0}, weight.options());
-  }
-  const at::Tensor transformed = at::empty({kWinogradPoints * s.k * s.c}, weight.options());
-  const WeightStrides strides{weight.stride(0), weight.stride(1), weight.stride(2),
-                              weight.stride(3)};
-  const KernelTable& table = kernels();
-  at::parallel_for(0, s.k / table.panel[kFloat32], 1, [&](int64_t begin, int64_t end) {
-    table.winograd.pack(s, strides, weight.const_data_ptr<float>(), begin, end,
-                        transformed.mutable_data_ptr<float>());
-  });
-  return transformed;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
   m.impl("pack_conv_weight", &pack_conv_weight_cpu);
   m.impl("unpack_conv_weight", &unpack_conv_weight_cpu);
-  m.impl("transform_conv_weight", &transform_conv_weight_cpu);
 }
 
 }  // namespace fr

@@ -16,8 +16,8 @@ at::Tensor residual_block_cpu(const at::Tensor& x, at::TensorList packed, at::Te
       block, x,
       [](const at::Tensor& input, const BlockConv& c, const OptionalTensor& residual, bool relu) {
         return conv_bn_add_relu_packed_cpu(input, c.packed, c.scale, c.shift, residual,
-                                           std::nullopt, c.weight_shape, c.stride, c.padding,
-                                           c.dilation, c.groups, relu);
+                                           c.weight_shape, c.stride, c.padding, c.dilation,
+                                           c.groups, relu, false);
       });
 }
 

@@ -239,17 +239,13 @@ def _conv(path: str, operator: str, given: dict[str, Any], y: Tensor) -> Layer:
     )
     packed: Any = given.get("packed", weight)
     residual = given.get("residual", given.get("other"))
-    transformed = given.get("transformed")
     algorithm = "direct"
     if operator.startswith("fused_resnet_library") or operator in _LIBRARY:
         algorithm = "library"
-    elif "transformed" in given:
-        is_transformed = transformed is not None and transformed.numel() > 0
+    elif "winograd" in given:
         algorithm = _C.conv_algorithm(
-            list(x.shape), shape, stride, padding, dilation, groups, x.dtype, is_transformed
+            list(x.shape), shape, stride, padding, dilation, groups, x.dtype, given["winograd"]
         )
-        if algorithm == "winograd":
-            packed = transformed
     # With a stride beyond the kernel not every pixel is read.
     read = n * c * min(h, oh * kh) * min(w, ow * kw) * x.element_size()
     moved = read + _bytes(packed) + _bytes(y) + (0 if residual is None else _bytes(residual))

@@ -517,13 +517,13 @@ def conv_bn_add_relu_packed(
     scale: Tensor,
     shift: Tensor,
     residual: Tensor | None,
-    transformed: Tensor | None,
     weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     relu: bool,
+    winograd: bool = False,
     *,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
@@ -537,13 +537,13 @@ def conv_bn_add_relu_packed(
         scale: ``(K,)``, any float.
         shift: As ``scale``.
         residual: See there.
-        transformed: The CPU's; not used.
         weight_shape: ``(K, C / groups, kh, kw)``.
         stride: See there, and so all up to ``relu``.
         padding: See there.
         dilation: See there.
         groups: See there.
         relu: See there.
+        winograd: The CPU's; not used.
         residual_scale: ``(K,)``, any float: the residual is a map before its own batch norm.
         residual_shift: As ``residual_scale``.
         config: Forces a configuration.

@@ -111,7 +111,7 @@ class BlockConv(NamedTuple):
     def run(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """The convolution by itself."""
         return conv_bn_add_relu_packed(
-            x, self.packed, self.scale, self.shift, residual, None, *self[3:], relu
+            x, self.packed, self.scale, self.shift, residual, *self[3:], relu
         )
 
 

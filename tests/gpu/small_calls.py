@@ -111,7 +111,7 @@ def _convolutions(precision: Precision) -> Iterator[Call]:
     yield Call(
         str(precision),
         "conv_bn_add_relu_packed",
-        (x, _packed(w), bn[0], bn[1], residual, None, list(w.shape), *geometry(PLANNED), True),
+        (x, _packed(w), bn[0], bn[1], residual, list(w.shape), *geometry(PLANNED), True),
         tf32,
     )
 

@@ -129,7 +129,7 @@ def test_opcheck():
     check_operator(compiled.conv_statistics.default, (x, w, None, *geometry))
     check_operator(
         compiled.conv_bn_add_relu_packed.default,
-        (x, packed, *bn[2:], r, None, list(w.shape), *geometry, True),
+        (x, packed, *bn[2:], r, list(w.shape), *geometry, True),
     )
     check_operator(
         compiled.conv_bn_relu_maxpool_packed.default,

@@ -328,7 +328,7 @@ def test_bare_operators_check_for_themselves():
         lambda: compiled.conv_bn_add_relu(x, w.cpu(), None, None, None, one, one, None, *flags),
         lambda: compiled.conv_bn_add_relu(x, w, None, None, None, one.cpu(), one, None, *flags),
         lambda: compiled.conv_bn_add_relu_packed(
-            x, one, one, one, None, None, [6, 4, 3, 3], *geometry, True
+            x, one, one, one, None, [6, 4, 3, 3], *geometry, True
         ),
         lambda: compiled.bn_add_relu(x, one, None, None, None, None, True, 1e-5, True),
         lambda: compiled.bn_add_relu_backward(

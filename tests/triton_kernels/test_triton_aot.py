@@ -90,7 +90,7 @@ def convolution(
                 x, w, None, *geometry, 1, config=config, **prologue
             ),
             "affine residual": lambda: kernels.conv_bn_add_relu_packed(
-                *folded, r, None, list(w.shape), *geometry, 1, True,
+                *folded, r, list(w.shape), *geometry, 1, True,
                 residual_scale=v, residual_shift=v, config=config,
             ),
             "second": lambda: kernels.conv_conv_add_relu_packed(

@@ -31,7 +31,7 @@ constexpr KernelTable make_table(const char* isa) {
           {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
           {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
           {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()},
-          {kLanes<float>, winograd_scratch_bytes, winograd, winograd_pack},
+          {kLanes<float>, winograd_scratch_bytes, winograd},
           {multiply_add<float>, multiply_add<double>, nullptr, read_memory, copy_memory}};
 }
 

@@ -74,11 +74,6 @@ struct ConvBlock {
   int64_t n0, n1, row0, row1, col0, col1, panel0, panel1;
 };
 
-// Distances in a convolution's weight, in elements.
-struct WeightStrides {
-  int64_t k, c, r, s;
-};
-
 // Max-pool of rows [row0, row1) of one channels-last image's result.
 struct PoolForward {
   int64_t h, w, c;  // of the map that is pooled
@@ -129,8 +124,6 @@ struct WinogradKernels {
   int64_t lanes;  // input channels must be a multiple of it, output channels of the panel
   int64_t (*scratch_bytes)(const ConvShape&, int64_t tiles);
   void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);
-  void (*pack)(const ConvShape&, const WeightStrides&, const float* weight, int64_t panel0,
-               int64_t panel1, float* transformed);
 };
 
 // What one core can do at most; see peak.h.

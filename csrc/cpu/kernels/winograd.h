@@ -3,18 +3,19 @@
 //   Y = A^T [ (G g G^T) . (B^T d B) ] A     for each 4x4 tile of the output, 6x6 of the input
 //
 // 36 multiplications make 16 outputs where the direct sum takes 144. The products over channels are
-// 36 matrix products of [tiles x C] by [C x panel], done by the direct kernel's microkernel. Bytes:
-// the transformed input is 2.25 times the input and lives in the L2 cache for a block of tiles,
-// which sets the block's size; the transformed weight is 4 times the weight and is read once for
-// each block.
+// 36 matrix products of [tiles x C] by [C x panel], with as many accumulators as the direct kernel.
+//
+// The weight comes packed as the direct kernel reads it, [panel][r][s][c][panel]: its transform is
+// vectorised over output channels and made anew in every block of tiles, for a panel and
+// kWinogradDepth channels at a time, so that it stays in the L2 cache. That reads a quarter of what
+// transformed weights would be, and needs no memory for them. Bytes: x, w, y and the residual; the
+// transformed input is 2.25 times the input and is read once for each panel.
 //
 // Error: the transforms' coefficients, up to 8, cost about two bits against the direct sum:
 // relative 1e-6 where that has 3e-7. A value that is not finite spreads over its whole tile.
 //
 // Source: Winograd, 1980; Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
 // 2015.
-//
-// The weight is transformed in float64 and laid out [panel][point][channel][panel].
 #pragma once
 
 #include "conv_bn_add_relu.h"
@@ -26,6 +27,10 @@ namespace FR_ISA {
 
 using Floats = Vec<float>;
 
+// Input channels whose weights are transformed at a time: 36 points of 128 x 32 floats are 590 KB.
+// Longer would not fit; each pass adds to the products of the one before, which costs 2%.
+constexpr int64_t kWinogradDepth = 128;
+
 // B^T of six.
 FR_INLINE void transform_input(const Floats (&d)[6], Floats (&o)[6]) {
   o[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
@@ -36,6 +41,17 @@ FR_INLINE void transform_input(const Floats (&d)[6], Floats (&o)[6]) {
   o[3] = far + twice;
   o[4] = far - twice;
   o[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+}
+
+// G of three.
+FR_INLINE void transform_weight(const Floats (&g)[3], Floats (&o)[6]) {
+  const Floats ends = g[0] + g[2], far = g[0] + 4.0f * g[2];
+  o[0] = (1.0f / 4) * g[0];
+  o[1] = (-1.0f / 6) * (ends + g[1]);
+  o[2] = (-1.0f / 6) * (ends - g[1]);
+  o[3] = (1.0f / 24) * (far + 2.0f * g[1]);
+  o[4] = (1.0f / 24) * (far - 2.0f * g[1]);
+  o[5] = g[2];
 }
 
 // A^T of six.
@@ -59,9 +75,9 @@ FR_INLINE TilePlace place_of(const ConvShape& s, int64_t tile) {
           tile % across * kWinogradTile};
 }
 
-// Transformed input of tiles [tile0, tile1): [point][tile][channel].
+// Transformed input of tiles [tile0, tile1): [point][tile][channel], `stride` from tile to tile.
 inline void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t tile1,
-                           float* to) {
+                           int64_t stride, float* to) {
   constexpr int lanes = kLanes<float>;
   const int64_t tiles = tile1 - tile0;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -83,20 +99,60 @@ inline void winograd_input(const ConvShape& s, const float* x, int64_t tile0, in
       for (int i = 0; i < 6; ++i) {
         Floats o[6];
         transform_input(rows[i], o);
-        for (int j = 0; j < 6; ++j) store(o[j], to + ((i * 6 + j) * tiles + t) * s.c + c);
+        for (int j = 0; j < 6; ++j) store(o[j], to + ((i * 6 + j) * tiles + t) * stride + c);
       }
     }
   }
 }
 
-template <int kTile>
-void winograd_product(const float* a, int64_t depth, const float* b, float* to) {
-  Floats acc[kTile][kPanelVectors] = {};
-  accumulate<float, kTile>(a, depth, Runs{1, 1, depth, 0, 0}, b, acc);
-  __builtin_memcpy(to, acc, sizeof acc);
+// G g G^T of a panel's filters for channels [c0, c1), from the packed weight
+// [r][s][channel][panel]: [point][channel][panel], `stride` from point to point.
+inline void winograd_weight(const ConvShape& s, const float* packed, int64_t c0, int64_t c1,
+                            int64_t stride, float* to) {
+  constexpr int lanes = kLanes<float>, panel = kPanel<float>;
+  for (int64_t i = 0; i < (c1 - c0) * panel; i += lanes) {
+    Floats half[3][6];
+    for (int tap = 0; tap < 3; ++tap) {
+      Floats g[3];
+      for (int r = 0; r < 3; ++r) g[r] = load(packed + ((r * 3 + tap) * s.c + c0) * panel + i);
+      transform_weight(g, half[tap]);
+    }
+    for (int row = 0; row < 6; ++row) {
+      const Floats g[3] = {half[0][row], half[1][row], half[2][row]};
+      Floats o[6];
+      transform_weight(g, o);
+      for (int j = 0; j < 6; ++j) store(o[j], to + (row * 6 + j) * stride + i);
+    }
+  }
 }
 
-using WinogradProduct = void (*)(const float*, int64_t, const float*, float*);
+// [tiles][panel] at `to`, set or added to, by [tiles][depth], a row every `stride`, times
+// [depth][panel].
+template <int kTile>
+void winograd_product(const float* a, int64_t stride, int64_t depth, const float* b, bool first,
+                      float* to) {
+  constexpr int lanes = kLanes<float>;
+  Floats acc[kTile][kPanelVectors] = {};
+  for (int64_t c = 0; c < depth; ++c, ++a, b += kPanel<float>) {
+    Floats w[kPanelVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kPanelVectors; ++v) w[v] = load(b + v * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) {
+      const Floats x = broadcast<float>(a[i * stride]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] += x * w[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kPanelVectors; ++v, to += lanes)
+      store(first ? acc[i][v] : acc[i][v] + load(to), to);
+  }
+}
+
+using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, bool, float*);
 
 inline WinogradProduct product_of(int64_t rows) {
   static const WinogradProduct products[] = {
@@ -146,60 +202,53 @@ inline void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, 
   }
 }
 
-inline int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
-  return kWinogradPoints * tiles * (s.c + kPanel<float>)*static_cast<int64_t>(sizeof(float));
+// Where a block's scratch has what, in floats. Rows of tiles and points of weights are a vector
+// apart beyond their size, lest a power of two put them all in a few sets of the cache.
+struct WinogradScratch {
+  int64_t tile, point;             // steps of the transformed input and weight
+  int64_t input, weight, product;  // sizes
+};
+
+inline WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
+  WinogradScratch l;
+  l.tile = s.c + kLanes<float>;
+  l.point = min_of(s.c, kWinogradDepth) * kPanel<float> + kLanes<float>;
+  l.input = kWinogradPoints * tiles * l.tile;
+  l.weight = kWinogradPoints * l.point;
+  l.product = kWinogradPoints * tiles * kPanel<float>;
+  return l;
 }
 
-// f.packed is the transformed weight; channels are multiples of the vector and of the panel.
+inline int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
+  const WinogradScratch l = winograd_scratch(s, tiles);
+  return (l.input + l.weight + l.product) * static_cast<int64_t>(sizeof(float));
+}
+
+// Channels are multiples of the vector and of the panel.
 inline void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   const ConvShape& s = f.shape;
-  const int64_t tiles = b.tile1 - b.tile0;
+  const int64_t tiles = b.tile1 - b.tile0, parts = ceil_div(tiles, kMaxTile);
   constexpr int64_t panel = kPanel<float>;
+  const WinogradScratch l = winograd_scratch(s, tiles);
   float* input = static_cast<float*>(scratch);
-  float* product = input + kWinogradPoints * tiles * s.c;
-  winograd_input(s, static_cast<const float*>(f.x), b.tile0, b.tile1, input);
-  const int64_t parts = ceil_div(tiles, kMaxTile);
+  float* weight = input + l.input;
+  float* product = weight + l.weight;
+  winograd_input(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l.tile, input);
   for (int64_t q = b.panel0; q < b.panel1; ++q) {
-    const float* weights = static_cast<const float*>(f.packed) + q * kWinogradPoints * s.c * panel;
-    for (int64_t point = 0; point < kWinogradPoints; ++point, weights += s.c * panel) {
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
-        product_of(t1 - t0)(input + (point * tiles + t0) * s.c, s.c, weights,
-                            product + (point * tiles + t0) * panel);
+    const float* packed = static_cast<const float*>(f.packed) + q * s.depth() * panel;
+    for (int64_t c0 = 0; c0 < s.c; c0 += kWinogradDepth) {
+      const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
+      winograd_weight(s, packed, c0, c1, l.point, weight);
+      for (int64_t point = 0; point < kWinogradPoints; ++point) {
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
+          product_of(t1 - t0)(input + (point * tiles + t0) * l.tile + c0, l.tile, c1 - c0,
+                              weight + point * l.point, c0 == 0,
+                              product + (point * tiles + t0) * panel);
+        }
       }
     }
     winograd_output(f, b.tile0, b.tile1, q * panel, product);
-  }
-}
-
-// G g G^T of every filter, for panels [panel0, panel1).
-inline void winograd_pack(const ConvShape& s, const WeightStrides& at, const float* weight,
-                          int64_t panel0, int64_t panel1, float* to) {
-  constexpr int64_t panel = kPanel<float>;
-  constexpr double g[6][3] = {{1.0 / 4, 0, 0},
-                              {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                              {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                              {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                              {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                              {0, 0, 1}};
-  for (int64_t k = panel0 * panel; k < panel1 * panel; ++k) {
-    for (int64_t c = 0; c < s.c; ++c) {
-      const float* w = weight + k * at.k + c * at.c;
-      double half[6][3];
-      for (int i = 0; i < 6; ++i) {
-        for (int j = 0; j < 3; ++j) {
-          half[i][j] = g[i][0] * w[j * at.s] + g[i][1] * w[at.r + j * at.s] +
-                       g[i][2] * w[2 * at.r + j * at.s];
-        }
-      }
-      for (int i = 0; i < 6; ++i) {
-        for (int j = 0; j < 6; ++j) {
-          const double u = half[i][0] * g[j][0] + half[i][1] * g[j][1] + half[i][2] * g[j][2];
-          to[((k / panel * kWinogradPoints + i * 6 + j) * s.c + c) * panel + k % panel] =
-              static_cast<float>(u);
-        }
-      }
-    }
   }
 }
 

@@ -20,13 +20,13 @@ at::Tensor conv_bn_add_relu_cuda(const at::Tensor& x, const at::Tensor& weight,
   return call.run().contiguous(x.suggest_memory_format());
 }
 
-// `transformed` is for the CPU's Winograd kernels.
+// Winograd's algorithm is the CPU's.
 at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& packed,
                                         const at::Tensor& scale, const at::Tensor& shift,
-                                        const OptionalTensor& residual, const OptionalTensor&,
+                                        const OptionalTensor& residual,
                                         at::IntArrayRef weight_shape, at::IntArrayRef stride,
                                         at::IntArrayRef padding, at::IntArrayRef dilation,
-                                        int64_t groups, bool relu) {
+                                        int64_t groups, bool relu, bool) {
   ConvCall call("conv_bn_add_relu_packed", x, weight_shape, {stride, padding, dilation, groups});
   call.set_packed(packed);
   call.set_affine(scale, shift);

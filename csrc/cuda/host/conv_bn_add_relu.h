@@ -15,10 +15,9 @@ at::Tensor conv_bn_add_relu_cuda(const at::Tensor& x, const at::Tensor& weight,
 at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& packed,
                                         const at::Tensor& scale, const at::Tensor& shift,
                                         const OptionalTensor& residual,
-                                        const OptionalTensor& transformed,
                                         at::IntArrayRef weight_shape, at::IntArrayRef stride,
                                         at::IntArrayRef padding, at::IntArrayRef dilation,
-                                        int64_t groups, bool relu);
+                                        int64_t groups, bool relu, bool winograd);
 
 at::Tensor conv_conv_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& x2,
                                           const at::Tensor& packed, const at::Tensor& shift,

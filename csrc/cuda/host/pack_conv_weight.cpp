@@ -27,18 +27,11 @@ at::Tensor unpack_conv_weight_cuda(const at::Tensor& packed, at::IntArrayRef sha
       .clone(at::MemoryFormat::Contiguous);
 }
 
-// Winograd's algorithm is the CPU's.
-at::Tensor transform_conv_weight_cuda(const at::Tensor& weight, at::IntArrayRef, at::IntArrayRef,
-                                      int64_t) {
-  return at::empty({0}, weight.options());
-}
-
 }  // namespace
 
 FR_CUDA_LIBRARY(m) {
   m.impl("pack_conv_weight", &pack_conv_weight_cuda);
   m.impl("unpack_conv_weight", &unpack_conv_weight_cuda);
-  m.impl("transform_conv_weight", &transform_conv_weight_cuda);
 }
 
 }  // namespace fr

@@ -10,9 +10,8 @@ namespace {
 
 at::Tensor run_conv(const at::Tensor& x, const BlockConv& c, const OptionalTensor& residual,
                     bool relu) {
-  return conv_bn_add_relu_packed_cuda(x, c.packed, c.scale, c.shift, residual, std::nullopt,
-                                      c.weight_shape, c.stride, c.padding, c.dilation, c.groups,
-                                      relu);
+  return conv_bn_add_relu_packed_cuda(x, c.packed, c.scale, c.shift, residual, c.weight_shape,
+                                      c.stride, c.padding, c.dilation, c.groups, relu, false);
 }
 
 // The block's last two convolutions: one kernel that keeps what is between them on chip where there
