@@ -46,6 +46,9 @@ CONVS = [
     Conv("deep", (1, 512, 7, 7), 32, args={"padding": 1}),
     Conv("many-blocks", (1, 64, 56, 57), 32, args={"padding": 1}),
     Conv("wide-channels", (3, 1024, 5, 5), 64, (1, 1)),
+    # Pixels that are used lie a page apart, and are copied side by side.
+    Conv("page-apart-stride2", (2, 512, 7, 6), 40, (1, 1), {"stride": 2}),
+    Conv("page-apart-groups", (1, 1024, 3, 5), 48, (1, 1), {"groups": 2}),
 ]
 
 #: Maps for batch norm.

@@ -116,6 +116,18 @@ MUTANTS = [
         "o[3] = d1 + 4.0f * d2 + m[5];",
     ),
     Mutant(
+        "copied pixels read at their distance in the map",
+        CONV,
+        "source.pixel = pixel_step<A>(s);",
+        "source.pixel = s.c;",
+    ),
+    Mutant(
+        "a group's narrow last panel taken for a whole one",
+        CONV,
+        "group_width = ceil_div(s.group_k(), kLanes<A>) * kLanes<A>;",
+        "group_width = ceil_div(s.group_k(), kPanel<A>) * kPanel<A>;",
+    ),
+    Mutant(
         "Winograd's weight transform with a wrong sign",
         "csrc/cpu/kernels/winograd.h",
         "o[4] = (1.0f / 24) * (far - 2.0f * g[1]);",
@@ -130,8 +142,8 @@ MUTANTS = [
     Mutant(
         "Winograd's panels begin at the first one's channel",
         "csrc/cpu/kernels/winograd.h",
-        "winograd_output(f, b.tile0, b.tile1, q * panel, product);",
-        "winograd_output(f, b.tile0, b.tile1, b.panel0 * panel, product);",
+        "winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, product);",
+        "winograd_output(f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, product);",
     ),
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
     Mutant(

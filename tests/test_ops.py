@@ -515,7 +515,10 @@ WINOGRADS = [
     Conv("odd-valid", (2, 32, 19, 23), 64),
     Conv("wide-padding", (1, 32, 13, 18), 32, args={"padding": (2, 0)}),
     # Weights are transformed for 128 channels at a time, the last of them for 16.
-    Conv("two-passes-and-a-rest", (1, 272, 9, 9), 64, args={"padding": 1}),
+    Conv("two-passes-and-a-rest", (1, 272, 17, 17), 64, args={"padding": 1}),
+    # Panels of output channels are two vectors wide; the last one of these is a single vector.
+    Conv("narrow-panel", (3, 16, 16, 16), 16, args={"padding": 1}),
+    Conv("narrow-last-panel", (2, 32, 16, 16), 48, args={"padding": 1}),
 ]
 
 
@@ -570,11 +573,11 @@ def algorithm(x, w, stride=1, padding=1, dilation=1, groups=1, winograd=True):
     "other",
     [{"stride": 2}, {"dilation": 2}, {"groups": 2, "w": (64, 32, 3, 3)}, {"w": (64, 64, 1, 1)},
      {"w": (64, 62, 3, 3), "x": (8, 62, 56, 56)}, {"w": (33, 64, 3, 3)}, {"winograd": False},
-     {"x": (1, 64, 4, 4)}],
+     {"x": (1, 512, 7, 7), "w": (512, 512, 3, 3)}],
     ids=str,
 )  # fmt: skip
 def test_winograd_is_for_plain_3x3_convolutions_with_some_tiles(other):
-    """A 4x4 map is one tile: transforming the weight for it does not pay."""
+    """A 7x7 map has four tiles: transforming the weight for them does not pay."""
     case = {"x": (8, 64, 56, 56), "w": (64, 64, 3, 3)}
     assert algorithm(**case) == "winograd"
     assert algorithm(**{**case, **other}) == "direct"

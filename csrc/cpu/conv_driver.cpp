@@ -129,7 +129,7 @@ bool winograd_fits(const ConvShape& s) {
   const KernelTable& table = kernels();
   return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
          s.dilation_w == 1 && s.groups == 1 && s.c % table.winograd.lanes == 0 &&
-         s.k % table.panel[kFloat32] == 0;
+         s.k % table.winograd.lanes == 0;
 }
 
 struct WinogradPlan {
@@ -139,14 +139,14 @@ struct WinogradPlan {
 
 // The model of cost, in multiply-adds; a thread does a vector of them twice a cycle.
 //
-//   block of t tiles and k of K channels = 36 t C k + 450 t C + 350 t k + 200 C k
-//   direct                               = 9 OH OW N C K / threads
+//   block of t tiles and k of K channels = 36 t C k + 450 t C + 350 t k + 300 C k
+//   direct                               = 9 OH OW N C K
 //
 // The terms of a block are the products, and the transforms of the input, of the output and of the
 // weight: measured, as they wait for the cache more than they compute. More blocks of tiles mean
 // that weights are transformed more often, more blocks of panels that the input is.
 WinogradPlan plan_winograd(const ConvShape& s, int64_t panel, int64_t threads) {
-  const int64_t tiles = winograd_tiles(s), panels = s.k / panel;
+  const int64_t tiles = winograd_tiles(s), panels = ceil_div(s.k, panel);
   const int64_t tile_bytes = kWinogradPoints * s.c * static_cast<int64_t>(sizeof(float));
   const int64_t least = ceil_div(tiles, std::max<int64_t>(kWinogradBytes / tile_bytes, 1));
   WinogradPlan best{0, 0, 0};
@@ -154,28 +154,29 @@ WinogradPlan plan_winograd(const ConvShape& s, int64_t panel, int64_t threads) {
     for (const int64_t shares : {int64_t{1}, std::min(ceil_div(threads, blocks), panels)}) {
       WinogradPlan plan{ceil_div(tiles, blocks), ceil_div(panels, shares), 0};
       const double t = static_cast<double>(plan.tiles), c = static_cast<double>(s.c);
-      const double k = static_cast<double>(plan.panels * panel);
+      const double k = static_cast<double>(std::min(plan.panels * panel, s.k));
       const int64_t count = ceil_div(tiles, plan.tiles) * ceil_div(panels, plan.panels);
       plan.cost = static_cast<double>(ceil_div(count, threads)) *
-                  (kWinogradPoints * t * c * k + 450 * t * c + 350 * t * k + 200 * c * k);
+                  (kWinogradPoints * t * c * k + 450 * t * c + 350 * t * k + 300 * c * k);
       if (best.tiles == 0 || plan.cost < best.cost) best = plan;
     }
   }
   return best;
 }
 
+// As one thread would decide: the bits of a result must not depend on the number of threads.
 bool takes_winograd(DType dtype, const ConvShape& s) {
   if (dtype != kFloat32 || !winograd_fits(s) || s.n == 0) return false;
-  const int64_t threads = at::get_num_threads();
-  const double direct = static_cast<double>(s.n * s.out_h() * s.out_w()) *
-                        static_cast<double>(s.depth() * s.k) / static_cast<double>(threads);
-  return plan_winograd(s, kernels().panel[kFloat32], threads).cost < direct;
+  const double direct =
+      static_cast<double>(s.n * s.out_h() * s.out_w()) * static_cast<double>(s.depth() * s.k);
+  return plan_winograd(s, kernels().panel[kFloat32], 1).cost < direct;
 }
 
 void run_winograd(const ConvForward& f) {
   const KernelTable& table = kernels();
   const ConvShape& s = f.shape;
-  const int64_t panel = table.panel[kFloat32], tiles = winograd_tiles(s), panels = s.k / panel;
+  const int64_t panel = table.panel[kFloat32], tiles = winograd_tiles(s),
+                panels = ceil_div(s.k, panel);
   const WinogradPlan plan = plan_winograd(s, panel, at::get_num_threads());
   const int64_t shares = ceil_div(panels, plan.panels);
   at::parallel_for(0, ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
@@ -194,10 +195,6 @@ void run_winograd(const ConvForward& f) {
 
 const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
   return winograd && takes_winograd(dtype, shape) ? "winograd" : "direct";
-}
-
-int64_t packed_numel(const ConvShape& s, int64_t panel) {
-  return s.groups * ceil_div(s.group_k(), panel) * panel * s.depth();
 }
 
 void run_conv(DType dtype, const ConvForward& f, bool winograd) {

@@ -14,14 +14,17 @@
 // the depth, 14 broadcasts and 2 loads feed 28 multiply-adds, so two loads a cycle keep two FMA
 // units busy. The widths of ResNet's maps, 112 to 7, are multiples of 14 or divide it.
 //
-// Weights are packed [group][panel of output channels][r][s][c][panel], zero where a panel outgrows
-// the group: the microkernel reads them front to back.
+// Weights are packed [group][panel of output channels][r][s][c][panel]: the microkernel reads them
+// front to back, and meanwhile fetches a share of the panel that comes next. Where a vector is all
+// that is left of a group, its last panel is a vector wide; beyond the group it is zero.
 //
-// Input. Where no padding is needed and no conversion either, pixels are read in place. Else the
-// rows under a block of output rows are first copied, padded and widened into scratch that stays in
-// the L2 cache. In both cases the taps of one kernel row that touch each other (dilation 1, one
-// group) are one run of kw * C elements, so a 7x7 kernel over 3 channels has 7 runs of 21 and
-// wastes nothing.
+// Input. Where no padding is needed and no conversion either, pixels are read in place, unless they
+// lie a multiple of a page apart: a tile's would share one set of the L1 cache and evict each
+// other. Then, and where a 1x1 convolution converts, the pixels that are used are copied side by
+// side; else the rows under a block of output rows are copied, padded and widened. The copy is
+// scratch that stays in the L2 cache. In place and in rows the taps of one kernel row that touch
+// each other (dilation 1, one group) are one run of kw * C elements, so a 7x7 kernel over 3
+// channels has 7 runs of 21 and wastes nothing.
 #pragma once
 
 #include "table.h"
@@ -44,10 +47,23 @@ constexpr int64_t kChain = 64;
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;
 
+// Output channels of the panel that begins at channel k of its group, with the zeros behind them.
+template <class A>
+FR_INLINE int64_t panel_width(const ConvShape& s, int64_t k) {
+  return min_of(ceil_div(s.group_k() - k, kLanes<A>) * kLanes<A>, kPanel<A>);
+}
+
+// Where a panel begins in the packed weight; panels are numbered over all groups.
+template <class A>
+FR_INLINE int64_t panel_offset(const ConvShape& s, int64_t panel) {
+  const int64_t panels = ceil_div(s.group_k(), kPanel<A>);
+  const int64_t group_width = ceil_div(s.group_k(), kLanes<A>) * kLanes<A>;
+  return (panel / panels * group_width + panel % panels * kPanel<A>)*s.depth();
+}
+
 // Where the elements of a sum lie, as distances from an output pixel's first input element.
 struct Runs {
-  int64_t count;  // runs are numbered r * per_row + s
-  int64_t per_row;
+  int64_t rows, per_row;
   int64_t length;  // elements side by side
   int64_t row_step, col_step;
 };
@@ -59,15 +75,31 @@ struct Source {
   Runs runs;
 };
 
-inline bool reads_in_place(const ConvShape& s, bool same_type) {
-  return same_type && s.pad_h == 0 && s.pad_w == 0;
+// How a block's input is read, see above.
+enum Reading { kInPlace, kPixels, kRows };
+
+template <class T>
+Reading reading_of(const ConvShape& s) {
+  constexpr int64_t kPage = 4096;
+  if (s.pad_h != 0 || s.pad_w != 0) return kRows;
+  if (s.kh == 1 && s.kw == 1) {
+    const bool aliased = s.stride_w * s.c * static_cast<int64_t>(sizeof(T)) % kPage == 0;
+    return sizeof(T) != sizeof(Acc<T>) || aliased ? kPixels : kInPlace;
+  }
+  return sizeof(T) == sizeof(Acc<T>) ? kInPlace : kRows;
+}
+
+// Elements from one copied pixel to the next: a vector beyond what could be a power of two.
+template <class A>
+FR_INLINE int64_t pixel_step(const ConvShape& s) {
+  return s.c + kLanes<A>;
 }
 
 inline Runs runs_of(const ConvShape& s, int64_t row_stride) {
   const bool joined = s.dilation_w == 1 && s.groups == 1;
   Runs runs;
   runs.per_row = joined ? 1 : s.kw;
-  runs.count = s.kh * runs.per_row;
+  runs.rows = s.kh;
   runs.length = joined ? s.kw * s.c : s.group_c();
   runs.row_step = s.dilation_h * row_stride;
   runs.col_step = s.dilation_w * s.c;
@@ -84,9 +116,13 @@ inline int64_t block_cols(const ConvShape& s, const ConvBlock& b) {
 
 template <class T>
 int64_t conv_scratch_bytes(const ConvShape& s, const ConvBlock& b) {
-  if (reads_in_place(s, sizeof(T) == sizeof(Acc<T>))) return 0;
-  return (b.n1 - b.n0) * block_rows(s, b) * block_cols(s, b) * s.c *
-         static_cast<int64_t>(sizeof(Acc<T>));
+  using A = Acc<T>;
+  const Reading reading = reading_of<T>(s);
+  if (reading == kInPlace) return 0;
+  const int64_t elements = reading == kPixels
+                               ? (b.row1 - b.row0) * (b.col1 - b.col0) * pixel_step<A>(s)
+                               : block_rows(s, b) * block_cols(s, b) * s.c;
+  return (b.n1 - b.n0) * elements * static_cast<int64_t>(sizeof(A));
 }
 
 template <class T>
@@ -127,6 +163,19 @@ void gather_block(const ConvShape& s, const ConvBlock& b, const T* x, Acc<T>* sc
   }
 }
 
+// Copies the pixels that a 1x1 convolution without padding uses, in the order of its output.
+template <class T>
+void gather_pixels(const ConvShape& s, const ConvBlock& b, const T* x, Acc<T>* scratch) {
+  for (int64_t n = b.n0; n < b.n1; ++n) {
+    for (int64_t oy = b.row0; oy < b.row1; ++oy) {
+      const T* row = x + (n * s.h + oy * s.stride_h) * s.w * s.c;
+      for (int64_t ox = b.col0; ox < b.col1; ++ox, scratch += pixel_step<Acc<T>>(s)) {
+        copy_widened(row + ox * s.stride_w * s.c, s.c, scratch);
+      }
+    }
+  }
+}
+
 template <class T>
 struct Epilogue {
   const Acc<T>* scale;  // at the panel's first channel
@@ -138,12 +187,12 @@ struct Epilogue {
   bool relu;
 };
 
-template <class T, int kTile>
-FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kPanelVectors], const Epilogue<T>& e) {
+template <class T, int kTile, int kVectors>
+FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>& e) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
-  if (e.cols == kPanel<A>) {
-    for (int v = 0; v < kPanelVectors; ++v) {
+  if (e.cols == kVectors * lanes) {
+    for (int v = 0; v < kVectors; ++v) {
       const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kTile; ++i) {
@@ -156,7 +205,7 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kPanelVectors], const Epilog
     }
     return;
   }
-  A values[kTile][kPanel<A>];
+  A values[kTile][kVectors * lanes];
   __builtin_memcpy(values, acc, sizeof values);
   for (int i = 0; i < kTile; ++i) {
     for (int64_t k = 0; k < e.cols; ++k) {
@@ -169,70 +218,95 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kPanelVectors], const Epilog
   }
 }
 
+// A panel's weights, and what to fetch into the cache meanwhile: at every step the line at `ahead`,
+// which then moves on.
+template <class A>
+struct Weights {
+  const A* at;
+  const A* ahead;
+  int64_t ahead_step;
+};
+
+// Tells the compiler that the array has an address: else it would want registers for it, and keep
+// the loop's operands on the stack instead.
+template <class Array>
+FR_INLINE void keep_in_memory(Array& array) {
+  __asm__ volatile("" : : "r"(&array) : "memory");
+}
+
 // acc = sum over the runs of pixel i's elements times the panel's weights. Puts finished chains
 // aside.
-template <class A, int kTile>
-FR_INLINE void accumulate(const A* a, int64_t pixel, const Runs& runs, const A* b,
-                          Vec<A> (&acc)[kTile][kPanelVectors]) {
+template <class A, int kTile, int kVectors>
+FR_INLINE void accumulate(const A* a, int64_t pixel, const Runs& runs, const Weights<A>& weights,
+                          Vec<A> (&acc)[kTile][kVectors]) {
   constexpr int lanes = kLanes<A>;
-  Vec<A> total[kTile][kPanelVectors];
+  const A* b = weights.at;
+  const A* ahead = weights.ahead;
+  Vec<A> total[kTile][kVectors];
+  keep_in_memory(total);
   int64_t chain = 0;
   bool spilled = false;
-  for (int64_t run = 0; run < runs.count; ++run) {
-    const A* p = a + run / runs.per_row * runs.row_step + run % runs.per_row * runs.col_step;
-    for (int64_t left = runs.length; left > 0;) {
-      if (chain == kChain) {
-        for (int i = 0; i < kTile; ++i) {
-          for (int v = 0; v < kPanelVectors; ++v) {
-            total[i][v] = spilled ? total[i][v] + acc[i][v] : acc[i][v];
-            acc[i][v] = Vec<A>{};
+  for (int64_t r = 0; r < runs.rows; ++r) {
+    for (int64_t tap = 0; tap < runs.per_row; ++tap) {
+      const A* p = a + r * runs.row_step + tap * runs.col_step;
+      for (int64_t left = runs.length; left > 0;) {
+        if (chain == kChain) {
+          for (int i = 0; i < kTile; ++i) {
+            for (int v = 0; v < kVectors; ++v) {
+              total[i][v] = spilled ? total[i][v] + acc[i][v] : acc[i][v];
+              acc[i][v] = Vec<A>{};
+            }
           }
+          spilled = true;
+          chain = 0;
         }
-        spilled = true;
-        chain = 0;
-      }
-      const int64_t steps = min_of(left, kChain - chain);
-      chain += steps;
-      left -= steps;
-      for (int64_t step = 0; step < steps; ++step, ++p, b += kPanel<A>) {
-        Vec<A> w[kPanelVectors];
+        const int64_t steps = min_of(left, kChain - chain);
+        chain += steps;
+        left -= steps;
+        for (int64_t step = 0; step < steps; ++step, ++p, b += kVectors * lanes) {
+          __builtin_prefetch(ahead);
+          ahead += weights.ahead_step;
+          Vec<A> w[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kPanelVectors; ++v) w[v] = load(b + v * lanes);
+          for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
 #pragma GCC unroll 16
-        for (int i = 0; i < kTile; ++i) {
-          const Vec<A> x = broadcast<A>(p[i * pixel]);
+          for (int i = 0; i < kTile; ++i) {
+            const Vec<A> x = broadcast<A>(p[i * pixel]);
 #pragma GCC unroll 2
-          for (int v = 0; v < kPanelVectors; ++v) acc[i][v] += x * w[v];
+            for (int v = 0; v < kVectors; ++v) acc[i][v] += x * w[v];
+          }
         }
       }
     }
   }
   if (spilled) {
     for (int i = 0; i < kTile; ++i) {
-      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] += total[i][v];
+      for (int v = 0; v < kVectors; ++v) acc[i][v] += total[i][v];
     }
   }
 }
 
-template <class T, int kTile>
-void conv_tile(const Acc<T>* a, int64_t pixel, const Runs& runs, const Acc<T>* b,
+template <class T, int kTile, int kVectors>
+void conv_tile(const Acc<T>* a, int64_t pixel, const Runs& runs, const Weights<Acc<T>>& weights,
                const Epilogue<T>& e) {
-  Vec<Acc<T>> acc[kTile][kPanelVectors] = {};
-  accumulate<Acc<T>, kTile>(a, pixel, runs, b, acc);
-  store_tile<T, kTile>(acc, e);
+  Vec<Acc<T>> acc[kTile][kVectors] = {};
+  accumulate<Acc<T>, kTile, kVectors>(a, pixel, runs, weights, acc);
+  store_tile<T, kTile, kVectors>(acc, e);
 }
 
 template <class T>
-using ConvTile = void (*)(const Acc<T>*, int64_t, const Runs&, const Acc<T>*, const Epilogue<T>&);
+using ConvTile = void (*)(const Acc<T>*, int64_t, const Runs&, const Weights<Acc<T>>&,
+                          const Epilogue<T>&);
 
-template <class T>
+template <class T, int kVectors>
 ConvTile<T> tile_of(int64_t pixels) {
   static const ConvTile<T> tiles[] = {
-      conv_tile<T, 1>,  conv_tile<T, 2>,  conv_tile<T, 3>,  conv_tile<T, 4>,
-      conv_tile<T, 5>,  conv_tile<T, 6>,
+      conv_tile<T, 1, kVectors>,  conv_tile<T, 2, kVectors>,  conv_tile<T, 3, kVectors>,
+      conv_tile<T, 4, kVectors>,  conv_tile<T, 5, kVectors>,  conv_tile<T, 6, kVectors>,
 #if FR_VECTOR_BYTES == 64
-      conv_tile<T, 7>,  conv_tile<T, 8>,  conv_tile<T, 9>,  conv_tile<T, 10>,
-      conv_tile<T, 11>, conv_tile<T, 12>, conv_tile<T, 13>, conv_tile<T, 14>,
+      conv_tile<T, 7, kVectors>,  conv_tile<T, 8, kVectors>,  conv_tile<T, 9, kVectors>,
+      conv_tile<T, 10, kVectors>, conv_tile<T, 11, kVectors>, conv_tile<T, 12, kVectors>,
+      conv_tile<T, 13, kVectors>, conv_tile<T, 14, kVectors>,
 #endif
   };
   return tiles[pixels - 1];
@@ -247,12 +321,21 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
 
   Source source;
   const A* base;
-  if (reads_in_place(s, sizeof(T) == sizeof(A))) {
+  source.pixel = s.stride_w * s.c;
+  const Reading reading = reading_of<T>(s);
+  if (reading == kInPlace) {
     source.image = s.h * s.w * s.c;
     source.row = s.stride_h * s.w * s.c;
     source.runs = runs_of(s, s.w * s.c);
     base = static_cast<const A*>(f.x) + b.n0 * source.image + b.row0 * source.row +
            b.col0 * s.stride_w * s.c;
+  } else if (reading == kPixels) {
+    gather_pixels(s, b, static_cast<const T*>(f.x), static_cast<A*>(scratch));
+    source.pixel = pixel_step<A>(s);
+    source.row = (b.col1 - b.col0) * source.pixel;
+    source.image = (b.row1 - b.row0) * source.row;
+    source.runs = {1, 1, s.group_c(), 0, 0};
+    base = static_cast<const A*>(scratch);
   } else {
     const int64_t cols = block_cols(s, b);
     gather_block(s, b, static_cast<const T*>(f.x), static_cast<A*>(scratch));
@@ -261,10 +344,10 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     source.runs = runs_of(s, cols * s.c);
     base = static_cast<const A*>(scratch);
   }
-  source.pixel = s.stride_w * s.c;
 
   const int64_t width = b.col1 - b.col0;
   const int64_t tiles = ceil_div(width, kMaxTile);
+  const int64_t all_tiles = (b.n1 - b.n0) * (b.row1 - b.row0) * tiles;
   Epilogue<T> e;
   e.stride = s.k;
   e.relu = f.relu;
@@ -272,7 +355,13 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     const int64_t group = panel / panels;
     const int64_t k_in_group = panel % panels * kPanel<A>;
     const int64_t k = group * s.group_k() + k_in_group;
-    const A* weights = static_cast<const A*>(f.packed) + panel * s.depth() * kPanel<A>;
+    const int64_t panel_size = panel_width<A>(s, k_in_group);
+    Weights<A> weights;
+    weights.at = static_cast<const A*>(f.packed) + panel_offset<A>(s, panel);
+    // Every tile fetches its share of the panel behind this one, of this one where that is the
+    // last.
+    weights.ahead = weights.at + (panel + 1 < b.panel1 ? panel_size * s.depth() : 0);
+    weights.ahead_step = ceil_div(panel_size, all_tiles);
     e.scale = static_cast<const A*>(f.scale) + k;
     e.shift = static_cast<const A*>(f.shift) + k;
     e.cols = min_of(s.group_k() - k_in_group, kPanel<A>);
@@ -287,7 +376,10 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
           const int64_t at = (out + ox0) * s.k + k;
           e.residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
           e.y = static_cast<T*>(f.y) + at - f.y_first * s.k;
-          tile_of<T>(ox1 - ox0)(row + ox0 * source.pixel, source.pixel, source.runs, weights, e);
+          const auto tile = panel_size == kPanel<A> ? tile_of<T, kPanelVectors>(ox1 - ox0)
+                                                    : tile_of<T, 1>(ox1 - ox0);
+          tile(row + ox0 * source.pixel, source.pixel, source.runs, weights, e);
+          weights.ahead += weights.ahead_step * s.depth();
         }
       }
     }
@@ -296,7 +388,8 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
 
 template <class T>
 int64_t packed_numel(const ConvShape& s) {
-  return s.groups * ceil_div(s.group_k(), kPanel<Acc<T>>) * kPanel<Acc<T>> * s.depth();
+  constexpr int64_t lanes = kLanes<Acc<T>>;
+  return s.groups * ceil_div(s.group_k(), lanes) * lanes * s.depth();
 }
 
 // Both walk a filter in its own order, one cache line of it at a time, for all filters of a panel:
@@ -304,8 +397,8 @@ int64_t packed_numel(const ConvShape& s) {
 // other.
 constexpr int64_t kPackStep = 16;
 
-// Calls visit(place in packed, place in weight, channels that exist, elements, row of each element)
-// for every such step. The filters are contiguous, in either memory format.
+// Calls visit(place in packed, place in weight, channels that exist, width of the panel, elements,
+// row of each element) for every such step. The filters are contiguous, in either memory format.
 template <class A, class Visit>
 FR_INLINE void visit_packed(const ConvShape& s, bool taps_inside, int64_t panel0, int64_t panel1,
                             Visit visit) {
@@ -313,16 +406,16 @@ FR_INLINE void visit_packed(const ConvShape& s, bool taps_inside, int64_t panel0
   const int64_t taps = s.kh * s.kw, channels = s.group_c(), depth = s.depth();
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     const int64_t k0 = panel % panels * kPanel<A>;
-    const int64_t cols = min_of(s.group_k() - k0, kPanel<A>);
+    const int64_t cols = min_of(s.group_k() - k0, kPanel<A>), width = panel_width<A>(s, k0);
     const int64_t first = (panel / panels * s.group_k() + k0) * depth;
     for (int64_t i = 0; i < depth; i += kPackStep) {
       const int64_t count = min_of(depth - i, kPackStep);
       int64_t rows[kPackStep];
       for (int64_t j = 0; j < count; ++j) {
         const int64_t at = i + j;
-        rows[j] = (taps_inside ? at % taps * channels + at / taps : at) * kPanel<A>;
+        rows[j] = (taps_inside ? at % taps * channels + at / taps : at) * width;
       }
-      visit(panel * depth * kPanel<A>, first + i, cols, count, rows);
+      visit(panel_offset<A>(s, panel), first + i, cols, width, count, rows);
     }
   }
 }
@@ -337,12 +430,13 @@ void pack(const ConvShape& s, bool taps_inside, const void* weight, int64_t pane
   A* p = static_cast<A*>(packed);
   const int64_t depth = s.depth();
   visit_packed<A>(s, taps_inside, panel0, panel1,
-                  [=](int64_t to, int64_t from, int64_t cols, int64_t count, const int64_t* rows) {
+                  [=](int64_t to, int64_t from, int64_t cols, int64_t width, int64_t count,
+                      const int64_t* rows) {
                     for (int64_t k = 0; k < cols; ++k) {
                       for (int64_t j = 0; j < count; ++j)
                         p[to + rows[j] + k] = to_acc(w[from + k * depth + j]);
                     }
-                    for (int64_t k = cols; k < kPanel<A>; ++k) {
+                    for (int64_t k = cols; k < width; ++k) {
                       for (int64_t j = 0; j < count; ++j) p[to + rows[j] + k] = 0;
                     }
                   });
@@ -354,13 +448,13 @@ void unpack(const ConvShape& s, const void* packed, void* weight) {
   const A* p = static_cast<const A*>(packed);
   A* w = static_cast<A*>(weight);
   const int64_t depth = s.depth();
-  visit_packed<A>(s, true, 0, s.groups * ceil_div(s.group_k(), kPanel<A>),
-                  [=](int64_t from, int64_t to, int64_t cols, int64_t count, const int64_t* rows) {
-                    for (int64_t k = 0; k < cols; ++k) {
-                      for (int64_t j = 0; j < count; ++j)
-                        w[to + k * depth + j] = p[from + rows[j] + k];
-                    }
-                  });
+  visit_packed<A>(
+      s, true, 0, s.groups * ceil_div(s.group_k(), kPanel<A>),
+      [=](int64_t from, int64_t to, int64_t cols, int64_t, int64_t count, const int64_t* rows) {
+        for (int64_t k = 0; k < cols; ++k) {
+          for (int64_t j = 0; j < count; ++j) w[to + k * depth + j] = p[from + rows[j] + k];
+        }
+      });
 }
 
 }  // namespace FR_ISA

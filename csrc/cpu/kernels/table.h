@@ -121,7 +121,7 @@ struct WinogradBlock {
 
 // float32 only.
 struct WinogradKernels {
-  int64_t lanes;  // input channels must be a multiple of it, output channels of the panel
+  int64_t lanes;  // input and output channels must be multiples of it
   int64_t (*scratch_bytes)(const ConvShape&, int64_t tiles);
   void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);
 };

@@ -75,41 +75,53 @@ FR_INLINE TilePlace place_of(const ConvShape& s, int64_t tile) {
           tile % across * kWinogradTile};
 }
 
+// Transformed input of one tile, [point][channel], `step` from point to point, whose first pixel is
+// (y0, x0). kInside: none of its pixels is padding.
+template <bool kInside>
+void winograd_input_tile(const ConvShape& s, const float* image, int64_t y0, int64_t x0,
+                         int64_t step, float* to) {
+  for (int64_t c = 0; c < s.c; c += kLanes<float>) {
+    Floats rows[6][6];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      Floats column[6], o[6];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) {
+        const bool inside = kInside || (y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w);
+        column[i] = inside ? load(image + ((y0 + i) * s.w + x0 + j) * s.c + c) : Floats{};
+      }
+      transform_input(column, o);
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) rows[i][j] = o[i];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      Floats o[6];
+      transform_input(rows[i], o);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) store(o[j], to + (i * 6 + j) * step + c);
+    }
+  }
+}
+
 // Transformed input of tiles [tile0, tile1): [point][tile][channel], `stride` from tile to tile.
 inline void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t tile1,
                            int64_t stride, float* to) {
-  constexpr int lanes = kLanes<float>;
   const int64_t tiles = tile1 - tile0;
   for (int64_t t = 0; t < tiles; ++t) {
     const TilePlace place = place_of(s, tile0 + t);
     const int64_t y0 = place.y - s.pad_h, x0 = place.x - s.pad_w;
-    const float* image = x + place.n * s.h * s.w * s.c;
-    for (int64_t c = 0; c < s.c; c += lanes) {
-      Floats rows[6][6];
-      for (int j = 0; j < 6; ++j) {
-        Floats column[6], o[6];
-        for (int i = 0; i < 6; ++i) {
-          const int64_t yy = y0 + i, xx = x0 + j;
-          const bool inside = yy >= 0 && yy < s.h && xx >= 0 && xx < s.w;
-          column[i] = inside ? load(image + (yy * s.w + xx) * s.c + c) : Floats{};
-        }
-        transform_input(column, o);
-        for (int i = 0; i < 6; ++i) rows[i][j] = o[i];
-      }
-      for (int i = 0; i < 6; ++i) {
-        Floats o[6];
-        transform_input(rows[i], o);
-        for (int j = 0; j < 6; ++j) store(o[j], to + ((i * 6 + j) * tiles + t) * stride + c);
-      }
-    }
+    const bool inside = y0 >= 0 && y0 + 6 <= s.h && x0 >= 0 && x0 + 6 <= s.w;
+    const auto tile = inside ? winograd_input_tile<true> : winograd_input_tile<false>;
+    tile(s, x + place.n * s.h * s.w * s.c, y0, x0, tiles * stride, to + t * stride);
   }
 }
 
 // G g G^T of a panel's filters for channels [c0, c1), from the packed weight
 // [r][s][channel][panel]: [point][channel][panel], `stride` from point to point.
-inline void winograd_weight(const ConvShape& s, const float* packed, int64_t c0, int64_t c1,
-                            int64_t stride, float* to) {
-  constexpr int lanes = kLanes<float>, panel = kPanel<float>;
+inline void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int64_t c0,
+                            int64_t c1, int64_t stride, float* to) {
+  constexpr int lanes = kLanes<float>;
   for (int64_t i = 0; i < (c1 - c0) * panel; i += lanes) {
     Floats half[3][6];
     for (int tap = 0; tap < 3; ++tap) {
@@ -128,39 +140,43 @@ inline void winograd_weight(const ConvShape& s, const float* packed, int64_t c0,
 
 // [tiles][panel] at `to`, set or added to, by [tiles][depth], a row every `stride`, times
 // [depth][panel].
-template <int kTile>
+template <int kTile, int kVectors>
 void winograd_product(const float* a, int64_t stride, int64_t depth, const float* b, bool first,
                       float* to) {
   constexpr int lanes = kLanes<float>;
-  Floats acc[kTile][kPanelVectors] = {};
-  for (int64_t c = 0; c < depth; ++c, ++a, b += kPanel<float>) {
-    Floats w[kPanelVectors];
+  Floats acc[kTile][kVectors] = {};
+  for (int64_t c = 0; c < depth; ++c, ++a, b += kVectors * lanes) {
+    Floats w[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kPanelVectors; ++v) w[v] = load(b + v * lanes);
+    for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTile; ++i) {
       const Floats x = broadcast<float>(a[i * stride]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] += x * w[v];
+      for (int v = 0; v < kVectors; ++v) acc[i][v] += x * w[v];
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kPanelVectors; ++v, to += lanes)
+    for (int v = 0; v < kVectors; ++v, to += lanes)
       store(first ? acc[i][v] : acc[i][v] + load(to), to);
   }
 }
 
 using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, bool, float*);
 
-inline WinogradProduct product_of(int64_t rows) {
+template <int kVectors>
+WinogradProduct product_of(int64_t rows) {
   static const WinogradProduct products[] = {
-      winograd_product<1>,  winograd_product<2>,  winograd_product<3>,  winograd_product<4>,
-      winograd_product<5>,  winograd_product<6>,
+      winograd_product<1, kVectors>,  winograd_product<2, kVectors>,
+      winograd_product<3, kVectors>,  winograd_product<4, kVectors>,
+      winograd_product<5, kVectors>,  winograd_product<6, kVectors>,
 #if FR_VECTOR_BYTES == 64
-      winograd_product<7>,  winograd_product<8>,  winograd_product<9>,  winograd_product<10>,
-      winograd_product<11>, winograd_product<12>, winograd_product<13>, winograd_product<14>,
+      winograd_product<7, kVectors>,  winograd_product<8, kVectors>,
+      winograd_product<9, kVectors>,  winograd_product<10, kVectors>,
+      winograd_product<11, kVectors>, winograd_product<12, kVectors>,
+      winograd_product<13, kVectors>, winograd_product<14, kVectors>,
 #endif
   };
   return products[rows - 1];
@@ -168,8 +184,8 @@ inline WinogradProduct product_of(int64_t rows) {
 
 // Output of tiles [tile0, tile1) for the panel that begins at channel k, from [point][tile][panel].
 inline void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t k,
-                            const float* from) {
-  constexpr int lanes = kLanes<float>, panel = kPanel<float>;
+                            int64_t panel, const float* from) {
+  constexpr int lanes = kLanes<float>;
   const ConvShape& s = f.shape;
   const int64_t tiles = tile1 - tile0, out_h = s.out_h(), out_w = s.out_w();
   const float* residual = static_cast<const float*>(f.residual);
@@ -224,31 +240,32 @@ inline int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
   return (l.input + l.weight + l.product) * static_cast<int64_t>(sizeof(float));
 }
 
-// Channels are multiples of the vector and of the panel.
+// Input and output channels are multiples of the vector.
 inline void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   const ConvShape& s = f.shape;
   const int64_t tiles = b.tile1 - b.tile0, parts = ceil_div(tiles, kMaxTile);
-  constexpr int64_t panel = kPanel<float>;
   const WinogradScratch l = winograd_scratch(s, tiles);
   float* input = static_cast<float*>(scratch);
   float* weight = input + l.input;
   float* product = weight + l.weight;
   winograd_input(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l.tile, input);
   for (int64_t q = b.panel0; q < b.panel1; ++q) {
-    const float* packed = static_cast<const float*>(f.packed) + q * s.depth() * panel;
+    const int64_t panel = panel_width<float>(s, q * kPanel<float>);
+    const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
+    const auto products = panel == kPanel<float> ? product_of<kPanelVectors> : product_of<1>;
     for (int64_t c0 = 0; c0 < s.c; c0 += kWinogradDepth) {
       const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
-      winograd_weight(s, packed, c0, c1, l.point, weight);
+      winograd_weight(s, packed, panel, c0, c1, l.point, weight);
       for (int64_t point = 0; point < kWinogradPoints; ++point) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
-          product_of(t1 - t0)(input + (point * tiles + t0) * l.tile + c0, l.tile, c1 - c0,
-                              weight + point * l.point, c0 == 0,
-                              product + (point * tiles + t0) * panel);
+          products(t1 - t0)(input + (point * tiles + t0) * l.tile + c0, l.tile, c1 - c0,
+                            weight + point * l.point, c0 == 0,
+                            product + (point * tiles + t0) * panel);
         }
       }
     }
-    winograd_output(f, b.tile0, b.tile1, q * panel, product);
+    winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, product);
   }
 }
 
