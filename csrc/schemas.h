@@ -63,10 +63,11 @@ inline constexpr const char* kSchemas[] = {
 
     // A frozen basic block, or bottleneck with the stride on its 3x3. The lists hold the block's
     // convolutions in order and then, if there is one more, the shortcut's 1x1. `joined` is the
-    // last
-    // convolution and the shortcut's as conv_conv_add_relu_packed takes them, for those who can.
+    // last convolution and the shortcut's as conv_conv_add_relu_packed takes them, for those who
+    // can. `winograd` is whether the CPU may run 3x3s by that algorithm.
     "residual_block(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, Tensor? joined, "
-    "Tensor? joined_shift, bool bottleneck, int stride, int dilation, int groups) -> Tensor",
+    "Tensor? joined_shift, bool bottleneck, int stride, int dilation, int groups, bool winograd) "
+    "-> Tensor",
 };
 
 }  // namespace fr

@@ -148,7 +148,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
 # Running a group
 
 
-def _apart(x: Any) -> bool:
+def apart(x: Any) -> bool:
     """Whether all modules must be called one by one: someone watches every call, or only traces.
 
     A ``torch.fx`` trace then records the modules that the unfused network has.
@@ -178,7 +178,7 @@ def conv_bn(
     if isinstance(conv, Packed):
         y = conv(x, residual)
         return y if act is None or conv.relu else act(y)
-    if why_not_norm(bn) or _apart(x):
+    if why_not_norm(bn) or apart(x):
         return _one_by_one(bn, act, conv(x), residual)
     relu = is_relu(act)
     if why_not_conv(conv):
@@ -336,7 +336,7 @@ def chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         x: The input of the first.
     """
     members = list(modules)
-    if _apart(x):
+    if apart(x):
         for module in members:
             x = module(x)
         return x

@@ -19,6 +19,10 @@ Pair = tuple[int, int]
 
 def pair(op: str, name: str, value: int | Pair, least: int) -> Pair:
     """``value`` as ``(height, width)``, each at least ``least``."""
+    if type(value) is tuple and len(value) == 2:  # at every call of a module: the short way
+        first, second = value
+        if type(first) is type(second) is int and first >= least and second >= least:
+            return value
     result = (value, value) if isinstance(value, int) else tuple(value)
     if len(result) != 2 or any(not isinstance(v, int) or v < least for v in result):
         raise ValueError(f"{op}: {name}: expected an int >= {least} or a pair, got {value!r}")

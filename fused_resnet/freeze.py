@@ -104,6 +104,10 @@ class Frozen(nn.Module):
             raise RuntimeError(_refusal("requires_grad_()"))
         return super().requires_grad_(False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was decided about the modules, which holds on to them.
+        return {k: v for k, v in self.__dict__.items() if k != "_held"}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         # Asked before the first tensor is converted, so a refusal leaves the model whole.
         for dtype, device in {
@@ -174,7 +178,7 @@ class FrozenResNet(Frozen):
 
 
 class FrozenResidual(FrozenBlock, Frozen):
-    """Mixed into a residual block: on CUDA it is one operation."""
+    """Mixed into a residual block: it is one operation."""
 
 
 class FrozenConv(Frozen, Packed):

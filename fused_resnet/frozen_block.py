@@ -1,50 +1,86 @@
-"""Frozen residual blocks on CUDA: a block is one operation, its convolutions' epilogues and all.
+"""Frozen residual blocks: a block is one operation, its convolutions' epilogues and all.
 
-Two things are gained over one call for each convolution. Where a bottleneck has 64 or 128 middle
-channels its last two convolutions are one kernel (``csrc/cuda/kernels/residual_block.cuh``); and
-where a block has a shortcut, that one's convolution and the block's last are one sum over both
-depths, so that the shortcut's result is never written.
+On the CPU a large batch goes through the block in parts that stay in the cache, and the maps
+between its convolutions lie in memory that the next block uses again. On CUDA two things are gained
+over one call for each convolution: where a bottleneck has 64 or 128 middle channels its last two
+convolutions are one kernel (``csrc/cuda/kernels/residual_block.cuh``); and where a block has a
+shortcut, that one's convolution and the block's last are one sum over both depths, so that the
+shortcut's result is never written.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .backends import select
-from .blocks import BasicBlockRoute, BottleneckRoute, hooked, is_relu
+from .blocks import BasicBlockRoute, BottleneckRoute, apart, hooked, is_relu
+from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     from .freeze import FrozenConv
 
 
+class Plan(NamedTuple):
+    """What one call of :func:`ops.residual_block` needs besides the map."""
+
+    tensors: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    settings: dict[str, Any]
+
+
 class FrozenBlock(nn.Module):
     """Mixed into a frozen basic block or bottleneck: a forward that is :func:`ops.residual_block`.
 
-    It stands for the block's own forward on CUDA, as long as nobody looks in between.
+    It stands for the block's own forward as long as nobody looks in between.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, K, OH, OW)``, channels_last."""
-        convs = self._convs() if select("residual_block", x) == "cuda" else None
-        if convs is None:
+        plan = None if apart(x) else self._plan(select("residual_block", x))
+        if plan is None:
             return super().forward(x)
-        middle = convs[1] if isinstance(self, BottleneckRoute) else convs[0]
-        joined, joined_shift = self._joined(convs)
-        return ops.residual_block(
-            x,
-            [c.packed for c in convs],
-            [c.scale for c in convs],
-            [c.shift for c in convs],
-            joined=joined,
-            joined_shift=joined_shift,
-            bottleneck=isinstance(self, BottleneckRoute),
-            stride=middle.stride[0],
-            dilation=middle.dilation[0],
-            groups=middle.groups,
+        return ops.residual_block(x, *plan.tensors, **plan.settings)
+
+    def _plan(self, backend: str) -> Plan | None:
+        """For a call on that backend, kept until something changes; None: run the modules."""
+        if backend not in ("cpu", "cuda"):
+            return None
+        if torch.compiler.is_compiling():  # a trace should not keep what it computes
+            convs = self._convs()
+            return None if convs is None else self._make_plan(convs, None, None)
+        held = self.__dict__.get("_held")
+        if held is not None and held[0].holds():
+            return held[1]
+        convs = self._convs()
+        if convs is None:
+            return None
+        m: Any = self
+        shortcut = [] if m.downsample is None else [m.downsample, *m.downsample]
+        both = join(*convs[-2:]) if backend == "cuda" and shortcut else (None, None)
+        plan = self._make_plan(convs, *both)
+        snapshot = Snapshot(dict.fromkeys([m.relu, *convs, *shortcut]), m)
+        self.__dict__["_held"] = (snapshot, plan)
+        return plan
+
+    def _make_plan(
+        self, convs: list[FrozenConv], joined: Tensor | None, joined_shift: Tensor | None
+    ) -> Plan:
+        own = 3 if isinstance(self, BottleneckRoute) else 2
+        middle = convs[1] if own == 3 else convs[0]
+        return Plan(
+            ([c.packed for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
+            {
+                "joined": joined,
+                "joined_shift": joined_shift,
+                "bottleneck": own == 3,
+                "stride": middle.stride[0],
+                "dilation": middle.dilation[0],
+                "groups": middle.groups,
+                "winograd": all(c.winograd for c in convs),
+            },
         )
 
     def _convs(self) -> list[FrozenConv] | None:
@@ -56,10 +92,10 @@ class FrozenBlock(nn.Module):
             return None
         members: list[Any] = list(convs)
         if m.downsample is not None:
-            if hooked(m.downsample):
+            if not isinstance(m.downsample, nn.Sequential) or hooked(m.downsample):
                 return None
             members += list(m.downsample)
-            convs.append(m.downsample[0])
+            convs += members[count : count + 1]
         from .freeze import Folded, FrozenConv
 
         kinds = (FrozenConv,) * count + (FrozenConv, Folded)
@@ -68,23 +104,6 @@ class FrozenBlock(nn.Module):
             for member, expected in zip(members, kinds[: len(members)], strict=True)
         )
         return convs if as_expected and _is_plain(self, convs) else None
-
-    def _joined(self, convs: list[FrozenConv]) -> tuple[Tensor | None, Tensor | None]:
-        """The last convolution and the shortcut's as one, made at the first call and kept."""
-        m: Any = self
-        if m.downsample is None:
-            return None, None
-        last, shortcut = convs[-2:]
-        held = m.__dict__.get("_held")
-        if held is None or held[0] is not last.packed or held[1] is not shortcut.packed:
-            if torch.compiler.is_compiling():  # a trace should not keep what it computes
-                return None, None
-            held = (last.packed, shortcut.packed, *join(last, shortcut))
-            m.__dict__["_held"] = held
-        return held[2], held[3]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_held"}
 
 
 def _is_plain(block: nn.Module, convs: list[FrozenConv]) -> bool:

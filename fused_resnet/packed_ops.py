@@ -192,6 +192,7 @@ def residual_block(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
+    winograd: bool = False,
 ) -> Tensor:
     r"""A whole frozen residual block; no gradient.
 
@@ -202,8 +203,10 @@ def residual_block(
     and groups on the 3x3. The shortcut :math:`s` is the identity, or a 1x1 convolution with the
     stride and its affine step.
 
-    On CUDA a bottleneck of 64 or 128 middle channels, in float16 and bfloat16, runs its last two
-    convolutions as one kernel that keeps what is between them on chip.
+    On the CPU the batch goes through the block in parts that stay in the cache, and what is between
+    the convolutions lies in memory that the next block uses again. On CUDA a bottleneck of 64 or
+    128 middle channels, in float16 and bfloat16, runs its last two convolutions as one kernel that
+    keeps what is between them on chip.
 
     Args:
         x: ``(N, C, H, W)`` on the CPU or on CUDA.
@@ -218,6 +221,8 @@ def residual_block(
         stride: Of the block, in both directions.
         dilation: Of a bottleneck's 3x3.
         groups: Of a bottleneck's 3x3.
+        winograd: On the CPU, whether a 3x3 of stride 1 may run by Winograd's algorithm in float32,
+            with a relative error of about 1e-6.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
@@ -233,8 +238,9 @@ def residual_block(
     if backend == "reference":
         return _block_reference(x, packed, scale, shift, bottleneck, stride, dilation, groups)
     return OPERATORS[backend].residual_block(
-        x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups
-    )
+        x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups,
+        winograd,
+    )  # fmt: skip
 
 
 def _block_reference(

@@ -1,9 +1,11 @@
 """A large batch in small parts, so that a network's feature maps stay in the cache.
 
 A batch of 16 at 224x224 makes maps of 50 MB: each is written to memory and read back by the next
-convolution, and a block that large is returned to the system and mapped anew for every map. In
-parts of two images they stay in the last cache. Weights are read once for each part, which costs
-less.
+block, and a result that large is returned to the system and mapped anew for every block. In parts
+of two images they stay in the last cache; weights are read once for each part, which costs less. A
+block's own parts (``csrc/cpu/residual_block.cpp``) do this for the maps inside of it only:
+ResNet-50 at batch 16 on two cores takes 334 ms with neither, 301 with the blocks' parts alone, 249
+with both.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import hooked
+from .snapshot import Snapshot
 
 #: Bytes that the largest map of one part may have: of a last cache of 32 MiB, one map being read,
 #: one being written, one kept for the residual, and some room.
@@ -40,6 +43,18 @@ def in_parts(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -
     pixel_bytes = ELEMENTS_PER_PIXEL * x.element_size()
     images = MAP_BYTES // max(x.shape[2] * x.shape[3] * pixel_bytes, 1)
     images = max(images, torch.get_num_threads())
-    if x.shape[0] <= images or any(hooked(module) for module in model.modules()):
+    if x.shape[0] <= images or _watched(model):
         return forward(x)
     return torch.cat([forward(part) for part in x.split(images)])
+
+
+def _watched(model: nn.Module) -> bool:
+    """Whether a hook somewhere would see the parts; that none does is kept until one may."""
+    held = model.__dict__.get("_held")
+    if held is not None and held.holds():
+        return False
+    modules = list(model.modules())
+    if any(map(hooked, modules)):
+        return True
+    model.__dict__["_held"] = Snapshot(modules, model)
+    return False

@@ -23,8 +23,10 @@ BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
 AUTOGRAD = "fused_resnet/_autograd.py"
 OPS = "fused_resnet/ops.py"
+BLOCK = "csrc/cpu/residual_block.cpp"
 FORWARD = "tests/test_ops.py"
 BACKWARD = "tests/test_autograd.py"
+BLOCKS = "tests/test_whole_blocks.py"
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,47 @@ MUTANTS = [
         "group_width = ceil_div(s.group_k(), kPanel<A>) * kPanel<A>;",
     ),
     Mutant(
+        "a transposed square's steps leave a block where it was",
+        "csrc/cpu/kernels/transpose.h",
+        "if constexpr (kStep > 1) swap_blocks<A, kStep / 2>(rows);",
+        "if constexpr (kStep > 2) swap_blocks<A, kStep / 2>(rows);",
+    ),
+    Mutant(
+        "a part of the batch takes the first part's residual",
+        BLOCK,
+        "steps_.back().run(images, h, shortcut_ ? y : x, y, true);",
+        "steps_.back().run(images, h, shortcut_ ? y : x_.const_data_ptr(), y, true);",
+        BLOCKS,
+    ),
+    Mutant(
+        "two maps of a block share their memory",
+        BLOCK,
+        "const int64_t half = rounded(most * between);",
+        "const int64_t half = rounded(most * between) / 2;",
+        BLOCKS,
+    ),
+    Mutant(
+        "scratch for one image of a part",
+        BLOCK,
+        "const Scratch scratch(2 * half);",
+        "const Scratch scratch(2 * rounded(between));",
+        BLOCKS,
+    ),
+    Mutant(
+        "a part starts an image late",
+        BLOCK,
+        "n0 = images * part / parts,",
+        "n0 = images * part / parts + (part > 0),",
+        BLOCKS,
+    ),
+    Mutant(
+        "no ReLU between a block's convolutions",
+        BLOCK,
+        "steps_[i].run(images, h, nullptr, here, true);",
+        "steps_[i].run(images, h, nullptr, here, i > 0);",
+        BLOCKS,
+    ),
+    Mutant(
         "Winograd's weight transform with a wrong sign",
         "csrc/cpu/kernels/winograd.h",
         "o[4] = (1.0f / 24) * (far - 2.0f * g[1]);",
@@ -207,6 +250,8 @@ def caught_by(mutant: Mutant, folder: Path) -> str | None:
             raise SystemExit(f"{mutant.bug}: does not compile\n{built.stderr[-2000:]}")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
         tested = run([*command, mutant.tests], folder)
+        if tested.returncode < 0:
+            return f"the death of the tests' process, by signal {-tested.returncode}"
         failed = [line for line in tested.stdout.splitlines() if line.startswith("FAILED")]
         return failed[0].split()[1].partition("::")[2] if failed else None
     finally:

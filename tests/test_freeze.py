@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,16 @@ def test_a_model_in_training_is_frozen_in_eval_and_goes_on_training() -> None:
     assert model.training
     assert model.linear[0].training
     torch.testing.assert_close(frozen(x), unfused(model.eval(), x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_can_be_let_go() -> None:
+    model, x = network(), image(1, 3, 16, 16, dtype=torch.float32)
+    frozen = fr.freeze(model)
+    frozen(x)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert not any(reference() is not None for reference in weights)
 
 
 def test_weights_are_held_once() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import CONVS, FORMATS, MAPS, Conv, batch_norm, conv_weight, doubled, normal
 from tolerances import DTYPES, assert_as_exact_as_pytorch, error
 
@@ -590,83 +589,3 @@ def test_other_dtypes_take_the_direct_sum():
     options = {"weight_shape": tuple(w.shape), "padding": 1}
     result = ops.conv_bn_add_relu_packed(*arguments, winograd=True, **options)
     assert torch.equal(result, ops.conv_bn_add_relu_packed(*arguments, **options))
-
-
-# residual_block
-
-
-BLOCKS = {
-    "basic": (8, [8, 8], 1, False, {}),
-    "basic-shortcut": (8, [12, 12], 2, True, {}),
-    "bottleneck": (16, [4, 6, 16], 1, False, {}),
-    "bottleneck-shortcut": (8, [4, 6, 16], 2, True, {}),
-    "bottleneck-grouped-dilated": (8, [8, 12, 16], 1, True, {"dilation": 2, "groups": 4}),
-}
-
-
-def residual_operands(name, dtype):
-    """Weights, scales and shifts of a block, its own convolutions first."""
-    channels, widths, stride, shortcut, options = BLOCKS[name]
-    bottleneck = len(widths) == 3
-    groups = options.get("groups", 1)
-    sizes = [(1, 1), (3, groups), (1, 1)] if bottleneck else [(3, 1), (3, 1)]
-    ins = [channels, *widths[:-1]]
-    if shortcut:
-        sizes, ins, widths = [*sizes, (1, 1)], [*ins, channels], [*widths, widths[-1]]
-    weights = [
-        normal(k, c // g, s, s, dtype=dtype, scale=(c // g * s * s) ** -0.5)
-        for k, c, (s, g) in zip(widths, ins, sizes, strict=True)
-    ]
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    affine = [[normal(k, dtype=wide, shift=1.0) for k in widths] for _ in range(2)]
-    settings = {"bottleneck": bottleneck, "stride": stride, **options}
-    return weights, [g for _, g in sizes], *affine, settings
-
-
-def residual_truth(x, weights, groups, scale, shift, settings):
-    """The block in F.conv2d."""
-    bottleneck, stride = settings["bottleneck"], settings["stride"]
-    own, middle = (3, 1) if bottleneck else (2, 0)
-
-    def conv(i, h, relu):
-        pad = weights[i].shape[-1] // 2
-        dilation = settings.get("dilation", 1) if i == middle else 1
-        z = F.conv2d(
-            h, weights[i], None, stride if i in (middle, own) else 1, pad * dilation, dilation,
-            groups[i],
-        )  # fmt: skip
-        z = z * scale[i].view(-1, 1, 1) + shift[i].view(-1, 1, 1)
-        return z.relu() if relu else z
-
-    h = x
-    for i in range(own - 1):
-        h = conv(i, h, True)
-    residual = conv(own, x, False) if len(weights) > own else x
-    return (conv(own - 1, h, False) + residual).relu()
-
-
-@dtypes
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_residual_block(dtype, backend, name):
-    weights, groups, scale, shift, settings = residual_operands(name, dtype)
-    x = normal(2, BLOCKS[name][0], 7, 6, dtype=dtype)
-    exact = [doubled(tuple(tensors)) for tensors in (weights, scale, shift)]
-    truth = residual_truth(doubled(x), exact[0], groups, *exact[1:], settings)
-    packed = [ops.pack_conv_weight(w, g) for w, g in zip(weights, groups, strict=True)]
-    with fr.use_backend(backend):
-        y = ops.residual_block(x, packed, scale, shift, **settings)
-    assert y.dtype is dtype
-    # What is between the convolutions is rounded to the storage type: a few roundings.
-    assert error(y, truth) < 4 * torch.finfo(dtype).eps
-
-
-def test_residual_block_names_what_is_wrong():
-    weights, groups, scale, shift, settings = residual_operands("bottleneck", torch.float32)
-    packed = [ops.pack_conv_weight(w, g) for w, g in zip(weights, groups, strict=True)]
-    x = normal(1, 16, 5, 5, dtype=torch.float32)
-    message = "residual_block: packed: expected 3 or 4 tensors, got 2"
-    with pytest.raises(ValueError, match=message):
-        ops.residual_block(x, packed[:2], scale, shift, **settings)
-    with pytest.raises(ValueError, match="residual_block: scale, shift: expected 3 tensors"):
-        ops.residual_block(x, packed, scale[:2], shift, **settings)

@@ -30,10 +30,9 @@ def sizes(frozen, monkeypatch, x):
             seen.append(input.shape[0])
         return forward(self, input)
 
-    monkeypatch.setattr(stage, "forward", spy)
-    y = frozen(x)
-    monkeypatch.undo()
-    return y, seen
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "forward", spy)
+        return frozen(x), seen
 
 
 def test_parts_give_what_the_whole_gives(frozen, monkeypatch):
@@ -49,6 +48,18 @@ def test_a_hook_sees_the_whole_batch(frozen):
     frozen.layer2.register_forward_hook(lambda module, args, y: seen.append(y.shape[0]))
     frozen(x)
     assert seen == [5]
+
+
+def test_a_hook_that_comes_later_sees_the_whole_batch(frozen, monkeypatch):
+    x = image(5, 3, 64, 64, dtype=torch.float32)
+    assert sizes(frozen, monkeypatch, x)[1] == [2, 2, 1]
+    seen: list[int] = []
+    block = frozen.layer1[1]
+    handle = block.conv2.register_forward_hook(lambda module, args, y: seen.append(y.shape[0]))
+    frozen(x)
+    assert seen == [5]
+    handle.remove()
+    assert sizes(frozen, monkeypatch, x)[1] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])

@@ -9,11 +9,15 @@
 namespace fr {
 namespace {
 
-// Fills in what both ways of preparing have in common, once packed and folded are there.
-void bind_operands(const char* op, ConvCall& call, const at::Tensor& x,
-                   const OptionalTensor& residual, bool relu) {
+void bind_weights(ConvCall& call) {
+  call.args.packed = call.live ? call.live->get() : call.packed.const_data_ptr();
+  call.args.scale = call.folded.scale.const_data_ptr();
+  call.args.shift = call.folded.shift.const_data_ptr();
+}
+
+void bind_maps(const char* op, ConvCall& call, const at::Tensor& x, const OptionalTensor& residual,
+               bool relu) {
   const ConvShape& s = call.args.shape;
-  call.dtype = dtype_of(x.scalar_type());
   call.x = x.contiguous(kChannelsLast);
   if (residual) {
     check_same(op, "residual", residual, {s.n, s.k, s.out_h(), s.out_w()}, x);
@@ -21,9 +25,6 @@ void bind_operands(const char* op, ConvCall& call, const at::Tensor& x,
     call.args.residual = call.residual.const_data_ptr();
   }
   call.args.x = call.x.const_data_ptr();
-  call.args.packed = call.packed.const_data_ptr();
-  call.args.scale = call.folded.scale.const_data_ptr();
-  call.args.shift = call.folded.shift.const_data_ptr();
   call.args.relu = relu;
 }
 
@@ -73,20 +74,21 @@ ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
   check_vector(op, "bn_bias", bn_bias, weight.size(0), x);
   check_vector(op, "mean", mean, weight.size(0), x);
   check_vector(op, "var", var, weight.size(0), x);
-  call.packed = pack_weight(weight, call.args.shape);
+  call.live = std::make_unique<Scratch>(packed_bytes(weight, call.args.shape));
+  pack_weight(weight, call.args.shape, call.live->get());
   call.folded = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, accumulator(x.scalar_type()));
-  bind_operands(op, call, x, residual, relu);
+  call.dtype = dtype_of(x.scalar_type());
+  bind_weights(call);
+  bind_maps(op, call, x, residual, relu);
   return call;
 }
 
-ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
-                        const at::Tensor& scale, const at::Tensor& shift,
-                        const OptionalTensor& residual, at::IntArrayRef weight_shape,
-                        const ConvGeometry& g, bool relu) {
+ConvCall hold_packed(const char* op, const ConvShape& s, const at::Tensor& x,
+                     const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& shift) {
   ConvCall call;
-  call.args.shape = conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
-  const ConvShape& s = call.args.shape;
-  const int64_t numel = kernels().of[dtype_of(x.scalar_type())].packed_numel(s);
+  call.args.shape = s;
+  call.dtype = dtype_of(x.scalar_type());
+  const int64_t numel = kernels().of[call.dtype].packed_numel(s);
   const auto check = [&](const char* name, const at::Tensor& t, int64_t size, at::ScalarType type) {
     check_vector(op, name, t, size, x);
     TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, ", got ",
@@ -97,7 +99,18 @@ ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& p
   check("shift", shift, s.k, accumulator(x.scalar_type()));
   call.packed = packed.contiguous();
   call.folded = {scale.contiguous(), shift.contiguous()};
-  bind_operands(op, call, x, residual, relu);
+  bind_weights(call);
+  return call;
+}
+
+ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
+                        const at::Tensor& scale, const at::Tensor& shift,
+                        const OptionalTensor& residual, at::IntArrayRef weight_shape,
+                        const ConvGeometry& g, bool relu) {
+  const ConvShape shape =
+      conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
+  ConvCall call = hold_packed(op, shape, x, packed, scale, shift);
+  bind_maps(op, call, x, residual, relu);
   return call;
 }
 

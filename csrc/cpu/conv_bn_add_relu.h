@@ -3,8 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
+
 #include "conv_driver.h"
 #include "folding.h"
+#include "scratch.h"
 
 namespace fr {
 
@@ -13,6 +16,7 @@ constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 // Owns what `args` points at. `args.y` is for the caller to set.
 struct ConvCall {
   at::Tensor x, packed, residual;
+  std::unique_ptr<Scratch> live;  // where a weight lies that was packed for this call only
   Folded folded;
   ConvForward args{};
   DType dtype = kFloat32;
@@ -30,7 +34,11 @@ ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
                  const OptionalTensor& residual, const ConvGeometry& geometry, double eps,
                  bool relu);
 
-// From what freeze prepared.
+// What freeze prepared, checked: all of a call but its maps, which are to be like x.
+ConvCall hold_packed(const char* op, const ConvShape& shape, const at::Tensor& x,
+                     const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& shift);
+
+// The same with its maps.
 ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
                         const at::Tensor& scale, const at::Tensor& shift,
                         const OptionalTensor& residual, at::IntArrayRef weight_shape,

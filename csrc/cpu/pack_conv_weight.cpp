@@ -10,21 +10,23 @@
 
 namespace fr {
 
-at::Tensor pack_weight(const at::Tensor& weight, const ConvShape& shape) {
+int64_t packed_bytes(const at::Tensor& weight, const ConvShape& shape) {
+  const at::ScalarType type = weight.scalar_type();
+  return kernels().of[dtype_of(type)].packed_numel(shape) *
+         static_cast<int64_t>(at::elementSize(packed_type(type)));
+}
+
+void pack_weight(const at::Tensor& weight, const ConvShape& shape, void* packed) {
   const DType dtype = dtype_of(weight.scalar_type());
   const Kernels& k = kernels().of[dtype];
-  const at::Tensor packed =
-      at::empty({k.packed_numel(shape)}, weight.options().dtype(packed_type(weight.scalar_type())));
   const bool taps_outside = weight.is_contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor source = taps_outside ? weight : weight.contiguous();
   const int64_t panel = kernels().panel[dtype];
   const int64_t panels = shape.groups * ((shape.group_k() + panel - 1) / panel);
   at::parallel_for(0, panels, std::max<int64_t>(1, 16 * 1024 / (panel * shape.depth())),
                    [&](int64_t begin, int64_t end) {
-                     k.pack(shape, !taps_outside, source.const_data_ptr(), begin, end,
-                            packed.mutable_data_ptr());
+                     k.pack(shape, !taps_outside, source.const_data_ptr(), begin, end, packed);
                    });
-  return packed;
 }
 
 namespace {
@@ -46,7 +48,12 @@ ConvShape weight_shape(const char* op, at::IntArrayRef sizes, int64_t groups) {
 }
 
 at::Tensor pack_conv_weight_cpu(const at::Tensor& weight, int64_t groups) {
-  return pack_weight(weight, weight_shape("pack_conv_weight", weight.sizes(), groups));
+  const ConvShape s = weight_shape("pack_conv_weight", weight.sizes(), groups);
+  const at::ScalarType type = weight.scalar_type();
+  const at::Tensor packed = at::empty({kernels().of[dtype_of(type)].packed_numel(s)},
+                                      weight.options().dtype(packed_type(type)));
+  pack_weight(weight, s, packed.mutable_data_ptr());
+  return packed;
 }
 
 at::Tensor unpack_conv_weight_cpu(const at::Tensor& packed, at::IntArrayRef sizes, int64_t groups) {

@@ -8,6 +8,7 @@
 namespace fr {
 
 // Spatial sizes of the input do not matter here; `shape` needs k, kh, kw, c and groups.
-at::Tensor pack_weight(const at::Tensor& weight, const ConvShape& shape);
+int64_t packed_bytes(const at::Tensor& weight, const ConvShape& shape);
+void pack_weight(const at::Tensor& weight, const ConvShape& shape, void* packed);
 
 }  // namespace fr

@@ -204,6 +204,7 @@ def residual_block(
     stride: int,
     dilation: int,
     groups: int,
+    winograd: bool,
     *,
     config: BlockConfig | None = None,
 ) -> Tensor:
@@ -222,6 +223,7 @@ def residual_block(
         stride: Of the bottleneck's 3x3, or of the basic block's first; and of the shortcut.
         dilation: Of the bottleneck's 3x3.
         groups: Of the bottleneck's 3x3.
+        winograd: For the CPU; not looked at here.
         config: Forces a configuration of the kernel that keeps the middle on chip.
 
     Returns:

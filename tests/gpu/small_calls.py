@@ -150,7 +150,7 @@ def _blocks(precision: Precision) -> Iterator[Call]:
             both = (torch.cat(parts, 1).to(precision.dtype).flatten(), shift[-2] + shift[-1])
         x = channels_last(normal(1, channels, 9, 7, dtype=precision.dtype))
         packed = [_packed(w) for w in weights]
-        rest = (len(widths) == 3, stride, 1, 1)
+        rest = (len(widths) == 3, stride, 1, 1, False)
         label = f"{channels} to {widths}{', joined' if joined else ''} {precision}"
         arguments = (x, packed, scale, shift, *both, *rest)
         yield Call(label, "residual_block", arguments, precision.tf32)

@@ -95,6 +95,7 @@ class Block:
                 self.stride,
                 1,
                 1,
+                False,
             )
 
 

@@ -189,7 +189,7 @@ def block(precision: Precision, middle: int, stride: int) -> Callable[[], Any]:
         packed.append(full(16 * middle * middle, dtype=precision.dtype))
         vectors.append(full(4 * middle))
     return lambda: kernels.residual_block(
-        x, packed, vectors, vectors, None, None, True, stride, 1, 1
+        x, packed, vectors, vectors, None, None, True, stride, 1, 1, False
     )
 
 

@@ -28,6 +28,7 @@
 #pragma once
 
 #include "table.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace fr {
@@ -432,7 +433,19 @@ void pack(const ConvShape& s, bool taps_inside, const void* weight, int64_t pane
   visit_packed<A>(s, taps_inside, panel0, panel1,
                   [=](int64_t to, int64_t from, int64_t cols, int64_t width, int64_t count,
                       const int64_t* rows) {
-                    for (int64_t k = 0; k < cols; ++k) {
+                    constexpr int64_t lanes = kLanes<A>;
+                    const int64_t whole = count == kPackStep ? cols / lanes * lanes : 0;
+                    for (int64_t k = 0; k < whole; k += lanes) {
+                      for (int64_t j = 0; j < kPackStep; j += lanes) {
+                        Vec<A> square[lanes];
+                        for (int64_t i = 0; i < lanes; ++i)
+                          square[i] = load(w + from + (k + i) * depth + j);
+                        transpose<A>(square);
+                        for (int64_t i = 0; i < lanes; ++i)
+                          store(square[i], p + to + rows[j + i] + k);
+                      }
+                    }
+                    for (int64_t k = whole; k < cols; ++k) {
                       for (int64_t j = 0; j < count; ++j)
                         p[to + rows[j] + k] = to_acc(w[from + k * depth + j]);
                     }

@@ -27,10 +27,11 @@ at::Tensor run_end(const at::Tensor& x, const BlockConv& first, const BlockConv&
   return run_conv(run_conv(x, first, std::nullopt, true), second, residual, true);
 }
 
+// The last argument is the CPU's, for Winograd's algorithm.
 at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
                                at::TensorList shift, const OptionalTensor& joined,
                                const OptionalTensor& joined_shift, bool bottleneck, int64_t stride,
-                               int64_t dilation, int64_t groups) {
+                               int64_t dilation, int64_t groups, bool) {
   const Block block = take_apart(x, packed, scale, shift, bottleneck, stride, dilation, groups);
   const std::vector<BlockConv>& convs = block.convs;
   if (joined && joined_shift && block.shortcut) {

@@ -1,0 +1,51 @@
+"""Whether modules are still what they were, asked at every call and so made cheap.
+
+A decision about modules (may one operation stand for them?) depends on their children, tensors and
+hooks, all of which a user may change later. Deciding takes longer than a small convolution; a
+comparison with what was there when it was decided runs inside the interpreter's own loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain, repeat
+from operator import contains, is_
+from typing import Any
+
+from torch import nn
+
+
+class Snapshot:
+    """The children, tensors and hooks of modules that have no hook and no replaced forward.
+
+    Args:
+        modules: The modules; their children count only as which they are.
+        owner: One more of which only the children count: whoever calls it runs its hooks.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
+        modules = list(modules)
+        self._members: list[dict[str, Any]] = [owner._modules]
+        for m in modules:
+            self._members += (m._modules, m._parameters, m._buffers)
+        self._held = tuple(chain.from_iterable(map(dict.values, self._members)))
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (
+                m._forward_hooks,
+                m._forward_pre_hooks,
+                m._backward_hooks,
+                m._backward_pre_hooks,
+            )
+        ]
+        self._attributes = [m.__dict__ for m in modules]
+
+    def holds(self) -> bool:
+        """Whether all is as it was: the same objects in the same places, and still no hook."""
+        return (
+            not any(self._hooks)
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and sum(map(len, self._members)) == len(self._held)
+            and all(map(is_, chain.from_iterable(map(dict.values, self._members)), self._held))
+        )

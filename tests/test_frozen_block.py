@@ -1,0 +1,173 @@
+"""A frozen block runs as one operation, as long as nobody changes it or looks inside."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from networks import image, randomize
+from torch import nn
+
+import fused_resnet as fr
+from fused_resnet import frozen_block, ops
+
+
+def network(depth: int = 18) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(getattr(fr, f"resnet{depth}")(num_classes=10)).eval()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Grows by one at each call of the operation."""
+    made: list[int] = []
+    run = ops.residual_block
+    monkeypatch.setattr(ops, "residual_block", lambda *a, **k: (made.append(1), run(*a, **k))[1])
+    return made
+
+
+def x_of(batch: int = 1, size: int = 64) -> torch.Tensor:
+    return image(batch, 3, size, size, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(18, 8), (50, 16)])
+def test_every_block_is_one_operation(calls, depth, blocks):
+    frozen, x = fr.freeze(network(depth)), x_of()
+    y = frozen(x)
+    assert len(calls) == blocks
+    with torch.no_grad():
+        torch.testing.assert_close(y, network(depth)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("depth", [18, 50])
+def test_the_network_equals_the_chain(monkeypatch, dtype, depth):
+    frozen, x = fr.freeze(network(depth), dtype), x_of(3)
+    y = frozen(x)
+    monkeypatch.setattr(frozen_block.FrozenBlock, "_plan", lambda self, backend: None)
+    torch.testing.assert_close(y, frozen(x), rtol=1e-6, atol=1e-6)
+
+
+def double(module, args, y):
+    return y * 2
+
+
+def replace_conv(block):
+    block.conv2 = copy.deepcopy(block.conv2)
+    block.conv2.scale.mul_(2)
+
+
+def replace_forward(block):
+    forward = block.conv1.forward
+    block.conv1.forward = lambda *arguments: forward(*arguments) * 2
+
+
+def replace_shortcut(block):
+    block.downsample = nn.Sequential(block.downsample, nn.ReLU())
+
+
+def replace_weight(block):
+    state = block.conv1.state_dict()
+    block.conv1.load_state_dict({**state, "weight": state["weight"] * 2})
+
+
+CHANGES = {
+    "hook on a convolution": lambda b: b.conv2.register_forward_hook(double),
+    "pre-hook on a convolution": lambda b: b.conv1.register_forward_pre_hook(
+        lambda module, args: (args[0] * 2, *args[1:])
+    ),
+    "hook on the shortcut": lambda b: b.downsample.register_forward_hook(double),
+    "hook in the shortcut": lambda b: b.downsample[0].register_forward_hook(double),
+    "hook on the block": lambda b: b.register_forward_hook(double),
+    "convolution": replace_conv,
+    "forward": replace_forward,
+    "shortcut": replace_shortcut,
+    "weight": replace_weight,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_change_after_the_first_call_counts(change, depth):
+    """Against the block's own forward, which reads its modules at every call."""
+    frozen, x = fr.freeze(network(depth)), x_of()
+    before = frozen(x)
+    CHANGES[change](frozen.layer2[0])
+    after = frozen(x)
+    assert not torch.equal(after, before)
+    for module in frozen.modules():
+        if isinstance(module, frozen_block.FrozenBlock):
+            module._plan = lambda backend: None
+    torch.testing.assert_close(after, frozen(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_that_is_removed_is_gone(calls):
+    frozen, x = fr.freeze(network()), x_of()
+    before = frozen(x)
+    handle = frozen.layer1[0].conv1.register_forward_hook(double)
+    assert not torch.equal(frozen(x), before)
+    handle.remove()
+    calls.clear()
+    assert torch.equal(frozen(x), before)
+    assert len(calls) == 8
+
+
+def test_global_hooks_see_the_convolutions():
+    frozen, x, seen = fr.freeze(network()), x_of(), []
+    frozen(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(m))
+    try:
+        frozen(x)
+    finally:
+        handle.remove()
+    assert frozen.layer3[1].conv2 in seen
+
+
+def test_a_plan_is_not_copied():
+    frozen, x = fr.freeze(network()), x_of()
+    y = frozen(x)
+    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        other.conv1.scale.mul_(2)
+        other.layer1[0].conv1.load_state_dict(
+            {k: v * 2 for k, v in frozen.layer1[0].conv1.state_dict().items()}
+        )
+        assert not torch.equal(other(x), y)
+        assert torch.equal(frozen(x), y)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_compile_and_export(depth):
+    frozen, x = fr.freeze(network(depth)), x_of(2)
+    expected = frozen(x)
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    exported = torch.export.export(frozen, (x,))
+    graphs = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    found = [node for node in nodes if "residual_block" in str(node.target)]
+    assert len(found) == {18: 8, 50: 16}[depth]
+    torch.testing.assert_close(exported.module()(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_threads_at_once():
+    """One model, two Python threads, sizes of image and of batch that change: the same bits."""
+    frozen = fr.freeze(network())
+    inputs = [x_of(batch, size) for batch, size in ((1, 64), (3, 96), (2, 33), (5, 64))]
+    expected = [frozen(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        for i in range(20):
+            at = (first + i) % len(inputs)
+            if not torch.equal(frozen(inputs[at]), expected[at]):
+                wrong.append(at)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
