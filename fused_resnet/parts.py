@@ -45,7 +45,8 @@ def in_parts(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -
     images = max(images, torch.get_num_threads())
     if x.shape[0] <= images or _watched(model):
         return forward(x)
-    return torch.cat([forward(part) for part in x.split(images)])
+    count = -(-x.shape[0] // images)  # of parts that are as equal as can be: 4 of 4, not 5, 5, 5, 1
+    return torch.cat([forward(part) for part in x.split(-(-x.shape[0] // count))])
 
 
 def _watched(model: nn.Module) -> bool:

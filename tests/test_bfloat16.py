@@ -41,6 +41,9 @@ CASES = [
     Conv("groups-1x1-strided", (2, 12, 7, 7), 24, (1, 1), {"stride": 2, "groups": 4}),
     Conv("groups-panel-and-one", (1, 8, 5, 5), 66, args={"padding": 1, "groups": 2}),
     Conv("row-of-odd-width", (1, 3, 9, 20), 48, (5, 3), {"stride": (2, 1), "padding": (2, 1)}),
+    Conv("narrow", (3, 6, 7, 7), 40, args={"padding": 1}),
+    Conv("narrow-tall-odd", (2, 5, 19, 4), 16, args={"padding": (0, 2), "dilation": (2, 1)}),
+    Conv("narrow-groups", (2, 12, 8, 6), 16, args={"padding": 1, "groups": 2}),
     Conv("wide-padding", (1, 4, 3, 3), 16, args={"padding": (5, 4)}),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
@@ -133,6 +136,22 @@ def test_bfloat16_non_finite_values_pass_through(value):
         torch.testing.assert_close(
             result.double(), truth.double(), rtol=3e-2, atol=3e-2, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("channels", [16, 33, 64])
+@pytest.mark.parametrize("pool", [{}, {"pool_kernel": (3, 2), "pool_stride": 1}], ids=str)
+def test_bfloat16_stem(channels, pool):
+    """Zeros of either sign, what ReLU cut, and a NaN that wins wherever its window is."""
+    x = normal(2, 3, 21, 18, dtype=torch.bfloat16)
+    x[0, 1, 9, 9:11] = float("inf")  # inf - inf is a NaN with its sign bit set
+    x[1] = -0.0
+    w, bn = normal(channels, 3, 7, 7, dtype=torch.bfloat16), batch_norm(channels, torch.bfloat16)
+    truth = reference.conv_bn_relu_maxpool(
+        doubled(x), doubled(w), *doubled(bn), stride=2, padding=3, **pool
+    )
+    result = ops.conv_bn_relu_maxpool(x, w, *bn, stride=2, padding=3, **pool)
+    assert truth.isnan().any()
+    torch.testing.assert_close(result, truth.to(torch.bfloat16), rtol=8e-3, atol=0, equal_nan=True)
 
 
 def test_nothing_is_written_beside_a_partial_panel():

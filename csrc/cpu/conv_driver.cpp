@@ -21,12 +21,20 @@ constexpr int64_t kWinogradBytes = 4 * 1024 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `count` things in blocks of at most `most`, in a number of blocks that `threads` divides if it
-// can.
+// `count` things in blocks of at most `most`: of the sizes down to half of that the largest that
+// keeps no thread at work for longer than another size does. Threads get equal numbers of blocks.
 int64_t block_size(int64_t count, int64_t most, int64_t threads) {
-  int64_t blocks = ceil_div(count, std::clamp<int64_t>(most, 1, count));
-  if (blocks >= threads) blocks = std::min(ceil_div(blocks, threads) * threads, count);
-  return ceil_div(count, blocks);
+  most = std::clamp<int64_t>(most, 1, count);
+  if (most == count) return count;
+  int64_t best = most, least = count;
+  for (int64_t size = most; size >= ceil_div(most, 2); --size) {
+    const int64_t longest = std::min(ceil_div(ceil_div(count, size), threads) * size, count);
+    if (longest < least) {
+      best = size;
+      least = longest;
+    }
+  }
+  return best;
 }
 
 // How many images, output rows, output columns and panels a block has.
@@ -69,7 +77,7 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panel, int64_t tile, int64
 
   const int64_t pixels = std::max(kBlockBytes / pixel_bytes, kLeastTiles * tile);
   if (b.rows == 1 && b.n == 1) {  // a 1x1 convolution flattened to one long row
-    b.size.cols = ceil_div(block_size(b.cols, pixels, threads), tile) * tile;
+    b.size.cols = block_size(ceil_div(b.cols, tile), pixels / tile, threads) * tile;
   } else if (b.rows * b.cols <= pixels) {
     b.size.rows = b.rows;
     b.size.images = block_size(b.n, pixels / (b.rows * b.cols), threads);

@@ -9,7 +9,7 @@ namespace fr {
 // run, see conv_algorithm.
 void run_conv(DType dtype, const ConvForward& f, bool winograd);
 
-// The same, then max-pool; f.y is not used. y is the pooled result.
+// The same with ReLU, then max-pool; f.y is not used. y is the pooled result.
 void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y);
 
 // The name of the algorithm that run_conv takes for such a convolution: "direct" or "winograd".

@@ -23,8 +23,9 @@
 // Input. Without padding, pixels are read in place; with padding, the rows under a block are copied
 // first. Some are copied column by column, the taps of a kernel's row side by side for each output
 // column: strided 1x1 kernels, as half of what they pass over is not theirs; pixels whose distance
-// is a multiple of 4 KiB, 14 of which would share a set of the 12-way L1 cache; and dilated rows of
-// an odd number of channels, whose pairs straddle two taps.
+// is a multiple of 4 KiB, 14 of which would share a set of the 12-way L1 cache; dilated rows of an
+// odd number of channels, whose pairs straddle two taps; and maps narrower than a tile, whose rows
+// then follow each other without a gap, so that 7x7 pixels are 4 tiles and not 7.
 #pragma once
 
 #include <immintrin.h>
@@ -77,7 +78,9 @@ inline PairSource source_of(const ConvShape& s, const ConvBlock& b) {
   const bool joined = s.groups == 1 && s.dilation_w == 1;
   const bool aliased = s.stride_w * s.c * static_cast<int64_t>(sizeof(BFloat16)) % kAliasBytes == 0;
   const bool straddling = s.groups == 1 && s.dilation_w > 1 && s.kw > 1 && s.c % 2 != 0;
-  const bool by_column = aliased || straddling || (s.kw == 1 && s.stride_w > 1);
+  const bool narrow =
+      s.kw > 1 && s.stride_h == 1 && b.row1 - b.row0 > 1 && width == s.out_w() && width < kPixels;
+  const bool by_column = narrow || aliased || straddling || (s.kw == 1 && s.stride_w > 1);
   PairSource p{};
   p.gathered = by_column || s.pad_h > 0 || s.pad_w > 0;
   p.taps = by_column ? s.kw : 1;
@@ -229,7 +232,9 @@ FR_INLINE void store_pairs(const PairTile& t, const __m512 (&acc)[kTile][2]) {
       v[0] = _mm512_max_ps(_mm512_setzero_ps(), v[0]);
       v[1] = _mm512_max_ps(_mm512_setzero_ps(), v[1]);
     }
-    const __m512i y = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
+    __m512i y = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
+    // What is left with a sign is -0 and NaN: max_pool_bfloat16.h wants none.
+    if (t.relu) y = _mm512_and_si512(y, _mm512_set1_epi16(0x7fff));
     BFloat16* to = t.y + i * t.stride;
     if (whole) {
       _mm512_storeu_si512(to, y);
@@ -241,6 +246,12 @@ FR_INLINE void store_pairs(const PairTile& t, const __m512 (&acc)[kTile][2]) {
 
 template <int kTile>
 void pair_tile(const PairTile& t) {
+  // Asked for here, they come while the sum is computed.
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+    if (t.residual) __builtin_prefetch(t.residual + i * t.stride, 0, 3);
+    __builtin_prefetch(t.y + i * t.stride, 1, 3);
+  }
   __m512 acc[kTile][2] = {};
   multiply_pairs<kTile>(t, acc);
   store_pairs<kTile>(t, acc);

@@ -3,6 +3,7 @@
 #define FR_ISA avx512_bf16
 #define FR_VECTOR_BYTES 64
 #include "conv_bfloat16.h"
+#include "max_pool_bfloat16.h"
 #include "peak.h"
 
 namespace fr {
@@ -12,6 +13,7 @@ void replace_bfloat16(KernelTable& table) {
   Kernels& bfloat16 = table.of[kBFloat16];
   bfloat16.conv_scratch_bytes = conv_bfloat16_scratch_bytes;
   bfloat16.conv = conv_bfloat16;
+  bfloat16.max_pool = max_pool_bfloat16;
   bfloat16.pack = pack_bfloat16;
   bfloat16.unpack = unpack_bfloat16;
   bfloat16.packed_numel = packed_bfloat16_numel;

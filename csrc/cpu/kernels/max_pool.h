@@ -9,16 +9,17 @@
 namespace fr {
 namespace FR_ISA {
 
-template <class V>
-FR_INLINE V max_or_nan(V best, V v) {
-  best = v > best ? v : best;
-  return v != v ? v : best;
-}
-
+// A window of the map, cut at the map's edges.
 template <class T>
-void max_pool(const PoolForward& f) {
-  using A = Acc<T>;
-  constexpr int lanes = kLanes<A>;
+struct Window {
+  const T* first;
+  int64_t rows, cols;
+  int64_t row, pixel;  // distances, in elements
+};
+
+// Calls visit(window, the result's pixel) for each pixel of the result.
+template <class T, class Visit>
+FR_INLINE void visit_windows(const PoolForward& f, Visit visit) {
   const T* x = static_cast<const T*>(f.x);
   T* y = static_cast<T*>(f.y);
   const int64_t out_w = f.out_w();
@@ -27,27 +28,40 @@ void max_pool(const PoolForward& f) {
     for (int64_t ox = 0; ox < out_w; ++ox) {
       const int64_t left = ox * f.stride_w - f.pad_w;
       const int64_t x0 = max_of(left, 0), x1 = min_of(left + f.kernel_w, f.w);
-      const auto pixel = [&](int64_t i, int64_t j) {
-        return x + ((i - f.x_first) * f.w + j) * f.c;
-      };
-      T* out = y + (oy * out_w + ox) * f.c;
-      int64_t c = 0;
-      for (; c + lanes <= f.c; c += lanes) {
-        Vec<A> best = load(pixel(y0, x0) + c);
-        for (int64_t i = y0; i < y1; ++i) {
-          for (int64_t j = x0; j < x1; ++j) best = max_or_nan(best, load(pixel(i, j) + c));
-        }
-        store(best, out + c);
-      }
-      for (; c < f.c; ++c) {
-        A best = to_acc(pixel(y0, x0)[c]);
-        for (int64_t i = y0; i < y1; ++i) {
-          for (int64_t j = x0; j < x1; ++j) best = max_or_nan(best, to_acc(pixel(i, j)[c]));
-        }
-        from_acc(best, out + c);
-      }
+      const T* first = x + ((y0 - f.x_first) * f.w + x0) * f.c;
+      visit(Window<T>{first, y1 - y0, x1 - x0, f.w * f.c, f.c}, y + (oy * out_w + ox) * f.c);
     }
   }
+}
+
+template <class V>
+FR_INLINE V max_or_nan(V best, V v) {
+  best = v > best ? v : best;
+  return v != v ? v : best;
+}
+
+// The largest of a window by `load` and `larger`.
+template <class T, class Load, class Larger>
+FR_INLINE auto largest(const Window<T>& w, int64_t c, Load load, Larger larger) {
+  auto best = load(w.first + c);
+  for (int64_t i = 0; i < w.rows; ++i) {
+    for (int64_t j = 0; j < w.cols; ++j)
+      best = larger(best, load(w.first + i * w.row + j * w.pixel + c));
+  }
+  return best;
+}
+
+template <class T>
+void max_pool(const PoolForward& f) {
+  using A = Acc<T>;
+  constexpr int lanes = kLanes<A>;
+  visit_windows<T>(f, [&](const Window<T>& w, T* out) {
+    const auto vector = [](const T* p) { return load(p); };
+    const auto scalar = [](const T* p) { return to_acc(*p); };
+    int64_t c = 0;
+    for (; c + lanes <= f.c; c += lanes) store(largest(w, c, vector, max_or_nan<Vec<A>>), out + c);
+    for (; c < f.c; ++c) from_acc(largest(w, c, scalar, max_or_nan<A>), out + c);
+  });
 }
 
 }  // namespace FR_ISA

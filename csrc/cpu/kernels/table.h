@@ -102,7 +102,7 @@ struct Kernels {
   void (*bn_backward_apply)(const BnBackward&, int64_t begin, int64_t end);
   int64_t (*conv_scratch_bytes)(const ConvShape&, const ConvBlock&);
   void (*conv)(const ConvForward&, const ConvBlock&, void* scratch);
-  void (*max_pool)(const PoolForward&);
+  void (*max_pool)(const PoolForward&);  // of what conv left, with ReLU
   void (*pack)(const ConvShape&, bool taps_inside, const void* weight, int64_t panel0,
                int64_t panel1, void* packed);
   void (*unpack)(const ConvShape&, const void* packed, void* weight);  // to contiguous
