@@ -1,10 +1,14 @@
 """Which backend is the fastest for a call: timed once, remembered in memory and on disk.
 
-``FUSED_RESNET_TUNE=0`` times nothing: a call that has not been timed before runs on the device's
-own kernels. So does every call under ``torch.use_deterministic_algorithms``, while a compiler
-traces, and a new one while a CUDA graph is captured. ``1``, the default, lets each new call's
-candidates take turns three times, ``exhaustive`` twenty times. A candidate that fails is dropped,
-with a warning, and never chosen.
+``FUSED_RESNET_TUNE=0`` times nothing: a call that has not been timed before runs as a shipped table
+of times says (:mod:`fused_resnet.tuning_defaults`), and on the device's own kernels where that says
+nothing. So does every call under ``torch.use_deterministic_algorithms``, whatever was timed, and a
+new one while a CUDA graph is captured; what a compiler traces runs on the device's own kernels.
+``1``, the default, lets each new call's candidates take turns three times, ``exhaustive`` twenty
+times. A candidate that fails is dropped, with a warning, and never chosen.
+
+A process decides once for each call, and keeps to it: ``FUSED_RESNET_TUNE``, ``FUSED_RESNET_CACHE``
+and the file are read when a call is first met. After a change of them :func:`forget` begins anew.
 
 The choices are one of this package's two pieces of global state (the other is the backend that was
 asked for). A lock guards them; what two threads time at once is timed twice and kept once.
@@ -25,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, tuning_cache
+from . import _C, tuning_cache, tuning_defaults
 from ._version import __version__
 
 #: Changes when kernels do, so that old timings are not believed.
@@ -43,6 +47,9 @@ _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
 )
 _lock = threading.Lock()
 _known: dict[str, dict[str, dict[str, float]]] = {}  # machine, key: milliseconds by candidate
+# What was decided, by what a call is told apart by: the candidates that there were, and the choice.
+# Written and read in one step each, so without the lock.
+_decided: dict[tuple[Any, ...], tuple[Mapping[str, Any], str]] = {}
 
 
 def mode() -> str:
@@ -120,9 +127,48 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
         maps = tuple(a.detach().to("meta") if _is_map(a) else a for a in arguments)
         calls.append(Call(op, default, candidates, arguments[0].device, maps))
         return default
-    if torch.are_deterministic_algorithms_enabled():
+    x = arguments[0]
+    if type(x) not in _PLAIN:  # a fake or a proxy, whose sizes may be no numbers
         return default
-    return fastest(timings(op, candidates, arguments), default, candidates)
+    # All that the longer way depends on, and much faster to make than what it looks up.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = (op, torch.get_num_threads(), deterministic, _fingerprint(arguments))
+    decided = _decided.get(call)
+    if decided is not None and decided[0] is candidates:
+        return decided[1]
+    times = {} if deterministic else timings(op, candidates, arguments)
+    chosen = fastest(times or _shipped(op, arguments), default, candidates)
+    if _may_time(x):  # else it may yet be timed
+        _decided[call] = (candidates, chosen)
+    return chosen
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+#: What a call's arguments are besides tensors: asked for because it is the fastest question.
+_SETTINGS = frozenset((type(None), tuple, list, int, float, bool))
+
+
+def _fingerprint(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What :func:`key_of` says of them, without a word: a quarter of its time."""
+    found: list[Any] = [arguments[0].get_device()]
+    add = found.append
+    for a in arguments:
+        if type(a) in _SETTINGS:
+            add(tuple(a) if type(a) is list else a)
+            continue
+        add(a.dtype)
+        if a.dim() == 1:
+            add(a.numel())
+        else:
+            add(a.shape)
+            add(a.stride())
+    return tuple(found)
+
+
+def _shipped(op: str, arguments: tuple[Any, ...]) -> dict[str, float]:
+    device = arguments[0].device.type
+    return tuning_defaults.nearest(device, _C.build_info()["isa"], key_of(op, arguments))
 
 
 def fastest(times: Mapping[str, float], default: str, candidates: Mapping[str, Any]) -> str:
@@ -160,7 +206,7 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
 
 def _may_time(x: Tensor) -> bool:
     """Whether calls now run, and nobody records them."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or torch.jit.is_tracing():  # fakes and proxies
+    if type(x) not in _PLAIN or torch.jit.is_tracing():
         return False
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
@@ -265,3 +311,4 @@ def forget() -> None:
     """Drop what is in memory; the file stays."""
     with _lock:
         _known.clear()
+        _decided.clear()

@@ -48,8 +48,15 @@ def test_tune_keeps_what_it_times(capsys, monkeypatch):
         model(torch.zeros(1, 3, 32, 32).to(memory_format=torch.channels_last))
     assert main(["info", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)["tuner"]
-    assert known["calls"] > 5
+    (cpu, *_) = known["machines"]
+    assert cpu["machine"] == machine
+    assert len(cpu["calls"]) > 5
+    assert all(entry["choice"] in entry["ms"] for entry in cpu["calls"])
     assert known["file"] == str(tuning_cache.path())
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"chosen on {machine}"[:60] in out
+    assert "1x64x8x8 channels_last, 128 of 3x3, stride (2, 2)" in out
 
 
 def test_bench_explains(capsys):

@@ -18,7 +18,7 @@ import torch
 from cases import CONVS, batch_norm, conv_weight, normal
 
 import fused_resnet as fr
-from fused_resnet import ops, reference, tuner, tuning_cache
+from fused_resnet import ops, reference, tuner, tuning_cache, tuning_defaults
 
 MACHINE = tuner.machine_of(torch.device("cpu"))
 
@@ -133,6 +133,140 @@ def test_a_candidate_that_fails_is_dropped_with_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(cpu=SLOW, library=broken) == "cpu"
+
+
+# What is decided once
+
+
+def test_a_decision_is_looked_up_and_not_made_again(monkeypatch):
+    candidates = {"cpu": SLOW, "library": FAST}
+    x = torch.zeros(2, 3)
+    assert tuner.choose("op", "cpu", candidates, (x,)) == "library"
+    monkeypatch.setattr(tuner, "timings", lambda *arguments: pytest.fail("asked again"))
+    assert tuner.choose("op", "cpu", candidates, (x + 1,)) == "library"
+
+
+def test_the_environment_is_read_when_a_call_is_first_met(monkeypatch):
+    """And anew after forget()."""
+    candidates = {"cpu": SLOW, "library": FAST}
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    x = torch.zeros(2, 3)
+    assert tuner.choose("op", "cpu", candidates, (x,)) == "cpu"
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
+    assert tuner.choose("op", "cpu", candidates, (x,)) == "cpu"
+    assert tuner.choose("op", "cpu", candidates, (x[:1],)) == "library"
+    tuner.forget()
+    assert tuner.choose("op", "cpu", candidates, (x,)) == "library"
+
+
+def test_what_tells_calls_apart_is_as_fine_as_their_names():
+    """The fast look-up must not take two calls for one that key_of holds apart."""
+    x = torch.zeros(2, 3, 4, 4)
+    v = torch.zeros(3)
+    calls = [
+        (x, None), (x, v), (x, v.double()), (x, v[:2]), (x, x), (x[:1], None), (x.double(), None),
+        (x.to(memory_format=torch.channels_last), None), (x[:, :, ::2], None), (x, 1), (x, 1.5),
+        (x, (1, 1)), (x, (1, 2)), (x, True), (x[..., :1], None), (v, None), (x[0], None),
+    ]  # fmt: skip
+    names = {tuner.key_of("op", call) for call in calls}
+    assert len(names) == len(calls)
+    prints = {(tuner._fingerprint(call), str(call[1:])[:5]) for call in calls}
+    assert len(prints) == len(calls)
+
+
+# The table that is shipped
+
+CONV = (
+    "conv_bn_add_relu(1x64x56x56 float32 channels_last, 64x64x3x3 float32 channels_last, None, "
+    "64 float32, 64 float32, 64 float32, 64 float32, None, (1, 1), (1, 1), (1, 1), 1, 1e-05, True)"
+)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """One entry, of an instruction set of its own."""
+    file = tmp_path / "defaults.json"
+    cpu = {"isa": "some", "calls": {CONV: {"cpu": 2.0, "library": 1.0}}}
+    file.write_text(json.dumps({"devices": {"cpu": cpu, "cuda": {"calls": {}}}}))
+    monkeypatch.setattr(tuning_defaults, "FILE", file)
+    entries = tuning_defaults._entries
+    entries.cache_clear()
+    yield
+    entries.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, True),
+        ({"1x64x56x56": "2x64x56x56"}, True),  # twice the pixels
+        ({"1x64x56x56": "1x64x40x40"}, True),
+        ({"1x64x56x56": "4x64x56x56"}, False),  # four times
+        ({"64x64x3x3": "128x64x3x3", "1x64x56x56": "2x64x56x56"}, False),  # twice, twice
+        ({"1x64x56x56": "4x64x28x28"}, False),  # as many pixels, in other images
+        ({"64x64x3x3": "128x64x3x3"}, True),
+        ({"64x64x3x3": "64x64x1x1"}, False),
+        ({"float32": "bfloat16"}, False),
+        ({"56 float32 channels_last": "56 float32 contiguous"}, False),
+        ({"None, (1, 1), (1, 1)": "None, (2, 2), (1, 1)"}, False),
+        ({"64 float32, None, (1": "64 float32, 1x64x56x56 float32 channels_last, (1"}, False),
+        ({"True": "False"}, False),
+        ({"conv_bn_add_relu": "bn_add_relu"}, False),
+    ],
+    ids=str,
+)
+def test_the_nearest_entry(table, change, found):
+    key = CONV
+    for old, new in change.items():
+        assert old in key
+        key = key.replace(old, new)
+    assert bool(tuning_defaults.nearest("cpu", "some", key)) == found
+    assert tuning_defaults.nearest("cpu", "another", key) == {}
+    assert tuning_defaults.nearest("cuda", "some", key) == {}
+
+
+def test_a_nearer_entry_wins(table, monkeypatch):
+    far, near = CONV.replace("1x64x56x56", "1x64x44x44"), CONV.replace("1x64x56x56", "1x64x54x54")
+    entries = [
+        (tuning_defaults.read_key(key), {"cpu": ms}) for key, ms in ((near, 1.0), (far, 2.0))
+    ]
+    for order in (entries, entries[::-1]):
+        monkeypatch.setattr(tuning_defaults, "_entries", lambda device, isa, order=order: order)
+        assert tuning_defaults.nearest("cpu", "some", CONV) == {"cpu": 1.0}
+
+
+def test_the_shipped_table_is_what_it_says():
+    document = json.loads(tuning_defaults.FILE.read_text())
+    assert document["made by"] == "python benchmarks/tuning_defaults.py"
+    assert "at most 1." in document["rule"]
+    cpu, cuda = document["devices"]["cpu"], document["devices"]["cuda"]
+    assert cuda["calls"] == {}, "no GPU has measured any"
+    assert "No GPU" in cuda["about"]
+    for key, times in cpu["calls"].items():
+        assert tuning_defaults.read_key(key) is not None
+        assert set(times) == {"cpu", "library"}
+        assert tuning_defaults.nearest("cpu", cpu["isa"], key) == times
+
+
+@pytest.mark.parametrize("off", ["FUSED_RESNET_TUNE=0", "deterministic"])
+def test_the_table_decides_where_nothing_is_timed(off, monkeypatch):
+    monkeypatch.setattr(tuner, "measure", lambda *arguments: pytest.fail("timed"))
+    asked = []
+
+    def nearest(device, isa, key):
+        asked.append((device, key))
+        return {"cpu": 2.0, "library": 1.0}
+
+    monkeypatch.setattr(tuning_defaults, "nearest", nearest)
+    if off == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    else:
+        monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    try:
+        assert choose(cpu=FAST, library=FAST) == "library"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [("cpu", "op(2x3 float32)")]
 
 
 # The operations

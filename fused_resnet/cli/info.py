@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .. import backends, build_info, tuner, tuning_cache
 from ..bench import environment
+from ..tuning_defaults import read_key
 from ._common import console, print_json
 
 
@@ -35,8 +36,7 @@ def collect() -> dict[str, Any]:
         },
         "tuner": {
             "file": str(tuning_cache.path()),
-            "machine": (machine := tuner.machine_of(torch.device("cpu"))),
-            "calls": len(tuning_cache.load(machine)),
+            "machines": [machine_choices(device) for device in _devices()],
         },
         "environment": {name: os.environ.get(name) for name, _, _ in environment.VARIABLES},
     }
@@ -49,6 +49,34 @@ def _bfloat16(build: dict[str, Any]) -> str:
     has = "avx512_bf16" in build["isa_supported"]
     why = f"FUSED_RESNET_ISA={build['isa']} asks for it" if has else "no AVX512-BF16 here"
     return f"stored as bfloat16, multiplied as float32: {why}"
+
+
+def _devices() -> list[torch.device]:
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
+
+
+def machine_choices(device: torch.device) -> dict[str, Any]:
+    """What the tuner knows of a device: each call, its choice, and milliseconds by candidate."""
+    machine = tuner.machine_of(device)
+    calls = [
+        {"call": key, "choice": tuner.fastest(times, device.type, times), "ms": times}
+        for key, times in tuning_cache.load(machine).items()
+    ]
+    return {"machine": machine, "calls": calls}
+
+
+def choices_table(known: dict[str, Any]) -> Table:
+    """One line a call, in the words of a convolution."""
+    table = Table(title=f"chosen on {known['machine']}", title_justify="left", box=None)
+    for name in ("call", "dtype", "runs on", "ms"):
+        table.add_column(name)
+    for entry in known["calls"]:
+        conv = read_key(entry["call"])
+        words = entry["call"] if conv is None else conv.words()
+        ms = ", ".join(f"{name} {time:.3f}" for name, time in sorted(entry["ms"].items()))
+        table.add_row(words, "" if conv is None else conv.dtype, entry["choice"], ms)
+    return table
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,9 +105,13 @@ def run(arguments: argparse.Namespace) -> int:
         style = "green" if status["available"] else "yellow"
         table.add_row(f"backend {name}", Text(answer, style=style))
     known = facts["tuner"]
-    table.add_row("tuner", f"{known['calls']} calls known, in {known['file']}")
+    count = sum(len(machine["calls"]) for machine in known["machines"])
+    table.add_row("tuner", f"{count} calls known, in {known['file']}")
     for name, when, meaning in environment.VARIABLES:
         value = facts["environment"][name]
         table.add_row(name, f"{'not set' if value is None else value} ({when}: {meaning})")
     console().print(table, highlight=False)
+    for machine in known["machines"]:
+        if machine["calls"]:
+            console().print(choices_table(machine), highlight=False)
     return 0
