@@ -136,6 +136,8 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
     decided = _decided.get(call)
     if decided is not None and decided[0] is candidates:
         return decided[1]
+    if torch.jit.is_tracing() or x.numel() == 0:  # sizes that are tensors; nothing to time
+        return default
     times = {} if deterministic else timings(op, candidates, arguments)
     chosen = fastest(times or _shipped(op, arguments), default, candidates)
     if _may_time(x):  # else it may yet be timed

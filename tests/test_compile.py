@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import FORMATS, batch_norm, normal
+from networks import randomize
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import fused_resnet as fr
 from fused_resnet import ops, reference
@@ -106,6 +111,53 @@ def test_one_recompilation_for_all_batch_sizes():
         expected = reference.conv_bn_add_relu(x, w, *bn, x, padding=1)
         torch.testing.assert_close(compiled(x, w, bn, False), expected, rtol=2e-5, atol=2e-5)
     assert len(compiled_frames) == 2
+
+
+slow = pytest.mark.slow
+
+#: On every backend that runs on a CPU; ResNet-50, which is slow to compile, in `make test-all`.
+NETWORKS = [
+    pytest.param(name, backend, training, marks=[slow] if late else [], id=identity)
+    for name in ("resnet18", "resnet50")
+    for backend in ("reference", "cpu", "library", "auto")
+    for training in (False, True)
+    for late in [name == "resnet50" or (training and backend != "auto")]
+    for identity in [f"{name}-{backend}-{'training' if training else 'eval'}"]
+]
+
+
+@pytest.mark.parametrize(("name", "backend", "training"), NETWORKS)
+def test_networks_are_one_graph_for_all_batch_sizes(name, backend, training):
+    """No graph breaks; one compilation for the first batch size and one for all others.
+
+    That is torch's own rule for shapes that turn out to change. Compiled and eager agree in the
+    logits, and after a training step in every gradient and running statistic. In float64, where
+    nothing that rounding does can turn a ReLU.
+    """
+    torch.manual_seed(0)
+    model = randomize(getattr(fr, name)(num_classes=10)).double().train(training)
+    model = fr.fuse(model).to(memory_format=torch.channels_last)
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def answer(run, owner, x):
+        owner.zero_grad()
+        with torch.set_grad_enabled(training), fr.use_backend(backend):
+            y = run(x)
+        if training:
+            y.square().mean().backward()
+        grads = {n: p.grad for n, p in owner.named_parameters() if training}
+        return y.detach(), grads, dict(owner.named_buffers())
+
+    for batch in (2, 3, 5):
+        x = normal(batch, 3, 32, 32, dtype=torch.float64)
+        got, expected = answer(compiled, model, x), answer(eager, eager, x)
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+    assert counter.frame_count == 2
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.fixture(scope="module")

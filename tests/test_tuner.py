@@ -269,6 +269,19 @@ def test_the_table_decides_where_nothing_is_timed(off, monkeypatch):
     assert asked == [("cpu", "op(2x3 float32)")]
 
 
+def test_no_table_for_what_is_empty_or_traced(monkeypatch):
+    monkeypatch.setattr(tuning_defaults, "nearest", lambda *arguments: pytest.fail("asked"))
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    candidates = {"cpu": FAST, "library": FAST}
+    assert tuner.choose("op", "cpu", candidates, (torch.zeros(0, 3, 4, 4),)) == "cpu"
+
+    def call(x):
+        assert tuner.choose("op", "cpu", candidates, (x,)) == "cpu"
+        return x + 1
+
+    torch.jit.trace(call, torch.zeros(1, 3, 4, 4), check_trace=False)
+
+
 # The operations
 
 
