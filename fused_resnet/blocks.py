@@ -13,8 +13,8 @@ modules of others.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +29,30 @@ from . import ops
 class Packed(nn.Module):
     """What :func:`fused_resnet.freeze` leaves in a convolution's slot: a whole group as one module.
 
-    Called with ``(x, residual)``.
+    Called with ``(x, residual, relu, pool)``; alone it is the convolution and its batch norm.
 
     Attributes:
         operation: The operation that it runs.
-        relu: Whether the group's ReLU is part of it.
+        relu: Whether the group has a ReLU.
         span: How many modules of a chain it stands for, itself included.
     """
 
     operation: str
     relu: bool
     span: int
+
+
+class Folded(nn.Identity):
+    """Where a batch norm was that is now in its convolution's :class:`Packed`.
+
+    Keeps the activation that the batch norm had inside; called only where its owner's forward runs
+    as it was.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the batch norm did behind its normalisation."""
+        act = self._modules.get("act")
+        return input if act is None else act(input)
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,12 @@ class Group:
         reason: Why no operation runs it; empty when one does.
         conv: The convolution; empty when it is not part of the group.
         bn: The batch norm; empty when it is not part of the group.
+            Both may be paths into the owner's children.
         pool: The max-pool, when it is part of the group.
         relu: Whether the operation applies ReLU.
         length: How many modules of a chain the group covers.
+        foldable: Whether the batch norm may be folded into the convolution: neither is called for
+            anything else.
     """
 
     operation: str
@@ -63,6 +79,7 @@ class Group:
     pool: str = ""
     relu: bool = False
     length: int = 1
+    foldable: bool = True
 
     @property
     def path(self) -> str:
@@ -106,16 +123,50 @@ def why_not_conv(conv: nn.Module) -> str:
 
 def why_not_norm(bn: nn.Module) -> str:
     """Why the operations cannot stand for this normalisation; empty when they can."""
-    if kind(bn) is not nn.BatchNorm2d and not _is_frozen_batch_norm(kind(bn)):
-        return f"{kind(bn).__name__} is not a plain BatchNorm2d"
+    cls = kind(bn)
+    if cls is not nn.BatchNorm2d and not is_known_norm(cls):
+        return f"{cls.__name__} is not a plain BatchNorm2d"
     if hooked(bn):
-        return f"a hook or a replaced forward on the {kind(bn).__name__}"
+        return f"a hook or a replaced forward on the {cls.__name__}"
+    if has_activation(cls) and (kind(bn.drop) is not nn.Identity or hooked(bn.drop)):  # type: ignore[arg-type]
+        return f"{kind(bn.drop).__name__} inside the {cls.__name__}"  # type: ignore[arg-type]
     return ""
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm, of whatever class, known here or not."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_known_norm(kind(module))
+
+
+# By name: these libraries are optional, and only an imported one can have made an instance.
+
+
+def is_known_norm(cls: type[nn.Module]) -> bool:
+    """Whether instances are batch norms that the operations can stand for."""
+    return cls is nn.BatchNorm2d or has_activation(cls) or _is_frozen_batch_norm(cls)
+
+
+def has_activation(cls: type[nn.Module]) -> bool:
+    """Whether instances are timm's batch norms with children ``drop`` and ``act`` behind them."""
+    named = cls.__name__ in ("BatchNormAct2d", "FrozenBatchNormAct2d")
+    return named and cls.__module__ == "timm.layers.norm_act"
+
+
 def _is_frozen_batch_norm(cls: type[nn.Module]) -> bool:
-    # By name: torchvision is optional, and only an imported torchvision can have made an instance.
-    return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__ == "torchvision.ops.misc"
+    if not cls.__name__.endswith("FrozenBatchNorm2d"):
+        return False
+    # Transformers copies the class into each detection model; all have an eps of 1e-5.
+    home = cls.__module__
+    return home == "torchvision.ops.misc" or home.startswith("transformers.models.")
+
+
+def inner_activation(bn: nn.Module) -> nn.Module | None:
+    """The activation that is part of a normalisation; None for none."""
+    cls = kind(bn)
+    if cls is nn.BatchNorm2d or not (cls is Folded or has_activation(cls)):
+        return None
+    act = bn._modules.get("act")
+    return None if act is None or (kind(act) is nn.Identity and not hooked(act)) else act
 
 
 def is_relu(act: nn.Module | None) -> bool:
@@ -162,6 +213,7 @@ def conv_bn(
     act: nn.Module | None,
     x: Tensor,
     residual: Tensor | None = None,
+    add: Callable[[Tensor, Tensor], Tensor] = operator.iadd,
 ) -> Tensor:
     """``act(bn(conv(x)) [+ residual])`` with as much of it in one operation as can be proved equal.
 
@@ -171,38 +223,85 @@ def conv_bn(
         act: The activation; None for none. Any module will do, ReLU is fused.
         x: ``(N, C, H, W)``.
         residual: Shape of the result; None for none.
+        add: How the modules' owner adds the residual: in place like torchvision, where the result
+            keeps the dtype of the batch norm's, or not.
 
     Returns:
         What calling the modules in turn returns, up to rounding.
     """
     if isinstance(conv, Packed):
-        y = conv(x, residual)
-        return y if act is None or conv.relu else act(y)
+        return _packed(conv, bn, act, x, residual, add)
     if why_not_norm(bn) or apart(x):
-        return _one_by_one(bn, act, conv(x), residual)
-    relu = is_relu(act)
+        return _one_by_one(bn, act, conv(x), residual, add)
     if why_not_conv(conv):
-        z = conv(x)
-        if residual is not None and (residual.shape != z.shape or residual.dtype != z.dtype):
-            return _one_by_one(bn, act, z, residual)
-        y = _bn_add_relu(bn, z, residual, relu)
-    else:
-        assert isinstance(conv, nn.Conv2d)
-        if residual is not None and not _fits(conv, x, residual):
-            return _one_by_one(bn, act, conv(x), residual)
-        y = _conv_bn_add_relu(conv, bn, x, residual, relu)
+        return norm_add_act(bn, act, conv(x), residual, add)
+    assert isinstance(conv, nn.Conv2d)
+    inner = inner_activation(bn)
+    if inner is not None:
+        if residual is not None or act is not None:
+            return _one_by_one(bn, act, conv(x), residual, add)
+        act = inner
+    relu = is_relu(act)
+    if residual is not None and not _fits(conv, x, residual):
+        return _one_by_one(bn, act, conv(x), residual, add)
+    y = _conv_bn_add_relu(conv, bn, x, residual, relu)
     return y if relu or act is None else act(y)
 
 
-def _one_by_one(bn: nn.Module, act: nn.Module | None, z: Tensor, residual: Tensor | None) -> Tensor:
+def _packed(
+    conv: Packed,
+    bn: nn.Module,
+    act: nn.Module | None,
+    x: Tensor,
+    residual: Tensor | None,
+    add: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    inner = inner_activation(bn)
+    act = act if inner is None else inner
+    relu = is_relu(act)
+    if residual is not None and not _fits(conv, x, residual):
+        y = add(conv(x, None, False), residual)
+        return y if act is None else act(y)
+    y = conv(x, residual, relu)
+    return y if relu or act is None else act(y)
+
+
+def norm_add_act(
+    bn: nn.Module,
+    act: nn.Module | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    add: Callable[[Tensor, Tensor], Tensor] = operator.iadd,
+) -> Tensor:
+    """``act(bn(x) [+ residual])``, as :func:`conv_bn` without the convolution."""
+    inner = inner_activation(bn)
+    apart = bool(why_not_norm(bn)) or _apart(x) or x.dim() != 4
+    if inner is not None:
+        apart = apart or residual is not None or act is not None
+        act = act if apart else inner
+    if residual is not None and not apart:
+        apart = residual.shape != x.shape or residual.dtype != x.dtype
+    if apart:
+        return _one_by_one(bn, act, x, residual, add)
+    relu = is_relu(act)
+    y = _bn_add_relu(bn, x, residual, relu)
+    return y if relu or act is None else act(y)
+
+
+def _one_by_one(
+    bn: nn.Module,
+    act: nn.Module | None,
+    z: Tensor,
+    residual: Tensor | None,
+    add: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
     y: Tensor = bn(z)
     if residual is not None:
-        # In place like torchvision's blocks: the result keeps the dtype of y.
-        y += residual
+        y = add(y, residual)
     return y if act is None else act(y)
 
 
-def _fits(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
+def _fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
     """Whether the residual has the shape and dtype of the convolution's result.
 
     An add in PyTorch broadcasts and promotes; the operations do neither.
@@ -221,7 +320,7 @@ def _fits(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
     )
 
 
-def _window(conv: nn.Conv2d, x: Tensor, padding: tuple[int, int], axis: int) -> int:
+def _window(conv: Any, x: Tensor, padding: tuple[int, int], axis: int) -> int:
     reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
     return (x.shape[axis + 2] + 2 * padding[axis] - reach) // conv.stride[axis] + 1
 
@@ -238,7 +337,7 @@ def _norm_arguments(bn: Any) -> dict[str, Any]:
         "running_mean": bn.running_mean,
         "running_var": bn.running_var,
         "training": False,
-        "eps": bn.eps,
+        "eps": getattr(bn, "eps", 1e-5),
     }
     if not isinstance(bn, nn.BatchNorm2d):  # a FrozenBatchNorm2d has no mode
         return arguments
@@ -318,8 +417,13 @@ def match(modules: Sequence[nn.Module], start: int) -> tuple[str, int]:
     end = start + 2 if has_conv else start + 1
     if end > len(modules) or why_not_norm(modules[end - 1]):
         return "", 1
-    relu = end < len(modules) and is_relu(modules[end])
-    end += relu
+    inner = inner_activation(modules[end - 1])
+    if inner is not None and not is_relu(inner):
+        return "", 1
+    relu = inner is not None
+    if not relu and end < len(modules) and is_relu(modules[end]):
+        relu = True
+        end += 1
     if not has_conv:
         # A batch norm alone is PyTorch's: there is nothing to fuse it with.
         return ("bn_add_relu", end - start) if relu else ("", 1)
@@ -344,8 +448,7 @@ def chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     while at < len(members):
         first = members[at]
         if isinstance(first, Packed):
-            x = first(x)
-            at += first.span
+            x, at = _packed_run(first, members, at, x)
             continue
         operation, length = match(members, at)
         if not operation:
@@ -354,12 +457,26 @@ def chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             x = _bn_add_relu(first, x, None, True)
         elif operation == "conv_bn_relu_maxpool":
             assert isinstance(first, nn.Conv2d)
-            x = _conv_bn_relu_maxpool(first, members[at + 1], members[at + 3], x)
+            pool = members[at + length - 1]
+            x = _conv_bn_relu_maxpool(first, members[at + 1], pool, x)
         else:
             assert isinstance(first, nn.Conv2d)
-            x = _conv_bn_add_relu(first, members[at + 1], x, None, length == 3)
+            relu = length == 3 or inner_activation(members[at + 1]) is not None
+            x = _conv_bn_add_relu(first, members[at + 1], x, None, relu)
         at += length
     return x
+
+
+def _packed_run(
+    conv: Packed, members: Sequence[nn.Module], at: int, x: Tensor
+) -> tuple[Tensor, int]:
+    """Run what was frozen, and go to the module behind it."""
+    end = at + 2
+    if conv.operation == "conv_bn_relu_maxpool" and at + conv.span <= len(members):
+        return conv(x, None, True, True), at + conv.span
+    act = members[end] if end < len(members) and is_relu(members[end]) else None
+    y = _packed(conv, members[at + 1], act, x, None, operator.iadd)
+    return y, end if act is None else end + 1
 
 
 def chain_groups(modules: Mapping[str, nn.Module]) -> list[Group]:
@@ -384,9 +501,10 @@ def chain_groups(modules: Mapping[str, nn.Module]) -> list[Group]:
                 groups.append(Group("", why_not_conv(members[at - 1]), conv=names[at - 1]))
             groups.append(Group(operation, bn=run[0], relu=True, length=length))
         elif operation:
-            pool = run[3] if length == 4 else ""
-            groups.append(Group(operation, "", run[0], run[1], pool, length > 2, length))
-        elif isinstance(first, nn.modules.batchnorm._BatchNorm) and not isinstance(first, Route):
+            pool = run[-1] if operation == "conv_bn_relu_maxpool" else ""
+            relu = length > 2 or inner_activation(members[at + 1]) is not None
+            groups.append(Group(operation, "", run[0], run[1], pool, relu, length))
+        elif is_norm(first) and not isinstance(first, Route):
             groups.append(Group("", _why_left_alone(members, at), bn=run[0]))
         at += length
     return groups
@@ -434,9 +552,11 @@ def bottleneck(m: Any, x: Tensor) -> Tensor:
 def block_groups(m: nn.Module, count: int) -> list[Group]:
     """The groups of a residual block with ``conv1``, ``bn1`` to ``conv<count>``, ``bn<count>``."""
     groups: list[Group] = []
+    relu: nn.Module = m.relu  # type: ignore[assignment]
     for i in range(1, count + 1):
-        conv, bn = f"conv{i}", f"bn{i}"
-        groups += conv_bn_groups(m, conv, bn, m.relu)  # type: ignore[arg-type]
+        groups += conv_bn_groups(m, f"conv{i}", f"bn{i}", relu)
+    if isinstance(relu, nn.ReLU) and hooked(relu):
+        groups.append(Group("", "a hook or a replaced forward on the ReLU", "relu"))
     return groups
 
 
@@ -451,6 +571,8 @@ def conv_bn_groups(m: nn.Module, conv: str, bn: str, act: nn.Module | None) -> l
     reason = why_not_conv(getattr(m, conv))
     if reason:
         return [Group("bn_add_relu", bn=bn, relu=is_relu(act)), Group("", reason, conv)]
+    if inner_activation(getattr(m, bn)) is not None:
+        return [Group("", "an activation inside the batch norm, and one behind it", conv, bn)]
     return [Group("conv_bn_add_relu", "", conv, bn, relu=is_relu(act))]
 
 
@@ -463,6 +585,10 @@ class Route(nn.Module):
     def fused_groups(self) -> list[Group]:
         """The groups among the module's own children, as the next call will run them."""
         raise NotImplementedError
+
+    def covered(self) -> list[nn.Module]:
+        """Modules below whose forward runs as part of this one, their groups among its own."""
+        return []
 
 
 class BasicBlockRoute(Route):
@@ -522,30 +648,3 @@ class ChainRoute(Route):
     def fused_groups(self) -> list[Group]:
         """See :meth:`Route.fused_groups`."""
         return chain_groups(self._modules)  # type: ignore[arg-type]
-
-
-class LayerGetterRoute(Route):
-    """torchvision's ``IntermediateLayerGetter``: a chain that hands out what is asked for."""
-
-    def _spans(self) -> list[dict[str, nn.Module]]:
-        """The children, cut behind each one whose result is handed out."""
-        spans: list[dict[str, nn.Module]] = [{}]
-        for name, module in self.items():  # type: ignore[operator]
-            spans[-1][name] = module
-            if name in self.return_layers:  # type: ignore[operator]
-                spans.append({})
-        return [span for span in spans if span]
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """The results asked for, by the names asked for."""
-        results: OrderedDict[str, Tensor] = OrderedDict()
-        for span in self._spans():
-            x = chain(span.values(), x)
-            last = next(reversed(span))
-            if last in self.return_layers:  # type: ignore[operator]
-                results[self.return_layers[last]] = x  # type: ignore[index]
-        return results
-
-    def fused_groups(self) -> list[Group]:
-        """See :meth:`Route.fused_groups`."""
-        return [group for span in self._spans() for group in chain_groups(span)]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _C, ops
 from .backends import BackendUnavailable
-from .blocks import Group, Packed, ResNetRoute, Route, padding_of
+from .blocks import Folded, Group, Packed, ResNetRoute, Route, padding_of
 from .checks import DTYPES
 from .folding import fold
 from .frozen_block import FrozenBlock, is_block
@@ -250,10 +250,16 @@ class FrozenConv(Frozen, Packed):
         """The convolution's weight in PyTorch's layout, computed from the packed one."""
         return ops.unpack_conv_weight(self.packed, self.weight_shape, self.groups)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(N, C, H, W)``, and a residual like the result, to the result, channels_last."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, relu: bool = False, pool: bool = False
+    ) -> Tensor:
+        """``(N, C, H, W)``, and a residual like the result, to the result, channels_last.
+
+        Called alone it is the convolution and its batch norm, so that a forward which runs as it
+        was adds what follows them; ``relu`` and ``pool`` (with ReLU) ask for more of the group.
+        """
         packed, scale, shift = self.packed, self.scale, self.shift
-        if self.pool is not None:
+        if pool and self.pool is not None:
             stem = ops.conv_bn_relu_maxpool_packed
             return stem(x, packed, scale, shift, **self.pool, **self._geometry)
         return ops.conv_bn_add_relu_packed(
@@ -262,7 +268,7 @@ class FrozenConv(Frozen, Packed):
             scale,
             shift,
             residual,
-            relu=self.relu,
+            relu=relu,
             winograd=self.winograd,
             **self._geometry,
         )
@@ -331,27 +337,21 @@ def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if device.type == "cuda" else _C.packed_conv_weight_dtype(dtype)
 
 
-class Folded(nn.Identity):
-    """Where a batch norm was that is now in its convolution's :class:`FrozenConv`. Never called."""
-
-
 def _freeze_groups(owner: Route, dtype: torch.dtype | None, winograd: bool) -> None:
     for group in owner.fused_groups():
-        if not group.operation or not group.conv or isinstance(getattr(owner, group.conv), Packed):
+        if not group.operation or not group.conv or not group.foldable:
             continue
-        bn = getattr(owner, group.bn)
-        if bn.running_mean is None:  # statistics of each batch: nothing to fold
-            continue
-        conv = FrozenConv(
-            getattr(owner, group.conv),
-            bn,
-            getattr(owner, group.pool) if group.pool else None,
-            group,
-            dtype,
-            winograd,
-        )
-        setattr(owner, group.conv, conv)
-        setattr(owner, group.bn, Folded())
+        conv, bn = owner.get_submodule(group.conv), owner.get_submodule(group.bn)
+        if isinstance(conv, Packed) or bn.running_mean is None:
+            continue  # of the batch's own statistics there is nothing to fold
+        pool = owner.get_submodule(group.pool) if group.pool else None
+        assert isinstance(conv, nn.Conv2d)
+        frozen = FrozenConv(conv, bn, pool, group, dtype, winograd)  # type: ignore[arg-type]
+        folded = Folded()
+        for name, child in bn.named_children():
+            folded.add_module(name, child)
+        owner.set_submodule(group.conv, frozen)
+        owner.set_submodule(group.bn, folded)
 
 
 def _check_device(model: nn.Module) -> None:

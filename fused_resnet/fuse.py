@@ -2,8 +2,8 @@
 
 A block is fused by giving the copied instance a class derived from its own, with a route of
 :mod:`fused_resnet.blocks` in front: ``isinstance`` checks, attribute paths, ``state_dict`` keys and
-hooks on the block stay as they are. Which route a module gets is decided by :data:`MATCHERS`, one
-function for each kind of module that is known.
+hooks on the block stay as they are. Blocks of torchvision and chains have routes written by hand,
+which :data:`MATCHERS` choose; any other module is traced (:mod:`fused_resnet.swap`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copyreg
 import pickle
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,16 +25,16 @@ from .blocks import (
     BasicBlockRoute,
     BottleneckRoute,
     ChainRoute,
-    LayerGetterRoute,
     Packed,
     ResNetRoute,
     Route,
     chain_groups,
 )
+from .swap import Left, Plan, TracedRoute, parents_of, plan_of
 
-#: What a matcher says of a module: the route to put in front of its class, the reason to leave it,
-#: or None when the module is not of the matcher's kind.
-Verdict = type[Route] | str | None
+#: What is said of a module: the route to put in front of its class or the forward made for it, the
+#: reason to leave it, or None when there is nothing to say.
+Verdict = type[Route] | Plan | Left | str | None
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -46,9 +47,8 @@ def fuse(model: nn.Module) -> nn.Module:
     says why.
 
     Args:
-        model: Any module; torchvision's ResNets and their subclasses, backbones made of them, and
-            ``nn.Sequential`` runs of convolution, batch norm and ReLU are fused wherever they are
-            inside. It is not changed.
+        model: Any module; convolution, batch norm, addition and ReLU are fused wherever a module's
+            forward calls them. It is not changed.
 
     Returns:
         The fused model. Fusing it again gives an equal one.
@@ -62,22 +62,32 @@ def fuse(model: nn.Module) -> nn.Module:
     if any(isinstance(m, Packed) for m in model.modules()):
         raise ValueError("fuse: model: expected a trainable model, got one that freeze() made")
     fused = copy_structure(model)
-    for module in fused.modules():
-        verdict = verdict_of(module)
-        if isinstance(verdict, type):
+    parents = parents_of(fused)
+    # All verdicts first: a module is traced with the children as they were.
+    verdicts = [(module, verdict_of(module, parents)) for module in fused.modules()]
+    for module, verdict in verdicts:
+        if isinstance(verdict, Plan):
+            module.__class__ = derive(type(module), TracedRoute)
+            module.fused_resnet_plan = verdict  # type: ignore[assignment]
+        elif isinstance(verdict, type):
             module.__class__ = derive(type(module), verdict)
     return fused
 
 
-def verdict_of(module: nn.Module) -> Verdict:
-    """What the first matcher that knows the module says of it; None for one that is fused."""
+def verdict_of(module: nn.Module, parents: Counter[int]) -> Verdict:
+    """What is to be done with a module; None for one that is fused, or has nothing to fuse.
+
+    Args:
+        module: Of a model.
+        parents: In how many places each module of the model is.
+    """
     if isinstance(module, Route):
         return None
     for matcher in MATCHERS:
         verdict = matcher(module)
         if verdict is not None:
             return verdict
-    return None
+    return plan_of(module, parents)
 
 
 # Matchers
@@ -92,7 +102,7 @@ def _torchvision_block(module: nn.Module) -> Verdict:
     for name, route in routes:
         base = getattr(resnet, name, None)
         if base is not None and isinstance(module, base):
-            return route if _keeps(module, base, "forward") else _overridden(base, "forward")
+            return route if _keeps(module, base, "forward") else None
     return None
 
 
@@ -100,18 +110,8 @@ def _torchvision_resnet(module: nn.Module) -> Verdict:
     base = getattr(sys.modules.get("torchvision.models.resnet"), "ResNet", None)
     if base is None or not isinstance(module, base):
         return None
-    for method in ("forward", "_forward_impl"):
-        if not _keeps(module, base, method):
-            return _overridden(base, method)
-    return ResNetRoute
-
-
-def _layer_getter(module: nn.Module) -> Verdict:
-    utils = sys.modules.get("torchvision.models._utils")
-    base = getattr(utils, "IntermediateLayerGetter", None)
-    if base is None or not isinstance(module, base):
-        return None
-    return LayerGetterRoute if _keeps(module, base, "forward") else _overridden(base, "forward")
+    kept = all(_keeps(module, base, method) for method in ("forward", "_forward_impl"))
+    return ResNetRoute if kept else None
 
 
 def _sequential(module: nn.Module) -> Verdict:
@@ -141,7 +141,6 @@ def _overridden(base: type[nn.Module], method: str) -> str:
 MATCHERS: list[Callable[[nn.Module], Verdict]] = [
     _torchvision_block,
     _torchvision_resnet,
-    _layer_getter,
     _sequential,
 ]
 
@@ -165,13 +164,15 @@ def derive(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
     base = getattr(cls, "fused_resnet_base", cls)
     mixins = (mixin, *getattr(cls, "fused_resnet_mixins", ()))
     name = getattr(mixin, "fused_resnet_prefix", "Fused") + base.__name__
-    members = {
+    members: dict[str, Any] = {
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
         "fused_resnet_base": base,
         "fused_resnet_mixins": mixins,
     }
+    own = getattr(mixin, "fused_resnet_members", None)
+    members |= own(base) if own else {}
     # The metaclass of the base, as a class statement would choose it.
     _DERIVED[cls, mixin] = types.new_class(
         name, (*mixins, base), exec_body=lambda namespace: namespace.update(members)

@@ -380,5 +380,8 @@ def _update_running(
     count: int,
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, the variance made unbiased."""
+    # Not seen by autograd, as in PyTorch: a call of the same batch norm that PyTorch ran before has
+    # saved these tensors for its backward, which does not use them.
+    running_mean, running_var = running_mean.data, running_var.data
     running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))

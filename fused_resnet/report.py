@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .blocks import Route
+from .blocks import Route, is_norm
 from .fuse import verdict_of
 from .graphs import Graphs
+from .swap import Left, parents_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,10 +83,17 @@ def report(model: nn.Module) -> Report:
         raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
     result = Report(graphs=_graphs_of(model))
     known: set[int] = set()
+    covered: set[int] = set()
+    parents = parents_of(model)
     for path, module in model.named_modules():
+        if id(module) in covered:
+            if isinstance(module, Route):
+                covered.update(map(id, module.covered()))
+            continue
         if isinstance(module, Route):
+            covered.update(map(id, module.covered()))
             for group in module.fused_groups():
-                owned = [getattr(module, name) for name in (group.conv, group.bn) if name]
+                owned = [module.get_submodule(name) for name in (group.conv, group.bn) if name]
                 known.update(map(id, owned))
                 target, what = (
                     (result.fused, group.operation)
@@ -94,13 +102,17 @@ def report(model: nn.Module) -> Report:
                 )
                 target.append((_join(path, group.path), what))
             continue
-        verdict = verdict_of(module)
-        if verdict is not None:
+        verdict = verdict_of(module, parents)
+        if isinstance(verdict, Left):
+            for name, reason in verdict.norms:
+                result.left.append((_join(path, name), reason))
+                known.add(id(module.get_submodule(name)))
+        elif verdict is not None:
             reason = verdict if isinstance(verdict, str) else "not fused: call fuse() on the model"
             result.left.append((path or type(module).__name__, reason))
             known.update(map(id, module.children()))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in known:
-            result.left.append((path, "no block, ResNet stem or Sequential that fuse() knows"))
+        elif is_norm(module) and id(module) not in known:
+            result.left.append((path, "no group around it that fuse() can prove"))
     return result
 
 

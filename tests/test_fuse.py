@@ -190,13 +190,15 @@ def test_a_subclass_that_keeps_the_forward_is_fused() -> None:
     assert pickle.loads(pickle.dumps(fused.layer1[0])).name() == "named"
 
 
-def test_a_subclass_with_its_own_forward_is_left() -> None:
+def test_a_subclass_with_its_own_forward_is_traced() -> None:
     fused = assert_fused_means_the_same(small(PostAdd), image(2, 3, 33, 29))
-    left = dict(fr.report(fused).left)
-    assert left["layer1.0"] == "its forward is not that of torchvision's BasicBlock"
+    found = fr.report(fused)
+    assert dict(found.fused)["layer1.0.conv2"] == "conv_bn_add_relu"
+    assert found.left == []
     fused = assert_fused_means_the_same(small(kind=Doubled), image(2, 3, 33, 29))
-    left = dict(fr.report(fused).left)
-    assert left == {"Doubled": "its _forward_impl is not that of torchvision's ResNet"}
+    found = fr.report(fused)
+    assert found.counts["conv_bn_relu_maxpool"] == 1
+    assert found.left == []
 
 
 def test_a_forward_replaced_on_the_instance_is_called() -> None:
@@ -584,7 +586,7 @@ def test_report_prints() -> None:
     assert "conv_bn_relu_maxpool" in text
     assert text.endswith(
         f"{len(found.fused)} groups fused (1 conv_bn_relu_maxpool, "
-        f"4 conv_bn_add_relu), {len(found.left)} left"
+        f"12 conv_bn_add_relu), {len(found.left)} left"
     )
     out = io.StringIO()
     rich.Console(file=out, width=120).print(found)
