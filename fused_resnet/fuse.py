@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _WrappedHook
+from torch.nn.parallel import DistributedDataParallel
 
 from .blocks import (
     BasicBlockRoute,
@@ -201,6 +202,12 @@ def _rebuild(base: type[nn.Module], mixins: tuple[type[nn.Module], ...]) -> nn.M
 
 def copy_structure(model: nn.Module) -> nn.Module:
     """A deep copy in which every tensor and every hook is the original's own object."""
+    if isinstance(model, DistributedDataParallel):
+        # What reduces its gradients is tied to the parameters, which stay the same.
+        copied = model.__class__.__new__(model.__class__)
+        copied.__dict__ = dict(model.__dict__)
+        copied._modules = {"module": copy_structure(model.module)}
+        return copied
     memo: dict[int, Any] = {}
     members = {id(module) for module in model.modules()}
     for module in model.modules():

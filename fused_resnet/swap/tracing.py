@@ -9,6 +9,7 @@ shape. The forward that is made of a graph asks for them at each call.
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import types
 import typing
@@ -192,6 +193,31 @@ class _Proxy(fx.Proxy):
         if self.node.op == "placeholder" and self.node.target in self.tracer.lists:
             return list
         raise Untraceable("its forward asks for the class of a result")
+
+
+def _record_in_place(function: Callable[..., Any]) -> Callable[[_Proxy, Any], Any]:
+    def record(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+# torch.fx has no assignments in place: Python would turn ``y += x`` into ``y = y + x``, and whoever
+# else holds y would no longer see the sum.
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "matmul",
+):
+    setattr(_Proxy, f"__i{_name}__", _record_in_place(getattr(operator, f"__i{_name}__")))
 
 
 class _NoOtherTensors(TorchFunctionMode):
