@@ -29,6 +29,8 @@ FORWARD = "tests/test_ops.py"
 BFLOAT16 = "tests/test_bfloat16.py"
 BACKWARD = "tests/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
+SWAP = "tests/test_swap_semantics.py"
+ALIASING = "tests/test_swap_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
 PAIRED = (BFLOAT16, "avx512_bf16")
 
@@ -270,6 +272,34 @@ MUTANTS = [
         "inner",
         BACKWARD,
     ),
+    Mutant(
+        "swapper ignores running statistics",
+        "fused_resnet/blocks.py",
+        '"running_mean": bn.running_mean,',
+        '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
+        SWAP,
+    ),
+    Mutant(
+        "swapper fuses conv, ReLU, batch norm",
+        "fused_resnet/swap/matching.py",
+        "while is_identity(module, node) and len(node.users) == 1:",
+        "while is_identity(module, node) or is_relu_module(module, node):",
+        SWAP,
+    ),
+    Mutant(
+        "swapper drops aliasing in place",
+        "fused_resnet/swap/matching.py",
+        "aliases.written(node) & read or",
+        "",
+        ALIASING,
+    ),
+    Mutant(
+        "swapper traces y += x as y + x",
+        "fused_resnet/swap/tracing.py",
+        'setattr(_Proxy, f"__i{_name}__",',
+        'setattr(_Proxy, f"_i{_name}",',
+        ALIASING,
+    ),
 ]
 
 ISAS = "import fused_resnet as fr; print(*fr.build_info()['isa_supported'])"
@@ -315,7 +345,9 @@ def main() -> int:
         built = build(folder)
         if built.returncode != 0:
             raise SystemExit(built.stderr[-2000:])
-        clean = run([sys.executable, "-m", "pytest", "-q", FORWARD, BACKWARD], folder)
+        clean = run(
+            [sys.executable, "-m", "pytest", "-q", FORWARD, BACKWARD, SWAP, ALIASING], folder
+        )
         if clean.returncode != 0:
             raise SystemExit(f"the tests fail without a bug:\n{clean.stdout[-2000:]}")
         table = Table("planted bug", "file", "caught by")

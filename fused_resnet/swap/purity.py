@@ -85,7 +85,8 @@ def watching(names: set[str]) -> Iterator[None]:
         path = code.co_filename
         if path.startswith(_CONTEXTS):
             raise Untraceable(f"it runs under {code.co_name} of torch")
-        if is_not_users(path):
+        # A named tuple's constructor is code that Python makes.
+        if is_not_users(path) or str(frame.f_globals.get("__name__")).startswith("namedtuple_"):
             return
         names.update(names_of(code))
         why = why_impure(code, frame.f_globals)
