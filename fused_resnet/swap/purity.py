@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import gc
 import os
 import sys
 import sysconfig
@@ -93,11 +94,16 @@ def watching(names: set[str]) -> Iterator[None]:
         if why:
             raise Untraceable(f"{code.co_name} {why}")
 
+    # A collection would run callbacks that are none of the forward's code.
+    collects = gc.isenabled()
+    gc.disable()
     sys.setprofile(look)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 def is_not_users(path: str) -> bool:
