@@ -275,13 +275,13 @@ def norm_add_act(
 ) -> Tensor:
     """``act(bn(x) [+ residual])``, as :func:`conv_bn` without the convolution."""
     inner = inner_activation(bn)
-    apart = bool(why_not_norm(bn)) or _apart(x) or x.dim() != 4
+    alone = bool(why_not_norm(bn)) or apart(x) or x.dim() != 4
     if inner is not None:
-        apart = apart or residual is not None or act is not None
-        act = act if apart else inner
-    if residual is not None and not apart:
-        apart = residual.shape != x.shape or residual.dtype != x.dtype
-    if apart:
+        alone = alone or residual is not None or act is not None
+        act = act if alone else inner
+    if residual is not None and not alone:
+        alone = residual.shape != x.shape or residual.dtype != x.dtype
+    if alone:
         return _one_by_one(bn, act, x, residual, add)
     relu = is_relu(act)
     y = _bn_add_relu(bn, x, residual, relu)
