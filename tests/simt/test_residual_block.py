@@ -153,6 +153,17 @@ def test_the_shortcut_in_the_same_sum(simt, precision, widths, stride):
 
 
 @precisions
+@pytest.mark.parametrize("widths", [[8, 12, 20], [10, 18]], ids=str)
+def test_a_shortcut_that_fills_no_packs_runs_by_itself(simt, precision, widths):
+    """Also with the joined weights there: 10 channels are no multiple of 16 bytes in any dtype."""
+    block = Block(precision, 10, widths, 2, shortcut=True)
+    x = channels_last(normal(1, 10, 7, 6, dtype=precision.dtype))
+    result = block.run(simt, x, join=True)
+    assert len(simt.launches()) == len(widths) + 1
+    block.check(result, x)
+
+
+@precisions
 @pytest.mark.parametrize(("width", "tile"), [(128, "Tile<128, 128"), (64, "Tile<128, 64")])
 def test_the_shortcut_in_large_tiles(simt, precision, width, tile):
     """A map that is large for the executor's few multiprocessors."""

@@ -35,6 +35,8 @@ at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& p
   return call.run();
 }
 
+namespace {
+
 at::Tensor conv_conv_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& x2,
                                           const at::Tensor& packed, const at::Tensor& shift,
                                           at::IntArrayRef weight_shape, at::IntArrayRef stride,
@@ -45,10 +47,12 @@ at::Tensor conv_conv_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor&
   call.set_packed(packed);
   call.set_affine(std::nullopt, shift);
   call.set_relu(relu);
+  TORCH_CHECK_VALUE(call.by_packs(),
+                    "conv_conv_add_relu_packed: x, x2: expected channels and "
+                    "addresses in multiples of 16 bytes, got ",
+                    x.sizes(), " and ", x2.sizes());
   return call.run();
 }
-
-namespace {
 
 at::Tensor conv_bn_add_relu_planned_cuda(const at::Tensor& x, const at::Tensor& packed,
                                          const at::Tensor& scale, const at::Tensor& shift,

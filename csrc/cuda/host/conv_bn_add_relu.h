@@ -19,10 +19,4 @@ at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& p
                                         at::IntArrayRef padding, at::IntArrayRef dilation,
                                         int64_t groups, bool relu, bool winograd);
 
-at::Tensor conv_conv_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& x2,
-                                          const at::Tensor& packed, const at::Tensor& shift,
-                                          at::IntArrayRef weight_shape, at::IntArrayRef stride,
-                                          at::IntArrayRef padding, at::IntArrayRef dilation,
-                                          at::IntArrayRef stride2, bool relu);
-
 }  // namespace fr

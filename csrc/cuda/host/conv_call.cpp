@@ -132,7 +132,7 @@ ConvPlan ConvCall::plan(bool may_split) const {
                             scope_.multiprocessors());
   if (tile_ >= 0) plan.tile = static_cast<int>(tile_);
   if (split_k_ >= 1 && may_split) plan.split_k = static_cast<int>(split_k_);
-  if (!conv_by_packs(params_, precision_, aligned_)) plan.tile = kConvTiles - 1;
+  if (!by_packs()) plan.tile = kConvTiles - 1;
   return plan;
 }
 

@@ -43,6 +43,9 @@ class ConvCall {
                     const OptionalTensor& shift);
   void set_relu(bool relu) { params_.epilogue.relu = relu; }
 
+  // Whether channels and addresses are multiples of 16 bytes, which a second convolution needs.
+  bool by_packs() const { return conv_by_packs(params_, precision_, aligned_); }
+
   // By this tile and split where they are not negative; the rest is chosen.
   void set_plan(int64_t tile, int64_t split_k);
 

@@ -38,9 +38,14 @@ at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::T
     at::Tensor h = x;
     for (size_t i = 0; i + 1 < convs.size(); ++i) h = run_conv(h, convs[i], std::nullopt, true);
     const BlockConv& last = convs.back();
-    return conv_conv_add_relu_packed_cuda(h, x, *joined, *joined_shift, last.weight_shape,
-                                          last.stride, last.padding, last.dilation,
-                                          block.shortcut->stride, true);
+    ConvCall call("residual_block", h, last.weight_shape,
+                  {last.stride, last.padding, last.dilation, last.groups});
+    call.set_second(x, block.shortcut->stride);
+    call.set_packed(*joined);
+    call.set_affine(std::nullopt, joined_shift);
+    call.set_relu(true);
+    if (call.by_packs()) return call.run();
+    return run_conv(h, last, run_conv(x, *block.shortcut, std::nullopt, false), true);
   }
   if (!bottleneck) return run_chain(block, x, run_conv);
   const at::Tensor residual =
