@@ -10,6 +10,8 @@ shortcut's result is never written.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,11 +37,17 @@ class FrozenBlock(nn.Module):
     """Mixed into a frozen basic block or bottleneck: a forward that is :func:`ops.residual_block`.
 
     It stands for the block's own forward as long as nobody looks in between.
+
+    Attributes:
+        whole: Whether it does so; :func:`one_by_one` sets it.
     """
+
+    whole = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, K, OH, OW)``, channels_last."""
-        plan = None if apart(x) else self._plan(select("residual_block", x))
+        whole = self.whole and not apart(x)
+        plan = self._plan(select("residual_block", x)) if whole else None
         if plan is None:
             return super().forward(x)
         return ops.residual_block(x, *plan.tensors, **plan.settings)
@@ -143,6 +151,19 @@ def join(last: FrozenConv, shortcut: FrozenConv) -> tuple[Tensor, Tensor]:
     ]
     packed = torch.cat(parts, 1).to(last.packed.dtype).flatten()
     return packed, last.shift + shortcut.shift
+
+
+@contextlib.contextmanager
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """Run the convolutions of a frozen model's blocks each by itself, so that they can be timed."""
+    blocks = [module for module in model.modules() if isinstance(module, FrozenBlock)]
+    try:
+        for block in blocks:
+            block.whole = False
+        yield
+    finally:
+        for block in blocks:
+            del block.whole
 
 
 def is_block(module: nn.Module) -> bool:

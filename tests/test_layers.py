@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-import fused_resnet as fr
 from fused_resnet import _C, ops
 from fused_resnet.bench import layers
 from fused_resnet.bench.providers import OURS
@@ -59,28 +57,6 @@ def test_parts_of_a_batch_are_added_up() -> None:
     )
     assert many["layer1.0.conv1"].calls > 1
     assert many["layer1.0.conv1"].flops == 8 * one["layer1.0.conv1"].flops
-
-
-def test_a_whole_block_is_counted_as_its_convolutions() -> None:
-    """``residual_block`` called as on CUDA, where a frozen block is one operation."""
-    block = fr.freeze(nn.Sequential(resnet.resnet50().layer2[0]).eval())[0]
-    convs = [block.conv1, block.conv2, block.conv3, block.downsample[0]]
-
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = block
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            lists = ([getattr(c, n) for c in convs] for n in ("packed", "scale", "shift"))
-            return ops.residual_block(x, *lists, bottleneck=True, stride=2)
-
-    x = torch.randn(1, 256, 8, 8, generator=torch.Generator().manual_seed(0))
-    (layer,) = layers.profile(Whole().eval(), x, forwards=1).fused
-    assert layer.path == "block"
-    assert layer.algorithm == "block"
-    walked = next(b for b in network("resnet50", 32).blocks if b.path == "layer2.0")
-    assert layer.flops == sum(c.flops for c in walked.all_convs)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
+from ..frozen_block import one_by_one
 
 #: Operators of convolutions that are not this package's: what the tuner may choose for live ones.
 _LIBRARY = ("aten.convolution", "mkldnn._convolution_pointwise")
@@ -114,7 +115,7 @@ def profile(
     seconds: float = 10.0,
     progress: Callable[[], None] = lambda: None,
 ) -> Profile:
-    """Time a network's operators.
+    """Time a network's operators, those of frozen residual blocks one by one.
 
     Args:
         model: Frozen, fused, or any other, in eval.
@@ -125,7 +126,7 @@ def profile(
     """
     watch = _Watch(model)
     plain: list[float] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), one_by_one(model):
         for _ in range(2):  # what is allocated, tuned or joined once
             model(images)
         began = time.perf_counter()
@@ -191,37 +192,10 @@ class _Watch(TorchDispatchMode):
         paths = [self._paths[t.data_ptr()] for t in weights if t.data_ptr() in self._paths]
         path = _common(paths) or operator
         moved = sum(_bytes(t) for t in (*tensors, *_tensors([result])))
-        if own == "residual_block":
-            return self._block(path, operator, given, result)
         if own.startswith("conv_bn") or operator in _LIBRARY:
             return _conv(path, operator, given, result)
         flops = 2 * result.numel() * given["input"].shape[-1] if operator == "aten.linear" else 0
         return Layer(path, operator, "", "", fused, flops=flops, bytes=moved)
-
-    def _block(self, path: str, operator: str, given: dict[str, Any], y: Tensor) -> Layer:
-        x, scale, bottleneck = given["x"], given["scale"], given["bottleneck"]
-        stride, groups = given["stride"], given["groups"]
-        n, c, h, w = x.shape
-        own, middle = (3, 1) if bottleneck else (2, 0)
-        widths = [s.numel() for s in scale]
-        flops = moved = 0
-        channels = c
-        for i, width in enumerate(widths):
-            shortcut = i == own
-            depth = c if shortcut else channels // (groups if i == middle else 1)
-            taps = 9 if not shortcut and (i == 1 or not bottleneck) else 1
-            before = not shortcut and i < middle
-            pixels = n * h * w if before else n * y.shape[2] * y.shape[3]
-            flops += 2 * pixels * width * depth * taps
-            moved += width * depth * taps * given["packed"][i].element_size()
-            channels = width
-        moved += _bytes(x) + _bytes(y)  # the shortcut reads what the block reads
-        kind = "bottleneck" if bottleneck else "basic block"
-        slash = f"/{stride}" if stride > 1 else ""
-        shape = "-".join(map(str, widths[:own]))
-        ending = ", shortcut" if len(widths) > own else ""
-        what = f"{kind}{slash} {c} to {shape}, {h}x{w}{ending}"
-        return Layer(path, operator, what, "block", True, flops=flops, bytes=moved)
 
 
 def _conv(path: str, operator: str, given: dict[str, Any], y: Tensor) -> Layer:
