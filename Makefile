@@ -2,7 +2,7 @@
 # make test       the tests, under 10 minutes on 2 cores; make test-all adds the slow ones
 # make lint       ruff, mypy, clang-format; make format puts right what they can
 # make verify     every operation and network against float64
-# make bench      the benchmark results, their pictures and README's table
+# make bench      the benchmark results, their pictures and README's table (BENCH_ARGS=--quick)
 # make asan       the operations' tests under AddressSanitizer
 # make mutants    planted bugs, each of which a test must catch
 #
@@ -47,7 +47,7 @@ verify: $(INSTALLED)
 	$(VENV)/bin/fused-resnet verify
 
 bench: $(INSTALLED)
-	$(PY) benchmarks/bench_models.py
+	$(PY) benchmarks/bench_models.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/readme_table.py
 

@@ -1,6 +1,11 @@
-"""Whole networks: runs ``fused-resnet bench``; writes results/cpu-*.json and a picture.
+"""Whole networks: runs ``fused-resnet bench``; writes results/cpu-*.json and their pictures.
 
-python benchmarks/bench_models.py [--models resnet18,resnet50] [--batch 1,16] [--rounds N] ...
+python benchmarks/bench_models.py            all networks, about an hour and a half on two cores
+python benchmarks/bench_models.py --quick    ResNet-50 in float32 on all cores, two to three minutes
+python benchmarks/bench_models.py --models resnet18,resnet50 --batch 1,16 --threads 1,2 ...
+
+A file holds one number of threads and one dtype, and is written anew after each network: what an
+interrupted run has measured is kept.
 """
 
 from __future__ import annotations
@@ -8,12 +13,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from pathlib import Path
 
 from fused_resnet.bench import environment, plot, results
 from fused_resnet.cli import main as fused_resnet
 
 RESULTS = Path(__file__).parent / "results"
+MODELS = "resnet18,resnet34,resnet50,resnet101,resnet152,cifar_resnet56"
+#: Networks that are measured in bfloat16 too.
+BFLOAT16 = ("resnet50",)
 
 
 def slug(device: str, threads: int) -> str:
@@ -21,35 +30,63 @@ def slug(device: str, threads: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"cpu-{device}-{threads}-threads".lower()).strip("-")
 
 
+def cases(models: list[str], threads: list[int], dtypes: list[str]) -> list[tuple[str, int, str]]:
+    """Network, threads and dtype of each run; bfloat16 for the networks that are wanted in it."""
+    return [
+        (model, count, dtype)
+        for count in threads
+        for dtype in dtypes
+        for model in models
+        if dtype == "float32" or model in BFLOAT16 or len(dtypes) == 1
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="resnet18,resnet50")
+    cores = environment.cores()
+    parser.add_argument("--quick", action="store_true", help="ResNet-50, float32, all cores")
+    parser.add_argument("--models", help=f"default: {MODELS}")
     parser.add_argument("--batch", default="1,16")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--size", default="224")
-    parser.add_argument("--threads", type=int, default=environment.cores())
-    parser.add_argument("--providers", default="eager,channels_last,compile,jit,fused,frozen")
-    parser.add_argument("--rounds", default="10")
+    parser.add_argument("--dtype", help="default: float32,bfloat16")
+    parser.add_argument("--threads", help=f"default: 1,{cores}" if cores > 1 else "default: 1")
+    parser.add_argument("--providers", default="all")
+    parser.add_argument("--rounds", default="6")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
+    quick = arguments.quick
+    models = (arguments.models or ("resnet50" if quick else MODELS)).split(",")
+    dtypes = (arguments.dtype or ("float32" if quick else "float32,bfloat16")).split(",")
+    default = [cores] if quick else sorted({1, cores})
+    threads = [int(t) for t in arguments.threads.split(",")] if arguments.threads else default
+
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = slug(environment.device(), arguments.threads)
-    if arguments.dtype != "float32":
-        name += f"-{arguments.dtype}"
-    rows: list[results.Row] = []
-    code = 0
-    part = arguments.out / f"{name}.part.json"
-    for model in arguments.models.split(","):
-        options = ("batch", "dtype", "size", "threads", "providers", "rounds")
-        flags = [f"--{option}={getattr(arguments, option)}" for option in options]
-        code = max(code, fused_resnet(["bench", model, *flags, f"--json={part}"]))
+    device = environment.device()
+    rows: dict[str, list[results.Row]] = {}
+    code, started = 0, time.monotonic()
+    planned = cases(models, threads, dtypes)
+    for number, (model, count, dtype) in enumerate(planned):
+        minutes = (time.monotonic() - started) / 60
+        print(
+            f"[{number + 1} of {len(planned)}, {minutes:.0f} min] "
+            f"{model}, {count} threads, {dtype}",
+            file=sys.stderr,
+            flush=True,
+        )
+        name = slug(device, count) + (f"-{dtype}" if dtype != "float32" else "")
+        part = arguments.out / f"{name}.part.json"
+        options = {"batch": arguments.batch, "providers": arguments.providers}
+        options |= {"dtype": dtype, "threads": count, "rounds": arguments.rounds, "json": part}
+        flags = [f"--{option}={value}" for option, value in options.items()]
+        code = max(code, fused_resnet(["bench", model, *flags]))
         if code > 1:
             return code
-        rows += results.load(part)
-    part.unlink(missing_ok=True)
-    results.save(arguments.out / f"{name}.json", rows)
-    plot.save(arguments.out / f"{name}.png", rows)
+        rows.setdefault(name, []).extend(results.load(part))
+        part.unlink()
+        results.save(arguments.out / f"{name}.json", rows[name])
+    for name, measured in rows.items():
+        if any(row["status"] == "ok" for row in measured):
+            plot.save(arguments.out / f"{name}.png", measured)
     return code
 
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fused_resnet.bench import results
 
@@ -16,46 +17,82 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NOTHING = "No results have been recorded yet; `make bench` records them."
 NAMES = {
-    "eager": "PyTorch, eager",
-    "channels_last": "PyTorch, eager, channels_last",
-    "compile": "`torch.compile` with freezing",
-    "jit": "`torch.jit.freeze`, optimised for inference",
-    "fused": "**`fuse`**",
-    "frozen": "**`freeze`**",
+    "eager": "PyTorch",
+    "channels_last": "PyTorch in channels_last",
+    "compile": "torch.compile",
+    "jit": "torch.jit.freeze",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "ncnn": "ncnn",
 }
+OURS = {"frozen": "`freeze`", "frozen_direct": "`freeze(winograd=False)`", "fused": "`fuse`"}
 
 
 def section(files: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
-    """Markdown: one table a file, providers down, network and batch across."""
-    return "\n\n".join(_table(name, rows) for name, rows in files) or NOTHING
+    """Markdown: one table a device, a line for each network, batch, number of threads and dtype."""
+    devices: dict[str, list[tuple[str, Sequence[results.Row]]]] = {}
+    for name, rows in files:
+        devices.setdefault(rows[0]["device"], []).append((name, rows))
+    return "\n\n".join(_table(device, own) for device, own in devices.items()) or NOTHING
 
 
-def _table(name: str, rows: Sequence[results.Row]) -> str:
-    columns = list(dict.fromkeys((row["subject"], row["batch"]) for row in rows))
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    cells = {(r["provider"], r["subject"], r["batch"]): _cell(r) for r in rows}
-    first = rows[0]
-    versions = first["versions"]
+def _table(device: str, files: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
+    rows = [row for _, own in files for row in own]
+    versions = rows[0]["versions"]
+    named = ("torch", "onnxruntime", "openvino", "ncnn")
+    software = ", ".join(f"{n} {versions[n]}" for n in named if versions.get(n))
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    links = ", ".join(f"[{name}](benchmarks/results/{name})" for name, _ in files)
+    peers = dict.fromkeys(row["provider"] for row in rows if row["provider"] not in OURS)
+    cases: dict[tuple[str, str, int, int, int], dict[str, results.Row]] = {}
+    for row in rows:
+        keys = ("dtype", "subject", "size", "threads", "batch")
+        key: Any = tuple(row[k] for k in keys)
+        cases.setdefault(key, {})[row["provider"]] = row
     lines = [
-        f"{first['device']}, {first['threads']} threads, {first['dtype']}, {first['size']}x"
-        f"{first['size']}; torch {versions['torch']}, fused_resnet {versions['fused_resnet']} at "
-        f"{first['commit']}. Images per second, and in brackets the ratio to channels_last in the "
-        f"same run ([all numbers](benchmarks/results/{name})):",
+        f"{device}; {software}; fused_resnet {versions['fused_resnet']} at {commits}. Images per "
+        "second, and in brackets how many times the best other's in the same run; memory is the "
+        "most that was resident during inference, in MiB, with PyTorch's libraries, which every "
+        f"process had loaded, of `freeze` and of that best one. The others are "
+        f"{', '.join(NAMES.get(name, name) for name in peers)}. All numbers: {links}.",
         "",
-        "| | " + " | ".join(f"{subject}, batch {batch}" for subject, batch in columns) + " |",
-        "|---|" + "---:|" * len(columns),
+        "| | threads | batch | best other | " + " | ".join(OURS.values()) + " | memory |",
+        "|---|---:|---:|---|" + "---:|" * (len(OURS) + 1),
     ]
-    for provider in providers:
-        values = [cells.get((provider, *column), "") for column in columns]
-        lines.append(f"| {NAMES.get(provider, provider)} | " + " | ".join(values) + " |")
+    for (dtype, subject, size, threads, batch), measured in sorted(cases.items(), key=_order):
+        others = [r for p, r in measured.items() if p not in OURS and r["status"] == "ok"]
+        best = max(others, key=lambda row: row["images_per_s"], default=None)
+        other = ""
+        if best is not None:
+            provider = best["provider"]
+            other = f"{NAMES.get(provider, provider)}, {best['images_per_s']:.1f}"
+        cells = [_cell(measured.get(ours), best) for ours in OURS]
+        memory = " / ".join(_memory(row) for row in (measured.get("frozen"), best))
+        label = subject + (f", {size}x{size}" if size != 224 else "")
+        label += "" if dtype == "float32" else f", {dtype}"
+        columns = (label, str(threads), str(batch), other, *cells, memory)
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def _cell(row: results.Row) -> str:
+def _order(case: tuple[tuple[str, str, int, int, int], Any]) -> tuple[Any, ...]:
+    """float32 first, then networks by the size of their names' numbers, the CIFAR ones last."""
+    (dtype, subject, size, threads, batch), _ = case
+    return (dtype != "float32", -size, len(subject), subject, threads, batch)
+
+
+def _cell(row: results.Row | None, best: results.Row | None) -> str:
+    if row is None:
+        return ""
     if row["status"] != "ok":
         return str(row["status"])
-    ratio = "" if row["ratio"] is None else f" ({row['ratio']:.2f})"
+    ratio = "" if best is None else f" ({row['images_per_s'] / best['images_per_s']:.2f})"
     return f"{row['images_per_s']:.1f}{ratio}"
+
+
+def _memory(row: results.Row | None) -> str:
+    peak = None if row is None else row.get("peak_mib")
+    return "-" if peak is None else f"{peak:.0f}"
 
 
 def replaced(text: str, new: str) -> str:

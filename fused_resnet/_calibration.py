@@ -18,10 +18,17 @@ def batch_norms(model: nn.Module) -> Iterator[nn.BatchNorm2d]:
     return (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+_SHORTCUTS = ("downsample", "shortcut")
+
+
 def last_batch_norms(model: nn.Module) -> list[nn.Module]:
-    """Those whose result torchvision's blocks add to the identity."""
-    blocks = [m for m in model.modules() if hasattr(m, "downsample")]
-    return [block.get_submodule("bn3" if hasattr(block, "bn3") else "bn2") for block in blocks]
+    """Those whose result a block adds to its shortcut, which is called one or the other."""
+    last: list[nn.Module] = []
+    for block in model.modules():
+        if hasattr(block, "downsample") or hasattr(block, "shortcut"):
+            branch = (m for name, m in block.named_children() if name not in _SHORTCUTS)
+            last += [norm for child in branch for norm in batch_norms(child)][-1:]
+    return last
 
 
 @torch.no_grad()

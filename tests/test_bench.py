@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from fused_resnet.bench import environment, harness, networks, operations, plot, results
+from fused_resnet.bench import environment, harness, memory, networks, operations, plot, results
+from fused_resnet.bench import problem as problems
 from fused_resnet.bench.harness import Entry, Measurement, Worker, WorkerError, compare
-from fused_resnet.bench.providers import PROVIDERS
+from fused_resnet.bench.peers import RUNTIMES
+from fused_resnet.bench.providers import NAMES
+from fused_resnet.bench.subject import Subject, UnavailableError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -158,6 +161,38 @@ def test_rows_hold_medians_quantiles_and_ratios() -> None:
     assert ours["commit"] == "abc"
 
 
+def test_rows_hold_the_ratio_to_the_best_peer() -> None:
+    names = {"eager": 20, "openvino": 10, "frozen": 5, "fused": 8}
+    rows = rows_of([timed(n, ms) for n, ms in names.items()], peers=("eager", "openvino", "ncnn"))
+    assert {row["best_peer"] for row in rows} == {"openvino"}
+    ratios = {row["provider"]: row["ratio_to_best_peer"] for row in rows}
+    assert ratios == pytest.approx({"eager": 0.5, "openvino": 1, "frozen": 2, "fused": 1.25})
+    assert rows_of([timed("frozen", 5)])[0]["ratio_to_best_peer"] is None
+
+
+def test_rows_hold_memory_and_the_cores_that_computed() -> None:
+    measured = timed("frozen", 5)
+    measured.rounds = [(0.0, 1.0), (5.0, 6.0)]
+    measured.cpu_seconds, measured.peak_bytes, measured.base_bytes = 3.0, 3 * 2**20, 2**20
+    (row,) = rows_of([measured])
+    assert (row["cores"], row["peak_mib"], row["base_mib"]) == (1.5, 3, 1)
+
+
+@pytest.mark.skipif(memory.peak_bytes() is None, reason="no /proc/self/status on this system")
+def test_the_peak_of_memory_starts_anew() -> None:
+    size = 64 * 2**20
+    held = bytearray(size)
+    del held  # given back, but still in the peak
+    memory.reset_peak()
+    before = memory.peak_bytes()
+    assert before is not None
+    held = bytearray(size)
+    after = memory.peak_bytes()
+    assert after is not None
+    assert size * 0.9 < after - before < size * 1.5
+    assert len(held) == size
+
+
 def test_without_a_baseline_there_is_no_ratio() -> None:
     failed = Measurement("channels_last", status="failed", reason="no compiler")
     broken, ours = rows_of([failed, timed("frozen", 1)])
@@ -205,8 +240,15 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 32, 32, generator=generator)
     model = networks.random_model("resnet18", torch.randn(8, 3, 32, 32, generator=generator))
-    networks.write_problem(folder, model, images)
+    problems.write_problem(folder, model, images)
     return folder
+
+
+def built(provider: str, dtype: str, problem: Path) -> Subject:
+    try:
+        return problems.build(provider, "resnet18", dtype, str(problem))
+    except UnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -222,18 +264,59 @@ def _inductor_as_it_was() -> Iterator[None]:
 @pytest.mark.usefixtures("_inductor_as_it_was")
 @pytest.mark.parametrize(
     "provider",
-    [pytest.param(p, marks=pytest.mark.slow) if p == "compile" else p for p in PROVIDERS],
+    [pytest.param(p, marks=pytest.mark.slow) if p == "compile" else p for p in NAMES],
 )
 def test_provider_answers_rightly(provider: str, problem: Path) -> None:
-    subject = networks.build(provider, "resnet18", "float32", str(problem))
+    subject = built(provider, "float32", problem)
     with torch.inference_mode():
         subject.call()
         assert subject.error() < 1e-5
 
 
+@pytest.mark.parametrize("provider", ["openvino", "ncnn"])
+def test_runtimes_answer_within_the_limit_of_bfloat16(provider: str, problem: Path) -> None:
+    subject = built(provider, "bfloat16", problem)
+    with torch.inference_mode():
+        # Beyond float32's: it was bfloat16 that computed.
+        assert 1e-4 < subject.error() < networks.LIMITS["bfloat16"]
+
+
+def test_a_runtime_without_a_dtype_says_so(problem: Path) -> None:
+    for provider in ("onnxruntime", "openvino", "ncnn"):
+        with pytest.raises(UnavailableError, match=f"{provider}.*(float64|not installed)"):
+            problems.build(provider, "resnet18", "float64", str(problem))
+
+
+@pytest.mark.parametrize("provider", RUNTIMES)
+def test_a_missing_runtime_says_what_to_install(
+    provider: str, problem: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match=r"pip install 'fused_resnet\[bench\]'"):
+        problems.build(provider, "resnet18", "float32", str(problem))
+
+
+def test_runtimes_use_the_threads_that_they_are_given(problem: Path) -> None:
+    """Each in its process, where no other thread pool computes: one core, and no more."""
+    measured = compare(
+        problems.entries(tuple(RUNTIMES), "resnet18", "float32", problem),
+        threads=1,
+        rounds=2,
+        round_seconds=0.1,
+        warm_up_seconds=0.1,
+    )
+    for row in rows_of(measured):
+        if row["status"] == "unavailable":
+            continue
+        assert row["status"] == "ok", row["reason"]
+        assert row["threads"] == 1
+        # A bound from above, which a busy machine cannot pass.
+        assert row["cores"] < 1.2
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_frozen_answers_within_the_limit_of_its_dtype(dtype: str, problem: Path) -> None:
-    subject = networks.build("frozen", "resnet18", dtype, str(problem))
+    subject = problems.build("frozen", "resnet18", dtype, str(problem))
     with torch.inference_mode():
         assert 0 < subject.error() < networks.LIMITS[dtype]
 

@@ -60,7 +60,13 @@ def timed(name: str, milliseconds: float) -> Measurement:
 
 def test_table(readme_table: ModuleType) -> None:
     rows = results.rows(
-        [timed("channels_last", 20), timed("frozen", 10), Measurement("jit", status="failed")],
+        [
+            timed("channels_last", 20),
+            timed("openvino", 16),
+            timed("frozen", 10),
+            Measurement("fused", status="failed"),
+            Measurement("ncnn", status="unavailable"),
+        ],
         subject="resnet50",
         batch=4,
         dtype="float32",
@@ -73,10 +79,8 @@ def test_table(readme_table: ModuleType) -> None:
         },
     )
     text = readme_table.section([("cpu-a.json", rows)])
-    assert "a processor, 2 threads, float32, 224x224; torch 2, fused_resnet 1 at abc" in text
-    assert "| PyTorch, eager, channels_last | 200.0 (1.00) |" in text
-    assert "| **`freeze`** | 400.0 (2.00) |" in text
-    assert "| failed |" in text
+    assert "a processor; torch 2; fused_resnet 1 at abc" in text
+    assert "| resnet50 | 2 | 4 | OpenVINO, 250.0 | 400.0 (1.60) |  | failed | - / - |" in text
 
 
 def test_without_results_the_table_says_so(readme_table: ModuleType) -> None:

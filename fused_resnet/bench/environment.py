@@ -26,6 +26,10 @@ VARIABLES = (
 )
 
 
+#: Distributions that a benchmark's providers and networks come from.
+_OTHERS = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "openvino", "ncnn", "pnnx")
+
+
 class MissingPackageError(RuntimeError):
     """An optional package is needed; the message says what to install."""
 
@@ -55,7 +59,7 @@ def versions() -> dict[str, str | None]:
         "fused_resnet": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": _version("torchvision"),
+        **{name: _version(name) for name in _OTHERS},
     }
 
 

@@ -17,8 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any
@@ -55,6 +57,10 @@ class Measurement:
         reason: One line when the status is not ok.
         error: Relative L2 error of its answer, when it gave one.
         threads: Threads of its pool.
+        cpu_seconds: Of all its threads, in the rounds.
+        peak_bytes: The most memory that its process had resident once it was built, PyTorch's own
+            libraries included; None where the system does not tell.
+        base_bytes: What the process had resident before it was built: those libraries.
         build_seconds: From import to the first answer.
         times: Seconds of each timed iteration.
         rounds: When each round began and ended, on the clock that all processes share.
@@ -65,6 +71,9 @@ class Measurement:
     reason: str = ""
     error: float | None = None
     threads: int | None = None
+    cpu_seconds: float = 0.0
+    peak_bytes: int | None = None
+    base_bytes: int | None = None
     build_seconds: float | None = None
     times: list[float] = field(default_factory=list)
     rounds: list[tuple[float, float]] = field(default_factory=list)
@@ -193,6 +202,7 @@ def compare(
     rounds: int = 10,
     round_seconds: float = ROUND_SECONDS,
     warm_up_seconds: float = WARM_UP_SECONDS,
+    jobs: int = 1,
     progress: Progress = lambda name, action: None,
     timeout: float = 900.0,
 ) -> list[Measurement]:
@@ -204,6 +214,7 @@ def compare(
         rounds: How often each provider has its turn; the order rotates by one each time.
         round_seconds: A round runs as many iterations as fit, at least one.
         warm_up_seconds: Run before the first round.
+        jobs: How many are built at a time.
         progress: Called before each step.
         timeout: Seconds that one step of one provider may take.
 
@@ -223,11 +234,25 @@ def compare(
         if results[name].status != "ok":
             workers.pop(name).close()
 
+    def build(entry: Entry) -> None:
+        try:
+            attempt(entry.name, lambda worker: _build(worker, entry, results[entry.name]))
+        finally:
+            slots.release()
+
+    # Nothing is timed yet, so building may use every core: it is imports and compilers, mostly on
+    # one thread each.
+    builders = ThreadPoolExecutor(jobs)
+    slots = threading.Semaphore(jobs)
     try:
+        building = []
         for entry in entries:
+            slots.acquire()
             progress(entry.name, "build")
             workers[entry.name] = Worker(threads, timeout)
-            attempt(entry.name, lambda worker, e=entry: _build(worker, e, results[e.name]))  # type: ignore[misc]
+            building.append(builders.submit(build, entry))
+        for done in building:
+            done.result()
         for name in list(workers):
             progress(name, "warm up")
 
@@ -244,11 +269,15 @@ def compare(
                     answer = worker.ask("round", iterations=iterations[name])
                     results[name].times += answer["times"]
                     results[name].rounds.append((answer["start"], answer["end"]))
+                    results[name].cpu_seconds += answer["cpu_seconds"]
+                    results[name].peak_bytes = answer["peak_bytes"]
+                    results[name].base_bytes = answer["base_bytes"]
 
                 attempt(name, one_round)
     finally:
-        for worker in workers.values():
+        for worker in list(workers.values()):
             worker.close()
+        builders.shutdown(cancel_futures=True)
     return list(results.values())
 
 

@@ -1,14 +1,8 @@
-"""Inference of a whole network: the problem that all providers are given.
-
-A problem is a folder with one network's parameters, one batch of inputs and the float64 logits, so
-that every process works on the same numbers and each answer is held against the same truth.
-"""
+"""torchvision's networks with random parameters, and how an answer of theirs is judged."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +10,6 @@ from torch import Tensor, nn
 from .._calibration import calibrate, randomise
 from ..models.weights import load_into
 from .environment import MissingPackageError
-from .harness import Entry
-from .subject import Subject
 
 #: torchvision's residual networks, which are also ours.
 MODELS = (
@@ -64,7 +56,11 @@ def torchvision_model(name: str, state: dict[str, Tensor] | None = None) -> nn.M
 def random_model(name: str, *batches: Tensor, seed: int = 0) -> nn.Module:
     """torchvision's network with seeded parameters and batch norms calibrated on the batches."""
     torch.manual_seed(seed)
-    model = torchvision_model(name)
+    return randomised(torchvision_model(name), *batches, seed=seed)
+
+
+def randomised(model: nn.Module, *batches: Tensor, seed: int = 0) -> nn.Module:
+    """The network itself, its batch norms seeded and calibrated on the batches."""
     randomise(model, torch.Generator().manual_seed(seed))
     calibrate(model, *batches)
     return model
@@ -81,36 +77,3 @@ def relative_error(answer: Tensor, truth: Tensor) -> float:
     """Relative L2 distance, in float64; not a number if the answer holds one."""
     exact = truth.double()
     return float((answer.double() - exact).norm() / exact.norm())
-
-
-def write_problem(folder: Path, model: nn.Module, images: Tensor) -> None:
-    """Write parameters, inputs and float64 logits for the workers to read."""
-    torch.save(model.state_dict(), folder / "state.pt")
-    torch.save(images, folder / "images.pt")
-    torch.save(in_float64(model, images), folder / "truth.pt")
-
-
-def build(provider: str, model: str, dtype: str, folder: str) -> Subject:
-    """The workers' target: one provider on the problem in ``folder``."""
-    from .providers import PROVIDERS
-
-    state, images, truth = (
-        torch.load(Path(folder) / name, weights_only=True)
-        for name in ("state.pt", "images.pt", "truth.pt")
-    )
-    network = torchvision_model(model, state)
-    call = PROVIDERS[provider](network, images.to(getattr(torch, dtype)))
-    return Subject(call, lambda: relative_error(call(), truth))
-
-
-def entries(providers: Sequence[str], model: str, dtype: str, folder: Path) -> list[Entry]:
-    """One entry a provider, for :func:`fused_resnet.bench.harness.compare`."""
-    return [
-        Entry(
-            name,
-            f"{__name__}:build",
-            {"provider": name, "model": model, "dtype": dtype, "folder": str(folder)},
-            LIMITS[dtype],
-        )
-        for name in providers
-    ]

@@ -8,7 +8,10 @@ from pathlib import Path
 from .environment import MissingPackageError
 from .results import Row
 
-_COLOURS = {"fused": "#d9722e", "frozen": "#b3261e"}
+#: Panels side by side.
+COLUMNS = 4
+
+_COLOURS = {"fused": "#d9722e", "frozen": "#b3261e", "frozen_direct": "#b3261e"}
 _OTHERS = "#8a8f98"
 
 
@@ -34,10 +37,14 @@ def save(path: Path, rows: Sequence[Row]) -> None:
     if not timed:
         raise ValueError("nothing to plot: no provider was timed")
     panels = list(dict.fromkeys((row["subject"], row["batch"]) for row in timed))
+    columns = min(len(panels), COLUMNS)
+    lines = -(-len(panels) // columns)
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+        lines, columns, figsize=(4.2 * columns, 3.2 * lines), squeeze=False, layout="constrained"
     )
-    for axes, (subject, batch) in zip(grid[0], panels, strict=True):
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (subject, batch) in zip(grid.flat, panels, strict=False):
         bars = [row for row in timed if (row["subject"], row["batch"]) == (subject, batch)]
         names = [row["provider"] for row in bars]
         speed = [row["images_per_s"] for row in bars]

@@ -1,8 +1,8 @@
 """The ways to run a network's inference that a benchmark compares.
 
-Each takes torchvision's network in eval and a batch of images in the storage dtype, and returns
-what is called under ``torch.inference_mode``. All but ``eager`` are given channels_last, which is
-the faster format for each of them on a CPU.
+Those of other runtimes are in :mod:`.peers`. Each here takes a network in eval and a batch of
+images in the storage dtype, and returns what is called under ``torch.inference_mode``. All but
+``eager`` are given channels_last, which is the faster format for each of them on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
+
+from .peers import RUNTIMES
 
 Call = Callable[[], Tensor]
 
@@ -77,7 +79,6 @@ PROVIDERS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "frozen_direct": frozen_direct,
 }
 
-
 #: Of this package's providers, the network itself and the images as it wants them.
 OURS: dict[str, Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]]] = {
     "fused": lambda model, images: _fused_network(model, images),
@@ -105,3 +106,10 @@ def _call_of(network: nn.Module, images: Tensor) -> Call:
 def _channels_last(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]:
     model = model.to(dtype=images.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, images.contiguous(memory_format=torch.channels_last)
+
+
+#: Every provider's name, this package's last.
+NAMES = (*(name for name in PROVIDERS if name not in OURS), *RUNTIMES, *OURS)
+
+#: What this package is compared with.
+PEERS = tuple(name for name in NAMES if name not in OURS)

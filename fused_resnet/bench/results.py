@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +30,20 @@ def rows(
     size: int,
     threads: int,
     baseline: str = BASELINE,
+    peers: Collection[str] = (),
     environment: dict[str, Any],
 ) -> list[Row]:
     """One row a measurement, each complete in itself.
 
     ``ratio`` is the baseline's median time over this one's: above 1 is faster. It is None without
-    a baseline in the same run.
+    a baseline in the same run. ``ratio_to_best_peer`` is that to the fastest of ``peers``.
+    ``cores`` is the processor time of all threads over the time that passed, which shows whether a
+    provider used the threads that it was given, and no more. ``peak_mib`` is the most memory that
+    its process had resident in the rounds, and ``base_mib`` what it had with PyTorch imported.
     """
     medians = {m.name: statistics.median(m.times) for m in measurements if _timed(m)}
     base = medians.get(baseline)
+    best = min((name for name in peers if name in medians), key=medians.__getitem__, default=None)
     result = []
     for m in measurements:
         row: Row = {
@@ -52,10 +57,12 @@ def rows(
             "error": m.error,
             "threads": m.threads if m.threads is not None else threads,
             "baseline": baseline,
+            "best_peer": best,
             "build_s": m.build_seconds,
         }
         if _timed(m):
             median = medians[m.name]
+            passed = sum(end - start for start, end in m.rounds)
             p20, p80 = (quantile(m.times, q) for q in (0.2, 0.8))
             row |= {
                 "median_ms": median * 1e3,
@@ -63,11 +70,19 @@ def rows(
                 "p80_ms": p80 * 1e3,
                 "images_per_s": batch / median,
                 "ratio": None if base is None else base / median,
+                "ratio_to_best_peer": None if best is None else medians[best] / median,
+                "cores": m.cpu_seconds / passed if passed else None,
+                "peak_mib": _mib(m.peak_bytes),
+                "base_mib": _mib(m.base_bytes),
                 "rounds": len(m.rounds),
                 "samples": len(m.times),
             }
         result.append(row | environment)
     return result
+
+
+def _mib(value: int | None) -> float | None:
+    return None if value is None else value / 2**20
 
 
 def quantile(values: Iterable[float], q: float) -> float:
@@ -87,7 +102,8 @@ def table(rows: Sequence[Row], title: str | None = None) -> Table:
     for name in ("batch", "provider"):
         result.add_column(name)
     baseline = rows[0]["baseline"] if rows else BASELINE
-    for name in ("median ms", "p20 to p80", "img/s", f"x {baseline}", "error"):
+    columns = ("median ms", "p20 to p80", "img/s", f"x {baseline}", "x best peer")
+    for name in (*columns, "error", "peak MiB", "cores"):
         result.add_column(name, justify="right")
     last = None
     for row in rows:
@@ -96,18 +112,24 @@ def table(rows: Sequence[Row], title: str | None = None) -> Table:
         last = row["batch"]
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         if row["status"] == "ok":
-            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
             cells = [
                 f"{row['median_ms']:.2f}",
                 f"{row['p20_ms']:.2f} to {row['p80_ms']:.2f}",
                 f"{row['images_per_s']:.1f}",
-                ratio,
+                _number(row["ratio"], ".2f"),
+                _number(row["ratio_to_best_peer"], ".2f"),
                 error,
+                _number(row["peak_mib"], ".0f"),
+                _number(row["cores"], ".2f"),
             ]
         else:
-            cells = [f"[red]{row['status']}[/]", "", "", "", error]
+            cells = [f"[red]{row['status']}[/]", "", "", "", "", error, "", ""]
         result.add_row(str(row["batch"]), row["provider"], *cells)
     return result
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def complaints(rows: Sequence[Row]) -> list[str]:

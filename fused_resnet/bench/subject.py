@@ -20,7 +20,9 @@ class Subject(NamedTuple):
     Attributes:
         call: One iteration of what is timed.
         error: Relative L2 error of its answer; computed once, before anything is timed.
+        threads: Of a pool of its own; None where it computes on PyTorch's.
     """
 
     call: Callable[[], Any]
     error: Callable[[], float]
+    threads: int | None = None

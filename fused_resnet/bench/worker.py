@@ -7,7 +7,9 @@ answer goes back as a JSON line:
 ``{"do": "build", "target", "case"}``   imports ``module:function``, calls it with the case;
                                         answers ``error``, ``threads`` and ``seconds``
 ``{"do": "warm_up", "seconds"}``        runs until times settle; answers ``seconds`` an iteration
-``{"do": "round", "iterations"}``       answers ``times``, in seconds, and ``start`` and ``end``
+``{"do": "round", "iterations"}``       answers ``times``, in seconds, ``start`` and ``end``,
+                                        ``cpu_seconds`` between them, ``peak_bytes`` of memory
+                                        resident since building ended, and ``base_bytes`` before
 ``{"do": "call", "target", "case"}``    imports ``module:function``, calls it with the case, and
                                         answers what it returns
 ======================================= ======================================================
@@ -28,14 +30,22 @@ from typing import Any, TextIO
 
 import torch
 
+from .memory import peak_bytes, reset_peak
 from .subject import Subject, UnavailableError
+
+#: The longest call before which the caches are refilled by another one.
+REFILL_SECONDS = 0.1
 
 
 class _Worker:
     def __init__(self) -> None:
         self.call: Callable[[], Any] = lambda: None
+        self.each = 0.0  # seconds of one call
+        self.base: int | None = None  # bytes that were resident before it was built
 
     def build(self, target: str, case: dict[str, Any]) -> dict[str, Any]:
+        reset_peak()
+        self.base = peak_bytes()
         start = time.perf_counter()
         subject: Subject = call(target, case)
         self.call = subject.call
@@ -43,25 +53,37 @@ class _Worker:
         with torch.inference_mode():
             self.call()
             error = subject.error()
+        seconds = time.perf_counter() - start
+        reset_peak()
         return {
             "error": error,
-            "threads": torch.get_num_threads(),
-            "seconds": time.perf_counter() - start,
+            "threads": subject.threads or torch.get_num_threads(),
+            "seconds": seconds,
         }
 
     def warm_up(self, seconds: float) -> dict[str, Any]:
-        """Run for ``seconds`` and at least three times; the fastest tells how long one takes."""
+        """Run for ``seconds`` and at least twice; the fastest tells how long one takes."""
         times: list[float] = []
-        while len(times) < 3 or sum(times) < seconds:
+        while len(times) < 2 or sum(times) < seconds:
             times += self._run(1)
-        return {"seconds": min(times)}
+        self.each = min(times)
+        return {"seconds": self.each}
 
     def round(self, iterations: int) -> dict[str, Any]:
-        # The other providers ran since: the first iteration refills the caches, untimed.
-        start = time.monotonic()
-        self._run(1)
+        # The other providers ran since: the first iteration refills the caches, untimed. That takes
+        # a few milliseconds, and so is not worth a second iteration of a call that takes long.
+        start, cpu = time.monotonic(), time.process_time()
+        if self.each < REFILL_SECONDS:
+            self._run(1)
         times = self._run(iterations)
-        return {"times": times, "start": start, "end": time.monotonic()}
+        return {
+            "times": times,
+            "start": start,
+            "end": time.monotonic(),
+            "cpu_seconds": time.process_time() - cpu,
+            "peak_bytes": peak_bytes(),
+            "base_bytes": self.base,
+        }
 
     def _run(self, iterations: int) -> list[float]:
         times = []

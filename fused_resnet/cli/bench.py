@@ -13,8 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..bench import environment, harness, networks, plot, results
-from ..bench.providers import OURS, PROVIDERS
+from ..bench import environment, harness, networks, plot, problem, results, sources
+from ..bench.providers import NAMES, OURS, PEERS
 from ._choices import network_calls, table_of
 from ._common import DTYPES, UsageError, console, listed, one_of, positive, progress, writable
 from ._layers import table_of as table_of_layers
@@ -32,7 +32,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "float64 before it is timed, and rounds alternate. Ratios are of medians in the same run, "
         f"against {results.BASELINE}. Exit code 1 if a provider fails or answers wrongly.",
     )
-    parser.add_argument("model", type=one_of("model", networks.MODELS), help="for example resnet50")
+    parser.add_argument("model", nargs="?", type=network, help="for example resnet50")
+    parser.add_argument(
+        "--model-from",
+        type=network,
+        metavar="SOURCE:NAME",
+        help="the network of another library, with random weights and without a download: "
+        "torchvision:resnet50, timm:resnet50 or hf:microsoft/resnet-50",
+    )
     parser.add_argument(
         "--batch",
         type=listed(positive),
@@ -51,13 +58,16 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--providers",
-        type=listed(one_of("provider", PROVIDERS)),
+        type=providers_of,
         default=list(DEFAULT_PROVIDERS),
         metavar="P,...",
-        help=f"default: {','.join(DEFAULT_PROVIDERS)}",
+        help=f"all, or of {', '.join(NAMES)} (default: {','.join(DEFAULT_PROVIDERS)}); "
+        "one whose package is missing is named and left out",
     )
     parser.add_argument(
-        "--size", type=positive, default=224, help="height and width of the images (default: 224)"
+        "--size",
+        type=positive,
+        help="height and width of the images (default: 224, of CIFAR's networks 32)",
     )
     parser.add_argument(
         "--rounds", type=positive, default=10, help="turns of each provider (default: 10)"
@@ -79,8 +89,27 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
+def network(text: str) -> str:
+    """An argparse type: what :func:`fused_resnet.bench.sources.parse` takes."""
+    try:
+        return sources.parse(text)
+    except sources.UnknownNetworkError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def providers_of(text: str) -> list[str]:
+    """An argparse type: ``all``, or a list of providers."""
+    return list(NAMES) if text == "all" else listed(one_of("provider", NAMES))(text)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measure and show."""
+    if (arguments.model is None) == (arguments.model_from is None):
+        raise UsageError("bench: expected a model, or --model-from SOURCE:NAME, and not both")
+    arguments.model = arguments.model or arguments.model_from
+    arguments.size = arguments.size or sources.size_of(arguments.model)
+    if arguments.explain and arguments.model not in networks.MODELS:
+        raise UsageError(f"bench: --explain: expected one of {', '.join(networks.MODELS)}")
     if arguments.size < 32:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
     if arguments.layers:
@@ -88,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = shlex.join(["fused-resnet", *arguments.typed])
     rows: list[results.Row] = []
     for batch in arguments.batch:
-        model, images = problem(arguments, batch)
+        model, images = problem.random_problem(arguments.model, batch, arguments.size)
         rows += measure(
             model,
             images,
@@ -118,16 +147,6 @@ def run(arguments: argparse.Namespace) -> int:
     return complain(rows)
 
 
-def problem(arguments: argparse.Namespace, batch: int) -> tuple[nn.Module, Tensor]:
-    """The network and one batch of images, float32."""
-    generator = torch.Generator().manual_seed(batch)
-    shape = (3, arguments.size, arguments.size)
-    images = torch.randn(batch, *shape, generator=generator)
-    # Not on the images themselves: the statistics of a batch of one make no network.
-    others = torch.randn(8, *shape, generator=generator)
-    return networks.random_model(arguments.model, others), images
-
-
 def view_layers(arguments: argparse.Namespace) -> int:
     """Each operation of a forward, for each batch and provider."""
     viewed = [name for name in arguments.providers if name in OURS]
@@ -140,7 +159,8 @@ def view_layers(arguments: argparse.Namespace) -> int:
     found = []
     for batch in arguments.batch:
         for provider in viewed:
-            model, images = problem(arguments, batch)
+            plain, images = problem.random_problem(arguments.model, batch, arguments.size)
+            model = sources.our_model(arguments.model, plain.state_dict())
             found.append(
                 view(
                     model,
@@ -198,10 +218,10 @@ def measure(
     """Rows of one network at one batch, with a progress bar.
 
     Args:
-        model: torchvision's network in eval, float32.
+        model: The network in eval, float32.
         images: The batch, float32.
-        name: The network's name in torchvision.
-        providers: Names of :data:`fused_resnet.bench.providers.PROVIDERS`.
+        name: From :func:`fused_resnet.bench.sources.parse`.
+        providers: Of :data:`fused_resnet.bench.providers.NAMES`.
         dtype: Storage type that the providers run in.
         threads: Of each process.
         rounds: Turns of each provider.
@@ -210,13 +230,14 @@ def measure(
     batch, size = images.shape[0], images.shape[-1]
     with tempfile.TemporaryDirectory(prefix="fused-resnet-") as folder, progress() as bar:
         task = bar.add_task(f"{name}, batch {batch}: float64 answer", total=None)
-        networks.write_problem(Path(folder), model, images)
-        entries = networks.entries(providers, name, dtype, Path(folder))
+        problem.write_problem(Path(folder), model, images)
+        entries = problem.entries(providers, name, dtype, Path(folder))
         bar.update(task, total=harness.steps(entries, rounds))
         measurements = harness.compare(
             entries,
             threads=threads,
             rounds=rounds,
+            jobs=environment.cores(),
             progress=lambda provider, action: bar.update(
                 task, advance=1, description=f"{name}, batch {batch}: {provider}, {action}"
             ),
@@ -228,5 +249,6 @@ def measure(
         dtype=dtype,
         size=size,
         threads=threads,
+        peers=PEERS,
         environment={**environment.describe(), "command": command},
     )

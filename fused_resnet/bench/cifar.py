@@ -1,0 +1,66 @@
+"""The paper's CIFAR network in plain PyTorch, as its users write it, for the other providers.
+
+Keys are those of :func:`fused_resnet.cifar_resnet`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PlainCifarBlock(nn.Module):
+    """Two 3x3 convolutions; where the shape changes the shortcut subsamples and pads."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        self.stride, self.padding = stride, (planes - inplanes) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, inplanes, H, W)`` to ``(N, planes, H / stride, W / stride)``."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.padding or self.stride != 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = F.pad(x, (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(y + x)
+
+
+class PlainCifarResNet(nn.Module):
+    """Stages of 16, 32 and 64 channels for images of 32x32.
+
+    Args:
+        depth: 20, 32, 44, 56 or 110.
+
+    Source:
+        He et al., "Deep Residual Learning for Image Recognition", 2015, section 4.2, option A.
+    """
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(blocks, 16, 16, 1)
+        self.layer2 = _stage(blocks, 16, 32, 2)
+        self.layer3 = _stage(blocks, 32, 64, 2)
+        self.linear = nn.Linear(64, 10)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(m.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` to logits ``(N, 10)``."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.layer3(self.layer2(self.layer1(y)))
+        return self.linear(y.mean((2, 3)))
+
+
+def _stage(blocks: int, inplanes: int, planes: int, stride: int) -> nn.Sequential:
+    first = PlainCifarBlock(inplanes, planes, stride)
+    return nn.Sequential(first, *(PlainCifarBlock(planes, planes, 1) for _ in range(1, blocks)))

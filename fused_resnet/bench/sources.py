@@ -1,0 +1,136 @@
+"""The networks that a benchmark can build, all with random weights and without a download.
+
+A network is named by a source and a name: ``torchvision:resnet50`` (which is what ``resnet50``
+means), ``timm:resnet50``, ``hf:microsoft/resnet-50``, and ``cifar_resnet56`` of the paper. Each is
+the plain PyTorch model of its library, for this package's :func:`~fused_resnet.freeze` as for all
+others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.cifar import cifar_resnet
+from ..models.weights import load_into
+from .cifar import PlainCifarResNet
+from .environment import MissingPackageError
+from .networks import MODELS, torchvision_model
+
+#: The paper's networks for images of 32x32.
+CIFAR = tuple(f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110))
+
+#: Configurations of the Hub's models, as their config.json has them: block and depths.
+_HF = {
+    "microsoft/resnet-18": ("basic", (2, 2, 2, 2)),
+    "microsoft/resnet-26": ("bottleneck", (2, 2, 2, 2)),
+    "microsoft/resnet-34": ("basic", (3, 4, 6, 3)),
+    "microsoft/resnet-50": ("bottleneck", (3, 4, 6, 3)),
+    "microsoft/resnet-101": ("bottleneck", (3, 4, 23, 3)),
+    "microsoft/resnet-152": ("bottleneck", (3, 8, 36, 3)),
+}
+
+
+class UnknownNetworkError(ValueError):
+    """No such network; the message says which there are."""
+
+
+def parse(text: str) -> str:
+    """The name in full, ``source:name``; torchvision's and this package's names stay short.
+
+    Raises:
+        UnknownNetworkError: No such source, or it has no such network.
+    """
+    source, separator, name = text.partition(":")
+    if not separator:
+        source, name = "torchvision", text
+    if source == "torchvision":
+        if name not in (*MODELS, *CIFAR):
+            raise UnknownNetworkError(
+                f"unknown model {name!r}; expected one of {', '.join((*MODELS, *CIFAR))}"
+            )
+        return name
+    if source == "hf":
+        if name not in _HF:
+            raise UnknownNetworkError(f"unknown model {text!r}; expected hf: and {', '.join(_HF)}")
+    elif source == "timm":
+        if not _package("timm").is_model(name):
+            raise UnknownNetworkError(f"unknown model {text!r}: timm has no such network")
+    else:
+        raise UnknownNetworkError(f"unknown source {source!r}; expected torchvision, timm or hf")
+    return text
+
+
+def size_of(name: str) -> int:
+    """Height and width of the images that the network is for."""
+    return 32 if name in CIFAR else 224
+
+
+def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+    """The network of its own library, in eval.
+
+    Args:
+        name: From :func:`parse`.
+        state: Its state dict, which also tells the number of classes; None leaves the initial
+            parameters.
+
+    Raises:
+        ValueError: The state dict is not that network's.
+        MissingPackageError: Its library is not installed.
+    """
+    source, _, rest = name.rpartition(":")
+    if not source and name not in CIFAR:
+        return torchvision_model(name, state)
+    model: nn.Module
+    if source == "timm":
+        model = _package("timm").create_model(rest, pretrained=False)
+    elif source == "hf":
+        model = _hf(rest)
+    else:
+        model = PlainCifarResNet(_depth(name))
+    if state is not None:
+        load_into(model, state, name=name)
+    return model.eval()
+
+
+def our_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+    """What this package is given to fuse: its own CIFAR network, else :func:`plain_model`."""
+    if name not in CIFAR:
+        return plain_model(name, state)
+    return cifar_resnet(_depth(name), weights=state).eval()
+
+
+def _depth(name: str) -> int:
+    return int(name.removeprefix("cifar_resnet"))
+
+
+def _hf(name: str) -> nn.Module:
+    library = _package("transformers")
+    block, depths = _HF[name]
+    widths = [64, 128, 256, 512] if block == "basic" else [256, 512, 1024, 2048]
+    config = library.ResNetConfig(
+        layer_type=block, depths=list(depths), hidden_sizes=widths, num_labels=1000
+    )
+    return Logits(library.ResNetForImageClassification(config))
+
+
+class Logits(nn.Module):
+    """A model of ``transformers`` that answers with its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` to ``(N, classes)``."""
+        logits: Tensor = self.model(x, return_dict=False)[0]
+        return logits
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MissingPackageError(name) from None
