@@ -57,10 +57,10 @@ def table_of(found: dict[str, Any], title: str) -> Table:
         caption=(
             f"A forward takes {found['forward_ms']:.2f} ms. Peak {found['peak_gflops_per_s']:.0f} "
             f"GFLOP/s and memory {found['read_gb_per_s']:.1f} GB/s are measured on these threads. "
-            "Times are medians of each operation inside whole forwards, where each convolution of a "
-            "block runs by itself; GFLOP is the direct sum's, so Winograd's algorithm can pass the peak, "
-            "and bytes are the least that must move, "
-            "so what the cache holds can pass the memory's bandwidth."
+            "Times are medians of each operation inside whole forwards, where each convolution of "
+            "a block runs by itself. GFLOP is the direct sum's, so Winograd's algorithm can pass "
+            "the peak, and bytes are the least that must move, so what the cache holds can pass "
+            "the memory's bandwidth."
         ),
         caption_justify="left",
     )
