@@ -47,6 +47,7 @@ verify: $(INSTALLED)
 	$(VENV)/bin/fused-resnet verify
 
 bench: $(INSTALLED)
+	$(PY) -m pip install -q --no-build-isolation -e '.[bench]'
 	$(PY) benchmarks/bench_models.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/readme_table.py
@@ -70,7 +71,7 @@ $(PY):
 $(INSTALLED): setup.py pyproject.toml $(CPP) | $(PY)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
 	$(PY) -m pip install -q --no-deps $(HEADERS)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,bench,dev]'
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,dev]'
 	touch $@
 
 clean:

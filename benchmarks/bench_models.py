@@ -1,6 +1,6 @@
 """Whole networks: runs ``fused-resnet bench``; writes results/cpu-*.json and their pictures.
 
-python benchmarks/bench_models.py            all networks, about an hour and a half on two cores
+python benchmarks/bench_models.py            all networks: hours on two cores
 python benchmarks/bench_models.py --quick    ResNet-50 in float32 on all cores, two to three minutes
 python benchmarks/bench_models.py --models resnet18,resnet50 --batch 1,16 --threads 1,2 ...
 
