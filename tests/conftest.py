@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,12 @@ def test_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("FUSED_RESNET_TEST_DATA names no folder with the CIFAR-10 slice and weights")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """Commands that are run in this process set PyTorch's threads, and sums depend on them."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
