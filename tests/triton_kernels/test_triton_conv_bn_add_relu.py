@@ -128,7 +128,6 @@ def configured(
             scale,
             shift,
             operands.residual,
-            None,
             operands.weight.shape,
             *geometry(operands.case),
             True,
@@ -378,7 +377,7 @@ def test_a_packed_weight_with_gaps(interpreted):
     scale, shift = folded(operands)
     spread = torch.stack([packed(operands.weight)] * 2, 1)[:, 0]
     result = interpreted.ops.conv_bn_add_relu_packed(
-        operands.x, spread, scale, shift, operands.residual, None, operands.weight.shape,
+        operands.x, spread, scale, shift, operands.residual, operands.weight.shape,
         *geometry(operands.case), True,
     )  # fmt: skip
     assert torch.equal(result, expected)
