@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from .backends import _Marker, current_backend
 from .blocks import hooked, kind
 from .graph_capture import Graph, Recorder
+from .snapshot import Snapshot
 
 #: Graphs that a model keeps, unless :func:`fused_resnet.freeze` is told otherwise.
 SIZE = 8
@@ -47,6 +48,18 @@ class Calls(NamedTuple):
 
     seen: int
     wanted: int
+
+
+class Recorded(NamedTuple):
+    """A model as it was when a graph of it was recorded."""
+
+    snapshot: Snapshot
+    tensors: list[Tensor]
+    addresses: list[int]
+
+    def holds(self) -> bool:
+        """Whether its modules and tensors are the same, where they were, and nobody hooks in."""
+        return self.snapshot.holds() and self.addresses == [t.data_ptr() for t in self.tensors]
 
 
 class Graphs:
@@ -73,7 +86,7 @@ class Graphs:
         self._recorder = recorder or Recorder()
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
         self._calls: OrderedDict[Any, Calls] = OrderedDict()
-        self._recorded_state: tuple[list[Any], list[int]] | None = None
+        self._recorded: Recorded | None = None
         # Held while a call is put on the stream: two threads write to one graph's input in turn.
         self._lock = threading.Lock()
 
@@ -147,11 +160,11 @@ class Graphs:
         self, model: nn.Module, forward: Callable[..., Any], x: Tensor, convert: Any
     ) -> Graph | None:
         """The one for this call, recorded now if it is time for it; None where there is none."""
-        state = _state(model)
-        if state is None:
-            return None
-        if self._recorded_state is not None and not _same(state, self._recorded_state):
-            self._drop()
+        if self._recorded is None or not self._recorded.holds():
+            if any(map(hooked, _inside(model))):
+                return None
+            if self._recorded is not None:
+                self._drop()
         key = (x.device, tuple(x.shape), *_settings(x.device.type))
         graph = self._graphs.get(key)
         if graph is not None:
@@ -177,7 +190,7 @@ class Graphs:
             )
             return None
         # What the first calls made once (weights joined on CUDA) is part of the state by now.
-        self._recorded_state = _state(model)
+        self._recorded = _recorded(model)
         self._graphs[key] = graph
         return graph
 
@@ -192,7 +205,7 @@ class Graphs:
         self._recorder.wait()
         self._graphs.clear()
         self._calls.clear()
-        self._recorded_state = None
+        self._recorded = None
 
 
 def size_for(model: nn.Module, asked: int | bool | None) -> int:
@@ -239,30 +252,15 @@ def _settings(device: str) -> tuple[Any, ...]:
     )
 
 
-def _state(model: nn.Module) -> tuple[list[Any], list[int]] | None:
-    """The model's modules and tensors, and where the tensors are; None if a hook looks in.
-
-    Hooks of the model itself run around its forward, with a graph as without.
-    """
-    objects: list[Any] = []
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not model and hooked(module):
-            return None
-        for held in (module._parameters, module._buffers, module._modules):
-            objects += held.values()
-        waiting += [child for child in module._modules.values() if child is not None]
-    return objects, [t.data_ptr() for t in objects if isinstance(t, Tensor)]
+def _inside(model: nn.Module) -> list[nn.Module]:
+    """All modules but the model itself, whose hooks run around a graph as around its forward."""
+    return [module for module in model.modules() if module is not model]
 
 
-def _same(one: tuple[list[Any], list[int]], other: tuple[list[Any], list[int]]) -> bool:
-    """Identity, not equality: of tensors the latter is a tensor."""
-    return (
-        len(one[0]) == len(other[0])
-        and all(a is b for a, b in zip(one[0], other[0], strict=True))
-        and one[1] == other[1]
-    )
+def _recorded(model: nn.Module) -> Recorded:
+    snapshot = Snapshot(_inside(model), model)
+    tensors = snapshot.tensors()
+    return Recorded(snapshot, tensors, [t.data_ptr() for t in tensors])
 
 
 def _copied(output: Any) -> Any:

@@ -12,22 +12,25 @@ from itertools import chain, repeat
 from operator import contains, is_
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Snapshot:
     """The children, tensors and hooks of modules that have no hook and no replaced forward.
 
     Args:
-        modules: The modules; their children count only as which they are.
-        owner: One more of which only the children count: whoever calls it runs its hooks.
+        modules: The modules; their children count only as which they are. What a ``ScriptModule``
+            holds is compiled, and not looked at.
+        owner: One more whose hooks do not count: whoever calls it runs them.
     """
 
     def __init__(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
         modules = list(modules)
-        self._members: list[dict[str, Any]] = [owner._modules]
-        for m in modules:
-            self._members += (m._modules, m._parameters, m._buffers)
+        self._members: list[dict[str, Any]] = []
+        for m in (owner, *modules):
+            if not isinstance(m, torch.jit.ScriptModule):
+                self._members += (m._modules, m._parameters, m._buffers)
         self._held = tuple(chain.from_iterable(map(dict.values, self._members)))
         self._hooks = [
             hooks
@@ -40,6 +43,10 @@ class Snapshot:
             )
         ]
         self._attributes = [m.__dict__ for m in modules]
+
+    def tensors(self) -> list[Tensor]:
+        """Those that were there."""
+        return [held for held in self._held if isinstance(held, Tensor)]
 
     def holds(self) -> bool:
         """Whether all is as it was: the same objects in the same places, and still no hook."""

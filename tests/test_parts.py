@@ -67,3 +67,14 @@ def test_a_small_batch_is_one_part(frozen, monkeypatch, batch):
     y, seen = sizes(frozen, monkeypatch, image(batch, 3, 64, 64, dtype=torch.float32))
     assert seen == [batch]
     assert y.shape == (batch, 10)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+def test_a_scripted_child_is_no_obstacle(monkeypatch):
+    """Its children and tensors are no dictionaries."""
+    monkeypatch.setattr(parts, "MAP_BYTES", 1)
+    model = randomize(fr.resnet18(num_classes=10)).eval()
+    x = image(5, 3, 64, 64, dtype=torch.float32)
+    expected = fr.freeze(model)(x)
+    model.fc = torch.jit.script(model.fc)
+    torch.testing.assert_close(fr.freeze(model)(x), expected, rtol=1e-6, atol=1e-6)
