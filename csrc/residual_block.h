@@ -58,14 +58,4 @@ inline Block take_apart(const at::Tensor& x, at::TensorList packed, at::TensorLi
   return block;
 }
 
-// The block as a chain; `run(x, conv, residual, relu)` runs one convolution.
-template <class Run>
-at::Tensor run_chain(const Block& block, const at::Tensor& x, Run run) {
-  const at::Tensor residual = block.shortcut ? run(x, *block.shortcut, std::nullopt, false) : x;
-  at::Tensor h = x;
-  for (size_t i = 0; i + 1 < block.convs.size(); ++i)
-    h = run(h, block.convs[i], std::nullopt, true);
-  return run(h, block.convs.back(), residual, true);
-}
-
 }  // namespace fr

@@ -27,6 +27,13 @@ at::Tensor run_end(const at::Tensor& x, const BlockConv& first, const BlockConv&
   return run_conv(run_conv(x, first, std::nullopt, true), second, residual, true);
 }
 
+at::Tensor run_basic(const at::Tensor& x, const Block& block) {
+  const at::Tensor residual =
+      block.shortcut ? run_conv(x, *block.shortcut, std::nullopt, false) : x;
+  const at::Tensor h = run_conv(x, block.convs[0], std::nullopt, true);
+  return run_conv(h, block.convs[1], residual, true);
+}
+
 // The last argument is the CPU's, for Winograd's algorithm.
 at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
                                at::TensorList shift, const OptionalTensor& joined,
@@ -47,7 +54,7 @@ at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::T
     if (call.by_packs()) return call.run();
     return run_conv(h, last, run_conv(x, *block.shortcut, std::nullopt, false), true);
   }
-  if (!bottleneck) return run_chain(block, x, run_conv);
+  if (!bottleneck) return run_basic(x, block);
   const at::Tensor residual =
       block.shortcut ? run_conv(x, *block.shortcut, std::nullopt, false) : x;
   return run_end(run_conv(x, convs[0], std::nullopt, true), convs[1], convs[2], residual);
