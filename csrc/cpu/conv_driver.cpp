@@ -108,6 +108,22 @@ void flatten(ConvShape& s) {
   }
 }
 
+// Memory of one thread's blocks, which mostly want the same.
+class Buffer {
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      data_ = c10::GetCPUAllocator()->allocate(bytes);
+      bytes_ = bytes;
+    }
+    return data_.get();
+  }
+
+ private:
+  c10::DataPtr data_;
+  int64_t bytes_ = 0;
+};
+
 void run_direct(DType dtype, ConvForward f) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
@@ -115,16 +131,10 @@ void run_direct(DType dtype, ConvForward f) {
   const Blocks blocks = cut(f.shape, f.residual != nullptr, table.panel[dtype], table.tile[dtype],
                             bytes_of(k.packed), at::get_num_threads());
   at::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
-    c10::DataPtr scratch;
-    int64_t bytes = 0;
+    Buffer scratch;
     for (int64_t i = begin; i < end; ++i) {
       const ConvBlock block = blocks[i];
-      const int64_t needed = k.conv_scratch_bytes(f.shape, block);
-      if (needed > bytes) {
-        scratch = c10::GetCPUAllocator()->allocate(needed);
-        bytes = needed;
-      }
-      k.conv(f, block, scratch.get());
+      k.conv(f, block, scratch.at_least(k.conv_scratch_bytes(f.shape, block)));
     }
   });
 }
@@ -226,10 +236,9 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
                                   ceil_div(at::get_num_threads(), s.n));
   const int64_t per_image = ceil_div(pool.out_h(), rows);
   at::parallel_for(0, s.n * per_image, 1, [&](int64_t begin, int64_t end) {
-    c10::DataPtr scratch, map;
-    int64_t scratch_bytes = 0;
+    Buffer scratch;
     const int64_t most_rows = (rows - 1) * pool.stride_h + pool.kernel_h;
-    map = c10::GetCPUAllocator()->allocate(most_rows * row_bytes);
+    const c10::DataPtr map = c10::GetCPUAllocator()->allocate(most_rows * row_bytes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / per_image;
       PoolForward p = pool;
@@ -237,15 +246,10 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
       p.row1 = std::min(p.row0 + rows, pool.out_h());
       const ConvBlock block{n, n + 1, p.first_row(p.row0), p.end_row(p.row1), 0, s.out_w(),
                             0, panels};
-      const int64_t needed = k.conv_scratch_bytes(s, block);
-      if (needed > scratch_bytes) {
-        scratch = c10::GetCPUAllocator()->allocate(needed);
-        scratch_bytes = needed;
-      }
       ConvForward part = f;
       part.y = map.get();
       part.y_first = (n * s.out_h() + block.row0) * s.out_w();
-      k.conv(part, block, scratch.get());
+      k.conv(part, block, scratch.at_least(k.conv_scratch_bytes(s, block)));
       p.x = map.get();
       p.x_first = block.row0;
       p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;
