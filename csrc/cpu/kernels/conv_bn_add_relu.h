@@ -28,7 +28,6 @@
 #pragma once
 
 #include "table.h"
-#include "transpose.h"
 #include "vec.h"
 
 namespace fr {
@@ -385,89 +384,6 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
       }
     }
   }
-}
-
-template <class T>
-int64_t packed_numel(const ConvShape& s) {
-  constexpr int64_t lanes = kLanes<Acc<T>>;
-  return s.groups * ceil_div(s.group_k(), lanes) * lanes * s.depth();
-}
-
-// Both walk a filter in its own order, one cache line of it at a time, for all filters of a panel:
-// column by column instead, the filters' lines would share a few sets of the cache and evict each
-// other.
-constexpr int64_t kPackStep = 16;
-
-// Calls visit(place in packed, place in weight, channels that exist, width of the panel, elements,
-// row of each element) for every such step. The filters are contiguous, in either memory format.
-template <class A, class Visit>
-FR_INLINE void visit_packed(const ConvShape& s, bool taps_inside, int64_t panel0, int64_t panel1,
-                            Visit visit) {
-  const int64_t panels = ceil_div(s.group_k(), kPanel<A>);
-  const int64_t taps = s.kh * s.kw, channels = s.group_c(), depth = s.depth();
-  for (int64_t panel = panel0; panel < panel1; ++panel) {
-    const int64_t k0 = panel % panels * kPanel<A>;
-    const int64_t cols = min_of(s.group_k() - k0, kPanel<A>), width = panel_width<A>(s, k0);
-    const int64_t first = (panel / panels * s.group_k() + k0) * depth;
-    for (int64_t i = 0; i < depth; i += kPackStep) {
-      const int64_t count = min_of(depth - i, kPackStep);
-      int64_t rows[kPackStep];
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t at = i + j;
-        rows[j] = (taps_inside ? at % taps * channels + at / taps : at) * width;
-      }
-      visit(panel_offset<A>(s, panel), first + i, cols, width, count, rows);
-    }
-  }
-}
-
-// `taps_inside`: the weight is (K, C, kh, kw) in memory; else (K, kh, kw, C), which is
-// channels-last.
-template <class T>
-void pack(const ConvShape& s, bool taps_inside, const void* weight, int64_t panel0, int64_t panel1,
-          void* packed) {
-  using A = Acc<T>;
-  const T* w = static_cast<const T*>(weight);
-  A* p = static_cast<A*>(packed);
-  const int64_t depth = s.depth();
-  visit_packed<A>(s, taps_inside, panel0, panel1,
-                  [=](int64_t to, int64_t from, int64_t cols, int64_t width, int64_t count,
-                      const int64_t* rows) {
-                    constexpr int64_t lanes = kLanes<A>;
-                    const int64_t whole = count == kPackStep ? cols / lanes * lanes : 0;
-                    for (int64_t k = 0; k < whole; k += lanes) {
-                      for (int64_t j = 0; j < kPackStep; j += lanes) {
-                        Vec<A> square[lanes];
-                        for (int64_t i = 0; i < lanes; ++i)
-                          square[i] = load(w + from + (k + i) * depth + j);
-                        transpose<A>(square);
-                        for (int64_t i = 0; i < lanes; ++i)
-                          store(square[i], p + to + rows[j + i] + k);
-                      }
-                    }
-                    for (int64_t k = whole; k < cols; ++k) {
-                      for (int64_t j = 0; j < count; ++j)
-                        p[to + rows[j] + k] = to_acc(w[from + k * depth + j]);
-                    }
-                    for (int64_t k = cols; k < width; ++k) {
-                      for (int64_t j = 0; j < count; ++j) p[to + rows[j] + k] = 0;
-                    }
-                  });
-}
-
-template <class T>
-void unpack(const ConvShape& s, const void* packed, void* weight) {
-  using A = Acc<T>;
-  const A* p = static_cast<const A*>(packed);
-  A* w = static_cast<A*>(weight);
-  const int64_t depth = s.depth();
-  visit_packed<A>(
-      s, true, 0, s.groups * ceil_div(s.group_k(), kPanel<A>),
-      [=](int64_t from, int64_t to, int64_t cols, int64_t, int64_t count, const int64_t* rows) {
-        for (int64_t k = 0; k < cols; ++k) {
-          for (int64_t j = 0; j < count; ++j) w[to + k * depth + j] = p[from + rows[j] + k];
-        }
-      });
 }
 
 }  // namespace FR_ISA

@@ -4,6 +4,7 @@
 #include "bn_add_relu.h"
 #include "conv_bn_add_relu.h"
 #include "max_pool.h"
+#include "pack_conv_weight.h"
 #include "peak.h"
 #include "winograd.h"
 
