@@ -24,6 +24,7 @@ HOST = "csrc/cpu/bn_add_relu.cpp"
 AUTOGRAD = "fused_resnet/_autograd.py"
 OPS = "fused_resnet/ops.py"
 BLOCK = "csrc/cpu/residual_block.cpp"
+POOL = "csrc/cpu/map_pool.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 FORWARD = "tests/test_ops.py"
 BFLOAT16 = "tests/test_bfloat16.py"
@@ -73,8 +74,8 @@ MUTANTS = [
     Mutant(
         "last tile one pixel short",
         CONV,
-        "width * (t + 1) / tiles;",
-        "(width - 1) * (t + 1) / tiles;",
+        "ox1 = ox0 + narrow + (t < wider);",
+        "ox1 = ox0 + narrow + (t + 1 < tiles ? t < wider : -1);",
     ),
     Mutant(
         "ReLU swallows NaN",
@@ -159,9 +160,29 @@ MUTANTS = [
     Mutant(
         "scratch for one image of a part",
         BLOCK,
-        "const Scratch scratch(2 * half);",
-        "const Scratch scratch(2 * rounded(between));",
+        "scratch.at_least(2 * half)",
+        "scratch.at_least(2 * rounded(between))",
         BLOCKS,
+    ),
+    Mutant(
+        "memory handed out twice",
+        POOL,
+        "free_.erase(std::next(at).base());",
+        "at->data = {data.get(), c10::DeviceType::CPU};",
+        "tests/test_map_pool.py",
+    ),
+    Mutant(
+        "memory that never comes back",
+        POOL,
+        "while (held_ > kPooledBytes)",
+        "while (!free_.empty())",
+        "tests/test_map_pool.py",
+    ),
+    Mutant(
+        "a tile goes on in the wrong row",
+        CONV,
+        "const int64_t row = n * source.image + oy * source.row;",
+        "const int64_t row = n * source.image + oy * (source.row - source.pixel);",
     ),
     Mutant(
         "a part starts an image late",

@@ -4,13 +4,14 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "map_pool.h"
 #include "pack_conv_weight.h"
 
 namespace fr {
 namespace {
 
 void bind_weights(ConvCall& call) {
-  call.args.packed = call.live ? call.live->get() : call.packed.const_data_ptr();
+  if (!call.live) call.args.packed = call.packed.const_data_ptr();
   call.args.scale = call.folded.scale.const_data_ptr();
   call.args.shift = call.folded.shift.const_data_ptr();
 }
@@ -30,7 +31,7 @@ void bind_maps(const char* op, ConvCall& call, const at::Tensor& x, const Option
 
 at::Tensor run(ConvCall& call, bool winograd) {
   const ConvShape& s = call.args.shape;
-  const at::Tensor y = at::empty({s.n, s.k, s.out_h(), s.out_w()}, call.x.options(), kChannelsLast);
+  const at::Tensor y = empty_map({s.n, s.k, s.out_h(), s.out_w()}, call.x.options());
   call.args.y = y.mutable_data_ptr();
   run_conv(call.dtype, call.args, winograd);
   return y;
@@ -74,8 +75,10 @@ ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
   check_vector(op, "bn_bias", bn_bias, weight.size(0), x);
   check_vector(op, "mean", mean, weight.size(0), x);
   check_vector(op, "var", var, weight.size(0), x);
-  call.live = std::make_unique<Scratch>(packed_bytes(weight, call.args.shape));
-  pack_weight(weight, call.args.shape, call.live->get());
+  call.live = std::make_unique<Scratch>();
+  char* const packed = call.live->at_least(packed_bytes(weight, call.args.shape));
+  pack_weight(weight, call.args.shape, packed);
+  call.args.packed = packed;
   call.folded = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, accumulator(x.scalar_type()));
   call.dtype = dtype_of(x.scalar_type());
   bind_weights(call);

@@ -3,6 +3,7 @@
 
 #include "../checks.h"
 #include "conv_bn_add_relu.h"
+#include "map_pool.h"
 
 namespace fr {
 namespace {
@@ -27,8 +28,7 @@ at::Tensor run(const char* op, ConvCall& call, at::IntArrayRef pool_kernel,
                at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
   const ConvShape& s = call.args.shape;
   const PoolForward pool = pool_shape(op, s, pool_kernel, pool_stride, pool_padding);
-  const at::Tensor y =
-      at::empty({s.n, s.k, pool.out_h(), pool.out_w()}, call.x.options(), kChannelsLast);
+  const at::Tensor y = empty_map({s.n, s.k, pool.out_h(), pool.out_w()}, call.x.options());
   run_conv_max_pool(call.dtype, call.args, pool, y.mutable_data_ptr());
   return y;
 }

@@ -1,9 +1,10 @@
 #include "conv_driver.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+
+#include "scratch.h"
 
 namespace fr {
 namespace {
@@ -14,6 +15,10 @@ constexpr int64_t kBlockBytes = 512 * 1024;
 
 // Tiles that a block has at least, however many channels: each block reads all weights.
 constexpr int64_t kLeastTiles = 8;
+
+// Bytes of weights that stay in the L2 cache beside such a block. Then it pays to go on to the next
+// pixels at once: the result and the residual are walked nearly front to back.
+constexpr int64_t kNearWeights = 256 * 1024;
 
 // Bytes of transformed input in one block of Winograd's algorithm. The more tiles, the less its
 // weights' transform costs; read from the last cache, tiles cost little more than from the second.
@@ -76,8 +81,10 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panel, int64_t tile, int64
   const int64_t pixel_bytes = input_bytes + (residual ? 2 : 1) * s.k * element;
 
   const int64_t pixels = std::max(kBlockBytes / pixel_bytes, kLeastTiles * tile);
+  const int64_t weight_bytes = s.k * s.depth() * element;
   if (b.rows == 1 && b.n == 1) {  // a 1x1 convolution flattened to one long row
-    b.size.cols = block_size(ceil_div(b.cols, tile), pixels / tile, threads) * tile;
+    const int64_t tiles = weight_bytes <= kNearWeights ? kLeastTiles : pixels / tile;
+    b.size.cols = block_size(ceil_div(b.cols, tile), tiles, threads) * tile;
   } else if (b.rows * b.cols <= pixels) {
     b.size.rows = b.rows;
     b.size.images = block_size(b.n, pixels / (b.rows * b.cols), threads);
@@ -86,7 +93,6 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panel, int64_t tile, int64
   }
   if (b.count() >= threads) return b;
   // Too few blocks for all threads: split what costs less to read twice, input or weights.
-  const int64_t weight_bytes = s.k * s.depth() * element;
   if (weight_bytes > b.n * b.rows * b.cols * input_bytes && b.panels >= threads) {
     b.size.panels = ceil_div(b.panels, threads);
   } else if (b.rows > 1) {
@@ -108,22 +114,6 @@ void flatten(ConvShape& s) {
   }
 }
 
-// Memory of one thread's blocks, which mostly want the same.
-class Buffer {
- public:
-  void* at_least(int64_t bytes) {
-    if (bytes > bytes_) {
-      data_ = c10::GetCPUAllocator()->allocate(bytes);
-      bytes_ = bytes;
-    }
-    return data_.get();
-  }
-
- private:
-  c10::DataPtr data_;
-  int64_t bytes_ = 0;
-};
-
 void run_direct(DType dtype, ConvForward f) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
@@ -131,7 +121,7 @@ void run_direct(DType dtype, ConvForward f) {
   const Blocks blocks = cut(f.shape, f.residual != nullptr, table.panel[dtype], table.tile[dtype],
                             bytes_of(k.packed), at::get_num_threads());
   at::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
-    Buffer scratch;
+    Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const ConvBlock block = blocks[i];
       k.conv(f, block, scratch.at_least(k.conv_scratch_bytes(f.shape, block)));
@@ -198,13 +188,12 @@ void run_winograd(const ConvForward& f) {
   const WinogradPlan plan = plan_winograd(s, panel, at::get_num_threads());
   const int64_t shares = ceil_div(panels, plan.panels);
   at::parallel_for(0, ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
-    const c10::DataPtr scratch =
-        c10::GetCPUAllocator()->allocate(table.winograd.scratch_bytes(s, plan.tiles));
+    Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile0 = i / shares * plan.tiles, panel0 = i % shares * plan.panels;
       const WinogradBlock block{tile0, std::min(tile0 + plan.tiles, tiles), panel0,
                                 std::min(panel0 + plan.panels, panels)};
-      table.winograd.run(f, block, scratch.get());
+      table.winograd.run(f, block, scratch.at_least(table.winograd.scratch_bytes(s, plan.tiles)));
     }
   });
 }
@@ -236,9 +225,9 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
                                   ceil_div(at::get_num_threads(), s.n));
   const int64_t per_image = ceil_div(pool.out_h(), rows);
   at::parallel_for(0, s.n * per_image, 1, [&](int64_t begin, int64_t end) {
-    Buffer scratch;
+    Scratch scratch, rows_between;
     const int64_t most_rows = (rows - 1) * pool.stride_h + pool.kernel_h;
-    const c10::DataPtr map = c10::GetCPUAllocator()->allocate(most_rows * row_bytes);
+    void* const map = rows_between.at_least(most_rows * row_bytes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / per_image;
       PoolForward p = pool;
@@ -247,10 +236,10 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
       const ConvBlock block{n, n + 1, p.first_row(p.row0), p.end_row(p.row1), 0, s.out_w(),
                             0, panels};
       ConvForward part = f;
-      part.y = map.get();
+      part.y = map;
       part.y_first = (n * s.out_h() + block.row0) * s.out_w();
       k.conv(part, block, scratch.at_least(k.conv_scratch_bytes(s, block)));
-      p.x = map.get();
+      p.x = map;
       p.x_first = block.row0;
       p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;
       k.max_pool(p);

@@ -15,6 +15,7 @@
 
 #include "../checks.h"
 #include "conv_bn_add_relu.h"
+#include "map_pool.h"
 #include "scratch.h"
 
 namespace fr {
@@ -83,7 +84,7 @@ class BlockCall {
   }
 
   at::Tensor run() const {
-    const at::Tensor y = at::empty(result_of(steps_.back().shape()), x_.options(), kChannelsLast);
+    const at::Tensor y = empty_map(result_of(steps_.back().shape()), x_.options());
     if (y.numel() == 0) return y;
     const int64_t element = x_.element_size(), images = x_.size(0);
     const int64_t in = input_numel(steps_.front().shape()) * element;
@@ -95,11 +96,12 @@ class BlockCall {
     const int64_t parts = std::min((images * maps + kPartBytes - 1) / kPartBytes, images);
     const int64_t most = (images + parts - 1) / parts;
     const int64_t half = rounded(most * between);
-    const Scratch scratch(2 * half);
+    Scratch scratch;
+    char* const here = scratch.at_least(2 * half);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t n0 = images * part / parts, n1 = images * (part + 1) / parts;
-      run_part(n1 - n0, static_cast<const char*>(x_.const_data_ptr()) + n0 * in, scratch.get(),
-               scratch.get() + half, static_cast<char*>(y.mutable_data_ptr()) + n0 * out);
+      run_part(n1 - n0, static_cast<const char*>(x_.const_data_ptr()) + n0 * in, here, here + half,
+               static_cast<char*>(y.mutable_data_ptr()) + n0 * out);
     }
     return y;
   }

@@ -12,7 +12,9 @@
 // Tiling. tile x panel accumulators fill the registers: 14 x 32 floats on AVX-512 (28 of 32
 // vectors, 2 for weights, 1 to broadcast a pixel), 6 x 16 on AVX2, 6 x 8 on SSE2. Per step along
 // the depth, 14 broadcasts and 2 loads feed 28 multiply-adds, so two loads a cycle keep two FMA
-// units busy. The widths of ResNet's maps, 112 to 7, are multiples of 14 or divide it.
+// units busy. The widths of ResNet's maps, 112 to 7, are multiples of 14 or divide it. 6 divides
+// none of them, but six pointers fit the registers: there a tile goes on in the next row, and a 7x7
+// map is nine tiles rather than fourteen.
 //
 // Weights are packed [group][panel of output channels][r][s][c][panel]: the microkernel reads them
 // front to back, and meanwhile fetches a share of the panel that comes next. Where a vector is all
@@ -42,8 +44,9 @@ constexpr int kPanelVectors = 2;
 
 // The longest chain of additions in one register. A chain of n rounds n times at the size of its
 // sum so far, so its error grows with n; a sum of 4608 terms is 72 chains that are added up after.
-// 64 steps are 900 cycles of arithmetic, beside which putting 28 vectors aside costs 1 to 2%.
-constexpr int64_t kChain = 64;
+// 64 steps of 14 x 32 are 900 cycles of arithmetic, beside which putting 28 vectors aside costs 1
+// to 2%; of 6 x 16 they are 400 and cost 4%, hence 128 there.
+constexpr int64_t kChain = FR_VECTOR_BYTES == 64 ? 64 : 128;
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;
 
@@ -114,15 +117,42 @@ inline int64_t block_cols(const ConvShape& s, const ConvBlock& b) {
   return (b.col1 - b.col0 - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1;
 }
 
+// Where a tile's pixels begin: at base + offset[i] where six pointers fit the registers, so that a
+// tile may go on in the next row; else at base + i * step.
+constexpr bool kIndirect = FR_VECTOR_BYTES < 64;
+template <class A>
+struct Pixels {
+  const A* base;
+  int64_t step;
+  const int64_t* offset;
+};
+
+// Bytes at the head of a block's scratch that list_pixels fills; a copy of the input follows.
+inline int64_t list_bytes(const ConvBlock& b) {
+  constexpr int64_t kLine = 64;
+  const int64_t pixels = (b.n1 - b.n0) * (b.row1 - b.row0) * (b.col1 - b.col0);
+  return kIndirect ? ceil_div(pixels * static_cast<int64_t>(sizeof(int64_t)), kLine) * kLine : 0;
+}
+
+// Where the block's output pixels find their input, in the order of the result.
+inline void list_pixels(const ConvBlock& b, const Source& source, int64_t* to) {
+  for (int64_t n = 0; n < b.n1 - b.n0; ++n) {
+    for (int64_t oy = 0; oy < b.row1 - b.row0; ++oy) {
+      const int64_t row = n * source.image + oy * source.row;
+      for (int64_t ox = 0; ox < b.col1 - b.col0; ++ox) *to++ = row + ox * source.pixel;
+    }
+  }
+}
+
 template <class T>
 int64_t conv_scratch_bytes(const ConvShape& s, const ConvBlock& b) {
   using A = Acc<T>;
   const Reading reading = reading_of<T>(s);
-  if (reading == kInPlace) return 0;
+  if (reading == kInPlace) return list_bytes(b);
   const int64_t elements = reading == kPixels
                                ? (b.row1 - b.row0) * (b.col1 - b.col0) * pixel_step<A>(s)
                                : block_rows(s, b) * block_cols(s, b) * s.c;
-  return (b.n1 - b.n0) * elements * static_cast<int64_t>(sizeof(A));
+  return list_bytes(b) + (b.n1 - b.n0) * elements * static_cast<int64_t>(sizeof(A));
 }
 
 template <class T>
@@ -192,6 +222,7 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
   if (e.cols == kVectors * lanes) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);
 #pragma GCC unroll 16
@@ -206,7 +237,11 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
     return;
   }
   A values[kTile][kVectors * lanes];
-  __builtin_memcpy(values, acc, sizeof values);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(acc[i][v], &values[i][v * lanes]);
+  }
   for (int i = 0; i < kTile; ++i) {
     for (int64_t k = 0; k < e.cols; ++k) {
       A r = values[i][k] * e.scale[k] + e.shift[k];
@@ -237,21 +272,33 @@ FR_INLINE void keep_in_memory(Array& array) {
 // acc = sum over the runs of pixel i's elements times the panel's weights. Puts finished chains
 // aside.
 template <class A, int kTile, int kVectors>
-FR_INLINE void accumulate(const A* a, int64_t pixel, const Runs& runs, const Weights<A>& weights,
+FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weights<A>& weights,
                           Vec<A> (&acc)[kTile][kVectors]) {
   constexpr int lanes = kLanes<A>;
   const A* b = weights.at;
   const A* ahead = weights.ahead;
   Vec<A> total[kTile][kVectors];
   keep_in_memory(total);
+  // An initialiser would be a call that clears memory, which costs more than a short sum.
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = Vec<A>{};
+  }
+  const A* at[kTile];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) at[i] = pixels.base + (kIndirect ? pixels.offset[i] : 0);
+  const int64_t pixel = pixels.step;
   int64_t chain = 0;
   bool spilled = false;
   for (int64_t r = 0; r < runs.rows; ++r) {
     for (int64_t tap = 0; tap < runs.per_row; ++tap) {
-      const A* p = a + r * runs.row_step + tap * runs.col_step;
+      int64_t o = r * runs.row_step + tap * runs.col_step;
       for (int64_t left = runs.length; left > 0;) {
         if (chain == kChain) {
+#pragma GCC unroll 16
           for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) {
               total[i][v] = spilled ? total[i][v] + acc[i][v] : acc[i][v];
               acc[i][v] = Vec<A>{};
@@ -263,7 +310,7 @@ FR_INLINE void accumulate(const A* a, int64_t pixel, const Runs& runs, const Wei
         const int64_t steps = min_of(left, kChain - chain);
         chain += steps;
         left -= steps;
-        for (int64_t step = 0; step < steps; ++step, ++p, b += kVectors * lanes) {
+        for (int64_t step = 0; step < steps; ++step, ++o, b += kVectors * lanes) {
           __builtin_prefetch(ahead);
           ahead += weights.ahead_step;
           Vec<A> w[kVectors];
@@ -271,7 +318,7 @@ FR_INLINE void accumulate(const A* a, int64_t pixel, const Runs& runs, const Wei
           for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
 #pragma GCC unroll 16
           for (int i = 0; i < kTile; ++i) {
-            const Vec<A> x = broadcast<A>(p[i * pixel]);
+            const Vec<A> x = broadcast<A>(kIndirect ? at[i][o] : (at[0] + o)[i * pixel]);
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) acc[i][v] += x * w[v];
           }
@@ -280,22 +327,30 @@ FR_INLINE void accumulate(const A* a, int64_t pixel, const Runs& runs, const Wei
     }
   }
   if (spilled) {
+#pragma GCC unroll 16
     for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) acc[i][v] += total[i][v];
     }
   }
 }
 
 template <class T, int kTile, int kVectors>
-void conv_tile(const Acc<T>* a, int64_t pixel, const Runs& runs, const Weights<Acc<T>>& weights,
+void conv_tile(const Pixels<Acc<T>>& pixels, const Runs& runs, const Weights<Acc<T>>& weights,
                const Epilogue<T>& e) {
-  Vec<Acc<T>> acc[kTile][kVectors] = {};
-  accumulate<Acc<T>, kTile, kVectors>(a, pixel, runs, weights, acc);
+  // Asked for here, they come while the sum is computed.
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+    if (e.residual) __builtin_prefetch(e.residual + i * e.stride, 0, 3);
+    __builtin_prefetch(e.y + i * e.stride, 1, 3);
+  }
+  Vec<Acc<T>> acc[kTile][kVectors];
+  accumulate<Acc<T>, kTile, kVectors>(pixels, runs, weights, acc);
   store_tile<T, kTile, kVectors>(acc, e);
 }
 
 template <class T>
-using ConvTile = void (*)(const Acc<T>*, int64_t, const Runs&, const Weights<Acc<T>>&,
+using ConvTile = void (*)(const Pixels<Acc<T>>&, const Runs&, const Weights<Acc<T>>&,
                           const Epilogue<T>&);
 
 template <class T, int kVectors>
@@ -321,6 +376,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
 
   Source source;
   const A* base;
+  A* copy = reinterpret_cast<A*>(static_cast<char*>(scratch) + list_bytes(b));
   source.pixel = s.stride_w * s.c;
   const Reading reading = reading_of<T>(s);
   if (reading == kInPlace) {
@@ -330,24 +386,40 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     base = static_cast<const A*>(f.x) + b.n0 * source.image + b.row0 * source.row +
            b.col0 * s.stride_w * s.c;
   } else if (reading == kPixels) {
-    gather_pixels(s, b, static_cast<const T*>(f.x), static_cast<A*>(scratch));
+    gather_pixels(s, b, static_cast<const T*>(f.x), copy);
     source.pixel = pixel_step<A>(s);
     source.row = (b.col1 - b.col0) * source.pixel;
     source.image = (b.row1 - b.row0) * source.row;
     source.runs = {1, 1, s.group_c(), 0, 0};
-    base = static_cast<const A*>(scratch);
+    base = copy;
   } else {
     const int64_t cols = block_cols(s, b);
-    gather_block(s, b, static_cast<const T*>(f.x), static_cast<A*>(scratch));
+    gather_block(s, b, static_cast<const T*>(f.x), copy);
     source.image = block_rows(s, b) * cols * s.c;
     source.row = s.stride_h * cols * s.c;
     source.runs = runs_of(s, cols * s.c);
-    base = static_cast<const A*>(scratch);
+    base = copy;
   }
 
-  const int64_t width = b.col1 - b.col0;
+  int64_t images = b.n1 - b.n0, rows = b.row1 - b.row0, width = b.col1 - b.col0;
+  if (kIndirect) {
+    list_pixels(b, source, static_cast<int64_t*>(scratch));
+    // Rows that follow each other in the result without a gap are one row.
+    if (width == out_w) {
+      width *= rows;
+      if (rows == out_h) {
+        width *= images;
+        images = 1;
+      }
+      rows = 1;
+    }
+  }
+  // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
   const int64_t tiles = ceil_div(width, kMaxTile);
-  const int64_t all_tiles = (b.n1 - b.n0) * (b.row1 - b.row0) * tiles;
+  const int64_t narrow = width / tiles, wider = width % tiles;
+  const int64_t all_tiles = images * rows * tiles;
+  Pixels<A> pixels;
+  pixels.step = source.pixel;
   Epilogue<T> e;
   e.stride = s.k;
   e.relu = f.relu;
@@ -365,20 +437,23 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     e.scale = static_cast<const A*>(f.scale) + k;
     e.shift = static_cast<const A*>(f.shift) + k;
     e.cols = min_of(s.group_k() - k_in_group, kPanel<A>);
-    for (int64_t n = b.n0; n < b.n1; ++n) {
-      for (int64_t oy = b.row0; oy < b.row1; ++oy) {
-        const A* row =
-            base + (n - b.n0) * source.image + (oy - b.row0) * source.row + group * s.group_c();
-        const int64_t out = (n * out_h + oy) * out_w + b.col0;
-        // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t ox0 = width * t / tiles, ox1 = width * (t + 1) / tiles;
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t oy = 0; oy < rows; ++oy) {
+        const int64_t out = ((b.n0 + n) * out_h + b.row0 + oy) * out_w + b.col0;
+        for (int64_t t = 0, ox0 = 0, ox1; t < tiles; ++t, ox0 = ox1) {
+          ox1 = ox0 + narrow + (t < wider);
           const int64_t at = (out + ox0) * s.k + k;
           e.residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
           e.y = static_cast<T*>(f.y) + at - f.y_first * s.k;
           const auto tile = panel_size == kPanel<A> ? tile_of<T, kPanelVectors>(ox1 - ox0)
                                                     : tile_of<T, 1>(ox1 - ox0);
-          tile(row + ox0 * source.pixel, source.pixel, source.runs, weights, e);
+          pixels.base = base + group * s.group_c();
+          if (kIndirect) {
+            pixels.offset = static_cast<const int64_t*>(scratch) + (n * rows + oy) * width + ox0;
+          } else {
+            pixels.base += n * source.image + oy * source.row + ox0 * source.pixel;
+          }
+          tile(pixels, source.runs, weights, e);
           weights.ahead += weights.ahead_step * s.depth();
         }
       }

@@ -144,7 +144,12 @@ template <int kTile, int kVectors>
 void winograd_product(const float* a, int64_t stride, int64_t depth, const float* b, bool first,
                       float* to) {
   constexpr int lanes = kLanes<float>;
-  Floats acc[kTile][kVectors] = {};
+  Floats acc[kTile][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = Floats{};
+  }
   for (int64_t c = 0; c < depth; ++c, ++a, b += kVectors * lanes) {
     Floats w[kVectors];
 #pragma GCC unroll 2
