@@ -228,12 +228,18 @@ def _onednn(
 
 
 def _cudnn_takes(weight: Tensor) -> bool:
-    """cuDNN's fused convolutions are many times slower than its plain ones for large filters.
+    """Whether cuDNN's fused convolution is safe and fast for these filters.
+
+    For large ones it is many times slower than its plain one, and it does not support single
+    channels, which the plain one does: it is asked only for channels that fill 16-byte vectors.
 
     Source:
-        pytorch/pytorch issue 68506.
+        pytorch/pytorch issues 68506 and 62926.
     """
-    return _has_cudnn() and weight.dtype is not torch.float64 and max(weight.shape[2:]) <= 3
+    k, c, *size = weight.shape
+    vector = 16 // weight.element_size()
+    fits = k % vector == 0 and c % vector == 0 and max(size) <= 3
+    return _has_cudnn() and weight.dtype is not torch.float64 and fits
 
 
 def _cudnn(
