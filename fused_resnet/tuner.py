@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 import os
 import threading
 import time
@@ -265,8 +266,15 @@ def _cuda_machine(index: int) -> str:
     return (
         f"{properties.name}, sm_{properties.major}{properties.minor}, "
         f"{properties.multi_processor_count} multiprocessors, driver {_driver()}, "
-        f"CUDA {torch.version.cuda}, cuDNN {cudnn}, {_versions()}"
+        f"CUDA {torch.version.cuda}, cuDNN {cudnn}, Triton {_triton()}, {_versions()}"
     )
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _driver() -> str:
