@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import CONVS, FORMATS, Conv, batch_norm, conv_weight, doubled, normal
@@ -17,6 +19,18 @@ formats = pytest.mark.parametrize("fmt", FORMATS)
 extras = pytest.mark.parametrize(
     ("relu", "residual"), [(True, True), (True, False), (False, True), (False, False)]
 )
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """From two threads on PyTorch runs its own convolutions by oneDNN too, whatever the batch.
+
+    On one it does not for small batches, and oneDNN's sums over many channels are then less exact.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
