@@ -54,8 +54,8 @@ for _schema in _C.schemas():
     _pytorch_library.define(_schema)
 for _name in TRITON:
     _triton_library.impl(_name, triton_operator(_name), "CUDA")
-for _name in library.OPERATIONS:
-    for _key in ("CPU", "CUDA"):
+for _key in ("CPU", "CUDA"):
+    for _name in library.operators(_key.lower()):
         _pytorch_library.impl(_name, getattr(library, _name), _key)
 
 for _namespace in ("fused_resnet", "fused_resnet_triton", "fused_resnet_library"):
@@ -83,9 +83,18 @@ def packers(device: torch.device) -> Any:
 
 
 @functools.cache
-def candidates(backend: str) -> dict[str, Any]:
-    """The backends that can stand in for a device's own kernels, themselves among them."""
-    names = [backend, "library"]
-    if backend == "cuda" and importlib.util.find_spec("triton") is not None:
+def candidates(op: str, backend: str) -> dict[str, Any]:
+    """The backends that can stand in for a device's own kernels, themselves among them.
+
+    On CUDA they read the same packed weights.
+
+    Args:
+        op: The operator.
+        backend: ``"cpu"`` or ``"cuda"``.
+    """
+    names = [backend]
+    if op in library.operators(backend):
+        names.append("library")
+    if backend == "cuda" and op in TRITON and importlib.util.find_spec("triton") is not None:
         names.append("triton")
     return {name: OPERATORS[name] for name in names}

@@ -54,7 +54,7 @@ class FrozenBlock(nn.Module):
 
     def _plan(self, backend: str) -> Plan | None:
         """For a call on that backend, kept until something changes; None: run the modules."""
-        if backend not in ("cpu", "cuda"):
+        if backend not in ("cpu", "cuda", "triton"):
             return None
         if torch.compiler.is_compiling():  # a trace should not keep what it computes
             convs = self._convs()
@@ -67,7 +67,7 @@ class FrozenBlock(nn.Module):
             return None
         m: Any = self
         shortcut = [] if m.downsample is None else [m.downsample, *m.downsample]
-        both = join(*convs[-2:]) if backend == "cuda" and shortcut else (None, None)
+        both = join(*convs[-2:]) if backend != "cpu" and shortcut else (None, None)
         plan = self._make_plan(convs, *both)
         snapshot = Snapshot(dict.fromkeys([m.relu, *convs, *shortcut]), m)
         self.__dict__["_held"] = (snapshot, plan)

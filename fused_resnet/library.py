@@ -4,18 +4,43 @@ Both add a bias, a residual and ReLU to a convolution, and neither knows batch n
 into the weight and the bias at every call, from the live parameters. PyTorch offers these operators
 without gradients; here they have that of every other backend. What the libraries refuse, or are
 known to be slow or wrong at, runs unfused.
+
+That is all that there is of the backend for who asks for it by name. The tuner is shown some more:
+the other operations of inference as the best that PyTorch's own calls can do, so that what it
+chooses is never slower than those. On CUDA a packed weight is a weight in channels_last order, so
+they read it where it lies; the fold is made at every call, because a folded copy would be another
+one to keep. On the CPU packed weights are laid out for this package's kernels alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import chain, reference
 from .folding import fold
 
 #: The operations that the libraries have; every other one is plain PyTorch.
 OPERATIONS = ("conv_bn_add_relu",)
+
+#: By device, what the tuner may choose besides.
+_COMPOSED = {
+    "cpu": ("conv_bn_relu_maxpool",),
+    "cuda": (
+        "conv_bn_relu_maxpool",
+        "conv_bn_add_relu_packed",
+        "conv_bn_relu_maxpool_packed",
+        "residual_block",
+    ),
+}
+
+
+def operators(device: str) -> tuple[str, ...]:
+    """The operators that are here for ``"cpu"`` or ``"cuda"``."""
+    return OPERATIONS + _COMPOSED[device]
 
 
 def why_not() -> str:
@@ -73,6 +98,100 @@ def conv_bn_add_relu(
     return fused(x, folded, bias, residual, stride, padding, dilation, groups)
 
 
+def conv_bn_relu_maxpool(
+    x: Tensor,
+    weight: Tensor,
+    conv_bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    pool_kernel: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+) -> Tensor:
+    """:func:`conv_bn_add_relu`, and PyTorch's pool."""
+    y = conv_bn_add_relu(
+        x, weight, conv_bias, bn_weight, bn_bias, mean, var, None, stride, padding, dilation,
+        groups, eps, True,
+    )  # fmt: skip
+    return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
+
+
+def conv_bn_add_relu_packed(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+    winograd: bool = False,
+) -> Tensor:
+    """:func:`fused_resnet.ops.conv_bn_add_relu_packed` on CUDA, arguments as in its schema."""
+    k, c, kh, kw = weight_shape
+    weight = packed.view(k, kh, kw, c).permute(0, 3, 1, 2)  # channels_last, and no copy
+    folded = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
+    bias = shift.to(x.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    if relu and x.numel() > 0 and _cudnn_takes(folded):
+        return _cudnn(x, folded, bias, residual, *geometry)
+    y = F.conv2d(x, folded, bias, *geometry)
+    if residual is not None:
+        y += residual
+    if relu:
+        y.relu_()
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def conv_bn_relu_maxpool_packed(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+) -> Tensor:
+    """:func:`conv_bn_add_relu_packed`, and PyTorch's pool."""
+    geometry = (stride, padding, dilation, groups)
+    y = conv_bn_add_relu_packed(x, packed, scale, shift, None, weight_shape, *geometry, True)
+    return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
+
+
+def residual_block(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    joined: Tensor | None,
+    joined_shift: Tensor | None,
+    bottleneck: bool,
+    stride: int,
+    dilation: int,
+    groups: int,
+    winograd: bool,
+) -> Tensor:
+    """:func:`conv_bn_add_relu_packed` for each of a frozen block's convolutions."""
+    geometry = (bottleneck, stride, dilation, groups)
+    return chain.residual_block(conv_bn_add_relu_packed, x, packed, scale, shift, *geometry)
+
+
 def _onednn_takes(x: Tensor, groups: int) -> bool:
     mkldnn = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available():
@@ -109,12 +228,18 @@ def _onednn(
 
 
 def _cudnn_takes(weight: Tensor) -> bool:
-    """cuDNN's fused convolutions are many times slower than its plain ones for large filters.
+    """Whether cuDNN's fused convolution is safe and fast for these filters.
+
+    For large ones it is many times slower than its plain one, and it does not support single
+    channels, which the plain one does: it is asked only for channels that fill 16-byte vectors.
 
     Source:
-        pytorch/pytorch issue 68506.
+        pytorch/pytorch issues 68506 and 62926.
     """
-    return _has_cudnn() and weight.dtype is not torch.float64 and max(weight.shape[2:]) <= 3
+    k, c, *size = weight.shape
+    vector = 16 // weight.element_size()
+    fits = k % vector == 0 and c % vector == 0 and max(size) <= 3
+    return _has_cudnn() and weight.dtype is not torch.float64 and fits
 
 
 def _cudnn(

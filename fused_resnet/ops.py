@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, reference, tuner
-from ._registrations import OPERATORS, candidates
+from . import checks, reference
+from ._registrations import OPERATORS
 from .backends import current_backend, select
 from .checks import Pair
+from .choice import chosen
 from .packed_ops import (
     conv_bn_add_relu_packed,
     conv_bn_relu_maxpool_packed,
@@ -104,9 +105,11 @@ def bn_add_relu(
             eps=eps,
             relu=relu,
         )
-    y, mean, var = OPERATORS[backend].bn_add_relu(
-        x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, relu
-    )
+    arguments = (
+        x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, relu,
+    )  # fmt: skip
+    backend = chosen(op, backend, arguments)
+    y, mean, var = OPERATORS[backend].bn_add_relu(*arguments)
     if training and running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, mean, var, momentum, count)
     return y
@@ -188,8 +191,7 @@ def conv_bn_add_relu(
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, residual,
             stride, padding, dilation, groups, eps, relu,
         )  # fmt: skip
-        if current_backend() == "auto" and not torch.compiler.is_compiling():
-            backend = tuner.choose(op, backend, candidates(backend), arguments)
+        backend = chosen(op, backend, arguments)
         return OPERATORS[backend].conv_bn_add_relu(*arguments)
     if current_backend() in ("cuda", "triton"):
         operators = OPERATORS[backend]
@@ -287,21 +289,12 @@ def conv_bn_relu_maxpool(
     one_pass = backend != "reference" and not training
     if one_pass and not _wants_grad(x, conv_weight, conv_bias, bn_weight, bn_bias):
         checks.statistics(op, running_mean, running_var, training, 0, shape)
-        return OPERATORS[backend].conv_bn_relu_maxpool(
-            x,
-            conv_weight,
-            conv_bias,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            stride,
-            padding,
-            dilation,
-            groups,
-            eps,
-            *pool,
-        )
+        arguments = (
+            x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, stride,
+            padding, dilation, groups, eps, *pool,
+        )  # fmt: skip
+        backend = chosen(op, backend, arguments)
+        return OPERATORS[backend].conv_bn_relu_maxpool(*arguments)
     y = conv_bn_add_relu(
         x,
         conv_weight,

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, reference
+from . import chain, checks, reference
 from ._registrations import OPERATORS, packers
 from .backends import select
+from .checks import Pair
+from .choice import chosen
 from .reference import IntOrPair
 
 
@@ -109,13 +111,12 @@ def conv_bn_add_relu_packed(
     )
     backend = select(op, x)
     if backend == "reference":
-        weight = unpack_conv_weight(packed, weight_shape, groups)
-        return reference.conv_affine_add_relu(
-            x, weight, scale, shift, residual, *geometry, relu=relu
-        )
-    return OPERATORS[backend].conv_bn_add_relu_packed(
-        x, packed, scale, shift, residual, weight_shape, *geometry, relu, winograd
-    )
+        return _conv_reference(x, packed, scale, shift, residual, weight_shape, *geometry, relu)
+    arguments = (
+        x, packed, scale, shift, residual, weight_shape, *geometry, relu, winograd,
+    )  # fmt: skip
+    backend = chosen(op, backend, arguments)
+    return OPERATORS[backend].conv_bn_add_relu_packed(*arguments)
 
 
 def conv_bn_relu_maxpool_packed(
@@ -172,12 +173,11 @@ def conv_bn_relu_maxpool_packed(
     )
     backend = select(op, x)
     if backend == "reference":
-        weight = unpack_conv_weight(packed, weight_shape, groups)
-        y = reference.conv_affine_add_relu(x, weight, scale, shift, None, *geometry)
+        y = _conv_reference(x, packed, scale, shift, None, weight_shape, *geometry, True)
         return F.max_pool2d(y, *pool)
-    return OPERATORS[backend].conv_bn_relu_maxpool_packed(
-        x, packed, scale, shift, weight_shape, *geometry, *pool
-    )
+    arguments = (x, packed, scale, shift, weight_shape, *geometry, *pool)
+    backend = chosen(op, backend, arguments)
+    return OPERATORS[backend].conv_bn_relu_maxpool_packed(*arguments)
 
 
 def residual_block(
@@ -234,47 +234,34 @@ def residual_block(
     Source:
         He et al., 2015, figure 5; the position of the stride is torchvision's.
     """
-    backend = select("residual_block", x)
+    op = "residual_block"
+    backend = select(op, x)
     if backend == "reference":
-        return _block_reference(x, packed, scale, shift, bottleneck, stride, dilation, groups)
-    return OPERATORS[backend].residual_block(
-        x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups,
-        winograd,
-    )  # fmt: skip
-
-
-def _block_reference(
-    x: Tensor,
-    packed: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    bottleneck: bool,
-    stride: int,
-    dilation: int,
-    groups: int,
-) -> Tensor:
-    own = 3 if bottleneck else 2
-    middle = 1 if bottleneck else 0  # the convolution that has the stride
-
-    def conv(i: int, h: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        size = 3 if i < own and (i == 1 or not bottleneck) else 1
-        g, d = (groups, dilation) if i == middle else (1, 1)
-        shape = (scale[i].shape[0], h.shape[1] // g, size, size)
-        return reference.conv_affine_add_relu(
-            h,
-            unpack_conv_weight(packed[i], shape, g),
-            scale[i],
-            shift[i],
-            residual,
-            stride if i in (middle, own) else 1,
-            d * (size // 2),
-            d,
-            g,
-            relu=relu,
+        return chain.residual_block(
+            _conv_reference, x, packed, scale, shift, bottleneck, stride, dilation, groups
         )
+    arguments = (
+        x, list(packed), list(scale), list(shift), joined, joined_shift, bottleneck, stride,
+        dilation, groups, winograd,
+    )  # fmt: skip
+    backend = chosen(op, backend, arguments)
+    return OPERATORS[backend].residual_block(*arguments)
 
-    residual = conv(own, x, None, False) if len(packed) > own else x
-    h = x
-    for i in range(own - 1):
-        h = conv(i, h, None, True)
-    return conv(own - 1, h, residual, True)
+
+def _conv_reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    weight_shape: tuple[int, int, int, int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """In PyTorch, arguments as those of the operator ``conv_bn_add_relu_packed``."""
+    weight = unpack_conv_weight(packed, weight_shape, groups)
+    geometry = (stride, padding, dilation, groups)
+    return reference.conv_affine_add_relu(x, weight, scale, shift, residual, *geometry, relu=relu)

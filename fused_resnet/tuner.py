@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 import os
 import threading
 import time
@@ -148,16 +149,20 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 #: What a call's arguments are besides tensors: asked for because it is the fastest question.
-_SETTINGS = frozenset((type(None), tuple, list, int, float, bool))
+_SETTINGS = frozenset((type(None), tuple, int, float, bool))
 
 
 def _fingerprint(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """What :func:`key_of` says of them, without a word: a quarter of its time."""
-    found: list[Any] = [arguments[0].get_device()]
+    x = arguments[0]
+    found: list[Any] = [x.get_device(), x.is_cuda and torch.backends.cudnn.allow_tf32]
     add = found.append
     for a in arguments:
+        if type(a) is list:
+            add(tuple([(t.dtype, t.shape) if isinstance(t, Tensor) else t for t in a]))
+            continue
         if type(a) in _SETTINGS:
-            add(tuple(a) if type(a) is list else a)
+            add(a)
             continue
         add(a.dtype)
         if a.dim() == 1:
@@ -221,6 +226,8 @@ def key_of(op: str, arguments: tuple[Any, ...]) -> str:
 
 
 def _word(argument: Any) -> str:
+    if isinstance(argument, list):
+        return "[" + ", ".join(map(_word, argument)) + "]"
     if not isinstance(argument, Tensor):
         return str(argument)
     shape = "x".join(map(str, argument.shape))
@@ -235,7 +242,8 @@ def _word(argument: Any) -> str:
 def machine_of(device: torch.device) -> str:
     """All that timings depend on besides the call."""
     if device.type == "cuda":
-        return _cuda_machine(device.index if device.index is not None else 0)
+        float32 = "tf32" if torch.backends.cudnn.allow_tf32 else "strict float32"
+        return f"{_cuda_machine(device.index if device.index is not None else 0)}, {float32}"
     return f"{_cpu_machine()}, {torch.get_num_threads()} threads"
 
 
@@ -258,8 +266,15 @@ def _cuda_machine(index: int) -> str:
     return (
         f"{properties.name}, sm_{properties.major}{properties.minor}, "
         f"{properties.multi_processor_count} multiprocessors, driver {_driver()}, "
-        f"CUDA {torch.version.cuda}, cuDNN {cudnn}, {_versions()}"
+        f"CUDA {torch.version.cuda}, cuDNN {cudnn}, Triton {_triton()}, {_versions()}"
     )
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _driver() -> str:
@@ -267,12 +282,25 @@ def _driver() -> str:
     return str(version()) if version is not None else "unknown"
 
 
-@torch.no_grad()
 def measure(
     op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...], rounds: int
 ) -> dict[str, float]:
     """Milliseconds of each candidate: the fastest of some rounds in which they take turns."""
-    clock = _cuda_clock if arguments[0].device.type == "cuda" else _clock
+    device = arguments[0].device
+    with torch.no_grad():
+        if device.type != "cuda":
+            return _take_turns(op, candidates, arguments, rounds, _clock)
+        with torch.cuda.device(device):  # whose stream the events are recorded on
+            return _take_turns(op, candidates, arguments, rounds, _cuda_clock)
+
+
+def _take_turns(
+    op: str,
+    candidates: Mapping[str, Any],
+    arguments: tuple[Any, ...],
+    rounds: int,
+    clock: Callable[[Callable[[], Any]], float],
+) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {}
     for name, operators in candidates.items():
         call: Callable[[], Any] = functools.partial(getattr(operators, op), *arguments)
@@ -281,7 +309,7 @@ def measure(
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(
-                f"fused_resnet: {op}: {name} fails and is left out: {first}", stacklevel=2
+                f"fused_resnet: {op}: {name} fails and is left out: {first}", stacklevel=3
             )
             continue
         calls[name] = call
@@ -299,7 +327,7 @@ def _clock(call: Callable[[], Any]) -> float:
 
 
 def _cuda_clock(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Milliseconds on the caller's stream."""
+    """Milliseconds on the caller's stream of the current device."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(repeats):

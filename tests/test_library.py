@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import CONVS, FORMATS, Conv, batch_norm, conv_weight, doubled, normal
@@ -17,6 +19,18 @@ formats = pytest.mark.parametrize("fmt", FORMATS)
 extras = pytest.mark.parametrize(
     ("relu", "residual"), [(True, True), (True, False), (False, True), (False, False)]
 )
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """From two threads on PyTorch runs its own convolutions by oneDNN too, whatever the batch.
+
+    On one it does not for small batches, and oneDNN's sums over many channels are then less exact.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -119,3 +133,24 @@ def test_frozen_networks_run_on_it_too():
     x = normal(1, 3, 32, 32, dtype=torch.float32)
     with torch.no_grad(), fr.use_backend("library"):
         torch.testing.assert_close(fr.freeze(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "taken"),
+    [
+        ((64, 64, 3, 3), torch.float16, True),
+        ((64, 64, 1, 1), torch.float32, True),
+        ((64, 3, 7, 7), torch.float16, False),  # slow: pytorch issue 68506
+        ((64, 64, 5, 5), torch.float16, False),
+        ((1, 1, 1, 1), torch.float32, False),  # not supported: pytorch issue 62926
+        ((64, 4, 3, 3), torch.float16, False),
+        ((64, 4, 3, 3), torch.float32, True),
+        ((20, 64, 3, 3), torch.bfloat16, False),
+        ((64, 64, 3, 3), torch.float64, False),
+    ],
+    ids=str,
+)
+def test_what_cudnn_is_asked_for(shape, dtype, taken, monkeypatch):
+    """Without a GPU: the decision alone; tests/gpu runs what was decided."""
+    monkeypatch.setattr(library, "_has_cudnn", lambda: True)
+    assert library._cudnn_takes(torch.empty(shape, dtype=dtype)) is taken

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -383,35 +382,111 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 
 
 WRITER = """
-import sys
-from fused_resnet import tuning_cache
-for i in range(60):
-    tuning_cache.add("machine", {f"{sys.argv[1]} {i}": {"cpu": 1.0}})
+import sys, time
+from types import SimpleNamespace
+import torch
+from fused_resnet import tuner
+fast = SimpleNamespace(op=lambda x: x, own=lambda x: x)
+slow = SimpleNamespace(op=lambda x: time.sleep(0.002), own=lambda x: time.sleep(0.002))
+for i in range(1, 31):
+    for op in ("op", "own"):
+        x = torch.zeros(i, 3 if op == "op" else int(sys.argv[1]))
+        assert tuner.choose(op, "cpu", {"cpu": slow, "library": fast}, (x,)) == "library"
 """
 
 
-def writer(name: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", WRITER, name], env=os.environ.copy())
+def writer(width: int, before: str = "") -> subprocess.Popen[bytes]:
+    """A process that tunes: 30 calls that all of them meet, and 30 of its own."""
+    return subprocess.Popen([sys.executable, "-c", before + WRITER, str(width)])
+
+
+def kept_by(width: int) -> set[str]:
+    sizes = range(1, 31)
+    return {f"own({i}x{width} float32)" for i in sizes} | {f"op({i}x3 float32)" for i in sizes}
+
+
+def one_machine() -> dict[str, dict[str, float]]:
+    """Of the only one in the file: the processes' numbers of threads are alike."""
+    (entries,) = read()["machines"].values()
+    return entries
 
 
 def test_two_processes_at_once_lose_nothing():
-    writers = [writer(name) for name in ("first", "second")]
+    writers = [writer(width) for width in (5, 7)]
     assert [w.wait(120) for w in writers] == [0, 0]
-    entries = read()["machines"]["machine"]
-    assert set(entries) == {f"{name} {i}" for name in ("first", "second") for i in range(60)}
+    entries = one_machine()
+    assert set(entries) == kept_by(5) | kept_by(7)
+    assert all(set(times) == {"cpu", "library"} for times in entries.values())
 
 
-def test_a_process_that_is_killed_leaves_a_whole_file():
-    killed = writer("killed")
-    while not tuning_cache.path().exists():
-        assert killed.poll() is None
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert "killed 0" in read()["machines"]["machine"]
-    # Nor does what it left behind stop the next one.
-    assert writer("next").wait(120) == 0
-    assert "next 59" in read()["machines"]["machine"]
+KILLED = {
+    # The new file half written, or whole and not yet in the old one's place.
+    "while it writes": """
+import json
+def dump(document, part, **options):
+    text = json.dumps(document)
+    part.write(text if writes.append(1) or len(writes) < 4 else text[: len(text) // 2])
+    if len(writes) == 4:
+        part.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+json.dump = dump
+""",
+    "before it replaces": """
+replace = os.replace
+def replaced(*names):
+    if writes.append(1) or len(writes) < 4:
+        return replace(*names)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replaced
+""",
+}
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_a_process_that_is_killed_in_mid_write_leaves_a_whole_file(when):
+    """That of its third write; and what it left behind does not stop the next one."""
+    killed = writer(5, f"import os, signal\nwrites = []\n{KILLED[when]}")
+    assert killed.wait(120) == -signal.SIGKILL
+    assert set(one_machine()) == {"op(1x3 float32)", "own(1x5 float32)", "op(2x3 float32)"}
+    assert list(tuning_cache.path().parent.glob("*.part"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuning_cache.load(MACHINE)
+    assert writer(7).wait(120) == 0
+    assert set(one_machine()) == kept_by(7) | {"own(1x5 float32)"}
+
+
+def test_what_a_card_is_known_by(monkeypatch):
+    """Another card, driver, library, kernel or arithmetic is another machine."""
+    card = SimpleNamespace(name="Card", major=9, minor=0, multi_processor_count=132)
+    cuda = torch.device("cuda", 0)
+
+    def name() -> str:
+        for cached in (tuner._versions, tuner._cuda_machine):
+            cached.cache_clear()
+        return tuner.machine_of(cuda)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(tuner, "_driver", lambda: "13000")
+    monkeypatch.setattr(tuner, "_triton", lambda: "3.6.0")
+    changes = [
+        (card, "name", "Other"), (card, "minor", 1), (card, "multi_processor_count", 78),
+        (tuner, "_driver", lambda: "13010"), (tuner, "_triton", lambda: "3.7.0"),
+        (torch.backends.cudnn, "version", lambda: 91100), (torch.version, "cuda", "99.9"),
+        (torch, "__version__", "9.9"), (tuner, "KERNELS", tuner.KERNELS + 1),
+    ]  # fmt: skip
+    found = [name()]
+    for owner, attribute, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, value)
+            found.append(name())
+    with torch.backends.cudnn.flags(allow_tf32=not torch.backends.cudnn.allow_tf32):
+        found.append(name())
+    assert len(set(found)) == len(found)
+    name()
+    tuner._versions.cache_clear()
+    tuner._cuda_machine.cache_clear()
 
 
 def test_threads_share_what_is_known():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import fuse, tuner
+from .. import _C, freeze, fuse, tuner
 from ..models import resnet
 from ._common import progress
 
@@ -26,12 +29,15 @@ def calls_of(model: nn.Module, images: Tensor) -> list[tuple[tuner.Call, int]]:
 def network_calls(
     name: str, batch: int, size: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[tuple[tuner.Call, int]]:
-    """Those of a fused network of this package, in channels_last."""
+    """Those of a network of this package, fused and, on CUDA, frozen; in channels_last.
+
+    On the CPU a frozen network has none: its weights are laid out for one backend.
+    """
     model = fuse(getattr(resnet, name)().eval()).to(device=device, dtype=dtype)
     images = torch.zeros(batch, 3, size, size, dtype=dtype, device=device)
-    return calls_of(
-        model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    )
+    images = images.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    return calls_of(model, images) + calls_of(freeze(model, graphs=0), images)
 
 
 def table_of(calls: list[tuple[tuner.Call, int]], title: str) -> Table:
@@ -69,13 +75,37 @@ def table_of(calls: list[tuple[tuner.Call, int]], title: str) -> Table:
 
 
 def describe(call: tuner.Call) -> str:
-    """A convolution in a few words: its input, its filters, what follows."""
-    x, weight = call.arguments[:2]
-    residual, stride, groups, relu = (call.arguments[i] for i in (7, 8, 11, 13))
-    words = [f"{'x'.join(map(str, x.shape))}, {weight.shape[0]} of {weight.shape[2]}x"]
-    words[0] += str(weight.shape[3])
-    words += [f"stride {stride[0]}"] if tuple(stride) != (1, 1) else []
-    words += [f"{groups} groups"] if groups > 1 else []
-    words += ["residual"] if residual is not None else []
-    words += [] if relu else ["no ReLU"]
+    """A call in a few words: its operator where it has a short name, its input, its filters."""
+    x = call.arguments[0]
+    given = dict(zip(_NAMES[call.op], call.arguments, strict=False))
+    shape = "x".join(map(str, x.shape))
+    if call.op == "bn_add_relu":
+        words = [f"{shape}, batch norm{' in training' if given['training'] else ''}"]
+    elif call.op == "residual_block":
+        widths = ", ".join(str(scale.numel()) for scale in given["scale"])
+        words = [f"{shape}, {'bottleneck' if given['bottleneck'] else 'basic block'} of {widths}"]
+    else:
+        filters = given.get("weight_shape") or given["weight"].shape
+        words = [f"{shape}, {filters[0]} of {filters[2]}x{filters[3]}"]
+    stride = given.get("stride", 1)
+    words += [f"stride {_one(stride)}"] if _one(stride) != 1 else []
+    words += [f"{given['groups']} groups"] if given.get("groups", 1) > 1 else []
+    words += ["residual"] if given.get("residual") is not None else []
+    words += ["max-pool"] if "pool_kernel" in given else []
+    words += [] if given.get("relu", True) else ["no ReLU"]
+    words += ["packed"] if "packed" in given and call.op != "residual_block" else []
     return ", ".join(words)
+
+
+def _one(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """A pair of equals as one of them."""
+    if isinstance(value, int):
+        return value
+    return value[0] if len(set(value)) == 1 else tuple(value)
+
+
+#: By operator, the names of its arguments.
+_NAMES = {
+    schema.partition("(")[0]: re.findall(r"(\w+)(?:=\w+)?(?=[,)])", schema.partition(" ->")[0])
+    for schema in _C.schemas()
+}

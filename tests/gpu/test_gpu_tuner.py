@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CONVS
-from on_gpu import conv_operands, exact, there, unfused
+from networks import image, randomize
+from on_gpu import DEVICE, conv_operands, exact, there, unfused
 from tolerances import RATIO, error
 
+import fused_resnet as fr
 from fused_resnet import ops, tuner
 
 CASE = CONVS[3]
@@ -62,3 +65,28 @@ def test_nothing_is_timed_while_a_graph_is_captured(cache, monkeypatch):
     truth = unfused("conv_bn_add_relu", exact(given), **CASE.args)
     assert error(y.cpu(), truth) < 1e-2
     assert not cache.exists()
+
+
+def test_a_frozen_network_is_timed_at_its_first_call_and_recorded_at_its_second(cache):
+    """Each packed call by all candidates; the answer is right whatever was chosen."""
+    torch.manual_seed(0)
+    model = randomize(fr.resnet18(num_classes=10)).eval().half()
+    x = image(2, 3, 64, 64, dtype=torch.float16)
+    with torch.no_grad(), fr.use_backend("reference"):
+        own, truth = model.to(DEVICE)(x.to(DEVICE)), copy.deepcopy(model).cpu().double()(x.double())
+    frozen = fr.freeze(model)
+    first = frozen(x.to(DEVICE))
+    (calls,) = json.loads(cache.read_text())["machines"].values()
+    assert {key.partition("(")[0] for key in calls} == {
+        "conv_bn_relu_maxpool_packed",
+        "residual_block",
+    }
+    wanted = {"cuda", "library"} | ({"triton"} if fr.backends()["triton"] else set())
+    for key, times in calls.items():
+        assert set(times) == wanted, key
+    text = cache.read_text()
+    second = frozen(x.to(DEVICE))
+    assert len(frozen.cuda_graphs) == 1
+    assert cache.read_text() == text
+    for answer in (first, second):
+        assert error(answer.cpu(), truth) <= RATIO * error(own.cpu(), truth)

@@ -145,6 +145,8 @@ def convolutions() -> Iterator[Case]:
                     continue  # as bfloat16
                 elif layer == "1x1":
                     kinds += ["split", "all training"]
+                elif layer in ("7x7", "few channels"):  # over (ky, kx, c) as one axis
+                    kinds += ["split", "statistics"]
                 for what in kinds:
                     yield Case(
                         f"{layer} {what} {'x'.join(map(str, config[:3]))}",
@@ -258,16 +260,23 @@ def test_the_gate(case: Case, arch: int) -> None:
 
 
 def test_what_is_here_covers_the_tables() -> None:
-    """No configuration that the plans may choose is missing above."""
+    """No configuration that the plans may choose is missing above, on any architecture."""
+    tiles: dict[tuple[str, str, int], set[str]] = {}
+    for case in CASES:
+        kernel, tile = case.what.partition(" ")[0], case.what.rpartition(" ")[2]
+        kernel = kernel if kernel in ("stem", "bn") else "conv"
+        for arch in case.architectures:
+            tiles.setdefault((kernel, KINDS[case.precision], arch), set()).add(tile)
     for arch in ARCHITECTURES:
-        for precision in PRECISIONS:
-            for layer in LAYERS:
-                for launch in recorded(convolution(precision, layer, None), arch):
-                    if launch.name != "conv_bn_add_relu_kernel":
-                        continue
-                    a = launch.arguments
-                    tile = tuple(a[f"BLOCK_{axis}"] for axis in "MNK")
-                    assert tile in [c[:3] for table in _conv_plan.CONFIGS.values() for c in table]
+        for kind in _conv_plan.CONFIGS:
+            convs = {c[:3] for c in _conv_plan.CONFIGS[kind] if c.since <= arch}
+            assert {"x".join(map(str, tile)) for tile in convs} <= tiles["conv", kind, arch]
+            stems = {"x".join(map(str, config[:3])) for config in STEM_CONFIGS[kind]}
+            assert stems == tiles["stem", kind, arch]
+        for kind in ("half", "ieee"):
+            assert {f"{r}x{c}" for r, c, *_ in BN_CONFIGS} == tiles["bn", kind, arch]
+        bottlenecks = {int(c.what.split()[1]) for c in CASES if c.what.startswith("bottleneck")}
+        assert bottlenecks == set(BLOCK_CONFIGS)
 
 
 def test_descriptors_are_used_where_they_are_natural() -> None:
