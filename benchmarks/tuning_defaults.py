@@ -1,4 +1,4 @@
-"""Measures fused_resnet/tuning_defaults.json's table for CPUs on this machine, and writes it.
+"""Measures fused_resnet/tuning_defaults.json's table for this machine's instruction set.
 
 ``python benchmarks/tuning_defaults.py [--rounds N] [MODEL:BATCH ...]``: the calls of those networks
 replace what the file had of them; without any, all of NETWORKS. Run it on a machine that does
@@ -21,7 +21,8 @@ NETWORKS = ("resnet18:1", "resnet50:1", "resnet18:16", "resnet50:16")
 ABOUT = (
     "Which backend runs a live conv_bn_add_relu where nothing may be timed, and was not before: "
     "FUSED_RESNET_TUNE=0, torch.use_deterministic_algorithms, the recording of a CUDA graph. "
-    "Times are milliseconds, the fastest of some rounds in which the candidates took turns."
+    "Times are milliseconds, the fastest of some rounds in which the candidates took turns. A "
+    "device that has no table runs its own kernels: no GPU has measured one yet."
 )
 RULE = (
     "An entry counts for a call of the same device, instruction set, dtype, memory format, kernel "
@@ -30,7 +31,6 @@ RULE = (
     f"output channels is least, and at most {tuning_defaults.REACH:g}. Its fastest candidate runs "
     f"if it beats the device's own kernels by {tuner.MARGIN:.0%}; in all other cases those run."
 )
-CUDA = "No GPU has measured these yet: the device's own kernels run."
 
 
 def main() -> None:
@@ -38,8 +38,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("networks", nargs="*", default=NETWORKS)
     given = parser.parse_args()
-    document = json.loads(tuning_defaults.FILE.read_text()) if tuning_defaults.FILE.exists() else {}
-    calls = document.get("devices", {}).get("cpu", {}).get("calls", {})
+    document = json.loads(tuning_defaults.FILE.read_text())
+    isa = tuning_defaults.table_of(_C.build_info()["isa"], "float32")
+    calls = document["devices"]["cpu"].get(isa, {}).get("calls", {})
     for network in given.networks:
         name, batch = network.split(":")
         for call, _ in network_calls(name, int(batch), 224, torch.float32):
@@ -47,18 +48,12 @@ def main() -> None:
                 continue  # the table is one of convolutions
             times = tuner.measure(call.op, call.candidates, call.with_numbers(), given.rounds)
             calls[call.key] = {name: round(ms, 4) for name, ms in times.items()}
-    cpu = {
+    document["devices"]["cpu"][isa] = {
         "machine": f"{environment.device()}, {torch.get_num_threads()} threads",
         "versions": environment.versions(),
-        "isa": _C.build_info()["isa"],
         "calls": calls,
     }
-    document = {
-        "about": ABOUT,
-        "rule": RULE,
-        "made by": "python benchmarks/tuning_defaults.py",
-        "devices": {"cpu": cpu, "cuda": {"about": CUDA, "calls": {}}},
-    }
+    document |= {"about": ABOUT, "rule": RULE, "made by": "python benchmarks/tuning_defaults.py"}
     save(tuning_defaults.FILE, document)
 
 

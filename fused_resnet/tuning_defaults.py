@@ -91,17 +91,22 @@ def nearest(device: str, isa: str, key: str) -> dict[str, float]:
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        isa: On a CPU, the instruction set in use: entries are those of one.
+        isa: On a CPU, the instruction set in use: each has a table of its own.
         key: Of the call (:func:`fused_resnet.tuner.key_of`).
     """
     call = read_key(key)
     if call is None:
         return {}
     best, found = REACH, dict[str, float]()
-    for entry, times in _entries(device, isa):
+    for entry, times in _entries(device, table_of(isa, call.dtype)):
         if entry.kind == call.kind and (distance := _distance(entry, call)) <= best:
             best, found = distance, times
     return found
+
+
+def table_of(isa: str, dtype: str) -> str:
+    """The instruction set whose table holds; AVX512-BF16 is AVX-512 to all but bfloat16."""
+    return isa if dtype == "bfloat16" else isa.removesuffix("_bf16")
 
 
 def _distance(one: Conv, other: Conv) -> float:
@@ -111,8 +116,7 @@ def _distance(one: Conv, other: Conv) -> float:
 
 @functools.cache
 def _entries(device: str, isa: str) -> list[tuple[Conv, dict[str, float]]]:
-    table = json.loads(FILE.read_text())["devices"][device]
-    if table.get("isa", isa) != isa:
-        return []
-    entries = ((read_key(key), times) for key, times in table["calls"].items())
+    tables = json.loads(FILE.read_text())["devices"][device]
+    calls = tables.get(isa, {}).get("calls", {})
+    entries = ((read_key(key), times) for key, times in calls.items())
     return [(call, times) for call, times in entries if call is not None]

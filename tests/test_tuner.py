@@ -185,8 +185,8 @@ CONV = (
 def table(tmp_path, monkeypatch):
     """One entry, of an instruction set of its own."""
     file = tmp_path / "defaults.json"
-    cpu = {"isa": "some", "calls": {CONV: {"cpu": 2.0, "library": 1.0}}}
-    file.write_text(json.dumps({"devices": {"cpu": cpu, "cuda": {"calls": {}}}}))
+    some = {"calls": {CONV: {"cpu": 2.0, "library": 1.0}}}
+    file.write_text(json.dumps({"devices": {"cpu": {"some": some}, "cuda": {}}}))
     monkeypatch.setattr(tuning_defaults, "FILE", file)
     entries = tuning_defaults._entries
     entries.cache_clear()
@@ -220,6 +220,7 @@ def test_the_nearest_entry(table, change, found):
         assert old in key
         key = key.replace(old, new)
     assert bool(tuning_defaults.nearest("cpu", "some", key)) == found
+    assert bool(tuning_defaults.nearest("cpu", "some_bf16", key)) == found  # as it is float32
     assert tuning_defaults.nearest("cpu", "another", key) == {}
     assert tuning_defaults.nearest("cuda", "some", key) == {}
 
@@ -238,13 +239,14 @@ def test_the_shipped_table_is_what_it_says():
     document = json.loads(tuning_defaults.FILE.read_text())
     assert document["made by"] == "python benchmarks/tuning_defaults.py"
     assert "at most 1." in document["rule"]
-    cpu, cuda = document["devices"]["cpu"], document["devices"]["cuda"]
-    assert cuda["calls"] == {}, "no GPU has measured any"
-    assert "No GPU" in cuda["about"]
-    for key, times in cpu["calls"].items():
-        assert tuning_defaults.read_key(key) is not None
-        assert set(times) == {"cpu", "library"}
-        assert tuning_defaults.nearest("cpu", cpu["isa"], key) == times
+    assert document["devices"]["cuda"] == {}
+    assert "no GPU has measured" in document["about"]
+    assert set(document["devices"]["cpu"]) == {"avx2", "avx512"}
+    for isa, table in document["devices"]["cpu"].items():
+        for key, times in table["calls"].items():
+            assert tuning_defaults.read_key(key) is not None
+            assert set(times) == {"cpu", "library"}
+            assert tuning_defaults.nearest("cpu", isa, key) == times
 
 
 @pytest.mark.parametrize("off", ["FUSED_RESNET_TUNE=0", "deterministic"])
