@@ -11,16 +11,26 @@ from torch import Tensor, fx, nn
 
 from ..blocks import kind
 from .matching import FUNCTION, Match, Matches
-from .plan import Plan, PlannedGroup, Way
+from .plan import BlockPaths, Plan, PlannedGroup, Way
 from .tracing import DEFAULT, SEQUENCE, TENSOR, UNUSED, Trace
 
 
 @dataclass
+class Block:
+    """A residual block by its groups; see :class:`~fused_resnet.swap.plan.BlockPaths`."""
+
+    groups: list[Match]
+    shortcut: Match | None
+    identities: list[str]
+
+
+@dataclass
 class Traced:
-    """A trace and its groups."""
+    """A trace, its groups, and the residual block that they are all of, if they are."""
 
     trace: Trace
     matches: Matches
+    block: Block | None = None
 
 
 def called_elsewhere(found: Iterable[Traced]) -> set[str]:
@@ -134,6 +144,12 @@ class _Children:
         return [f"{name} = {self(path)}._modules" for path, name in self.parents.items()]
 
 
+def _conjunction(name: str, tests: list[str], child: _Children) -> str:
+    lines = [f"def {name}(self):", *(f"    {line}" for line in child.lines())]
+    lines += ["    return (", *(f"        {t} and" for t in tests), "        True", "    )"]
+    return "\n".join(lines)
+
+
 #: What an attribute is compared with by value; anything else is the same object or is not.
 _COMPARED = (int, float, str, tuple, list, dict, set, frozenset)
 
@@ -143,7 +159,7 @@ class _Way:
         self, module: nn.Module, traced: Traced, constants: _Constants, shared: set[str]
     ) -> None:
         self.module, self.shared = module, shared
-        self.trace, self.matches = traced.trace, traced.matches
+        self.trace, self.matches, self.block = traced.trace, traced.matches, traced.block
         self.constants = constants
         self.names: dict[fx.Node, str] = {}
         for index, node in enumerate(self.trace.graph.nodes):
@@ -151,25 +167,31 @@ class _Way:
             self.names[node] = str(node.target) if named else f"_v{index}"
 
     def description(self) -> Way:
-        groups = []
-        for match in self.matches.groups:
-            conv = str(match.conv.target) if match.conv else ""
-            pool = str(match.pool.target) if match.pool else ""
-            bn, adds = str(match.bn.target), match.residual is not None
-            foldable = not {conv, bn, pool} & self.shared
-            groups.append(PlannedGroup(conv, bn, match.act, pool, adds, foldable))
-        return Way(tuple(groups), tuple(self.matches.left), self.trace.entered)
+        groups = tuple(map(self._planned, self.matches.groups))
+        block = None
+        if self.block is not None:
+            shortcut = self.block.shortcut and self._planned(self.block.shortcut)
+            own = tuple(map(self._planned, self.block.groups))
+            block = BlockPaths(own, shortcut, tuple(self.block.identities))
+        return Way(groups, tuple(self.matches.left), self.trace.entered, block)
+
+    def _planned(self, match: Match) -> PlannedGroup:
+        conv = str(match.conv.target) if match.conv else ""
+        pool = str(match.pool.target) if match.pool else ""
+        bn, adds = str(match.bn.target), match.residual is not None
+        foldable = not {conv, bn, pool} & self.shared
+        return PlannedGroup(conv, bn, match.act, pool, adds, foldable)
 
     # Whether the way may be gone
 
     def test(self, index: int) -> str:
-        """A function that asks for all that the trace assumed of the module."""
-        child = _Children()
-        tests = [*self._structure(child), *self._attributes(child)]
-        lines = [f"def holds_{index}(self):"]
-        lines += [f"    {line}" for line in child.lines()]
-        lines += ["    return (", *(f"        {t} and" for t in tests), "        True", "    )"]
-        return "\n".join(lines)
+        """Two functions that ask for all that the trace assumed of the module."""
+        attributes = _Children()
+        reads = _conjunction(f"reads_{index}", self._attributes(attributes), attributes)
+        structure = _Children()
+        tests = self._structure(structure)
+        tests += [f"reads_{index}(self)"] if self.trace.reads else []
+        return f"{reads}\n{_conjunction(f'holds_{index}', tests, structure)}"
 
     def _structure(self, child: _Children) -> list[str]:
         tests: list[str] = []
