@@ -625,8 +625,9 @@ def _whole_block(m: Any, count: int) -> WholeBlock | None:
     norms = [getattr(m, f"bn{i}") for i in range(1, count + 1)]
     shortcut = [] if m.downsample is None else [m.downsample]
     if shortcut:
-        plain = kind(m.downsample).forward is nn.Sequential.forward
-        if not plain or len(m.downsample._modules) != 2:
+        forward = kind(m.downsample).forward
+        chained = forward is nn.Sequential.forward or forward is ChainRoute.forward
+        if not chained or len(m.downsample._modules) != 2:
             return None
         conv, norm = m.downsample._modules.values()
         convs.append(conv)
