@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -84,12 +84,14 @@ class Way:
         left: Batch norms in no group, with the reason.
         entered: Children whose forward is part of this one.
         block: What it is called with one tensor; None where that is no residual block.
+        early: What the stages before the last one call, in order; empty where there are none.
     """
 
     groups: tuple[PlannedGroup, ...]
     left: tuple[tuple[str, str], ...]
     entered: tuple[str, ...]
     block: BlockPaths | None = None
+    early: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,15 @@ class TracedRoute(Route):
         """See :meth:`fused_resnet.blocks.Route.covered`."""
         way = self.fused_resnet_plan.current(self)
         return [self.get_submodule(path) for path in way.entered] if way else []
+
+    def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """The part of the forward that ends with the stage before the last, on its input."""
+        return stages(self, x)
+
+    def early_members(self) -> list[nn.Module]:
+        """What that part calls."""
+        way = self.fused_resnet_plan.current(self)
+        return [self.get_submodule(path) for path in way.early] if way else []
 
     def whole_block(self) -> WholeBlock | None:
         """See :meth:`fused_resnet.blocks.Route.whole_block`."""
