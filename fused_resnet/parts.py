@@ -71,7 +71,7 @@ def in_parts(
 
 
 def _divisible(model: nn.Module, members: Callable[[], Iterable[nn.Module]]) -> bool:
-    """Whether parts give what the whole gives, and no hook sees them; kept while nothing changes."""
+    """Whether parts give what the whole gives, and no hook sees them; kept until a change."""
     held = model.__dict__.get("_held")
     if held is not None and held.holds():
         return True

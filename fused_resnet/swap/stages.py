@@ -38,11 +38,9 @@ def early_stages(
             members, end = [node], node
         else:
             break
-        if any(member.op != "call_module" for member in members):
-            break
         if match is None and _is_stage(module.get_submodule(str(node.target))):
             stages.append((at, list(paths)))
-        paths += [str(member.target) for member in members]
+        paths += [str(member.target) for member in members if member.op == "call_module"]
         at = end
     if image.target not in tensors or len(stages) < 2:
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import fx, nn
 
@@ -72,7 +73,9 @@ def _takes_one_tensor(arguments: tuple[Argument, ...]) -> bool:
         bool(arguments)
         and arguments[0].given == TENSOR
         and not arguments[0].keyword_only
-        and all(a.given != TENSOR and a.default is not inspect.Parameter.empty for a in arguments[1:])
+        and all(
+            a.given != TENSOR and a.default is not inspect.Parameter.empty for a in arguments[1:]
+        )
     )
 
 
@@ -96,13 +99,20 @@ def _block_of(module: nn.Module, result: Trace, matches: Matches) -> Block | Non
     last = ends.get(behind(output.args[0]))
     if last is None or last.residual is None or not _is_convolution(last, relu=True):
         return None
-    groups = [last]
+    if behind(last.source) is image:
+        # The shortcut's batch norm is the later one, and the group of the addition is its.
+        other = ends.get(behind(last.residual))
+        if other is None or other.residual is not None or not _is_convolution(other, relu=False):
+            return None
+        groups, shortcut = [replace(other, act=last.act)], replace(last, act="")
+    else:
+        groups, shortcut = [last], None
     while (source := behind(groups[0].source)) is not image:
         match = ends.get(source)
         if match is None or match.residual is not None or not _is_convolution(match, relu=True):
             return None
         groups.insert(0, match)
-    side, shortcut = behind(last.residual), None
+    side = image if shortcut is not None else behind(last.residual)
     if side is not image:
         shortcut = ends.get(side)
         if shortcut is None or shortcut.residual is not None:
