@@ -173,7 +173,8 @@ class _Way:
         groups = tuple(map(self._planned, self.matches.groups))
         block = None
         if self.block is not None:
-            shortcut = self.block.shortcut and self._planned(self.block.shortcut)
+            side = self.block.shortcut
+            shortcut = None if side is None else self._planned(side)
             own = tuple(map(self._planned, self.block.groups))
             block = BlockPaths(own, shortcut, tuple(self.block.identities))
         early = tuple(self.early[1]) if self.early else ()

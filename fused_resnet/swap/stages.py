@@ -28,7 +28,8 @@ def early_stages(
     """
     first = {match.members[0]: match for match in matches.groups}
     image = next(iter(graph.nodes))
-    at, paths, stages = image, [], []
+    at, paths = image, list[str]()
+    stages: list[tuple[fx.Node, list[str]]] = []
     while len(at.users) == 1:
         node = next(iter(at.users))
         match = first.get(node)
