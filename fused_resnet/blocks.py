@@ -590,6 +590,51 @@ class Route(nn.Module):
         """Modules below whose forward runs as part of this one, their groups among its own."""
         return []
 
+    def whole_block(self) -> WholeBlock | None:
+        """The residual block that a call with one tensor is now; None where it is something else.
+
+        Whether there is an operation for its convolutions is for the caller to see.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class WholeBlock:
+    """A residual block by its modules: convolutions in a row, a shortcut, and nothing else.
+
+    Attributes:
+        convs: The block's own two or three in order, and then the shortcut's, if it has one.
+        norms: What stands behind each.
+        acts: What stands behind those of the block's own, the last one's behind the addition; None
+            where that is in the normalisation.
+        members: All modules on which this depends.
+        reads: Whether the attributes of the block on which it depends are as they were; None for
+            none.
+    """
+
+    convs: list[nn.Module]
+    norms: list[nn.Module]
+    acts: list[nn.Module | None]
+    members: list[nn.Module]
+    reads: Callable[[nn.Module], bool] | None = None
+
+
+def _whole_block(m: Any, count: int) -> WholeBlock | None:
+    """The block with torchvision's children."""
+    convs = [getattr(m, f"conv{i}") for i in range(1, count + 1)]
+    norms = [getattr(m, f"bn{i}") for i in range(1, count + 1)]
+    shortcut = [] if m.downsample is None else [m.downsample]
+    if shortcut:
+        forward = kind(m.downsample).forward
+        chained = forward is nn.Sequential.forward or forward is ChainRoute.forward
+        if not chained or len(m.downsample._modules) != 2:
+            return None
+        conv, norm = m.downsample._modules.values()
+        convs.append(conv)
+        norms.append(norm)
+        shortcut.append(norm)
+    return WholeBlock(convs, norms, [m.relu] * count, [m.relu, *convs, *shortcut])
+
 
 class BasicBlockRoute(Route):
     """:func:`basic_block` as a forward."""
@@ -602,6 +647,10 @@ class BasicBlockRoute(Route):
         """See :meth:`Route.fused_groups`."""
         return block_groups(self, 2)
 
+    def whole_block(self) -> WholeBlock | None:
+        """See :meth:`Route.whole_block`."""
+        return _whole_block(self, 2)
+
 
 class BottleneckRoute(Route):
     """:func:`bottleneck` as a forward."""
@@ -613,6 +662,10 @@ class BottleneckRoute(Route):
     def fused_groups(self) -> list[Group]:
         """See :meth:`Route.fused_groups`."""
         return block_groups(self, 3)
+
+    def whole_block(self) -> WholeBlock | None:
+        """See :meth:`Route.whole_block`."""
+        return _whole_block(self, 3)
 
 
 class ResNetRoute(Route):

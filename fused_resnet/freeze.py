@@ -10,6 +10,7 @@ packed layout belongs to one instruction set.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -26,6 +27,8 @@ from .frozen_block import FrozenBlock, is_block
 from .fuse import derive, fuse
 from .graphs import Graphs, size_for
 from .parts import in_parts
+from .stage_list import StageList, is_stage_list
+from .swap import TracedRoute
 
 
 def freeze(
@@ -122,6 +125,10 @@ class Frozen(nn.Module):
 def _mixin(module: nn.Module) -> type[Frozen]:
     if isinstance(module, ResNetRoute):
         return FrozenResNet
+    if is_stage_list(module):
+        return FrozenStages
+    if isinstance(module, TracedRoute) and module.early_members():
+        return FrozenTraced
     return FrozenResidual if is_block(module) else Frozen
 
 
@@ -174,7 +181,24 @@ class FrozenResNet(Frozen):
     """Mixed into a ResNet: a large batch goes through the early stages in parts."""
 
     def _early_stages(self, x: Tensor) -> Tensor:
-        return in_parts(self, super()._early_stages, x)  # type: ignore[misc]
+        return in_parts(self, super()._early_stages, x, self._early_members)  # type: ignore[misc]
+
+    def _early_members(self) -> list[nn.Module]:
+        m: Any = self
+        return [m.conv1, m.bn1, m.relu, m.maxpool, m.layer1, m.layer2, m.layer3]
+
+
+class FrozenTraced(Frozen):
+    """Mixed into a traced module that calls stages: as :class:`FrozenResNet`."""
+
+    def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """See :meth:`fused_resnet.swap.TracedRoute.run_early`."""
+        m: Any = self
+        return in_parts(self, partial(stages, self), x, m.early_members)
+
+
+class FrozenStages(StageList, Frozen):
+    """Mixed into a list of stages of transformers: as :class:`FrozenResNet`."""
 
 
 class FrozenResidual(FrozenBlock, Frozen):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .backends import select
-from .blocks import BasicBlockRoute, BottleneckRoute, apart, hooked, is_relu
+from .blocks import Folded, Route, WholeBlock, apart, hooked, inner_activation, is_relu
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -44,90 +44,101 @@ class FrozenBlock(nn.Module):
 
     whole = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``(N, C, H, W)`` to ``(N, K, OH, OW)``, channels_last."""
-        whole = self.whole and not apart(x)
-        plan = self._plan(select("residual_block", x)) if whole else None
-        if plan is None:
-            return super().forward(x)
-        return ops.residual_block(x, *plan.tensors, **plan.settings)
+        # Any other call may mean something else to the block's own forward.
+        if self.whole and len(args) == 1 and not kwargs:
+            x = args[0]
+            if isinstance(x, Tensor) and not apart(x):
+                plan = self._plan(select("residual_block", x))
+                if plan is not None:
+                    return ops.residual_block(x, *plan.tensors, **plan.settings)
+        return super().forward(*args, **kwargs)
 
     def _plan(self, backend: str) -> Plan | None:
         """For a call on that backend, kept until something changes; None: run the modules."""
         if backend not in ("cpu", "cuda", "triton"):
             return None
         if torch.compiler.is_compiling():  # a trace should not keep what it computes
-            convs = self._convs()
-            return None if convs is None else self._make_plan(convs, None, None)
+            block = self._block()
+            return None if block is None else _make_plan(block, None, None)
         held = self.__dict__.get("_held")
-        if held is not None and held[0].holds():
-            return held[1]
-        convs = self._convs()
-        if convs is None:
+        if held is not None:
+            snapshot, plan, reads = held
+            if snapshot.holds() and (reads is None or reads(self)):
+                return plan
+        block = self._block()
+        if block is None:
             return None
-        m: Any = self
-        shortcut = [] if m.downsample is None else [m.downsample, *m.downsample]
-        both = join(*convs[-2:]) if backend != "cpu" and shortcut else (None, None)
-        plan = self._make_plan(convs, *both)
-        snapshot = Snapshot(dict.fromkeys([m.relu, *convs, *shortcut]), m)
-        self.__dict__["_held"] = (snapshot, plan)
+        convs: Any = block.convs
+        has_shortcut = len(convs) > len(block.acts)
+        both = join(*convs[-2:]) if backend != "cpu" and has_shortcut else (None, None)
+        plan = _make_plan(block, *both)
+        self.__dict__["_held"] = (Snapshot(dict.fromkeys(block.members), self), plan, block.reads)
         return plan
 
-    def _make_plan(
-        self, convs: list[FrozenConv], joined: Tensor | None, joined_shift: Tensor | None
-    ) -> Plan:
-        own = 3 if isinstance(self, BottleneckRoute) else 2
-        middle = convs[1] if own == 3 else convs[0]
-        return Plan(
-            ([c.packed for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
-            {
-                "joined": joined,
-                "joined_shift": joined_shift,
-                "bottleneck": own == 3,
-                "stride": middle.stride[0],
-                "dilation": middle.dilation[0],
-                "groups": middle.groups,
-                "winograd": all(c.winograd for c in convs),
-            },
-        )
-
-    def _convs(self) -> list[FrozenConv] | None:
-        """The block's convolutions and its shortcut's; None where the operation is another one."""
+    def _block(self) -> WholeBlock | None:
+        """The block by its modules; None where the operation is another one."""
         m: Any = self
-        count = 3 if isinstance(self, BottleneckRoute) else 2
-        convs = [getattr(m, f"conv{i}") for i in range(1, count + 1)]
-        if not is_relu(m.relu):
+        block = m.whole_block()
+        if block is None or any(map(hooked, block.members)):
             return None
-        members: list[Any] = list(convs)
-        if m.downsample is not None:
-            if not isinstance(m.downsample, nn.Sequential) or hooked(m.downsample):
+        from .freeze import FrozenConv
+
+        for conv, norm in zip(block.convs, block.norms, strict=True):
+            if not isinstance(conv, FrozenConv) or not isinstance(norm, Folded):
                 return None
-            members += list(m.downsample)
-            convs += members[count : count + 1]
-        from .freeze import Folded, FrozenConv
-
-        kinds = (FrozenConv,) * count + (FrozenConv, Folded)
-        as_expected = len(members) in (count, count + 2) and all(
-            not hooked(member) and isinstance(member, expected)
-            for member, expected in zip(members, kinds[: len(members)], strict=True)
-        )
-        return convs if as_expected and _is_plain(self, convs) else None
+        own = len(block.acts)
+        inner = [inner_activation(norm) for norm in block.norms]
+        # One activation behind each: the normalisation's or the block's, and behind the addition.
+        if any(inner[own - 1 :]) or any(map(_are_both, inner, block.acts)):
+            return None
+        if not all(is_relu(act or inner[i]) for i, act in enumerate(block.acts)):
+            return None
+        return block if _is_plain(block.convs, own) else None
 
 
-def _is_plain(block: nn.Module, convs: list[FrozenConv]) -> bool:
-    """Whether geometry and channels are those that the operation has for such a block."""
-    own = convs[:3] if isinstance(block, BottleneckRoute) else convs[:2]
-    spatial = own[1] if isinstance(block, BottleneckRoute) else own[0]
+def _are_both(inner: nn.Module | None, act: nn.Module | None) -> bool:
+    return inner is not None and act is not None
+
+
+def _make_plan(block: WholeBlock, joined: Tensor | None, joined_shift: Tensor | None) -> Plan:
+    convs: Any = block.convs
+    own = len(block.acts)
+    middle = convs[own - 2]
+    return Plan(
+        ([c.packed for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
+        {
+            "joined": joined,
+            "joined_shift": joined_shift,
+            "bottleneck": own == 3,
+            "stride": middle.stride[0],
+            "dilation": middle.dilation[0],
+            "groups": middle.groups,
+            "winograd": all(c.winograd for c in convs),
+        },
+    )
+
+
+def _is_plain(convs: list[Any], own: int) -> bool:
+    """Whether geometry and channels are those that the operation has for such a block.
+
+    Args:
+        convs: :class:`~fused_resnet.freeze.FrozenConv`, the block's own and its shortcut's.
+        own: How many are the block's own.
+    """
+    bottleneck = own == 3
+    spatial = convs[own - 2]
     stride, dilation = spatial.stride[0], spatial.dilation[0]
     plain: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "groups": 1}
     strided: dict[str, Any] = {"stride": (stride, stride), "dilation": (dilation, dilation)}
-    if isinstance(block, BottleneckRoute):
+    if bottleneck:
         expected: list[tuple[int, dict[str, Any]]] = [(1, plain), (3, strided), (1, plain)]
     else:
         expected = [(3, {**plain, **strided}), (3, plain)]
         if dilation != 1:
             return False
-    if len(convs) > len(own):
+    if len(convs) > own:
         expected.append((1, {**plain, "stride": (stride, stride)}))
     for conv, (size, settings) in zip(convs, expected, strict=True):
         padding = conv.dilation[0] if size == 3 else 0
@@ -135,8 +146,11 @@ def _is_plain(block: nn.Module, convs: list[FrozenConv]) -> bool:
             return False
         if any(getattr(conv, name) != value for name, value in settings.items()):
             return False
-    relus = [True] * len(own) + [False] * (len(convs) - len(own))
-    return [conv.relu for conv in convs] == relus
+    # An addition in PyTorch would stretch one channel, or one pixel, to many.
+    result = (convs[own - 1].out_channels, stride)
+    if len(convs) > own:
+        return (convs[own].out_channels, stride) == result
+    return (convs[0].in_channels, 1) == result
 
 
 @torch.no_grad()
@@ -168,4 +182,4 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
 
 def is_block(module: nn.Module) -> bool:
     """Whether :class:`FrozenBlock` can be mixed into the module."""
-    return isinstance(module, (BasicBlockRoute, BottleneckRoute))
+    return isinstance(module, Route) and module.whole_block() is not None

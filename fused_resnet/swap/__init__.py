@@ -1,8 +1,9 @@
 """The general swapper: any module's forward, traced by itself and rewritten with fused operations.
 
 ``tracing`` and ``purity`` find out what a forward does and what that depends on, ``patterns``,
-``aliasing`` and ``matching`` find groups in it, ``emitting`` and ``plan`` make the forward that
-runs them, and ``swapper`` decides where to begin.
+``aliasing`` and ``matching`` find groups in it, ``whole_block`` sees where they are one residual
+block, ``emitting`` and ``plan`` make the forward that runs them, and ``swapper`` decides where to
+begin.
 """
 
 from .plan import Plan, TracedRoute

@@ -11,16 +11,27 @@ from torch import Tensor, fx, nn
 
 from ..blocks import kind
 from .matching import FUNCTION, Match, Matches
-from .plan import Plan, PlannedGroup, Way
+from .plan import BlockPaths, Plan, PlannedGroup, Way
+from .stages import early_stages
 from .tracing import DEFAULT, SEQUENCE, TENSOR, UNUSED, Trace
 
 
 @dataclass
+class Block:
+    """A residual block by its groups; see :class:`~fused_resnet.swap.plan.BlockPaths`."""
+
+    groups: list[Match]
+    shortcut: Match | None
+    identities: list[str]
+
+
+@dataclass
 class Traced:
-    """A trace and its groups."""
+    """A trace, its groups, and the residual block that they are all of, if they are."""
 
     trace: Trace
     matches: Matches
+    block: Block | None = None
 
 
 def called_elsewhere(found: Iterable[Traced]) -> set[str]:
@@ -57,7 +68,7 @@ def emit(module: nn.Module, found: Iterable[Traced], failure: str, shared: set[s
         way = _Way(module, traced, constants, shared)
         index = len(ways)
         test, body = way.test(index), way.body(index)
-        tests.append(test)
+        tests += [test, *way.early_source(index)]
         bodies.append(body)
         ways.append(way.description())
     assert first is not None
@@ -134,6 +145,12 @@ class _Children:
         return [f"{name} = {self(path)}._modules" for path, name in self.parents.items()]
 
 
+def _conjunction(name: str, tests: list[str], child: _Children) -> str:
+    lines = [f"def {name}(self):", *(f"    {line}" for line in child.lines())]
+    lines += ["    return (", *(f"        {t} and" for t in tests), "        True", "    )"]
+    return "\n".join(lines)
+
+
 #: What an attribute is compared with by value; anything else is the same object or is not.
 _COMPARED = (int, float, str, tuple, list, dict, set, frozenset)
 
@@ -143,33 +160,43 @@ class _Way:
         self, module: nn.Module, traced: Traced, constants: _Constants, shared: set[str]
     ) -> None:
         self.module, self.shared = module, shared
-        self.trace, self.matches = traced.trace, traced.matches
+        self.trace, self.matches, self.block = traced.trace, traced.matches, traced.block
         self.constants = constants
+        tensors = {a.name for a in self.trace.arguments if a.given == TENSOR}
+        self.early = early_stages(module, self.trace.graph, self.matches, tensors)
         self.names: dict[fx.Node, str] = {}
         for index, node in enumerate(self.trace.graph.nodes):
             named = node.op == "placeholder"
             self.names[node] = str(node.target) if named else f"_v{index}"
 
     def description(self) -> Way:
-        groups = []
-        for match in self.matches.groups:
-            conv = str(match.conv.target) if match.conv else ""
-            pool = str(match.pool.target) if match.pool else ""
-            bn, adds = str(match.bn.target), match.residual is not None
-            foldable = not {conv, bn, pool} & self.shared
-            groups.append(PlannedGroup(conv, bn, match.act, pool, adds, foldable))
-        return Way(tuple(groups), tuple(self.matches.left), self.trace.entered)
+        groups = tuple(map(self._planned, self.matches.groups))
+        block = None
+        if self.block is not None:
+            side = self.block.shortcut
+            shortcut = None if side is None else self._planned(side)
+            own = tuple(map(self._planned, self.block.groups))
+            block = BlockPaths(own, shortcut, tuple(self.block.identities))
+        early = tuple(self.early[1]) if self.early else ()
+        return Way(groups, tuple(self.matches.left), self.trace.entered, block, early)
+
+    def _planned(self, match: Match) -> PlannedGroup:
+        conv = str(match.conv.target) if match.conv else ""
+        pool = str(match.pool.target) if match.pool else ""
+        bn, adds = str(match.bn.target), match.residual is not None
+        foldable = not {conv, bn, pool} & self.shared
+        return PlannedGroup(conv, bn, match.act, pool, adds, foldable)
 
     # Whether the way may be gone
 
     def test(self, index: int) -> str:
-        """A function that asks for all that the trace assumed of the module."""
-        child = _Children()
-        tests = [*self._structure(child), *self._attributes(child)]
-        lines = [f"def holds_{index}(self):"]
-        lines += [f"    {line}" for line in child.lines()]
-        lines += ["    return (", *(f"        {t} and" for t in tests), "        True", "    )"]
-        return "\n".join(lines)
+        """Two functions that ask for all that the trace assumed of the module."""
+        attributes = _Children()
+        reads = _conjunction(f"reads_{index}", self._attributes(attributes), attributes)
+        structure = _Children()
+        tests = self._structure(structure)
+        tests += [f"reads_{index}(self)"] if self.trace.reads else []
+        return f"{reads}\n{_conjunction(f'holds_{index}', tests, structure)}"
 
     def _structure(self, child: _Children) -> list[str]:
         tests: list[str] = []
@@ -267,11 +294,41 @@ class _Way:
     def body(self, index: int) -> str:
         """The statements of the way, behind its test."""
         child = _Children()
+        lines = self._statements(child)
+        if self.early is not None:
+            end, _, image = self.early
+            child = _Children()
+            lines = self._statements(child, after=end)
+            stages = f"self.run_early(early_{index}, {self.names[image]})"
+            lines.insert(0, f"{self.names[end]} = {stages}")
+        tests = [f"holds_{index}(self)", *self._of_arguments()]
+        head = " and ".join(tests)
+        block = [f"            {line}" for line in [*child.lines(), *lines]]
+        return "\n".join([f"        if {head}:", *block])
+
+    def early_source(self, index: int) -> list[str]:
+        """A function of the stages before the last one; none where there are no stages."""
+        if self.early is None:
+            return []
+        child = _Children()
+        end, _, image = self.early
+        lines = self._statements(child, until=end)
+        lines = [*child.lines(), *lines, f"return {self.names[end]}"]
+        head = f"def early_{index}(self, {self.names[image]}):"
+        return ["\n".join([head, *(f"    {line}" for line in lines)])]
+
+    def _statements(
+        self, child: _Children, after: fx.Node | None = None, until: fx.Node | None = None
+    ) -> list[str]:
         ends = {match.members[-1]: match for match in self.matches.groups}
         inner = {node for match in self.matches.groups for node in match.members[:-1]}
         readers = self._readers(ends, inner)
         lines: list[str] = []
+        started = after is None
         for node in self.trace.graph.nodes:
+            if not started:
+                started = node is after
+                continue
             if node in inner or node.op == "placeholder" or self._is_idle(node):
                 continue
             if node.op == "output":
@@ -283,10 +340,9 @@ class _Way:
             done = [self.names[n] for n, last in readers.items() if last is node]
             if done:
                 lines.append(f"{' = '.join(done)} = None")
-        tests = [f"holds_{index}(self)", *self._of_arguments()]
-        head = " and ".join(tests)
-        block = [f"            {line}" for line in [*child.lines(), *lines]]
-        return "\n".join([f"        if {head}:", *block])
+            if node is until:
+                break
+        return lines
 
     def _readers(self, ends: dict[fx.Node, Match], inner: set[fx.Node]) -> dict[fx.Node, fx.Node]:
         """The last statement that reads each result: memory is let go as early as it was."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -21,6 +21,7 @@ from ..blocks import (
     Group,
     Packed,
     Route,
+    WholeBlock,
     chain,
     conv_bn,
     hooked,
@@ -58,6 +59,23 @@ class PlannedGroup:
 
 
 @dataclass(frozen=True)
+class BlockPaths:
+    """A forward that is one residual block, by paths into its owner's children.
+
+    Attributes:
+        groups: The block's own convolutions, in order; the last one's activation is behind the
+            addition.
+        shortcut: The convolution and batch norm on the other side of the addition; None where that
+            is the input.
+        identities: Placeholder modules that are called on the way.
+    """
+
+    groups: tuple[PlannedGroup, ...]
+    shortcut: PlannedGroup | None
+    identities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Way:
     """One way that a forward may run: what it finds there.
 
@@ -65,11 +83,15 @@ class Way:
         groups: In the order in which they run.
         left: Batch norms in no group, with the reason.
         entered: Children whose forward is part of this one.
+        block: What it is called with one tensor; None where that is no residual block.
+        early: What the stages before the last one call, in order; empty where there are none.
     """
 
     groups: tuple[PlannedGroup, ...]
     left: tuple[tuple[str, str], ...]
     entered: tuple[str, ...]
+    block: BlockPaths | None = None
+    early: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,8 @@ class Plan:
     """A forward, and how it may run.
 
     Attributes:
-        source: Python; a function ``holds_<i>`` for each way, and ``forward``.
+        source: Python; for each way a function ``holds_<i>``, which asks for all that it assumes,
+            and ``reads_<i>``, for the attributes alone; and ``forward``.
         constants: What the source calls by other names than its own.
         ways: See there.
         failure: Why there is no other way; empty when all calls were traced.
@@ -105,11 +128,16 @@ class Plan:
 
     def current(self, module: nn.Module) -> Way | None:
         """The way that the module's plainest call goes now; None when it runs as it was."""
+        index = self.current_index(module)
+        return None if index is None else self.ways[index]
+
+    def current_index(self, module: nn.Module) -> int | None:
+        """Which of the ways :meth:`current` is."""
         if hooked_forward(module):
             return None
-        for index, way in enumerate(self.ways):
+        for index in range(len(self.ways)):
             if self.functions[f"holds_{index}"](module):
-                return way
+                return index
         return None
 
 
@@ -167,6 +195,43 @@ class TracedRoute(Route):
         """See :meth:`fused_resnet.blocks.Route.covered`."""
         way = self.fused_resnet_plan.current(self)
         return [self.get_submodule(path) for path in way.entered] if way else []
+
+    def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """The part of the forward that ends with the stage before the last, on its input."""
+        return stages(self, x)
+
+    def early_members(self) -> list[nn.Module]:
+        """What that part calls."""
+        way = self.fused_resnet_plan.current(self)
+        return [self.get_submodule(path) for path in way.early] if way else []
+
+    def whole_block(self) -> WholeBlock | None:
+        """See :meth:`fused_resnet.blocks.Route.whole_block`."""
+        index = self.fused_resnet_plan.current_index(self)
+        paths = None if index is None else self.fused_resnet_plan.ways[index].block
+        if paths is None:
+            return None
+        get = self.get_submodule
+        for path in paths.identities:
+            if kind(get(path)) is not nn.Identity:
+                return None
+        shortcut = [] if paths.shortcut is None else [paths.shortcut]
+        groups = [*paths.groups, *shortcut]
+        return WholeBlock(
+            [get(group.conv) for group in groups],
+            [get(group.bn) for group in groups],
+            [_activation(self, group) for group in paths.groups],
+            [member for member in self.modules() if member is not self],
+            self.fused_resnet_plan.functions[f"reads_{index}"],
+        )
+
+
+def _activation(owner: nn.Module, planned: PlannedGroup) -> nn.Module | None:
+    """What is called behind the group's batch norm; None where that is inside of it."""
+    if planned.act == FUNCTION:
+        return RELU
+    inside = planned.act == f"{planned.bn}.act"
+    return None if inside or not planned.act else owner.get_submodule(planned.act)
 
 
 def _groups_of(owner: nn.Module, planned: PlannedGroup) -> Iterator[Group]:

@@ -24,6 +24,7 @@ from .patterns import (
 )
 from .plan import Plan
 from .tracing import Argument, Trace, trace, ways_to_call
+from .whole_block import trace_block
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def plan_of(module: nn.Module, parents: Counter[int]) -> Plan | Left | str | Non
     failure = ""
     try:
         for arguments in ways_to_call(module):
-            for mode in (module.training, not module.training):
+            for mode in (False, True):  # a forward that asks for it does less in eval
                 try:
                     with _mode(module, mode):
                         traced = _trace_with_children(module, arguments, parents)
@@ -118,6 +119,9 @@ def _trace_with_children(
     module: nn.Module, arguments: tuple[Argument, ...], parents: Counter[int]
 ) -> Traced:
     """Trace a module, and with it the children whose results a group could reach into."""
+    whole = trace_block(module, arguments, lambda child: _may_enter(child, parents))
+    if whole is not None:
+        return whole
     entered: frozenset[str] = frozenset()
     result = trace(module, arguments)
     tried: set[str] = set()
@@ -133,6 +137,14 @@ def _trace_with_children(
         entered |= {path}
 
 
+def _may_enter(child: nn.Module, parents: Counter[int]) -> bool:
+    """Whether a child may be traced with the module that calls it: nobody else does, or looks."""
+    plain = kind(child).forward is nn.Sequential.forward
+    if not (plain or _is_composite(child)) or is_norm(child) or hooked(child):
+        return False
+    return parents[id(child)] == 1
+
+
 def _worth_entering(
     module: nn.Module, result: Trace, parents: Counter[int], tried: set[str]
 ) -> str | None:
@@ -141,11 +153,7 @@ def _worth_entering(
     def may(node: fx.Node) -> bool:
         if node.op != "call_module" or node.target in tried or calls[node.target] > 1:
             return False
-        child = module.get_submodule(str(node.target))
-        plain = kind(child).forward is nn.Sequential.forward
-        if not (plain or _is_composite(child)) or is_norm(child) or hooked(child):
-            return False
-        return parents[id(child)] == 1
+        return _may_enter(module.get_submodule(str(node.target)), parents)
 
     def has_norm(node: fx.Node) -> bool:
         if node.op != "call_module":
