@@ -94,6 +94,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["versions"]["torch"] == torch.__version__
     (row,) = document["networks"]
     assert row["network"] == "torchvision:resnet50"
+    assert row["family"] == "torchvision, classification"
     assert (row["groups"], row["fused"], row["left"]) == (53, 53, {})
     assert row["operations"] == {"conv_bn_relu_maxpool": 1, "conv_bn_add_relu": 52}
 

@@ -143,6 +143,16 @@ FAMILIES = (
 )
 
 
+def family_of(name: str) -> str:
+    """The title of the family that a network is in; empty for none.
+
+    Raises:
+        MissingPackageError: Its library is not installed.
+    """
+    own = (family for family in FAMILIES if name.startswith(f"{family.source}:"))
+    return next((family.title for family in own if name in family.names()), "")
+
+
 def build(name: str) -> nn.Module:
     """A network with random weights, in eval.
 

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _named(names: list[str]) -> list[Row]:
     try:
-        return [_row("", name) for name in names]
+        return [_row(zoo.family_of(name), name) for name in names]
     except UnknownNetworkError as error:
         raise UsageError(f"coverage: {error}") from None
 
