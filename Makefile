@@ -1,5 +1,6 @@
 # make demo       a photograph through ResNet-50, before and after (IMAGE=path WEIGHTS=path)
-# make test       the tests, under 10 minutes on 2 cores; make test-all adds the slow ones
+# make test       the tests, under 10 minutes on 2 cores; make test-all adds the slow ones and
+#                 installs the libraries whose networks they run
 # make lint       ruff, mypy, clang-format; make format puts right what they can
 # make verify     every operation and network against float64
 # make bench      the benchmark results, their pictures and README's table (BENCH_ARGS=--quick)
@@ -30,6 +31,7 @@ test: $(INSTALLED)
 	$(PY) -m pytest -q -m 'not slow'
 
 test-all: $(INSTALLED)
+	$(PY) -m pip install -q --no-build-isolation -e '.[test,models]'
 	$(PY) -m pytest -q
 
 lint: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Writes the benchmark section of README.md from results/cpu-*.json, between its two markers.
+"""Writes README.md's tables from results/, between their markers: benchmarks and coverage.
 
 python benchmarks/readme_table.py [--check]    with --check: exit code 1 if README.md would change
 """
@@ -6,15 +6,17 @@ python benchmarks/readme_table.py [--check]    with --check: exit code 1 if READ
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fused_resnet.bench import results
+from fused_resnet.bench.coverage import Coverage, total
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 NOTHING = "No results have been recorded yet; `make bench` records them."
 NAMES = {
     "eager": "PyTorch",
@@ -95,23 +97,53 @@ def _memory(row: results.Row | None) -> str:
     return "-" if peak is None else f"{peak:.0f}"
 
 
-def replaced(text: str, new: str) -> str:
-    """The text with what stands between the markers replaced."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"README.md: expected the markers {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{new}\n{END}{tail}"
+def coverage_section(document: dict[str, Any]) -> str:
+    """Markdown: a line for each family in a file of ``fused-resnet coverage --json``."""
+    versions = document["versions"]
+    named = ("torch", "torchvision", "timm", "transformers", "segmentation_models_pytorch")
+    software = ", ".join(f"{n} {versions[n]}" for n in named if versions.get(n))
+    families: dict[str, list[Coverage]] = {}
+    for row in document["networks"]:
+        keys = ("groups", "fused", "left", "operations")
+        families.setdefault(row["family"], []).append(Coverage(*(row[key] for key in keys)))
+    lines = [
+        f"`{document['command']}`, fused_resnet at {document['commit']}; {software}.",
+        "",
+        "| | networks | groups | fused | why not the rest |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for family, own in families.items():
+        counts = total(own)
+        why = "; ".join(f"{times}: {reason}" for reason, times in counts.left.items())
+        lines.append(f"| {family} | {len(own)} | {counts.groups} | {counts.fused} | {why} |")
+    return "\n".join(lines)
+
+
+def replaced(text: str, name: str, new: str) -> str:
+    """The text with what stands between the two markers of that name replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"README.md: expected the markers {begin} and {end}")
+    return f"{head}{begin}\n{new}\n{end}{tail}"
+
+
+def rewritten(text: str) -> str:
+    """README.md with its tables as the recorded results have them."""
+    files = sorted(RESULTS.glob("cpu-*.json"))
+    text = replaced(text, "benchmarks", section([(f.name, results.load(f)) for f in files]))
+    counted = json.loads((RESULTS / "coverage.json").read_text())
+    return replaced(text, "coverage", coverage_section(counted))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    files = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
     readme = ROOT / "README.md"
     old = readme.read_text()
-    new = replaced(old, section([(file.name, results.load(file)) for file in files]))
+    new = rewritten(old)
     if arguments.check:
         return int(new != old)
     readme.write_text(new)

@@ -118,6 +118,8 @@ def _torchvision_resnet(module: nn.Module) -> Verdict:
 def _sequential(module: nn.Module) -> Verdict:
     if not isinstance(module, nn.Sequential):
         return None
+    if type(module).forward is not nn.Sequential.forward:
+        return None  # a module of its own, which is traced
     groups = chain_groups(module._modules)
     if not groups:
         return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .blocks import Route, is_norm
+from .blocks import Group, Route, is_norm
 from .fuse import verdict_of
 from .graphs import Graphs
 from .swap import Left, parents_of
@@ -82,6 +83,25 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
     result = Report(graphs=_graphs_of(model))
+    for path, group in groups_of(model):
+        name = _join(path, group.path) or type(model).__name__
+        if group.operation:
+            result.fused.append((name, group.operation))
+        else:
+            result.left.append((name, group.reason))
+    return result
+
+
+def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
+    """Every group of a model, fused or left, in the order of its modules.
+
+    Args:
+        model: As :func:`report` takes it.
+
+    Yields:
+        The path of the module whose forward runs the group, and the group. One without an operation
+        says why; where it names no convolution and no batch norm it stands for that module whole.
+    """
     known: set[int] = set()
     covered: set[int] = set()
     parents = parents_of(model)
@@ -95,25 +115,19 @@ def report(model: nn.Module) -> Report:
             for group in module.fused_groups():
                 owned = [module.get_submodule(name) for name in (group.conv, group.bn) if name]
                 known.update(map(id, owned))
-                target, what = (
-                    (result.fused, group.operation)
-                    if group.operation
-                    else (result.left, group.reason)
-                )
-                target.append((_join(path, group.path), what))
+                yield path, group
             continue
         verdict = verdict_of(module, parents)
         if isinstance(verdict, Left):
             for name, reason in verdict.norms:
-                result.left.append((_join(path, name), reason))
                 known.add(id(module.get_submodule(name)))
+                yield path, Group("", reason, bn=name)
         elif verdict is not None:
             reason = verdict if isinstance(verdict, str) else "not fused: call fuse() on the model"
-            result.left.append((path or type(module).__name__, reason))
             known.update(map(id, module.children()))
+            yield path, Group("", reason)
         elif is_norm(module) and id(module) not in known:
-            result.left.append((path, "no group around it that fuse() can prove"))
-    return result
+            yield path, Group("", "no group around it that fuse() can prove")
 
 
 def _graphs_of(model: nn.Module) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -86,11 +85,27 @@ def test_table(readme_table: ModuleType) -> None:
 def test_without_results_the_table_says_so(readme_table: ModuleType) -> None:
     assert readme_table.section([]) == readme_table.NOTHING
     with pytest.raises(SystemExit, match="markers"):
-        readme_table.replaced("a README without markers", "")
+        readme_table.replaced("a README without markers", "benchmarks", "")
+
+
+def test_coverage_table(readme_table: ModuleType) -> None:
+    """A row a family, its networks added up, reasons by how often they come."""
+    rows = [
+        {"family": "a", "network": "a:1", "groups": 5, "fused": 4, "left": {"why": 1}},
+        {"family": "b", "network": "b:1", "groups": 3, "fused": 3, "left": {}},
+        {"family": "a", "network": "a:2", "groups": 9, "fused": 2, "left": {"other": 6, "why": 1}},
+    ]
+    document = {
+        "command": "fused-resnet coverage --json",
+        "commit": "abc",
+        "versions": {"torch": "2", "timm": None},
+        "networks": [{**row, "operations": {}} for row in rows],
+    }
+    lines = readme_table.coverage_section(document).splitlines()
+    assert lines[0] == "`fused-resnet coverage --json`, fused_resnet at abc; torch 2."
+    assert lines[4:] == ["| a | 2 | 14 | 6 | 6: other; 2: why |", "| b | 1 | 3 | 3 |  |"]
 
 
 def test_readme_shows_the_recorded_results(readme_table: ModuleType) -> None:
-    files = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
-    section = readme_table.section([(f.name, json.loads(f.read_text())) for f in files])
     readme = README.read_text()
-    assert readme_table.replaced(readme, section) == readme, "run benchmarks/readme_table.py"
+    assert readme_table.rewritten(readme) == readme, "run benchmarks/readme_table.py"

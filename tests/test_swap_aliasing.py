@@ -123,6 +123,67 @@ class SharedAllAround(Pieces):
         return self.act(self.bn2(self.conv1(y)) + x)
 
 
+class PartAssigned(Pieces):
+    """A part of what the convolution has read is assigned to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.bn1(self.conv1(x))
+        x[:, 1:3] = 2.5
+        return self.act(y + x)
+
+
+class Holds(Pieces):
+    """What the convolution has read is put into a list, and written to through it."""
+
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        kept = xs[1] * 1
+        xs[0] = kept
+        y = self.bn1(self.conv1(kept))
+        xs[0].mul_(3)
+        return self.act(y) + xs[1]
+
+
+class Puts(nn.Module):
+    """Puts its second argument into its first."""
+
+    def forward(self, xs: list[Tensor], x: Tensor) -> None:
+        xs[0] = x
+
+
+class HoldsByChild(Pieces):
+    """The same, by a child that is given the list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.puts = Puts()
+
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        kept = xs[1] * 1
+        self.puts(xs, kept)
+        y = self.bn1(self.conv1(kept))
+        xs[0].mul_(3)
+        return self.act(y) + xs[1]
+
+
+class ListHolds(nn.Module):
+    """Calls one of them on a list of its own, and looks at what became of it."""
+
+    inner_class: type[nn.Module] = Holds
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.inner_class()
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = [x * 2, x]
+        return self.inner(xs) + xs[0]
+
+
+class ListHoldsByChild(ListHolds):
+    inner_class = HoldsByChild
+
+
 CASES = [
     ChildWritesInput,
     FunctionWritesInput,
@@ -135,6 +196,9 @@ CASES = [
     NextChildWrites,
     SharedBatchNorm,
     SharedAllAround,
+    PartAssigned,
+    ListHolds,
+    ListHoldsByChild,
 ]
 
 

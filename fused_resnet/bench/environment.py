@@ -27,14 +27,21 @@ VARIABLES = (
 
 
 #: Distributions that a benchmark's providers and networks come from.
-_OTHERS = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "openvino", "ncnn", "pnnx")
+_OTHERS = (
+    "torchvision", "timm", "transformers", "segmentation_models_pytorch",
+    "onnx", "onnxruntime", "openvino", "ncnn", "pnnx",
+)  # fmt: skip
+
+#: Modules that the extra ``models`` installs; ``bench`` installs the others.
+_MODELS = ("timm", "transformers", "segmentation_models_pytorch")
 
 
 class MissingPackageError(RuntimeError):
     """An optional package is needed; the message says what to install."""
 
     def __init__(self, package: str) -> None:
-        super().__init__(f"{package} is not installed; run: pip install 'fused_resnet[bench]'")
+        extra = "models" if package in _MODELS else "bench"
+        super().__init__(f"{package} is not installed; run: pip install 'fused_resnet[{extra}]'")
 
 
 def device() -> str:

@@ -15,22 +15,13 @@ from torch import Tensor, nn
 
 from ..models.cifar import cifar_resnet
 from ..models.weights import load_into
+from . import hub
 from .cifar import PlainCifarResNet
 from .environment import MissingPackageError
 from .networks import MODELS, torchvision_model
 
 #: The paper's networks for images of 32x32.
 CIFAR = tuple(f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110))
-
-#: Configurations of the Hub's models, as their config.json has them: block and depths.
-_HF = {
-    "microsoft/resnet-18": ("basic", (2, 2, 2, 2)),
-    "microsoft/resnet-26": ("bottleneck", (2, 2, 2, 2)),
-    "microsoft/resnet-34": ("basic", (3, 4, 6, 3)),
-    "microsoft/resnet-50": ("bottleneck", (3, 4, 6, 3)),
-    "microsoft/resnet-101": ("bottleneck", (3, 4, 23, 3)),
-    "microsoft/resnet-152": ("bottleneck", (3, 8, 36, 3)),
-}
 
 
 class UnknownNetworkError(ValueError):
@@ -53,10 +44,13 @@ def parse(text: str) -> str:
             )
         return name
     if source == "hf":
-        if name not in _HF:
-            raise UnknownNetworkError(f"unknown model {text!r}; expected hf: and {', '.join(_HF)}")
+        known = (*hub.RESNETS, *hub.REGNETS)
+        if name not in known:
+            raise UnknownNetworkError(
+                f"unknown model {text!r}; expected hf: and {', '.join(known)}"
+            )
     elif source == "timm":
-        if not _package("timm").is_model(name):
+        if not library("timm").is_model(name):
             raise UnknownNetworkError(f"unknown model {text!r}: timm has no such network")
     else:
         raise UnknownNetworkError(f"unknown source {source!r}; expected torchvision, timm or hf")
@@ -85,9 +79,9 @@ def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
         return torchvision_model(name, state)
     model: nn.Module
     if source == "timm":
-        model = _package("timm").create_model(rest, pretrained=False)
+        model = library("timm").create_model(rest, pretrained=False)
     elif source == "hf":
-        model = _hf(rest)
+        model = hub.build(library("transformers"), rest)
     else:
         model = PlainCifarResNet(_depth(name))
     if state is not None:
@@ -106,30 +100,12 @@ def _depth(name: str) -> int:
     return int(name.removeprefix("cifar_resnet"))
 
 
-def _hf(name: str) -> nn.Module:
-    library = _package("transformers")
-    block, depths = _HF[name]
-    widths = [64, 128, 256, 512] if block == "basic" else [256, 512, 1024, 2048]
-    config = library.ResNetConfig(
-        layer_type=block, depths=list(depths), hidden_sizes=widths, num_labels=1000
-    )
-    return Logits(library.ResNetForImageClassification(config))
+def library(name: str) -> Any:
+    """An optional package that brings networks.
 
-
-class Logits(nn.Module):
-    """A model of ``transformers`` that answers with its logits alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to ``(N, classes)``."""
-        logits: Tensor = self.model(x, return_dict=False)[0]
-        return logits
-
-
-def _package(name: str) -> Any:
+    Raises:
+        MissingPackageError: It is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:

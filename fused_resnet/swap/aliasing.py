@@ -48,9 +48,12 @@ class Aliases:
     Args:
         graph: Of ``module``.
         module: Whose children the graph calls.
+        lists: Names of the arguments that are lists.
     """
 
-    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+    def __init__(
+        self, graph: fx.Graph, module: nn.Module, lists: frozenset[str] = frozenset()
+    ) -> None:
         self.module = module
         self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
         arguments = frozenset(n for n in graph.nodes if n.op == "placeholder")
@@ -62,6 +65,20 @@ class Aliases:
                 self.roots[node] = frozenset([node])
             else:
                 self.roots[node] = self.of(node.all_input_nodes) | {node}
+        self._join_what_lists_hold(graph, lists)
+
+    def _join_what_lists_hold(self, graph: fx.Graph, lists: frozenset[str]) -> None:
+        """What is put into a list is read from it later, by whoever has the list."""
+        for node in graph.nodes:
+            inputs = node.all_input_nodes
+            given_list = any(n.op == "placeholder" and n.target in lists for n in inputs)
+            stores = _name(node) == "setitem" if node.op == "call_function" else given_list
+            if not stores or node.op not in ("call_function", "call_module"):
+                continue
+            together = self.of(inputs)
+            for other, roots in self.roots.items():
+                if roots & together:
+                    self.roots[other] = roots | together
 
     def of(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """The union over several nodes."""

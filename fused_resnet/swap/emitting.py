@@ -141,12 +141,23 @@ class _Children:
             self.parents[parent] = f"_c{len(self.parents)}"
         return f"{self.parents[parent]}[{name!r}]"
 
-    def lines(self) -> list[str]:
-        return [f"{name} = {self(path)}._modules" for path, name in self.parents.items()]
+    def lines(self, certain: bool = True) -> list[str]:
+        """Statements that look the parents up.
+
+        Args:
+            certain: Whether it is known that they are there.
+        """
+        if certain:
+            return [f"{name} = {self(path)}._modules" for path, name in self.parents.items()]
+        lines = ["_c = self._modules"]
+        for path, name in list(self.parents.items())[1:]:
+            above, _, last = path.rpartition(".")
+            lines.append(f"{name} = _children({self.parents[above]}, {last!r})")
+        return lines
 
 
 def _conjunction(name: str, tests: list[str], child: _Children) -> str:
-    lines = [f"def {name}(self):", *(f"    {line}" for line in child.lines())]
+    lines = [f"def {name}(self):", *(f"    {line}" for line in child.lines(certain=False))]
     lines += ["    return (", *(f"        {t} and" for t in tests), "        True", "    )"]
     return "\n".join(lines)
 
@@ -202,7 +213,7 @@ class _Way:
         tests: list[str] = []
         identities = {path for match in self.matches.groups for path in match.identities}
         called = {str(n.target) for n in self.trace.graph.nodes if n.op == "call_module"}
-        inside = {"", *self.trace.entered}
+        inside = {"", *self.trace.entered, *self.trace.looked_into}
         for path in self._parents():
             owner = self.module.get_submodule(path)
             child(f"{path}.x" if path else "x")  # looks the children up
@@ -214,6 +225,8 @@ class _Way:
                     tests.append(f"{mine}[{name!r}] is None")
                 elif at in inside or at in identities:
                     tests.append(f"_plain({child(at)}, {self._class(member)})")
+                elif at in self.trace.asked:
+                    tests.append(f"_unwatched({child(at)}, {self._class(member)})")
                 elif self.trace.asks_types:
                     tests.append(f"_is({child(at)}, {self._class(member)})")
                 elif at in called:
@@ -222,7 +235,7 @@ class _Way:
         return tests
 
     def _parents(self) -> list[str]:
-        """The module, the children that were entered, and the lists among their children."""
+        """The module, the children whose code was read, and the lists among their children."""
         paths = []
         pending = [("", self.module)]
         while pending:
@@ -231,7 +244,8 @@ class _Way:
             for name, member in owner._modules.items():
                 at = f"{path}.{name}" if path else name
                 lists = isinstance(member, (nn.ModuleList, nn.ModuleDict))
-                if member is not None and (lists or at in self.trace.entered):
+                read = at in self.trace.entered or at in self.trace.looked_into
+                if member is not None and (lists or read):
                     pending.append((at, member))
         return paths
 

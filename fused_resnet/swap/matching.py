@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..blocks import inner_activation, is_known_norm, kind, why_not_norm
+from ..blocks import inner_activation, is_known_norm, is_relu, kind, why_not_norm
 from .aliasing import Aliases
 from .patterns import (
     addition,
@@ -27,6 +27,9 @@ from .patterns import (
 
 #: Stands for the path of a ReLU that is a function.
 FUNCTION = "<relu>"
+
+#: Why a batch norm is left that no operation has a use for.
+NOTHING_AROUND = "no convolution before it, and no ReLU or addition behind it"
 
 
 @dataclass
@@ -69,14 +72,15 @@ class Matches:
     left: list[tuple[str, str]]
 
 
-def find(graph: fx.Graph, module: nn.Module) -> Matches:
+def find(graph: fx.Graph, module: nn.Module, lists: frozenset[str] = frozenset()) -> Matches:
     """Match a graph.
 
     Args:
         graph: Of ``module``.
         module: Whose children the graph calls.
+        lists: Names of the arguments that are lists.
     """
-    aliases = Aliases(graph, module)
+    aliases = Aliases(graph, module, lists)
     order = {node: index for index, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     found = Matches([], [])
@@ -105,7 +109,8 @@ def _candidates(module: nn.Module, bn: fx.Node, taken: set[fx.Node]) -> Iterator
     _add_convolution(module, before)
     own = inner_activation(child)
     if own is not None:
-        yield _copy(before, act=f"{bn.target}.act")
+        if before.conv is not None or is_relu(own):
+            yield _copy(before, act=f"{bn.target}.act")
         return
     last, passed = _follow(module, bn)
     with_add = _with_addition(module, before, last, passed, taken)
@@ -252,4 +257,4 @@ def _why_left(module: nn.Module, bn: fx.Node) -> str:
         return f"the convolution's result is used {len(source.users)} times"
     if is_conv(module, source):
         return "something between the convolution and the end of the group may change its input"
-    return "no convolution before it, and no ReLU or addition behind it"
+    return NOTHING_AROUND

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..blocks import (
     why_not_conv,
     why_not_norm,
 )
-from .matching import FUNCTION
+from .matching import FUNCTION, NOTHING_AROUND
 
 #: Stands for a ReLU that the module calls as a function. It keeps no state.
 RELU = nn.ReLU()
@@ -252,6 +252,8 @@ def _groups_of(owner: nn.Module, planned: PlannedGroup) -> Iterator[Group]:
     if conv is None or reason:
         if planned.adds or relu:
             yield Group("bn_add_relu", bn=planned.bn, relu=relu)
+        else:
+            yield Group("", NOTHING_AROUND if conv is None else reason, bn=planned.bn)
         if reason:
             yield Group("", reason, planned.conv)
     elif planned.pool and relu:
@@ -273,11 +275,22 @@ def _watched(*arguments: Any) -> bool:
     return _has_any_global_hook() or any(isinstance(a, Proxy) for a in arguments)
 
 
+def _children(modules: Mapping[str, nn.Module | None], name: str) -> Mapping[str, Any]:
+    """The children of a child; none where there is no such child any more."""
+    child = modules.get(name)
+    return {} if child is None else child._modules
+
+
 def _is(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     """Whether a child is still of the class that it was, frozen or not."""
     if module is None:
         return False
     return kind(module) is cls or isinstance(module, (Packed, Folded))
+
+
+def _unwatched(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+    """Whether a child is still of its class, frozen or not, and nobody sees its result first."""
+    return module is not None and _is(module, cls) and not hooked(module)
 
 
 def _plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
@@ -297,7 +310,9 @@ _HELPERS: dict[str, Any] = {
     "_chain": chain,
     "_RELU": RELU,
     "_watched": _watched,
+    "_children": _children,
     "_is": _is,
     "_plain": _plain,
+    "_unwatched": _unwatched,
     "_unfused": _unfused,
 }

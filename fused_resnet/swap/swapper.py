@@ -23,7 +23,8 @@ from .patterns import (
     is_relu_module,
 )
 from .plan import Plan
-from .tracing import Argument, Trace, trace, ways_to_call
+from .results import AsksForResult
+from .tracing import SEQUENCE, Argument, Trace, trace, ways_to_call
 from .whole_block import trace_block
 
 
@@ -123,15 +124,16 @@ def _trace_with_children(
     if whole is not None:
         return whole
     entered: frozenset[str] = frozenset()
-    result = trace(module, arguments)
+    result = _trace_knowing(module, arguments, entered, parents)
     tried: set[str] = set()
     while True:
         path = _worth_entering(module, result, parents, tried)
         if path is None:
-            return Traced(result, find(result.graph, module))
+            lists = frozenset(a.name for a in arguments if a.given == SEQUENCE)
+            return Traced(result, find(result.graph, module, lists))
         tried.add(path)
         try:
-            result = trace(module, arguments, entered | {path})
+            result = _trace_knowing(module, arguments, entered | {path}, parents)
         except Untraceable:
             continue
         entered |= {path}
@@ -139,10 +141,42 @@ def _trace_with_children(
 
 def _may_enter(child: nn.Module, parents: Counter[int]) -> bool:
     """Whether a child may be traced with the module that calls it: nobody else does, or looks."""
-    plain = kind(child).forward is nn.Sequential.forward
-    if not (plain or _is_composite(child)) or is_norm(child) or hooked(child):
-        return False
-    return parents[id(child)] == 1
+    return _has_code(child) and not is_norm(child) and not hooked(child) and parents[id(child)] == 1
+
+
+def _trace_knowing(
+    module: nn.Module,
+    arguments: tuple[Argument, ...],
+    entered: frozenset[str],
+    parents: Counter[int],
+) -> Trace:
+    """Trace a module; where its code asks what a child gives, look into that child first."""
+    inside = entered
+    proof: Trace | None = None
+    while proof is None:
+        try:
+            proof = trace(module, arguments, inside)
+        except AsksForResult as question:
+            child = module.get_submodule(question.path)
+            if not _has_code(child) or hooked(child) or parents[id(child)] != 1:
+                raise
+            inside |= {question.path}
+    if inside == entered:
+        return proof
+    # The children stay as they are: only what they give was to be known.
+    result = trace(module, arguments, entered, proof.gave)
+    if len(result.conditions) != len(proof.conditions):
+        raise Untraceable("what a child gives depends on a shape")
+    result.reads = {**proof.reads, **result.reads}
+    result.asked = tuple(dict.fromkeys((*result.asked, *proof.asked)))
+    result.looked_into = tuple(path for path in proof.entered if path not in entered)
+    result.asks_types = result.asks_types or proof.asks_types
+    return result
+
+
+def _has_code(module: nn.Module) -> bool:
+    """Whether a module runs code that can be looked into."""
+    return kind(module).forward is nn.Sequential.forward or _is_composite(module)
 
 
 def _worth_entering(

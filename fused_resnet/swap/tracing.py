@@ -13,7 +13,7 @@ import operator
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import Untraceable
 from .purity import is_not_users, names_of, watching
+from .results import Given, Results
 
 #: What an argument was while the module was traced.
 TENSOR, SEQUENCE, DEFAULT, UNUSED = "tensor", "sequence", "default", "unused"
@@ -58,6 +59,10 @@ class Trace:
         conditions: Nodes that were asked for their truth, and the answer that was taken.
         entered: Paths of the children whose forward was traced as part of this one.
         asks_types: Whether the code looks at the classes of modules or at what they have.
+        asked: Paths of the children whose results' classes the code asked for.
+        gave: What the entered children gave, where that is known.
+        looked_into: Paths of the children that are no part of this trace, but whose code was read
+            for what they give.
     """
 
     graph: fx.Graph
@@ -66,10 +71,16 @@ class Trace:
     conditions: list[tuple[fx.Node, bool]] = field(default_factory=list)
     entered: tuple[str, ...] = ()
     asks_types: bool = False
+    asked: tuple[str, ...] = ()
+    gave: dict[str, Given] = field(default_factory=dict)
+    looked_into: tuple[str, ...] = ()
 
 
 def trace(
-    module: nn.Module, arguments: tuple[Argument, ...], enter: frozenset[str] = frozenset()
+    module: nn.Module,
+    arguments: tuple[Argument, ...],
+    enter: frozenset[str] = frozenset(),
+    given: Mapping[str, Given] | None = None,
 ) -> Trace:
     """Trace the module's forward.
 
@@ -77,22 +88,24 @@ def trace(
         module: Its forward is that of its class.
         arguments: What is assumed of each of the forward's parameters.
         enter: Paths of the children to trace as part of the module, instead of as leaves.
+        given: What children that are leaves give, by path, as far as it is known.
 
     Raises:
+        AsksForResult: It asks for what a child gives that is not in ``given``.
         Untraceable: The forward's operations cannot be known from one run.
     """
     answers: list[bool] = []
     while True:
-        tracer = _Tracer(module, arguments, enter, answers)
+        tracer = _Tracer(module, arguments, enter, answers, given or {})
         try:
             return tracer.run()
         except Untraceable:
             raise
         except Exception as error:
             # A check of a shape that raises was answered the wrong way; anything else is final.
-            given = [answer for _, answer in tracer.conditions]
-            if given and not given[-1] and len(given) <= 8:
-                answers = [*given[:-1], True]
+            taken = [answer for _, answer in tracer.conditions]
+            if taken and not taken[-1] and len(taken) <= 8:
+                answers = [*taken[:-1], True]
                 continue
             raise Untraceable(f"torch.fx cannot trace it: {_first_line(error)}") from error
 
@@ -188,11 +201,13 @@ class _Proxy(fx.Proxy):
     def __class__(self) -> type:
         if is_not_users(sys._getframe(1).f_code.co_filename):
             return _Proxy
-        if self.node.op == "placeholder" and self.node.target in self.tracer.tensors:
-            return Tensor
         if self.node.op == "placeholder" and self.node.target in self.tracer.lists:
             return list
-        raise Untraceable("its forward asks for the class of a result")
+        given = self.tracer.results.of(self.node, "asks for the class of a result")
+        return Tensor if given is None else list
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
 def _record_in_place(function: Callable[..., Any]) -> Callable[[_Proxy, Any], Any]:
@@ -220,6 +235,28 @@ for _name in (
     setattr(_Proxy, f"__i{_name}__", _record_in_place(getattr(operator, f"__i{_name}__")))
 
 
+class _Changed:
+    """Stands in a list that a child was given: what is there now, the child's code knows."""
+
+    def refuse(self, *_: Any) -> Any:
+        raise Untraceable("its forward reads a list that a child may have changed")
+
+    __bool__ = __call__ = __eq__ = __getattr__ = __getitem__ = __iter__ = __len__ = refuse
+    __hash__ = refuse
+    __class__ = property(refuse)
+
+
+def _forget(value: Any) -> None:
+    """Make every list and dict in a child's arguments unreadable."""
+    if type(value) in (list, dict):
+        for key in list(value) if type(value) is dict else range(len(value)):
+            _forget(value[key])
+            value[key] = _Changed()
+    elif type(value) is tuple:
+        for part in value:
+            _forget(part)
+
+
 class _NoOtherTensors(TorchFunctionMode):
     """Refuses operations that the trace would compute once and keep: random numbers, constants."""
 
@@ -240,6 +277,7 @@ class _Tracer(fx.Tracer):
         arguments: tuple[Argument, ...],
         enter: frozenset[str],
         answers: list[bool],
+        given: Mapping[str, Given],
     ) -> None:
         super().__init__()
         self.module = module
@@ -248,6 +286,9 @@ class _Tracer(fx.Tracer):
         self.lists = {a.name for a in arguments if a.given == SEQUENCE}
         self.enter = {module.get_submodule(path): path for path in enter}
         self.answers = answers
+        self.results = Results(module, self.tensors, given)
+        self.gave: dict[str, Given] = {}
+        self.vague: set[str] = set()
         self.paths = {m: path for path, m in module.named_modules()}
         self.reads: dict[tuple[str, str], Any] = {}
         self.copies: list[tuple[Any, Any]] = []
@@ -267,12 +308,46 @@ class _Tracer(fx.Tracer):
             self.conditions,
             tuple(self.enter.values()),
             bool(self.names & {"isinstance", "type", "hasattr", "getattr"}),
+            tuple(self.results.asked),
+            {path: given for path, given in self.gave.items() if path not in self.vague},
         )
 
     # What torch.fx asks a tracer
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.enter
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        if m in self.enter:
+            self._note(self.enter[m], result)
+        else:
+            _forget((args, tuple(kwargs.values())))
+        return result
+
+    def _note(self, path: str, result: Any) -> None:
+        """Remember what an entered child gave, if it is the same at each of its calls."""
+        given: Given = None
+        asked = dict(self.results.asked)
+        try:
+            if type(result) is list:
+                given = len(result)
+            elif type(result) is not _Proxy or self.results.of(result.node, "") is not None:
+                raise Untraceable("")
+        except Untraceable:
+            self.vague.add(path)
+        self.results.asked = asked  # nobody has asked yet
+        if self.gave.setdefault(path, given) != given:
+            self.vague.add(path)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        if obj.node.op == "call_module":
+            length = self.results.of(obj.node, "goes through a result of unknown length")
+            if length is not None:
+                return iter([obj[index] for index in range(length)])  # type: ignore[index]
+        return super().iter(obj)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None

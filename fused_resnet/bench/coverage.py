@@ -1,0 +1,104 @@
+"""How many of a network's batch norms run as part of a fused group, and why not the rest.
+
+Every group has one batch norm, so batch norms are what is counted: what could be part of a group is
+all of them, and no part of a network is left out by not being looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..blocks import is_norm
+from ..fuse import fuse
+from ..report import groups_of
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Counts, of one network or of several.
+
+    Attributes:
+        groups: Batch norms, of whatever class.
+        fused: Those that a fused operation runs.
+        left: The others, by reason.
+        operations: The groups that run, by operation.
+    """
+
+    groups: int
+    fused: int
+    left: dict[str, int] = field(default_factory=dict)
+    operations: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
+
+
+def count(model: nn.Module) -> Coverage:
+    """Fuse a model and count, from what :func:`fused_resnet.report` says of it.
+
+    Args:
+        model: Any; it is not changed. Counted is what runs in the mode that it is in.
+    """
+    return count_fused(fuse(model))
+
+
+def count_fused(model: nn.Module) -> Coverage:
+    """Count in a model that :func:`fused_resnet.fuse` made.
+
+    Args:
+        model: It is not changed.
+    """
+    norms = {path: module for path, module in model.named_modules() if is_norm(module)}
+    fused: set[int] = set()
+    reasons: dict[int, str] = {}
+    whole: dict[str, str] = {}
+    operations: Counter[str] = Counter()
+    for path, group in groups_of(model):
+        if group.operation:
+            operations[group.operation] += 1
+        if group.bn:
+            norm = id(model.get_submodule(_join(path, group.bn)))
+            if group.operation:
+                fused.add(norm)
+            else:
+                reasons[norm] = group.reason
+        elif not group.conv:
+            whole[path] = group.reason
+    left = Counter(
+        reasons.get(id(norm)) or _reason_above(path, whole)
+        for path, norm in norms.items()
+        if id(norm) not in fused
+    )
+    return Coverage(len(norms), len(norms) - left.total(), dict(left), dict(operations))
+
+
+def total(counts: Iterable[Coverage]) -> Coverage:
+    """The sums over several networks."""
+    groups = fused = 0
+    left: Counter[str] = Counter()
+    operations: Counter[str] = Counter()
+    for one in counts:
+        groups += one.groups
+        fused += one.fused
+        left.update(one.left)
+        operations.update(one.operations)
+    return Coverage(groups, fused, dict(left.most_common()), dict(operations.most_common()))
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name) if part)
+
+
+def _reason_above(path: str, whole: dict[str, str]) -> str:
+    """What is said of the nearest module around it that is left whole."""
+    while path not in whole:
+        if not path:
+            return "the report does not name it"
+        path = path.rpartition(".")[0]
+    return whole[path]
