@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import exported, ops
 from .backends import select
 from .blocks import BasicBlockRoute, BottleneckRoute, apart, hooked, is_relu
 from .snapshot import Snapshot
@@ -50,7 +50,8 @@ class FrozenBlock(nn.Module):
         plan = self._plan(select("residual_block", x)) if whole else None
         if plan is None:
             return super().forward(x)
-        return ops.residual_block(x, *plan.tensors, **plan.settings)
+        made_of = exported if torch.compiler.is_exporting() else ops
+        return made_of.residual_block(x, *plan.tensors, **plan.settings)
 
     def _plan(self, backend: str) -> Plan | None:
         """For a call on that backend, kept until something changes; None: run the modules."""
@@ -79,7 +80,7 @@ class FrozenBlock(nn.Module):
         own = 3 if isinstance(self, BottleneckRoute) else 2
         middle = convs[1] if own == 3 else convs[0]
         return Plan(
-            ([c.packed for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
+            ([c.operand for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
             {
                 "joined": joined,
                 "joined_shift": joined_shift,
