@@ -9,6 +9,7 @@ others.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,14 +86,36 @@ def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
         return torchvision_model(name, state)
     model: nn.Module
     if source == "timm":
-        model = _package("timm").create_model(rest, pretrained=False)
+        classes = 1000 if state is None else classes_of(name, state)
+        model = _package("timm").create_model(rest, pretrained=False, num_classes=classes)
     elif source == "hf":
-        model = _hf(rest)
+        model = _hf(rest, 1000 if state is None else classes_of(name, state))
+        if state is not None and not any(key.startswith("model.") for key in state):
+            state = {f"model.{key}": value for key, value in state.items()}  # the Hub's own keys
     else:
         model = PlainCifarResNet(_depth(name))
     if state is not None:
         load_into(model, state, name=name)
     return model.eval()
+
+
+def classes_of(name: str, state: Mapping[str, Tensor]) -> int:
+    """How many classes a state dict of the network has: the length of its last bias.
+
+    Raises:
+        ValueError: It has no such bias, and so is not the network's.
+    """
+    source, _, rest = name.rpartition(":")
+    if source == "timm":
+        heads = [f"{_package('timm').get_pretrained_cfg_value(rest, 'classifier') or 'fc'}.bias"]
+    elif source == "hf":
+        heads = ["model.classifier.1.bias", "classifier.1.bias"]
+    else:
+        heads = ["linear.bias" if name in CIFAR else "fc.bias"]
+    for head in heads:
+        if head in state:
+            return state[head].numel()
+    raise ValueError(f"{name}: weights do not fit: no {' or '.join(heads)} among them")
 
 
 def our_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
@@ -106,12 +129,12 @@ def _depth(name: str) -> int:
     return int(name.removeprefix("cifar_resnet"))
 
 
-def _hf(name: str) -> nn.Module:
+def _hf(name: str, classes: int) -> nn.Module:
     library = _package("transformers")
     block, depths = _HF[name]
     widths = [64, 128, 256, 512] if block == "basic" else [256, 512, 1024, 2048]
     config = library.ResNetConfig(
-        layer_type=block, depths=list(depths), hidden_sizes=widths, num_labels=1000
+        layer_type=block, depths=list(depths), hidden_sizes=widths, num_labels=classes
     )
     return Logits(library.ResNetForImageClassification(config))
 
