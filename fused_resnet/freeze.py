@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import exported, ops
 from .backends import BackendUnavailable
-from .blocks import Folded, Group, Packed, ResNetRoute, Route, padding_of
+from .blocks import Folded, Group, Packed, ResNetRoute, Route, eps_of, padding_of
 from .checks import DTYPES
 from .exported import packed_dtype
 from .folding import fold
@@ -256,7 +256,13 @@ class FrozenConv(Frozen, Packed):
             "groups": self.groups,
         }
         scale, shift = fold(
-            conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, torch.float64
+            conv.bias,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            eps_of(bn),
+            torch.float64,
         )
         self._set_weight(conv.weight)
         self.register_buffer("scale", scale.to(wide))
