@@ -22,6 +22,7 @@ from . import nn, ops, reference
 from ._version import __version__
 from .backends import BackendUnavailable, backends, build_info, use_backend
 from .freeze import freeze
+from .frozen_file import load_frozen
 from .fuse import fuse
 from .models.cifar import CifarResNet, cifar_resnet
 from .models.resnet import (
@@ -50,6 +51,7 @@ __all__ = [
     "cifar_resnet",
     "freeze",
     "fuse",
+    "load_frozen",
     "nn",
     "ops",
     "reference",

@@ -160,6 +160,11 @@ def _is_frozen_batch_norm(cls: type[nn.Module]) -> bool:
     return home == "torchvision.ops.misc" or home.startswith("transformers.models.")
 
 
+def eps_of(bn: nn.Module) -> float:
+    """What is added to the variance; frozen batch norms of transformers do not keep it."""
+    return getattr(bn, "eps", 1e-5)
+
+
 def inner_activation(bn: nn.Module) -> nn.Module | None:
     """The activation that is part of a normalisation; None for none."""
     cls = kind(bn)
@@ -337,7 +342,7 @@ def _norm_arguments(bn: Any) -> dict[str, Any]:
         "running_mean": bn.running_mean,
         "running_var": bn.running_var,
         "training": False,
-        "eps": getattr(bn, "eps", 1e-5),
+        "eps": eps_of(bn),
     }
     if not isinstance(bn, nn.BatchNorm2d):  # a FrozenBatchNorm2d has no mode
         return arguments
@@ -581,6 +586,13 @@ def conv_bn_groups(m: nn.Module, conv: str, bn: str, act: nn.Module | None) -> l
 
 class Route(nn.Module):
     """A module whose forward runs groups as operations."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks for this, and would else complain of the first type it doesn't know.
+        raise RuntimeError(
+            f"torch.jit.script: {type(self).__name__} has a forward that only Python runs; use "
+            "torch.export or torch.jit.trace, or script the model that fuse() or freeze() was given"
+        )
 
     def fused_groups(self) -> list[Group]:
         """The groups among the module's own children, as the next call will run them."""

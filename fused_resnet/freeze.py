@@ -9,6 +9,7 @@ packed layout belongs to one instruction set.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import _C, ops
+from . import exported, ops
 from .backends import BackendUnavailable
-from .blocks import Folded, Group, Packed, ResNetRoute, Route, padding_of
+from .blocks import Folded, Group, Packed, ResNetRoute, Route, eps_of, padding_of
 from .checks import DTYPES
+from .exported import packed_dtype
 from .folding import fold
 from .frozen_block import FrozenBlock, is_block
 from .fuse import derive, fuse
@@ -44,6 +46,12 @@ def freeze(
     :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`t = \beta + s (b - \mu)`, computed in
     float64 and stored in float32 (float64 when that is the dtype). What could not be frozen runs as
     it was. The copy shares nothing with the model: later training does not reach it.
+
+    Packed weights belong to one instruction set, and none of the ways to store the model ships
+    them: pickles, state dicts, ``torch.export`` and files that :func:`fused_resnet.load_frozen`
+    reads hold weights in PyTorch's layout and pack them where they are loaded. A program made by
+    ``torch.export.export(frozen, ...)`` runs wherever this package is imported, and on the same
+    instruction set gives the same bits; its weights are packed at its first call.
 
     Args:
         model: Any module on the CPU or on one CUDA device; :func:`fused_resnet.fuse` is applied
@@ -113,8 +121,9 @@ class Frozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         # Asked before the first tensor is converted, so a refusal leaves the model whole.
+        packed = (module.packed for module in self.modules() if isinstance(module, FrozenConv))
         for dtype, device in {
-            (t.dtype, t.device) for t in chain(self.parameters(), self.buffers())
+            (t.dtype, t.device) for t in chain(self.parameters(), self.buffers(), packed)
         }:
             probe = fn(torch.empty(0, dtype=dtype, device=device))
             if probe.dtype != dtype or probe.device != device:
@@ -141,6 +150,17 @@ class FrozenRoot(Frozen):
 
     frozen_dtype: torch.dtype
     cuda_graphs: Graphs
+
+    @classmethod
+    def fused_resnet_members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """A forward with the signature of the base's, which exporters read."""
+
+        def forward(self: FrozenRoot, *args: Any, **kwargs: Any) -> Any:
+            return FrozenRoot.forward(self, *args, **kwargs)
+
+        forward.__doc__ = base.forward.__doc__
+        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+        return {"forward": forward}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""
@@ -219,9 +239,11 @@ class FrozenConv(Frozen, Packed):
         winograd: Whether Winograd's algorithm may run.
     """
 
-    packed: Tensor
     scale: Tensor
     shift: Tensor
+    _packed: dict[str, Tensor]
+
+    _is_replica = False  # nn.DataParallel sets it in the copies that it makes
 
     def __init__(
         self,
@@ -258,7 +280,13 @@ class FrozenConv(Frozen, Packed):
             "groups": self.groups,
         }
         scale, shift = fold(
-            conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, torch.float64
+            conv.bias,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            eps_of(bn),
+            torch.float64,
         )
         self._set_weight(conv.weight)
         self.register_buffer("scale", scale.to(wide))
@@ -267,7 +295,22 @@ class FrozenConv(Frozen, Packed):
 
     def _set_weight(self, weight: Tensor) -> None:
         weight = weight.to(packed_dtype(self.dtype, weight.device))
-        self.register_buffer("packed", ops.pack_conv_weight(weight, self.groups))
+        # No buffer, which an exporter would ship; and one dictionary for good, so that a Snapshot
+        # sees what is in it.
+        self.__dict__.setdefault("_packed", {})["weight"] = ops.pack_conv_weight(
+            weight, self.groups
+        )
+
+    @property
+    def packed(self) -> Tensor:
+        """The weight as the kernels read it."""
+        packed = self._packed["weight"]
+        return packed.to(self.scale.device) if self._is_replica else packed
+
+    @property
+    def operand(self) -> Tensor:
+        """What an operation is given: the packed weight, or the plain one for an exporter."""
+        return exported.plain_weight(self) if torch.compiler.is_exporting() else self.packed
 
     @property
     def weight(self) -> Tensor:
@@ -282,13 +325,14 @@ class FrozenConv(Frozen, Packed):
         Called alone it is the convolution and its batch norm, so that a forward which runs as it
         was adds what follows them; ``relu`` and ``pool`` (with ReLU) ask for more of the group.
         """
-        packed, scale, shift = self.packed, self.scale, self.shift
+        weight, scale, shift = self.operand, self.scale, self.shift
+        made_of = exported if torch.compiler.is_exporting() else ops
         if pool and self.pool is not None:
-            stem = ops.conv_bn_relu_maxpool_packed
-            return stem(x, packed, scale, shift, **self.pool, **self._geometry)
-        return ops.conv_bn_add_relu_packed(
+            stem = made_of.conv_bn_relu_maxpool_packed
+            return stem(x, weight, scale, shift, **self.pool, **self._geometry)
+        return made_of.conv_bn_add_relu_packed(
             x,
-            packed,
+            weight,
             scale,
             shift,
             residual,
@@ -307,9 +351,14 @@ class FrozenConv(Frozen, Packed):
 
     # The packed layout never leaves the process.
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        super()._apply(fn, recurse)
+        self._packed["weight"] = fn(self._packed["weight"])
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_buffers"] = {k: self._buffers[k] for k in ("scale", "shift")}
+        del state["_packed"]
         return {**state, "weight": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -348,17 +397,12 @@ class FrozenConv(Frozen, Packed):
                     f"size mismatch for {prefix}{name}: expected {shape}, got {tuple(value.shape)}"
                 )
             elif name == "weight":
-                self._set_weight(value.to(self.packed.device))
+                self._set_weight(value.to(self.scale.device))
             else:
                 getattr(self, name).copy_(value)
         if strict:
             known = {prefix + name for name in shapes}
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
-
-
-def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of a packed weight: CUDA multiplies maps as they are stored, the CPU as it can."""
-    return dtype if device.type == "cuda" else _C.packed_conv_weight_dtype(dtype)
 
 
 def _freeze_groups(owner: Route, dtype: torch.dtype | None, winograd: bool) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import exported, ops
 from .backends import select
 from .blocks import Folded, Route, WholeBlock, apart, hooked, inner_activation, is_relu
 from .snapshot import Snapshot
@@ -52,7 +52,8 @@ class FrozenBlock(nn.Module):
             if isinstance(x, Tensor) and not apart(x):
                 plan = self._plan(select("residual_block", x))
                 if plan is not None:
-                    return ops.residual_block(x, *plan.tensors, **plan.settings)
+                    made_of = exported if torch.compiler.is_exporting() else ops
+                    return made_of.residual_block(x, *plan.tensors, **plan.settings)
         return super().forward(*args, **kwargs)
 
     def _plan(self, backend: str) -> Plan | None:
@@ -107,7 +108,7 @@ def _make_plan(block: WholeBlock, joined: Tensor | None, joined_shift: Tensor | 
     own = len(block.acts)
     middle = convs[own - 2]
     return Plan(
-        ([c.packed for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
+        ([c.operand for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
         {
             "joined": joined,
             "joined_shift": joined_shift,

@@ -31,6 +31,8 @@ class Snapshot:
         for m in (owner, *modules):
             if not isinstance(m, torch.jit.ScriptModule):
                 self._members += (m._modules, m._parameters, m._buffers)
+                if "_packed" in m.__dict__:  # a frozen convolution's weight
+                    self._members.append(m._packed)  # type: ignore[arg-type]
         self._held = tuple(chain.from_iterable(map(dict.values, self._members)))
         self._hooks = [
             hooks

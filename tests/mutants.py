@@ -315,6 +315,20 @@ MUTANTS = [
         ALIASING,
     ),
     Mutant(
+        "swapper asks for no attribute again",
+        "fused_resnet/swap/emitting.py",
+        "tests = [*self._structure(child), *self._attributes(child)]",
+        "tests = [*self._structure(child)]",
+        SWAP,
+    ),
+    Mutant(
+        "swapper folds what is used twice",
+        "fused_resnet/swap/plan.py",
+        "*names, relu, length, planned.foldable)",
+        "*names, relu, length, True)",
+        SWAP,
+    ),
+    Mutant(
         "swapper traces y += x as y + x",
         "fused_resnet/swap/tracing.py",
         'setattr(_Proxy, f"__i{_name}__",',

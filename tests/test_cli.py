@@ -64,6 +64,10 @@ def complaint(capsys: Capture, *arguments: str) -> str:
         (["verify", "--backend", "tpu"], ["--backend", "'tpu'", "reference"]),
         (["verify", "--backend", "triton"], ["'triton'", "not available"]),
         (["verify", "--json", "/no/such/folder/f"], ["--json", "'/no/such/folder'"]),
+        (["freeze", "resnet18"], ["--weights", "--out"]),
+        (["freeze", "vgg16", "--weights", "w.pth", "--out", "f"], ["'vgg16'", "resnet18"]),
+        (["freeze", "resnet18", "--weights", "w.pth", "--out", "/no/such/f"], ["'/no/such'"]),
+        (["serve-check", "none.pt"], ["'none.pt'", "no such file"]),
         (["classify", "photo.jpg"], ["--weights"]),
         (["classify", "--weights", "w.pth"], ["IMAGE"]),
         (["demo", "/no/such/photo.jpg"], ["'/no/such/photo.jpg'", "No such file"]),
@@ -76,7 +80,9 @@ def test_mistakes_give_one_line(arguments: list[str], named: list[str], capsys: 
         assert text in line
 
 
-@pytest.mark.parametrize("subcommand", ["info", "verify", "bench", "classify", "demo"])
+@pytest.mark.parametrize(
+    "subcommand", ["info", "verify", "bench", "freeze", "serve-check", "classify", "demo"]
+)
 def test_help_says_all(subcommand: str, capsys: Capture) -> None:
     assert command(subcommand, "--help") == 0
     out = capsys.readouterr().out

@@ -14,11 +14,31 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import assert_same, image, randomize, results
+from test_swap_semantics import BlurPool, DropPath
 from torch import nn
 
 import fused_resnet as fr
 
 CHANNELS = 4
+
+
+def norm_with_activation() -> nn.Module:
+    """timm's, where timm is."""
+    try:
+        from timm.layers import BatchNormAct2d
+    except ImportError:
+        return nn.BatchNorm2d(CHANNELS)
+    return BatchNormAct2d(CHANNELS)
+
+
+def frozen_norm() -> nn.Module:
+    """torchvision's, where torchvision is."""
+    try:
+        from torchvision.ops.misc import FrozenBatchNorm2d
+    except ImportError:
+        return nn.BatchNorm2d(CHANNELS)
+    return FrozenBatchNorm2d(CHANNELS)
+
 
 CONVS = (
     lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False),
@@ -33,6 +53,8 @@ NORMS = (
     lambda: nn.BatchNorm2d(CHANNELS, affine=False),
     lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
     lambda: nn.GroupNorm(2, CHANNELS),
+    norm_with_activation,
+    frozen_norm,
 )
 MIDDLES = (
     nn.Identity,
@@ -40,7 +62,11 @@ MIDDLES = (
     lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)),
     lambda: nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)),
     lambda: nn.AvgPool2d(3, 1, 1),
+    lambda: DropPath(0.5),
+    BlurPool,
 )
+#: What the two children of each kind are drawn from.
+KINDS = (CONVS, CONVS, NORMS, NORMS, MIDDLES, MIDDLES)
 
 #: ``{a}`` and ``{b}`` are earlier results; ``{c}``, ``{n}`` and ``{m}`` number the children.
 LINES = (
@@ -71,7 +97,7 @@ STATEMENTS = (
 
 @st.composite
 def programs(draw) -> tuple[tuple[int, ...], tuple[str, ...], int]:
-    kinds = tuple(draw(st.integers(0, 4)) for _ in range(6))
+    kinds = tuple(draw(st.integers(0, len(pieces) - 1)) for pieces in KINDS)
     lines: list[str] = []
     for index in range(draw(st.integers(1, 7))):
         earlier = st.sampled_from(["x", *(f"v{i}" for i in range(index))])
@@ -111,12 +137,14 @@ def agree(program: tuple[tuple[int, ...], tuple[str, ...], int]) -> None:
         expected = model(x)
         torch.testing.assert_close(fused(x), expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(fr.freeze(model)(x), expected, rtol=1e-9, atol=1e-9)
-    for mode in (False, True, True):
+    for step, mode in enumerate((False, True, True)):
         try:
+            torch.manual_seed(step)  # for drop-path
             truth = results(model.train(mode), x)
         except RuntimeError as error:
             assert "modified by an inplace operation" in str(error)  # noqa: PT017
             return  # PyTorch itself has no gradient here
+        torch.manual_seed(step)
         assert_same(results(fused.train(mode), x), truth)
 
 

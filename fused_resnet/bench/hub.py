@@ -88,12 +88,13 @@ class Logits(nn.Module):
         return logits
 
 
-def build(library: Any, name: str) -> nn.Module:
+def build(library: Any, name: str, classes: int = 1000) -> nn.Module:
     """A network with random parameters: of a classifier its logits, of a detector its backbone.
 
     Args:
         library: The module ``transformers``.
         name: One of :data:`NAMES`.
+        classes: Of a classifier.
     """
     if name in BACKBONES:
         return _backbone(library, name)
@@ -104,10 +105,10 @@ def build(library: Any, name: str) -> nn.Module:
             hidden_sizes=list(widths),
             groups_width=group,
             layer_type=name.split("-")[1],
-            num_labels=1000,
+            num_labels=classes,
         )
         return Logits(library.RegNetForImageClassification(config))
-    return Logits(library.ResNetForImageClassification(_resnet(library, name)))
+    return Logits(library.ResNetForImageClassification(_resnet(library, name, num_labels=classes)))
 
 
 def _resnet(library: Any, name: str, **others: Any) -> Any:
@@ -118,7 +119,6 @@ def _resnet(library: Any, name: str, **others: Any) -> Any:
         layer_type=block,
         depths=list(depths),
         hidden_sizes=widths,
-        num_labels=1000,
         **dict.fromkeys(options, True),
         **others,
     )

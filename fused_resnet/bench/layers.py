@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
+from ..freeze import FrozenConv
 from ..frozen_block import one_by_one
 
 #: Operators of convolutions that are not this package's: what the tuner may choose for live ones.
@@ -157,6 +158,9 @@ class _Watch(TorchDispatchMode):
             for path, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.numel()
         }
+        for path, module in model.named_modules():
+            if isinstance(module, FrozenConv):
+                self._paths[module.packed.data_ptr()] = path
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

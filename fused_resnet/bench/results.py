@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import replacing
 from .harness import Measurement
 
 if TYPE_CHECKING:
@@ -144,15 +143,8 @@ def complaints(rows: Sequence[Row]) -> list[str]:
 def save(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     text = json.dumps(content, indent=1) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with replacing(path) as part:
+        part.write_text(text)
 
 
 def load(path: Path) -> list[Row]:

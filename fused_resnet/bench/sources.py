@@ -9,6 +9,7 @@ others.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,14 +80,37 @@ def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
         return torchvision_model(name, state)
     model: nn.Module
     if source == "timm":
-        model = library("timm").create_model(rest, pretrained=False)
+        classes = 1000 if state is None else classes_of(name, state)
+        model = library("timm").create_model(rest, pretrained=False, num_classes=classes)
     elif source == "hf":
-        model = hub.build(library("transformers"), rest)
+        classes = 1000 if state is None else classes_of(name, state)
+        model = hub.build(library("transformers"), rest, classes)
+        if state is not None and not any(key.startswith("model.") for key in state):
+            state = {f"model.{key}": value for key, value in state.items()}  # the Hub's own keys
     else:
         model = PlainCifarResNet(_depth(name))
     if state is not None:
         load_into(model, state, name=name)
     return model.eval()
+
+
+def classes_of(name: str, state: Mapping[str, Tensor]) -> int:
+    """How many classes a state dict of the network has: the length of its last bias.
+
+    Raises:
+        ValueError: It has no such bias, and so is not the network's.
+    """
+    source, _, rest = name.rpartition(":")
+    if source == "timm":
+        heads = [f"{library('timm').get_pretrained_cfg_value(rest, 'classifier') or 'fc'}.bias"]
+    elif source == "hf":
+        heads = ["model.classifier.1.bias", "classifier.1.bias"]
+    else:
+        heads = ["linear.bias" if name in CIFAR else "fc.bias"]
+    for head in heads:
+        if head in state:
+            return state[head].numel()
+    raise ValueError(f"{name}: weights do not fit: no {' or '.join(heads)} among them")
 
 
 def our_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .. import BackendUnavailable, __version__
 from ..bench.environment import MissingPackageError
-from . import bench, classify, coverage, demo, info, roofline, tune, verify
+from . import bench, classify, coverage, demo, freeze, info, roofline, serve_check, tune, verify
 from ._common import Parser, UsageError
 
 
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for module in (info, verify, bench, coverage, tune, roofline, classify, demo):
+    for module in (
+        info, verify, bench, coverage, tune, freeze, serve_check, roofline, classify, demo,
+    ):  # fmt: skip
         module.add(commands)
     try:
         arguments = parser.parse_args(argv)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..bench import sources
+
 #: Storage types by the names that the command takes.
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -51,6 +53,14 @@ def listed(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return list(dict.fromkeys(items))
 
     return parse
+
+
+def network(text: str) -> str:
+    """An argparse type: what :func:`fused_resnet.bench.sources.parse` takes."""
+    try:
+        return sources.parse(text)
+    except sources.UnknownNetworkError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

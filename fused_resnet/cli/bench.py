@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 from ..bench import environment, harness, networks, plot, problem, results, sources
 from ..bench.providers import NAMES, OURS, PEERS
 from ._choices import network_calls, table_of
-from ._common import DTYPES, UsageError, console, listed, one_of, positive, progress, writable
+from ._common import (
+    DTYPES,
+    UsageError,
+    console,
+    listed,
+    network,
+    one_of,
+    positive,
+    progress,
+    writable,
+)
 from ._layers import table_of as table_of_layers
 from ._layers import view
 
@@ -87,14 +98,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--plot", type=writable, metavar="FILE.png", help="draw the rows")
     parser.set_defaults(run=run)
-
-
-def network(text: str) -> str:
-    """An argparse type: what :func:`fused_resnet.bench.sources.parse` takes."""
-    try:
-        return sources.parse(text)
-    except sources.UnknownNetworkError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def providers_of(text: str) -> list[str]:
@@ -214,6 +217,7 @@ def measure(
     threads: int,
     rounds: int,
     command: str,
+    more: Callable[[Path], list[harness.Entry]] = lambda folder: [],
 ) -> list[results.Row]:
     """Rows of one network at one batch, with a progress bar.
 
@@ -226,12 +230,13 @@ def measure(
         threads: Of each process.
         rounds: Turns of each provider.
         command: What was typed, for the rows.
+        more: Of the problem's folder, entries to measure beside the providers.
     """
     batch, size = images.shape[0], images.shape[-1]
     with tempfile.TemporaryDirectory(prefix="fused-resnet-") as folder, progress() as bar:
         task = bar.add_task(f"{name}, batch {batch}: float64 answer", total=None)
         problem.write_problem(Path(folder), model, images)
-        entries = problem.entries(providers, name, dtype, Path(folder))
+        entries = problem.entries(providers, name, dtype, Path(folder)) + more(Path(folder))
         bar.update(task, total=harness.steps(entries, rounds))
         measurements = harness.compare(
             entries,

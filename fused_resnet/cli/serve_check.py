@@ -1,0 +1,98 @@
+"""``fused-resnet serve-check``: a frozen file's answers and speed beside the eager network's."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+
+from ..bench import environment, results, serving, sources
+from ..bench.networks import LIMITS
+from ..frozen_file import read_frozen
+from ._common import UsageError, console, listed, positive, writable
+from .bench import complain, measure
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "serve-check",
+        help="hold a file that freeze wrote against the eager network: parity and speed",
+        description="Loads the file as a server would, and beside it the eager network with the "
+        "same weights, each in a process of its own. Every answer is held against the eager "
+        f"network in float64 and must lie within {LIMITS['float32']:g} (bfloat16: "
+        f"{LIMITS['bfloat16']:g}, float16: {LIMITS['float16']:g}, float64: {LIMITS['float64']:g}), "
+        "relative, or it is not timed; then rounds alternate. Exit code 1 if an answer is wrong.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="that fused-resnet freeze wrote")
+    parser.add_argument(
+        "--batch",
+        type=listed(positive),
+        default=[1, 16],
+        metavar="N,...",
+        help="batch sizes (default: 1,16)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=environment.cores(),
+        help="of each process (default: the cores of this machine)",
+    )
+    parser.add_argument(
+        "--size",
+        type=positive,
+        help="height and width of the images (default: 224, of CIFAR's networks 32)",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=10, help="turns of each process (default: 10)"
+    )
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the rows")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, measure and show."""
+    try:
+        file = read_frozen(arguments.file)
+    except ValueError as error:
+        raise UsageError(f"serve-check: {error}") from None
+    try:
+        eager = sources.plain_model(sources.parse(file.network), file.state)
+    except ValueError as error:
+        raise UsageError(f"serve-check: {arguments.file}: {str(error).splitlines()[0]}") from None
+    size = arguments.size or sources.size_of(file.network)
+    if size < 32:
+        raise UsageError(f"serve-check: --size: expected at least 32, got {size}")
+    dtype = str(file.dtype).removeprefix("torch.")
+    rows: list[results.Row] = []
+    for batch in arguments.batch:
+        generator = torch.Generator().manual_seed(batch)
+        rows += measure(
+            eager,
+            torch.randn(batch, 3, size, size, generator=generator),
+            name=file.network,
+            providers=["eager", "channels_last"],
+            dtype=dtype,
+            threads=arguments.threads,
+            rounds=arguments.rounds,
+            command=shlex.join(["fused-resnet", *arguments.typed]),
+            more=lambda folder: [serving.entry(arguments.file, dtype, folder)],
+        )
+    title = (
+        f"{escape(str(arguments.file))}: {file.network}, {file.classes} classes, {size}x{size}, "
+        f"{dtype}, {arguments.threads} threads, {environment.device()}"
+    )
+    console().print(results.table(rows, title))
+    for row in rows:
+        if row["provider"] == serving.NAME and row["error"] is not None:
+            print(
+                f"batch {row['batch']}: relative error against eager float64 {row['error']:.1e}, "
+                f"{'within' if row['status'] == 'ok' else 'beyond'} the limit of {LIMITS[dtype]:g}"
+            )
+    if arguments.json:
+        results.save(arguments.json, rows)
+    return complain(rows)
