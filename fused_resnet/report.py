@@ -107,9 +107,7 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
     parents = parents_of(model)
     for path, module in model.named_modules():
         if id(module) in covered:
-            if isinstance(module, Route):
-                covered.update(map(id, module.covered()))
-            continue
+            continue  # its own route does not run: what it would cover may
         if isinstance(module, Route):
             covered.update(map(id, module.covered()))
             for group in module.fused_groups():

@@ -339,3 +339,23 @@ def test_a_frozen_block_exports_and_compiles():
     with torch.no_grad():
         for run in (compiled, exported):
             assert_same({"y": run(x)}, {"y": model(x)})
+
+
+class Beside(nn.Module):
+    """Adds to a block's result: its trace goes into the block, and calls the block's shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(Block(inputs=8))
+        self.other = nn.Sequential(conv(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(True))
+
+    def forward(self, x):
+        return self.block(x) + self.other(x)
+
+
+def test_the_report_of_a_block_that_is_traced_with_its_parent():
+    model = fr.fuse(Beside().eval())
+    report = fr.report(model)
+    assert report.left == []
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert len(report.fused) == norms
