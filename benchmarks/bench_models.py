@@ -11,6 +11,7 @@ interrupted run has measured is kept.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -76,7 +77,8 @@ def main() -> int:
         name = slug(device, count) + (f"-{dtype}" if dtype != "float32" else "")
         part = arguments.out / f"{name}.part.json"
         options = {"batch": arguments.batch, "providers": arguments.providers}
-        options |= {"dtype": dtype, "threads": count, "rounds": arguments.rounds, "json": part}
+        options |= {"dtype": dtype, "threads": count, "rounds": arguments.rounds}
+        options["json"] = os.path.relpath(part)  # in the command that the rows record
         flags = [f"--{option}={value}" for option, value in options.items()]
         code = max(code, fused_resnet(["bench", model, *flags]))
         if code > 1:
