@@ -317,8 +317,8 @@ MUTANTS = [
     Mutant(
         "swapper asks for no attribute again",
         "fused_resnet/swap/emitting.py",
-        "tests = [*self._structure(child), *self._attributes(child)]",
-        "tests = [*self._structure(child)]",
+        'reads = _conjunction(f"reads_{index}", self._attributes(attributes), attributes)',
+        'reads = _conjunction(f"reads_{index}", [], attributes)',
         SWAP,
     ),
     Mutant(
