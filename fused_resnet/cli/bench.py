@@ -52,20 +52,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "torchvision:resnet50, timm:resnet50 or hf:microsoft/resnet-50",
     )
     parser.add_argument(
-        "--batch",
-        type=listed(positive),
-        default=[1, 16],
-        metavar="N,...",
-        help="batch sizes (default: 1,16)",
-    )
-    parser.add_argument(
         "--dtype", type=one_of("dtype", DTYPES), default="float32", help="default: float32"
-    )
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=environment.cores(),
-        help="of each process (default: the cores of this machine)",
     )
     parser.add_argument(
         "--providers",
@@ -75,15 +62,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         help=f"all, or of {', '.join(NAMES)} (default: {','.join(DEFAULT_PROVIDERS)}); "
         "one whose package is missing is named and left out",
     )
-    parser.add_argument(
-        "--size",
-        type=positive,
-        help="height and width of the images (default: 224, of CIFAR's networks 32)",
-    )
-    parser.add_argument(
-        "--rounds", type=positive, default=10, help="turns of each provider (default: 10)"
-    )
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the rows")
+    add_measurement(parser)
     parser.add_argument(
         "--explain",
         action="store_true",
@@ -98,6 +77,32 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--plot", type=writable, metavar="FILE.png", help="draw the rows")
     parser.set_defaults(run=run)
+
+
+def add_measurement(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that measures whole networks with :func:`measure`."""
+    parser.add_argument(
+        "--batch",
+        type=listed(positive),
+        default=[1, 16],
+        metavar="N,...",
+        help="batch sizes (default: 1,16)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=environment.cores(),
+        help="of each process (default: the cores of this machine)",
+    )
+    parser.add_argument(
+        "--size",
+        type=positive,
+        help="height and width of the images (default: 224, of CIFAR's networks 32)",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=10, help="turns of each provider (default: 10)"
+    )
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the rows")
 
 
 def providers_of(text: str) -> list[str]:

@@ -13,8 +13,8 @@ from rich.markup import escape
 from ..bench import environment, results, serving, sources
 from ..bench.networks import LIMITS
 from ..frozen_file import read_frozen
-from ._common import UsageError, console, listed, positive, writable
-from .bench import complain, measure
+from ._common import UsageError, console
+from .bench import add_measurement, complain, measure
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -29,28 +29,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "relative, or it is not timed; then rounds alternate. Exit code 1 if an answer is wrong.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="that fused-resnet freeze wrote")
-    parser.add_argument(
-        "--batch",
-        type=listed(positive),
-        default=[1, 16],
-        metavar="N,...",
-        help="batch sizes (default: 1,16)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        default=environment.cores(),
-        help="of each process (default: the cores of this machine)",
-    )
-    parser.add_argument(
-        "--size",
-        type=positive,
-        help="height and width of the images (default: 224, of CIFAR's networks 32)",
-    )
-    parser.add_argument(
-        "--rounds", type=positive, default=10, help="turns of each process (default: 10)"
-    )
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the rows")
+    add_measurement(parser)
     parser.set_defaults(run=run)
 
 
