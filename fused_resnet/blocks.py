@@ -631,21 +631,33 @@ class WholeBlock:
     reads: Callable[[nn.Module], bool] | None = None
 
 
-def _whole_block(m: Any, count: int) -> WholeBlock | None:
-    """The block with torchvision's children."""
+def block_with(
+    m: Any,
+    count: int,
+    shortcut: nn.Module | None,
+    reads: Callable[[nn.Module], bool] | None = None,
+) -> WholeBlock | None:
+    """The block with ``conv1``, ``bn1`` to ``conv<count>``, ``bn<count>`` and one ``relu``.
+
+    Args:
+        m: The block.
+        count: Of its own convolutions.
+        shortcut: A chain of a convolution and a batch norm, or of nothing; None for the identity.
+        reads: See :class:`WholeBlock`.
+    """
     convs = [getattr(m, f"conv{i}") for i in range(1, count + 1)]
     norms = [getattr(m, f"bn{i}") for i in range(1, count + 1)]
-    shortcut = [] if m.downsample is None else [m.downsample]
-    if shortcut:
-        forward = kind(m.downsample).forward
+    members: list[nn.Module] = [m.relu, *convs]
+    if shortcut is not None:
+        forward = kind(shortcut).forward
         chained = forward is nn.Sequential.forward or forward is ChainRoute.forward
-        if not chained or len(m.downsample._modules) != 2:
+        if not chained or len(shortcut._modules) not in (0, 2):
             return None
-        conv, norm = m.downsample._modules.values()
-        convs.append(conv)
-        norms.append(norm)
-        shortcut.append(norm)
-    return WholeBlock(convs, norms, [m.relu] * count, [m.relu, *convs, *shortcut])
+        chain_of: list[Any] = list(shortcut._modules.values())
+        convs += chain_of[:1]
+        norms += chain_of[1:]
+        members += [shortcut, *chain_of]
+    return WholeBlock(convs, norms, [m.relu] * count, members, reads)
 
 
 class BasicBlockRoute(Route):
@@ -661,7 +673,7 @@ class BasicBlockRoute(Route):
 
     def whole_block(self) -> WholeBlock | None:
         """See :meth:`Route.whole_block`."""
-        return _whole_block(self, 2)
+        return block_with(self, 2, self.downsample)  # type: ignore[arg-type]
 
 
 class BottleneckRoute(Route):
@@ -677,7 +689,7 @@ class BottleneckRoute(Route):
 
     def whole_block(self) -> WholeBlock | None:
         """See :meth:`Route.whole_block`."""
-        return _whole_block(self, 3)
+        return block_with(self, 3, self.downsample)  # type: ignore[arg-type]
 
 
 class ResNetRoute(Route):

@@ -34,7 +34,7 @@ from . import _C, tuning_cache, tuning_defaults
 from ._version import __version__
 
 #: Changes when kernels do, so that old timings are not believed.
-KERNELS = 2
+KERNELS = 3
 
 #: By how much another candidate must beat the device's own kernels: a lead that the next run may
 #: take back is none.

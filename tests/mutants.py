@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         "Winograd's panels begin at the first one's channel",
         "csrc/cpu/kernels/winograd.h",
-        "winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, product);",
-        "winograd_output(f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, product);",
+        "winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);",
+        "winograd_output(f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, l, product);",
     ),
     Mutant("pairs in the wrong order", PAIRS, "+ in_run % 2;", "+ 1 - in_run % 2;", *PAIRED),
     Mutant(

@@ -42,6 +42,32 @@ def test_every_block_is_one_operation(calls, depth, blocks):
         torch.testing.assert_close(y, network(depth)(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "blocks"),
+    [({"shortcut": "A"}, 7), ({"shortcut": "B"}, 9), ({"residual": False}, 0)],
+    ids=str,
+)
+def test_blocks_for_small_images(calls, settings, blocks):
+    """Of nine all but the two whose shortcut pads with zeros; none without a shortcut."""
+    model, x = randomize(fr.cifar_resnet(20, **settings)).eval(), x_of(2, 32)
+    y = fr.freeze(model)(x)
+    assert len(calls) == blocks
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shortcut_that_is_switched_off_is_left_out(calls):
+    model, x = randomize(fr.cifar_resnet(20)).eval(), x_of(2, 32)
+    frozen = fr.freeze(model)
+    frozen(x)
+    calls.clear()
+    model.layer2[1].residual = frozen.layer2[1].residual = False
+    y = frozen(x)
+    assert len(calls) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("depth", [18, 50])
 def test_the_network_equals_the_chain(monkeypatch, dtype, depth):

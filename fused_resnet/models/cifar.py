@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import Group, Route, block_groups, chain, chain_groups, conv_bn
+from ..blocks import (
+    Group,
+    Route,
+    WholeBlock,
+    block_groups,
+    block_with,
+    chain,
+    chain_groups,
+    conv_bn,
+)
 from ..nn import Chain, conv1x1, conv3x3
 from .weights import Source, load_into
 
@@ -76,6 +87,12 @@ class CifarBlock(Route):
     def fused_groups(self) -> list[Group]:
         """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
         return block_groups(self, 2)
+
+    def whole_block(self) -> WholeBlock | None:
+        """See :meth:`fused_resnet.blocks.Route.whole_block`."""
+        if not self.residual:
+            return None
+        return block_with(self, 2, self.shortcut, attrgetter("residual"))
 
 
 def _stage(

@@ -104,23 +104,34 @@ void winograd_input_tile(const ConvShape& s, const float* image, int64_t y0, int
   }
 }
 
-// Transformed input of tiles [tile0, tile1): [point][tile][channel], `stride` from tile to tile.
+// Where a block's scratch has what, in floats: [point][tile][channel], [point][channel][panel] and
+// [point][tile][panel].
+//
+// A transform walks through all points at once. Lest they meet in a few sets of the L1 cache (64
+// tiles of 16 channels would in two, and take twice as long), points are an odd number of lines
+// apart; and tiles, which a product reads many of, a vector beyond what could be a power of two.
+struct WinogradScratch {
+  int64_t tile;                                      // from tile to tile of the input
+  int64_t input_point, weight_point, product_point;  // from point to point of each
+  int64_t input, weight, product;                    // sizes
+};
+
+// Transformed input of tiles [tile0, tile1).
 inline void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t tile1,
-                           int64_t stride, float* to) {
-  const int64_t tiles = tile1 - tile0;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const TilePlace place = place_of(s, tile0 + t);
+                           const WinogradScratch& l, float* to) {
+  for (int64_t tile = tile0; tile < tile1; ++tile, to += l.tile) {
+    const TilePlace place = place_of(s, tile);
     const int64_t y0 = place.y - s.pad_h, x0 = place.x - s.pad_w;
     const bool inside = y0 >= 0 && y0 + 6 <= s.h && x0 >= 0 && x0 + 6 <= s.w;
-    const auto tile = inside ? winograd_input_tile<true> : winograd_input_tile<false>;
-    tile(s, x + place.n * s.h * s.w * s.c, y0, x0, tiles * stride, to + t * stride);
+    const auto transform = inside ? winograd_input_tile<true> : winograd_input_tile<false>;
+    transform(s, x + place.n * s.h * s.w * s.c, y0, x0, l.input_point, to);
   }
 }
 
 // G g G^T of a panel's filters for channels [c0, c1), from the packed weight
-// [r][s][channel][panel]: [point][channel][panel], `stride` from point to point.
+// [r][s][channel][panel].
 inline void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int64_t c0,
-                            int64_t c1, int64_t stride, float* to) {
+                            int64_t c1, const WinogradScratch& l, float* to) {
   constexpr int lanes = kLanes<float>;
   for (int64_t i = 0; i < (c1 - c0) * panel; i += lanes) {
     Floats half[3][6];
@@ -133,7 +144,7 @@ inline void winograd_weight(const ConvShape& s, const float* packed, int64_t pan
       const Floats g[3] = {half[0][row], half[1][row], half[2][row]};
       Floats o[6];
       transform_weight(g, o);
-      for (int j = 0; j < 6; ++j) store(o[j], to + (row * 6 + j) * stride + i);
+      for (int j = 0; j < 6; ++j) store(o[j], to + (row * 6 + j) * l.weight_point + i);
     }
   }
 }
@@ -187,23 +198,23 @@ WinogradProduct product_of(int64_t rows) {
   return products[rows - 1];
 }
 
-// Output of tiles [tile0, tile1) for the panel that begins at channel k, from [point][tile][panel].
+// Output of tiles [tile0, tile1) for the panel that begins at channel k.
 inline void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t k,
-                            int64_t panel, const float* from) {
+                            int64_t panel, const WinogradScratch& l, const float* from) {
   constexpr int lanes = kLanes<float>;
   const ConvShape& s = f.shape;
-  const int64_t tiles = tile1 - tile0, out_h = s.out_h(), out_w = s.out_w();
+  const int64_t out_h = s.out_h(), out_w = s.out_w();
   const float* residual = static_cast<const float*>(f.residual);
   float* y = static_cast<float*>(f.y);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const TilePlace place = place_of(s, tile0 + t);
+  for (int64_t tile = tile0; tile < tile1; ++tile, from += panel) {
+    const TilePlace place = place_of(s, tile);
     const int64_t rows = min_of(kWinogradTile, out_h - place.y);
     const int64_t cols = min_of(kWinogradTile, out_w - place.x);
     for (int64_t v = 0; v < panel; v += lanes) {
       Floats half[4][6];
       for (int j = 0; j < 6; ++j) {
         Floats column[6], o[4];
-        for (int i = 0; i < 6; ++i) column[i] = load(from + ((i * 6 + j) * tiles + t) * panel + v);
+        for (int i = 0; i < 6; ++i) column[i] = load(from + (i * 6 + j) * l.product_point + v);
         transform_output(column, o);
         for (int i = 0; i < 4; ++i) half[i][j] = o[i];
       }
@@ -223,20 +234,17 @@ inline void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, 
   }
 }
 
-// Where a block's scratch has what, in floats. Rows of tiles and points of weights are a vector
-// apart beyond their size, lest a power of two put them all in a few sets of the cache.
-struct WinogradScratch {
-  int64_t tile, point;             // steps of the transformed input and weight
-  int64_t input, weight, product;  // sizes
-};
-
 inline WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const auto apart = [](int64_t floats) { return (ceil_div(floats, kLine) | 1) * kLine; };
   WinogradScratch l;
   l.tile = s.c + kLanes<float>;
-  l.point = min_of(s.c, kWinogradDepth) * kPanel<float> + kLanes<float>;
-  l.input = kWinogradPoints * tiles * l.tile;
-  l.weight = kWinogradPoints * l.point;
-  l.product = kWinogradPoints * tiles * kPanel<float>;
+  l.input_point = apart(tiles * l.tile);
+  l.weight_point = apart(min_of(s.c, kWinogradDepth) * kPanel<float>);
+  l.product_point = apart(tiles * kPanel<float>);
+  l.input = kWinogradPoints * l.input_point;
+  l.weight = kWinogradPoints * l.weight_point;
+  l.product = kWinogradPoints * l.product_point;
   return l;
 }
 
@@ -253,24 +261,24 @@ inline void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch
   float* input = static_cast<float*>(scratch);
   float* weight = input + l.input;
   float* product = weight + l.weight;
-  winograd_input(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l.tile, input);
+  winograd_input(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l, input);
   for (int64_t q = b.panel0; q < b.panel1; ++q) {
     const int64_t panel = panel_width<float>(s, q * kPanel<float>);
     const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
     const auto products = panel == kPanel<float> ? product_of<kPanelVectors> : product_of<1>;
     for (int64_t c0 = 0; c0 < s.c; c0 += kWinogradDepth) {
       const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
-      winograd_weight(s, packed, panel, c0, c1, l.point, weight);
+      winograd_weight(s, packed, panel, c0, c1, l, weight);
       for (int64_t point = 0; point < kWinogradPoints; ++point) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
-          products(t1 - t0)(input + (point * tiles + t0) * l.tile + c0, l.tile, c1 - c0,
-                            weight + point * l.point, c0 == 0,
-                            product + (point * tiles + t0) * panel);
+          products(t1 - t0)(input + point * l.input_point + t0 * l.tile + c0, l.tile, c1 - c0,
+                            weight + point * l.weight_point, c0 == 0,
+                            product + point * l.product_point + t0 * panel);
         }
       }
     }
-    winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, product);
+    winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);
   }
 }
 
