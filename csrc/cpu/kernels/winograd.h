@@ -75,12 +75,26 @@ FR_INLINE TilePlace place_of(const ConvShape& s, int64_t tile) {
           tile % across * kWinogradTile};
 }
 
-// Transformed input of one tile, [point][channel], `step` from point to point, whose first pixel is
-// (y0, x0). kInside: none of its pixels is padding.
+// Where a block's scratch has what, in floats: [point][chunk][tile][channel of kWinogradDepth],
+// [point][channel][panel] and [point][tile][panel]. What one product reads lies in one piece, which
+// the processor fetches ahead.
+//
+// A transform walks through all points at once. Lest they meet in a few sets of the L1 cache (64
+// tiles of 16 channels would in two, and take twice as long), points are an odd number of lines
+// apart; and tiles, which a product reads many of, a vector beyond what could be a power of two.
+struct WinogradScratch {
+  int64_t tile, chunk;                               // steps of the input within a point
+  int64_t input_point, weight_point, product_point;  // from point to point of each
+  int64_t input, weight, product;                    // sizes
+};
+
+// Transformed input of one tile, whose first pixel is (y0, x0). kInside: none of its pixels is
+// padding.
 template <bool kInside>
 void winograd_input_tile(const ConvShape& s, const float* image, int64_t y0, int64_t x0,
-                         int64_t step, float* to) {
+                         const WinogradScratch& l, float* tile) {
   for (int64_t c = 0; c < s.c; c += kLanes<float>) {
+    float* to = tile + c / kWinogradDepth * l.chunk + c % kWinogradDepth;
     Floats rows[6][6];
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
@@ -99,22 +113,10 @@ void winograd_input_tile(const ConvShape& s, const float* image, int64_t y0, int
       Floats o[6];
       transform_input(rows[i], o);
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) store(o[j], to + (i * 6 + j) * step + c);
+      for (int j = 0; j < 6; ++j) store(o[j], to + (i * 6 + j) * l.input_point);
     }
   }
 }
-
-// Where a block's scratch has what, in floats: [point][tile][channel], [point][channel][panel] and
-// [point][tile][panel].
-//
-// A transform walks through all points at once. Lest they meet in a few sets of the L1 cache (64
-// tiles of 16 channels would in two, and take twice as long), points are an odd number of lines
-// apart; and tiles, which a product reads many of, a vector beyond what could be a power of two.
-struct WinogradScratch {
-  int64_t tile;                                      // from tile to tile of the input
-  int64_t input_point, weight_point, product_point;  // from point to point of each
-  int64_t input, weight, product;                    // sizes
-};
 
 // Transformed input of tiles [tile0, tile1).
 inline void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t tile1,
@@ -124,7 +126,7 @@ inline void winograd_input(const ConvShape& s, const float* x, int64_t tile0, in
     const int64_t y0 = place.y - s.pad_h, x0 = place.x - s.pad_w;
     const bool inside = y0 >= 0 && y0 + 6 <= s.h && x0 >= 0 && x0 + 6 <= s.w;
     const auto transform = inside ? winograd_input_tile<true> : winograd_input_tile<false>;
-    transform(s, x + place.n * s.h * s.w * s.c, y0, x0, l.input_point, to);
+    transform(s, x + place.n * s.h * s.w * s.c, y0, x0, l, to);
   }
 }
 
@@ -238,8 +240,9 @@ inline WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
   constexpr int64_t kLine = 64 / sizeof(float);
   const auto apart = [](int64_t floats) { return (ceil_div(floats, kLine) | 1) * kLine; };
   WinogradScratch l;
-  l.tile = s.c + kLanes<float>;
-  l.input_point = apart(tiles * l.tile);
+  l.tile = min_of(s.c, kWinogradDepth) + kLanes<float>;
+  l.chunk = tiles * l.tile;
+  l.input_point = apart(ceil_div(s.c, kWinogradDepth) * l.chunk);
   l.weight_point = apart(min_of(s.c, kWinogradDepth) * kPanel<float>);
   l.product_point = apart(tiles * kPanel<float>);
   l.input = kWinogradPoints * l.input_point;
@@ -268,11 +271,12 @@ inline void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch
     const auto products = panel == kPanel<float> ? product_of<kPanelVectors> : product_of<1>;
     for (int64_t c0 = 0; c0 < s.c; c0 += kWinogradDepth) {
       const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
+      const float* chunk = input + c0 / kWinogradDepth * l.chunk;
       winograd_weight(s, packed, panel, c0, c1, l, weight);
       for (int64_t point = 0; point < kWinogradPoints; ++point) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
-          products(t1 - t0)(input + point * l.input_point + t0 * l.tile + c0, l.tile, c1 - c0,
+          products(t1 - t0)(chunk + point * l.input_point + t0 * l.tile, l.tile, c1 - c0,
                             weight + point * l.weight_point, c0 == 0,
                             product + point * l.product_point + t0 * panel);
         }
