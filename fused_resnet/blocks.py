@@ -696,14 +696,14 @@ class ResNetRoute(Route):
     """A ResNet with torchvision's children: the stem as a chain, the rest as it is."""
 
     def _early_stages(self, x: Tensor) -> Tensor:
-        """The stem and all stages but the last, whose weights outweigh its maps."""
+        """The stem and all stages but the last two, whose weights outweigh their maps."""
         m: Any = self
         x = chain((m.conv1, m.bn1, m.relu, m.maxpool), x)
-        return m.layer3(m.layer2(m.layer1(x)))
+        return m.layer2(m.layer1(x))
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         m: Any = self
-        x = m.layer4(self._early_stages(x))
+        x = m.layer4(m.layer3(self._early_stages(x)))
         return m.fc(torch.flatten(m.avgpool(x), 1))
 
     def forward(self, x: Tensor) -> Tensor:

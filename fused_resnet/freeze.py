@@ -205,7 +205,7 @@ class FrozenResNet(Frozen):
 
     def _early_members(self) -> list[nn.Module]:
         m: Any = self
-        return [m.conv1, m.bn1, m.relu, m.maxpool, m.layer1, m.layer2, m.layer3]
+        return [m.conv1, m.bn1, m.relu, m.maxpool, m.layer1, m.layer2]
 
 
 class FrozenTraced(Frozen):

@@ -46,6 +46,7 @@ def in_parts(
     forward: Callable[[Tensor], Tensor],
     x: Tensor,
     members: Callable[[], Iterable[nn.Module]],
+    image_pixels: int = 1,
 ) -> Tensor:
     """``forward(x)``, computed for some images at a time and put together.
 
@@ -58,10 +59,11 @@ def in_parts(
         forward: Takes ``(N, C, H, W)``, returns ``(N, ...)``.
         x: ``(N, C, H, W)``.
         members: The modules that ``forward`` calls.
+        image_pixels: Of the network's input, for each pixel of ``x``.
     """
     if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling():
         return forward(x)
-    pixel_bytes = ELEMENTS_PER_PIXEL * x.element_size()
+    pixel_bytes = image_pixels * ELEMENTS_PER_PIXEL * x.element_size()
     images = MAP_BYTES // max(x.shape[2] * x.shape[3] * pixel_bytes, 1)
     images = max(images, torch.get_num_threads())
     if x.shape[0] <= images or not _divisible(model, members):

@@ -15,6 +15,9 @@ from .blocks import apart, kind
 from .parts import in_parts
 
 _HOME = "transformers.models.resnet.modeling_resnet"
+#: A pixel behind the stem stands for 4 x 4 of the image.
+_IMAGE_PIXELS = 16
+
 _PARAMETERS = ["self", "hidden_state", "output_hidden_states", "return_dict"]
 
 
@@ -30,18 +33,20 @@ class StageList(nn.Module):
     ) -> Any:
         """As the encoder's own, which runs where every stage's result is asked for."""
         stages: list[Any] = list(self.stages)  # type: ignore[arg-type]
-        if output_hidden_states or len(stages) < 2 or apart(hidden_state):
+        if output_hidden_states or len(stages) < 3 or apart(hidden_state):
             own: Any = super().forward
             return own(hidden_state, output_hidden_states, return_dict)
 
         def early(x: Tensor) -> Tensor:
-            for stage in stages[:-1]:
+            for stage in stages[:-2]:
                 x = stage(x)
             return x
 
-        # Behind each stage's forward, which calls these in turn.
-        y = in_parts(self, early, hidden_state, lambda: [stage.layers for stage in stages[:-1]])
-        y = stages[-1](y)
+        def members() -> list[nn.Module]:
+            return [stage.layers for stage in stages[:-2]]  # what the stages' forwards call
+
+        y = in_parts(self, early, hidden_state, members, _IMAGE_PIXELS)
+        y = stages[-1](stages[-2](y))
         if not return_dict:
             return (y,)
         result = sys.modules[_HOME].BaseModelOutputWithNoAttention

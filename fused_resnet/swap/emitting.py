@@ -321,7 +321,7 @@ class _Way:
         return "\n".join([f"        if {head}:", *block])
 
     def early_source(self, index: int) -> list[str]:
-        """A function of the stages before the last one; none where there are no stages."""
+        """A function of the stages before the last two; none where there are no stages."""
         if self.early is None:
             return []
         child = _Children()

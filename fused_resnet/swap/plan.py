@@ -84,7 +84,7 @@ class Way:
         left: Batch norms in no group, with the reason.
         entered: Children whose forward is part of this one.
         block: What it is called with one tensor; None where that is no residual block.
-        early: What the stages before the last one call, in order; empty where there are none.
+        early: What the stages before the last two call, in order; empty where there are none.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -197,7 +197,7 @@ class TracedRoute(Route):
         return [self.get_submodule(path) for path in way.entered] if way else []
 
     def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
-        """The part of the forward that ends with the stage before the last, on its input."""
+        """The part of the forward before its last two stages, on its input."""
         return stages(self, x)
 
     def early_members(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""A forward that calls stages one after another: where the last of them begins."""
+"""A forward that calls stages one after another: where the last two of them begin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .matching import Matches
 def early_stages(
     module: nn.Module, graph: fx.Graph, matches: Matches, tensors: set[str]
 ) -> tuple[fx.Node, list[str], fx.Node] | None:
-    """The row of calls from the input up to the stage before the last.
+    """The row of calls from the input up to the last two stages, whose weights outweigh their maps.
 
     A stage is a child with batch norms below. Every call of the row takes the result of the one
     before, which nobody else reads.
@@ -24,7 +24,7 @@ def early_stages(
 
     Returns:
         The node of the result, the paths of all modules that are called until then, and the input;
-        None where there are no two stages.
+        None where there are no three stages.
     """
     first = {match.members[0]: match for match in matches.groups}
     image = next(iter(graph.nodes))
@@ -43,9 +43,9 @@ def early_stages(
             stages.append((at, list(paths)))
         paths += [str(member.target) for member in members if member.op == "call_module"]
         at = end
-    if image.target not in tensors or len(stages) < 2:
+    if image.target not in tensors or len(stages) < 3:
         return None
-    return (*stages[-1], image)
+    return (*stages[-2], image)
 
 
 def _is_stage(child: nn.Module) -> bool:
