@@ -121,7 +121,7 @@ MUTANTS = [
     ),
     Mutant(
         "Winograd's output transform with a wrong coefficient",
-        "csrc/cpu/kernels/winograd.h",
+        "csrc/cpu/kernels/winograd_transforms.h",
         "o[3] = d1 + 8.0f * d2 + m[5];",
         "o[3] = d1 + 4.0f * d2 + m[5];",
     ),
@@ -200,7 +200,7 @@ MUTANTS = [
     ),
     Mutant(
         "Winograd's weight transform with a wrong sign",
-        "csrc/cpu/kernels/winograd.h",
+        "csrc/cpu/kernels/winograd_transforms.h",
         "o[4] = (1.0f / 24) * (far - 2.0f * g[1]);",
         "o[4] = (1.0f / 24) * (far + 2.0f * g[1]);",
     ),
@@ -211,10 +211,16 @@ MUTANTS = [
         "acc[i][v]",
     ),
     Mutant(
+        "Winograd's transform of a small tile's input with a wrong sign",
+        "csrc/cpu/kernels/winograd_transforms.h",
+        "o[3] = d[1] - d[3];",
+        "o[3] = d[3] - d[1];",
+    ),
+    Mutant(
         "Winograd's panels begin at the first one's channel",
         "csrc/cpu/kernels/winograd.h",
-        "winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);",
-        "winograd_output(f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, l, product);",
+        "winograd_output<kOut>(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);",
+        "winograd_output<kOut>(f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, l, product);",
     ),
     Mutant("pairs in the wrong order", PAIRS, "+ in_run % 2;", "+ 1 - in_run % 2;", *PAIRED),
     Mutant(

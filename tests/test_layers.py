@@ -98,7 +98,7 @@ def test_the_algorithm_named_is_the_one_that_ran(size: int, stride: int, winogra
     )
     # The two algorithms round differently, so equal bits tell which one ran.
     assert (named == "direct") == torch.equal(result(winograd), result(False))
-    assert (named == "winograd") == (size == 28 and stride == 1 and winograd)
+    assert (named == "winograd 4x4") == (size == 28 and stride == 1 and winograd)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -520,6 +520,15 @@ WINOGRADS = [
     Conv("narrow-last-panel", (2, 32, 16, 16), 48, args={"padding": 1}),
 ]
 
+# Tiles of 2x2: a small map, odd and padded on one side only, batches, panels and passes as above.
+SMALL_WINOGRADS = [
+    Conv("10x10", (1, 64, 10, 10), 64, args={"padding": 1}),
+    Conv("7x7", (1, 256, 7, 7), 256, args={"padding": 1}),
+    Conv("odd-valid-2x2", (1, 128, 9, 11), 96),
+    Conv("wide-padding-2x2", (2, 64, 5, 8), 64, args={"padding": (2, 0)}),
+    Conv("two-passes-2x2", (1, 272, 9, 9), 48, args={"padding": 1}),
+]
+
 
 def winograd_operands(case):
     """What ``ops.conv_bn_add_relu_packed`` takes, in float32, and the result in float64."""
@@ -534,7 +543,7 @@ def winograd_operands(case):
     ), {"weight_shape": tuple(w.shape), **case.args}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WINOGRADS, ids=str)
+@pytest.mark.parametrize("case", WINOGRADS + SMALL_WINOGRADS, ids=str)
 @extras
 def test_winograd(case, relu, residual):
     """Within 2e-6 of float64, and not the direct sum in disguise."""
@@ -547,7 +556,7 @@ def test_winograd(case, relu, residual):
     assert not torch.equal(result, direct)
 
 
-@pytest.mark.parametrize("case", WINOGRADS[:4], ids=str)
+@pytest.mark.parametrize("case", WINOGRADS[:4] + SMALL_WINOGRADS[:2], ids=str)
 def test_winograd_has_the_same_bits_on_any_number_of_threads(case):
     """Whether threads share out the tiles, the panels of output channels or both."""
     operands, _, options = winograd_operands(case)
@@ -564,7 +573,7 @@ def test_winograd_has_the_same_bits_on_any_number_of_threads(case):
 
 def algorithm(x, w, stride=1, padding=1, dilation=1, groups=1, winograd=True):
     """The chooser's answer for an input and a weight of these sizes."""
-    pairs = ([v, v] for v in (stride, padding, dilation))
+    pairs = ([v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
     return _C.conv_algorithm(list(x), list(w), *pairs, groups, torch.float32, winograd)
 
 
@@ -572,14 +581,21 @@ def algorithm(x, w, stride=1, padding=1, dilation=1, groups=1, winograd=True):
     "other",
     [{"stride": 2}, {"dilation": 2}, {"groups": 2, "w": (64, 32, 3, 3)}, {"w": (64, 64, 1, 1)},
      {"w": (64, 62, 3, 3), "x": (8, 62, 56, 56)}, {"w": (33, 64, 3, 3)}, {"winograd": False},
-     {"x": (1, 512, 7, 7), "w": (512, 512, 3, 3)}],
+     {"x": (1, 64, 4, 4)}],
     ids=str,
 )  # fmt: skip
 def test_winograd_is_for_plain_3x3_convolutions_with_some_tiles(other):
-    """A 7x7 map has four tiles: transforming the weight for them does not pay."""
+    """A 4x4 map has four tiles of 2x2: transforming the weight for them does not pay."""
     case = {"x": (8, 64, 56, 56), "w": (64, 64, 3, 3)}
-    assert algorithm(**case) == "winograd"
+    assert algorithm(**case) == "winograd 4x4"
     assert algorithm(**{**case, **other}) == "direct"
+
+
+@pytest.mark.parametrize("side", ["4x4", "2x2"])
+def test_winograd_has_larger_tiles_for_larger_maps(side):
+    for case in WINOGRADS if side == "4x4" else SMALL_WINOGRADS:
+        geometry = {"padding": 0, **case.args}
+        assert algorithm(case.x, (case.k, case.x[1], 3, 3), **geometry) == f"winograd {side}"
 
 
 def test_other_dtypes_take_the_direct_sum():

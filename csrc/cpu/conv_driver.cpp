@@ -129,15 +129,13 @@ void run_direct(DType dtype, ConvForward f) {
   });
 }
 
-int64_t winograd_tiles(const ConvShape& s) {
-  return s.n * ceil_div(s.out_h(), kWinogradTile) * ceil_div(s.out_w(), kWinogradTile);
+int64_t winograd_tiles(const WinogradKernels& k, const ConvShape& s) {
+  return s.n * ceil_div(s.out_h(), k.side) * ceil_div(s.out_w(), k.side);
 }
 
-bool winograd_fits(const ConvShape& s) {
-  const KernelTable& table = kernels();
+bool winograd_fits(const WinogradKernels& k, const ConvShape& s) {
   return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1 && s.c % table.winograd.lanes == 0 &&
-         s.k % table.winograd.lanes == 0;
+         s.dilation_w == 1 && s.groups == 1 && s.c % k.lanes == 0 && s.k % k.lanes == 0;
 }
 
 struct WinogradPlan {
@@ -147,15 +145,17 @@ struct WinogradPlan {
 
 // The model of cost, in multiply-adds; a thread does a vector of them twice a cycle.
 //
-//   block of t tiles and k of K channels = 36 t C k + 450 t C + 350 t k + 300 C k
+//   block of t tiles and k of K channels = P (t C k + 12.5 t C + 10 t k + 8 C k)
 //   direct                               = 9 OH OW N C K
 //
-// The terms of a block are the products, and the transforms of the input, of the output and of the
-// weight: measured, as they wait for the cache more than they compute. More blocks of tiles mean
-// that weights are transformed more often, more blocks of panels that the input is.
-WinogradPlan plan_winograd(const ConvShape& s, int64_t panel, int64_t threads) {
-  const int64_t tiles = winograd_tiles(s), panels = ceil_div(s.k, panel);
-  const int64_t tile_bytes = kWinogradPoints * s.c * static_cast<int64_t>(sizeof(float));
+// with P points. The terms of a block are the products, and the transforms of the input, of the
+// output and of the weight: measured, as they wait for the cache more than they compute. More
+// blocks of tiles mean that weights are transformed more often, more blocks of panels that the
+// input is.
+WinogradPlan plan_winograd(const WinogradKernels& kernels, const ConvShape& s, int64_t panel,
+                           int64_t threads) {
+  const int64_t tiles = winograd_tiles(kernels, s), panels = ceil_div(s.k, panel);
+  const int64_t tile_bytes = kernels.points * s.c * static_cast<int64_t>(sizeof(float));
   const int64_t least = ceil_div(tiles, std::max<int64_t>(kWinogradBytes / tile_bytes, 1));
   WinogradPlan best{0, 0, 0};
   for (int64_t blocks = least; blocks < least + threads && blocks <= tiles; ++blocks) {
@@ -164,28 +164,36 @@ WinogradPlan plan_winograd(const ConvShape& s, int64_t panel, int64_t threads) {
       const double t = static_cast<double>(plan.tiles), c = static_cast<double>(s.c);
       const double k = static_cast<double>(std::min(plan.panels * panel, s.k));
       const int64_t count = ceil_div(tiles, plan.tiles) * ceil_div(panels, plan.panels);
-      plan.cost = static_cast<double>(ceil_div(count, threads)) *
-                  (kWinogradPoints * t * c * k + 450 * t * c + 350 * t * k + 300 * c * k);
+      plan.cost = static_cast<double>(ceil_div(count, threads) * kernels.points) *
+                  (t * c * k + 12.5 * t * c + 10 * t * k + 8 * c * k);
       if (best.tiles == 0 || plan.cost < best.cost) best = plan;
     }
   }
   return best;
 }
 
-// As one thread would decide: the bits of a result must not depend on the number of threads.
-bool takes_winograd(DType dtype, const ConvShape& s) {
-  if (dtype != kFloat32 || !winograd_fits(s) || s.n == 0) return false;
-  const double direct =
+// The cheapest of Winograd's algorithms; null where the direct sum is cheaper. As one thread would
+// decide: the bits of a result must not depend on the number of threads.
+const WinogradKernels* winograd_for(DType dtype, const ConvShape& s) {
+  if (dtype != kFloat32 || s.n == 0) return nullptr;
+  const KernelTable& table = kernels();
+  const WinogradKernels* best = nullptr;
+  double least =
       static_cast<double>(s.n * s.out_h() * s.out_w()) * static_cast<double>(s.depth() * s.k);
-  return plan_winograd(s, kernels().panel[kFloat32], 1).cost < direct;
+  for (const WinogradKernels& k : table.winograd) {
+    if (!winograd_fits(k, s)) continue;
+    const double cost = plan_winograd(k, s, table.panel[kFloat32], 1).cost;
+    if (cost >= least) continue;
+    best = &k;
+    least = cost;
+  }
+  return best;
 }
 
-void run_winograd(const ConvForward& f) {
-  const KernelTable& table = kernels();
+void run_winograd(const WinogradKernels& kernels, const ConvForward& f, int64_t panel) {
   const ConvShape& s = f.shape;
-  const int64_t panel = table.panel[kFloat32], tiles = winograd_tiles(s),
-                panels = ceil_div(s.k, panel);
-  const WinogradPlan plan = plan_winograd(s, panel, at::get_num_threads());
+  const int64_t tiles = winograd_tiles(kernels, s), panels = ceil_div(s.k, panel);
+  const WinogradPlan plan = plan_winograd(kernels, s, panel, at::get_num_threads());
   const int64_t shares = ceil_div(panels, plan.panels);
   at::parallel_for(0, ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
@@ -193,7 +201,7 @@ void run_winograd(const ConvForward& f) {
       const int64_t tile0 = i / shares * plan.tiles, panel0 = i % shares * plan.panels;
       const WinogradBlock block{tile0, std::min(tile0 + plan.tiles, tiles), panel0,
                                 std::min(panel0 + plan.panels, panels)};
-      table.winograd.run(f, block, scratch.at_least(table.winograd.scratch_bytes(s, plan.tiles)));
+      kernels.run(f, block, scratch.at_least(kernels.scratch_bytes(s, plan.tiles)));
     }
   });
 }
@@ -201,13 +209,14 @@ void run_winograd(const ConvForward& f) {
 }  // namespace
 
 const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
-  return winograd && takes_winograd(dtype, shape) ? "winograd" : "direct";
+  const WinogradKernels* k = winograd ? winograd_for(dtype, shape) : nullptr;
+  return k == nullptr ? "direct" : k->side == 4 ? "winograd 4x4" : "winograd 2x2";
 }
 
 void run_conv(DType dtype, const ConvForward& f, bool winograd) {
   if (f.shape.n == 0) return;
-  if (winograd && takes_winograd(dtype, f.shape)) {
-    run_winograd(f);
+  if (const WinogradKernels* k = winograd ? winograd_for(dtype, f.shape) : nullptr) {
+    run_winograd(*k, f, kernels().panel[kFloat32]);
   } else {
     run_direct(dtype, f);
   }

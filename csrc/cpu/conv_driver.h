@@ -12,7 +12,8 @@ void run_conv(DType dtype, const ConvForward& f, bool winograd);
 // The same with ReLU, then max-pool; f.y is not used. y is the pooled result.
 void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y);
 
-// The name of the algorithm that run_conv takes for such a convolution: "direct" or "winograd".
+// The name of the algorithm that run_conv takes for such a convolution: "direct", "winograd 4x4" or
+// "winograd 2x2".
 const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd);
 
 }  // namespace fr

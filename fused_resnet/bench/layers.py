@@ -35,8 +35,8 @@ class Layer:
         path: Of the module whose weight it computes with; the operator's name where there is none.
         operator: Its name.
         what: Kernel, stride, channels and size of the map; empty for what is no convolution.
-        algorithm: How it is computed: ``direct``, ``winograd``, ``block``, ``library``; empty for
-            what is no convolution.
+        algorithm: How it is computed: ``direct``, ``winograd 4x4``, ``winograd 2x2``, ``block`` or
+            ``library``; empty for what is no convolution.
         fused: Whether it is an operation of this package.
         calls: In one forward.
         flops: Of the direct sum, a multiplication and an addition counted as two.

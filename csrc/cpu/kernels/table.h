@@ -110,9 +110,8 @@ struct Kernels {
   DType packed;  // of a packed weight: what the convolution multiplies in
 };
 
-// Winograd's F(4x4, 3x3): outputs of a tile's side, and products for each tile.
-constexpr int64_t kWinogradTile = 4;
-constexpr int64_t kWinogradPoints = 36;
+// Winograd's F(4x4, 3x3) and F(2x2, 3x3), in the order of KernelTable::winograd.
+constexpr int64_t kNumWinograds = 2;
 
 // The tiles, numbered over all images row by row, and the panels that one thread does at a time.
 struct WinogradBlock {
@@ -121,7 +120,9 @@ struct WinogradBlock {
 
 // float32 only.
 struct WinogradKernels {
-  int64_t lanes;  // input and output channels must be multiples of it
+  int64_t side;    // of a tile of the output
+  int64_t points;  // products for each tile
+  int64_t lanes;   // input and output channels must be multiples of it
   int64_t (*scratch_bytes)(const ConvShape&, int64_t tiles);
   void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);
 };
@@ -140,7 +141,7 @@ struct KernelTable {
   int64_t panel[kNumDTypes];  // output channels that the microkernel computes side by side
   int64_t tile[kNumDTypes];   // output pixels likewise
   Kernels of[kNumDTypes];
-  WinogradKernels winograd;
+  WinogradKernels winograd[kNumWinograds];
   PeakKernels peak;
 };
 

@@ -1,18 +1,23 @@
-// Convolution by Winograd's F(4x4, 3x3), float32, channels-last, stride 1, with the same epilogue.
+// Convolution by Winograd's F(4x4, 3x3) or F(2x2, 3x3), float32, channels-last, stride 1, with the
+// same epilogue.
 //
-//   Y = A^T [ (G g G^T) . (B^T d B) ] A     for each 4x4 tile of the output, 6x6 of the input
+//   Y = A^T [ (G g G^T) . (B^T d B) ] A     for each m x m tile of the output, m + 2 of the input
 //
-// 36 multiplications make 16 outputs where the direct sum takes 144. The products over channels are
-// 36 matrix products of [tiles x C] by [C x panel], with as many accumulators as the direct kernel.
+// With m = 4, 36 multiplications make 16 outputs where the direct sum takes 144; with m = 2, 16
+// make 4 where that takes 36, from less than half as many numbers of transformed weights and with
+// tiles that fit small maps. At each of these points the products over channels are a matrix
+// product of [tiles x C] by [C x panel], with as many accumulators as the direct kernel.
 //
 // The weight comes packed as the direct kernel reads it, [panel][r][s][c][panel]: its transform is
 // vectorised over output channels and made anew in every block of tiles, for a panel and
-// kWinogradDepth channels at a time, so that it stays in the L2 cache. That reads a quarter of what
-// transformed weights would be, and needs no memory for them. Bytes: x, w, y and the residual; the
-// transformed input is 2.25 times the input and is read once for each panel.
+// kWinogradDepth channels at a time, so that it stays in the L2 cache. That reads a quarter (or 9
+// of 16) of what transformed weights would be, and needs no memory for them. Bytes: x, w, y and the
+// residual; the transformed input is 2.25 times (4 times) the input and is read once for each
+// panel.
 //
-// Error: the transforms' coefficients, up to 8, cost about two bits against the direct sum:
-// relative 1e-6 where that has 3e-7. A value that is not finite spreads over its whole tile.
+// Error: the coefficients of F(4, 3), up to 8, cost about two bits against the direct sum: relative
+// 1e-6 where that has 3e-7. F(2, 3) has none above 1. A value that is not finite spreads over its
+// whole tile.
 //
 // Source: Winograd, 1980; Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
 // 2015.
@@ -21,58 +26,30 @@
 #include "conv_bn_add_relu.h"
 #include "table.h"
 #include "vec.h"
+#include "winograd_transforms.h"
 
 namespace fr {
 namespace FR_ISA {
 
-using Floats = Vec<float>;
+// Points of a tile of kOut x kOut outputs on one axis.
+template <int kOut>
+constexpr int kIn = kOut + 2;
+template <int kOut>
+constexpr int kPoints = kIn<kOut> * kIn<kOut>;
 
 // Input channels whose weights are transformed at a time: 36 points of 128 x 32 floats are 590 KB.
 // Longer would not fit; each pass adds to the products of the one before, which costs 2%.
 constexpr int64_t kWinogradDepth = 128;
-
-// B^T of six.
-FR_INLINE void transform_input(const Floats (&d)[6], Floats (&o)[6]) {
-  o[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  const Floats even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-  o[1] = even + odd;
-  o[2] = even - odd;
-  const Floats far = d[4] - d[2], twice = 2.0f * (d[3] - d[1]);
-  o[3] = far + twice;
-  o[4] = far - twice;
-  o[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
-}
-
-// G of three.
-FR_INLINE void transform_weight(const Floats (&g)[3], Floats (&o)[6]) {
-  const Floats ends = g[0] + g[2], far = g[0] + 4.0f * g[2];
-  o[0] = (1.0f / 4) * g[0];
-  o[1] = (-1.0f / 6) * (ends + g[1]);
-  o[2] = (-1.0f / 6) * (ends - g[1]);
-  o[3] = (1.0f / 24) * (far + 2.0f * g[1]);
-  o[4] = (1.0f / 24) * (far - 2.0f * g[1]);
-  o[5] = g[2];
-}
-
-// A^T of six.
-FR_INLINE void transform_output(const Floats (&m)[6], Floats (&o)[4]) {
-  const Floats s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
-  o[0] = m[0] + s1 + s2;
-  o[1] = d1 + 2.0f * d2;
-  o[2] = s1 + 4.0f * s2;
-  o[3] = d1 + 8.0f * d2 + m[5];
-}
 
 // The place of a tile: its image and its first output pixel.
 struct TilePlace {
   int64_t n, y, x;
 };
 
+template <int kOut>
 FR_INLINE TilePlace place_of(const ConvShape& s, int64_t tile) {
-  const int64_t across = ceil_div(s.out_w(), kWinogradTile);
-  const int64_t down = ceil_div(s.out_h(), kWinogradTile);
-  return {tile / (across * down), tile / across % down * kWinogradTile,
-          tile % across * kWinogradTile};
+  const int64_t across = ceil_div(s.out_w(), kOut), down = ceil_div(s.out_h(), kOut);
+  return {tile / (across * down), tile / across % down * kOut, tile % across * kOut};
 }
 
 // Where a block's scratch has what, in floats: [point][chunk][tile][channel of kWinogradDepth],
@@ -90,63 +67,68 @@ struct WinogradScratch {
 
 // Transformed input of one tile, whose first pixel is (y0, x0). kInside: none of its pixels is
 // padding.
-template <bool kInside>
+template <int kOut, bool kInside>
 void winograd_input_tile(const ConvShape& s, const float* image, int64_t y0, int64_t x0,
                          const WinogradScratch& l, float* tile) {
+  constexpr int in = kIn<kOut>;
   for (int64_t c = 0; c < s.c; c += kLanes<float>) {
     float* to = tile + c / kWinogradDepth * l.chunk + c % kWinogradDepth;
-    Floats rows[6][6];
+    Floats rows[in][in];
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j) {
-      Floats column[6], o[6];
+    for (int j = 0; j < in; ++j) {
+      Floats column[in], o[in];
 #pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) {
+      for (int i = 0; i < in; ++i) {
         const bool inside = kInside || (y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w);
         column[i] = inside ? load(image + ((y0 + i) * s.w + x0 + j) * s.c + c) : Floats{};
       }
       transform_input(column, o);
 #pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) rows[i][j] = o[i];
+      for (int i = 0; i < in; ++i) rows[i][j] = o[i];
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) {
-      Floats o[6];
+    for (int i = 0; i < in; ++i) {
+      Floats o[in];
       transform_input(rows[i], o);
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) store(o[j], to + (i * 6 + j) * l.input_point);
+      for (int j = 0; j < in; ++j) store(o[j], to + (i * in + j) * l.input_point);
     }
   }
 }
 
 // Transformed input of tiles [tile0, tile1).
-inline void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t tile1,
-                           const WinogradScratch& l, float* to) {
+template <int kOut>
+void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t tile1,
+                    const WinogradScratch& l, float* to) {
   for (int64_t tile = tile0; tile < tile1; ++tile, to += l.tile) {
-    const TilePlace place = place_of(s, tile);
+    const TilePlace place = place_of<kOut>(s, tile);
     const int64_t y0 = place.y - s.pad_h, x0 = place.x - s.pad_w;
-    const bool inside = y0 >= 0 && y0 + 6 <= s.h && x0 >= 0 && x0 + 6 <= s.w;
-    const auto transform = inside ? winograd_input_tile<true> : winograd_input_tile<false>;
+    const bool inside = y0 >= 0 && y0 + kIn<kOut> <= s.h && x0 >= 0 && x0 + kIn<kOut> <= s.w;
+    const auto transform =
+        inside ? winograd_input_tile<kOut, true> : winograd_input_tile<kOut, false>;
     transform(s, x + place.n * s.h * s.w * s.c, y0, x0, l, to);
   }
 }
 
 // G g G^T of a panel's filters for channels [c0, c1), from the packed weight
 // [r][s][channel][panel].
-inline void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int64_t c0,
-                            int64_t c1, const WinogradScratch& l, float* to) {
+template <int kOut>
+void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int64_t c0, int64_t c1,
+                     const WinogradScratch& l, float* to) {
   constexpr int lanes = kLanes<float>;
+  constexpr int in = kIn<kOut>;
   for (int64_t i = 0; i < (c1 - c0) * panel; i += lanes) {
-    Floats half[3][6];
+    Floats half[3][in];
     for (int tap = 0; tap < 3; ++tap) {
       Floats g[3];
       for (int r = 0; r < 3; ++r) g[r] = load(packed + ((r * 3 + tap) * s.c + c0) * panel + i);
       transform_weight(g, half[tap]);
     }
-    for (int row = 0; row < 6; ++row) {
+    for (int row = 0; row < in; ++row) {
       const Floats g[3] = {half[0][row], half[1][row], half[2][row]};
-      Floats o[6];
+      Floats o[in];
       transform_weight(g, o);
-      for (int j = 0; j < 6; ++j) store(o[j], to + (row * 6 + j) * l.weight_point + i);
+      for (int j = 0; j < in; ++j) store(o[j], to + (row * in + j) * l.weight_point + i);
     }
   }
 }
@@ -201,29 +183,30 @@ WinogradProduct product_of(int64_t rows) {
 }
 
 // Output of tiles [tile0, tile1) for the panel that begins at channel k.
-inline void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t k,
-                            int64_t panel, const WinogradScratch& l, const float* from) {
-  constexpr int lanes = kLanes<float>;
+template <int kOut>
+void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t k, int64_t panel,
+                     const WinogradScratch& l, const float* from) {
+  constexpr int lanes = kLanes<float>, in = kIn<kOut>;
   const ConvShape& s = f.shape;
   const int64_t out_h = s.out_h(), out_w = s.out_w();
   const float* residual = static_cast<const float*>(f.residual);
   float* y = static_cast<float*>(f.y);
   for (int64_t tile = tile0; tile < tile1; ++tile, from += panel) {
-    const TilePlace place = place_of(s, tile);
-    const int64_t rows = min_of(kWinogradTile, out_h - place.y);
-    const int64_t cols = min_of(kWinogradTile, out_w - place.x);
+    const TilePlace place = place_of<kOut>(s, tile);
+    const int64_t rows = min_of(kOut, out_h - place.y);
+    const int64_t cols = min_of(kOut, out_w - place.x);
     for (int64_t v = 0; v < panel; v += lanes) {
-      Floats half[4][6];
-      for (int j = 0; j < 6; ++j) {
-        Floats column[6], o[4];
-        for (int i = 0; i < 6; ++i) column[i] = load(from + (i * 6 + j) * l.product_point + v);
+      Floats half[kOut][in];
+      for (int j = 0; j < in; ++j) {
+        Floats column[in], o[kOut];
+        for (int i = 0; i < in; ++i) column[i] = load(from + (i * in + j) * l.product_point + v);
         transform_output(column, o);
-        for (int i = 0; i < 4; ++i) half[i][j] = o[i];
+        for (int i = 0; i < kOut; ++i) half[i][j] = o[i];
       }
       const Floats scale = load(static_cast<const float*>(f.scale) + k + v);
       const Floats shift = load(static_cast<const float*>(f.shift) + k + v);
       for (int64_t i = 0; i < rows; ++i) {
-        Floats o[4];
+        Floats o[kOut];
         transform_output(half[i], o);
         for (int64_t j = 0; j < cols; ++j) {
           const int64_t at = ((place.n * out_h + place.y + i) * out_w + place.x + j) * s.k + k + v;
@@ -236,7 +219,8 @@ inline void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, 
   }
 }
 
-inline WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
+template <int kOut>
+WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
   constexpr int64_t kLine = 64 / sizeof(float);
   const auto apart = [](int64_t floats) { return (ceil_div(floats, kLine) | 1) * kLine; };
   WinogradScratch l;
@@ -245,26 +229,28 @@ inline WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
   l.input_point = apart(ceil_div(s.c, kWinogradDepth) * l.chunk);
   l.weight_point = apart(min_of(s.c, kWinogradDepth) * kPanel<float>);
   l.product_point = apart(tiles * kPanel<float>);
-  l.input = kWinogradPoints * l.input_point;
-  l.weight = kWinogradPoints * l.weight_point;
-  l.product = kWinogradPoints * l.product_point;
+  l.input = kPoints<kOut> * l.input_point;
+  l.weight = kPoints<kOut> * l.weight_point;
+  l.product = kPoints<kOut> * l.product_point;
   return l;
 }
 
-inline int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
-  const WinogradScratch l = winograd_scratch(s, tiles);
+template <int kOut>
+int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
+  const WinogradScratch l = winograd_scratch<kOut>(s, tiles);
   return (l.input + l.weight + l.product) * static_cast<int64_t>(sizeof(float));
 }
 
 // Input and output channels are multiples of the vector.
-inline void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
+template <int kOut>
+void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   const ConvShape& s = f.shape;
   const int64_t tiles = b.tile1 - b.tile0, parts = ceil_div(tiles, kMaxTile);
-  const WinogradScratch l = winograd_scratch(s, tiles);
+  const WinogradScratch l = winograd_scratch<kOut>(s, tiles);
   float* input = static_cast<float*>(scratch);
   float* weight = input + l.input;
   float* product = weight + l.weight;
-  winograd_input(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l, input);
+  winograd_input<kOut>(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l, input);
   for (int64_t q = b.panel0; q < b.panel1; ++q) {
     const int64_t panel = panel_width<float>(s, q * kPanel<float>);
     const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
@@ -272,8 +258,8 @@ inline void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch
     for (int64_t c0 = 0; c0 < s.c; c0 += kWinogradDepth) {
       const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
       const float* chunk = input + c0 / kWinogradDepth * l.chunk;
-      winograd_weight(s, packed, panel, c0, c1, l, weight);
-      for (int64_t point = 0; point < kWinogradPoints; ++point) {
+      winograd_weight<kOut>(s, packed, panel, c0, c1, l, weight);
+      for (int64_t point = 0; point < kPoints<kOut>; ++point) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
           products(t1 - t0)(chunk + point * l.input_point + t0 * l.tile, l.tile, c1 - c0,
@@ -282,7 +268,7 @@ inline void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch
         }
       }
     }
-    winograd_output(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);
+    winograd_output<kOut>(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);
   }
 }
 
