@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,24 +99,10 @@ def conv_bn_relu_maxpool_packed(
     )
 
 
-def residual_block(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    *,
-    joined: None,
-    joined_shift: None,
-    bottleneck: bool,
-    stride: int,
-    dilation: int,
-    groups: int,
-    winograd: bool,
-) -> Tensor:
-    """:func:`fused_resnet.ops.residual_block` of weights that are not packed."""
-    return torch.ops.fused_resnet_export.residual_block(
-        x, weight, scale, shift, bottleneck, stride, dilation, groups, winograd
-    )
+def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+    """:func:`fused_resnet.packed_ops.run_residual_block` of weights that are not packed."""
+    weight, scale, shift, _, _, *settings = operands  # nothing is joined in a trace
+    return torch.ops.fused_resnet_export.residual_block(x, weight, scale, shift, *settings)
 
 
 #: By a packed weight the plain one, as long as a trace or a program holds it: a module that is

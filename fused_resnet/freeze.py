@@ -26,6 +26,7 @@ from .checks import DTYPES
 from .exported import packed_dtype
 from .folding import fold
 from .frozen_block import FrozenBlock, is_block
+from .frozen_row import FrozenRow, is_row
 from .fuse import derive, fuse
 from .graphs import Graphs, size_for
 from .parts import in_parts
@@ -138,7 +139,9 @@ def _mixin(module: nn.Module) -> type[Frozen]:
         return FrozenStages
     if isinstance(module, TracedRoute) and module.early_members():
         return FrozenTraced
-    return FrozenResidual if is_block(module) else Frozen
+    if is_block(module):
+        return FrozenResidual
+    return FrozenSequence if is_row(module) else Frozen
 
 
 def _refusal(what: str) -> str:
@@ -223,6 +226,10 @@ class FrozenStages(StageList, Frozen):
 
 class FrozenResidual(FrozenBlock, Frozen):
     """Mixed into a residual block: it is one operation."""
+
+
+class FrozenSequence(FrozenRow, Frozen):
+    """Mixed into a sequence of residual blocks: their operations, one after another."""
 
 
 class FrozenConv(Frozen, Packed):

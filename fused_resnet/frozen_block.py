@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import exported, ops
+from . import exported, packed_ops
 from .backends import select
 from .blocks import Folded, Route, WholeBlock, apart, hooked, inner_activation, is_relu
 from .snapshot import Snapshot
@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     from .freeze import FrozenConv
 
 
-class Plan(NamedTuple):
-    """What one call of :func:`ops.residual_block` needs besides the map."""
-
-    tensors: tuple[list[Tensor], list[Tensor], list[Tensor]]
-    settings: dict[str, Any]
+#: What the operator ``residual_block`` takes behind the map, in its order: made once, and the calls
+#: build nothing.
+Plan = tuple[Any, ...]
 
 
 class FrozenBlock(nn.Module):
@@ -50,10 +48,11 @@ class FrozenBlock(nn.Module):
         if self.whole and len(args) == 1 and not kwargs:
             x = args[0]
             if isinstance(x, Tensor) and not apart(x):
-                plan = self._plan(select("residual_block", x))
+                backend = select("residual_block", x)
+                plan = self._plan(backend)
                 if plan is not None:
-                    made_of = exported if torch.compiler.is_exporting() else ops
-                    return made_of.residual_block(x, *plan.tensors, **plan.settings)
+                    made_of = exported if torch.compiler.is_exporting() else packed_ops
+                    return made_of.run_residual_block(backend, x, plan)
         return super().forward(*args, **kwargs)
 
     def _plan(self, backend: str) -> Plan | None:
@@ -61,24 +60,24 @@ class FrozenBlock(nn.Module):
         if backend not in ("cpu", "cuda", "triton"):
             return None
         if torch.compiler.is_compiling():  # a trace should not keep what it computes
-            block = self._block()
-            return None if block is None else _make_plan(block, None, None)
+            block = self.block_now()
+            return None if block is None else make_plan(block)
         held = self.__dict__.get("_held")
         if held is not None:
             snapshot, plan, reads = held
             if snapshot.holds() and (reads is None or reads(self)):
                 return plan
-        block = self._block()
+        block = self.block_now()
         if block is None:
             return None
         convs: Any = block.convs
         has_shortcut = len(convs) > len(block.acts)
         both = join(*convs[-2:]) if backend != "cpu" and has_shortcut else (None, None)
-        plan = _make_plan(block, *both)
+        plan = make_plan(block, *both)
         self.__dict__["_held"] = (Snapshot(dict.fromkeys(block.members), self), plan, block.reads)
         return plan
 
-    def _block(self) -> WholeBlock | None:
+    def block_now(self) -> WholeBlock | None:
         """The block by its modules; None where the operation is another one."""
         m: Any = self
         block = m.whole_block()
@@ -103,21 +102,30 @@ def _are_both(inner: nn.Module | None, act: nn.Module | None) -> bool:
     return inner is not None and act is not None
 
 
-def _make_plan(block: WholeBlock, joined: Tensor | None, joined_shift: Tensor | None) -> Plan:
+def make_plan(
+    block: WholeBlock, joined: Tensor | None = None, joined_shift: Tensor | None = None
+) -> Plan:
+    """The plan of a block that :meth:`FrozenBlock.block_now` gave.
+
+    Args:
+        block: See there.
+        joined: See :func:`fused_resnet.ops.residual_block`.
+        joined_shift: See there.
+    """
     convs: Any = block.convs
     own = len(block.acts)
     middle = convs[own - 2]
-    return Plan(
-        ([c.operand for c in convs], [c.scale for c in convs], [c.shift for c in convs]),
-        {
-            "joined": joined,
-            "joined_shift": joined_shift,
-            "bottleneck": own == 3,
-            "stride": middle.stride[0],
-            "dilation": middle.dilation[0],
-            "groups": middle.groups,
-            "winograd": all(c.winograd for c in convs),
-        },
+    return (
+        [c.operand for c in convs],
+        [c.scale for c in convs],
+        [c.shift for c in convs],
+        joined,
+        joined_shift,
+        own == 3,
+        middle.stride[0],
+        middle.dilation[0],
+        middle.groups,
+        all(c.winograd for c in convs),
     )
 
 

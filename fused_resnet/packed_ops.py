@@ -6,6 +6,7 @@ They are part of :mod:`fused_resnet.ops`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -234,17 +235,28 @@ def residual_block(
     Source:
         He et al., 2015, figure 5; the position of the stride is torchvision's.
     """
-    op = "residual_block"
-    backend = select(op, x)
+    backend = select("residual_block", x)
     if backend == "reference":
         return chain.residual_block(
             _conv_reference, x, packed, scale, shift, bottleneck, stride, dilation, groups
         )
-    arguments = (
-        x, list(packed), list(scale), list(shift), joined, joined_shift, bottleneck, stride,
-        dilation, groups, winograd,
+    operands = (
+        list(packed), list(scale), list(shift), joined, joined_shift, bottleneck, stride, dilation,
+        groups, winograd,
     )  # fmt: skip
-    backend = chosen(op, backend, arguments)
+    return run_residual_block(backend, x, operands)
+
+
+def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+    """:func:`residual_block` on a backend that has it as an operator.
+
+    Args:
+        backend: What :func:`select` says, and not ``"reference"``.
+        x: See there.
+        operands: The operator's own arguments behind ``x``, in its order.
+    """
+    arguments = (x, *operands)
+    backend = chosen("residual_block", backend, arguments)
     return OPERATORS[backend].residual_block(*arguments)
 
 

@@ -27,23 +27,23 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
         modules = list(modules)
-        self._members: list[dict[str, Any]] = []
+        members: list[dict[str, Any]] = []
         for m in (owner, *modules):
             if not isinstance(m, torch.jit.ScriptModule):
-                self._members += (m._modules, m._parameters, m._buffers)
+                members += (m._modules, m._parameters, m._buffers)
                 if "_packed" in m.__dict__:  # a frozen convolution's weight
-                    self._members.append(m._packed)  # type: ignore[arg-type]
+                    members.append(m._packed)  # type: ignore[arg-type]
+        self._members = [held for held in members if held]
         self._held = tuple(chain.from_iterable(map(dict.values, self._members)))
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (
+        # Most are empty, which is the faster question.
+        self._empty: list[dict[Any, Any]] = [held for held in members if not held]
+        for m in modules:
+            self._empty += (
                 m._forward_hooks,
                 m._forward_pre_hooks,
                 m._backward_hooks,
                 m._backward_pre_hooks,
             )
-        ]
         self._attributes = [m.__dict__ for m in modules]
 
     def tensors(self) -> list[Tensor]:
@@ -53,7 +53,7 @@ class Snapshot:
     def holds(self) -> bool:
         """Whether all is as it was: the same objects in the same places, and still no hook."""
         return (
-            not any(self._hooks)
+            not any(self._empty)
             and not any(map(contains, self._attributes, repeat("forward")))
             and sum(map(len, self._members)) == len(self._held)
             and all(map(is_, chain.from_iterable(map(dict.values, self._members)), self._held))
