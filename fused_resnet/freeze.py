@@ -10,7 +10,7 @@ packed layout belongs to one instruction set.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -120,6 +120,12 @@ class Frozen(nn.Module):
         # Without what was decided about the modules, which holds on to them.
         return {k: v for k, v in self.__dict__.items() if k != "_held"}
 
+    def _replicate_for_data_parallel(self) -> Frozen:
+        # As above: what was decided holds the weights of the module that is copied.
+        replica: Frozen = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.pop("_held", None)
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         # Asked before the first tensor is converted, so a refusal leaves the model whole.
         packed = (module.packed for module in self.modules() if isinstance(module, FrozenConv))
@@ -167,16 +173,17 @@ class FrozenRoot(Frozen):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""
-        given = self._given_dtype((args, kwargs))
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        given = self._given_dtype(args if alone else tree_leaves((args, kwargs)))
         with torch.no_grad():
             result = self.cuda_graphs.run(self, super().forward, args, kwargs, self._enter)
             if given is None or given is self.frozen_dtype:
                 return result
             return tree_map(lambda leaf: leaf.to(given) if _is_map(leaf) else leaf, result)
 
-    def _given_dtype(self, arguments: Any) -> torch.dtype | None:
+    def _given_dtype(self, leaves: Iterable[Any]) -> torch.dtype | None:
         given = None
-        for leaf in tree_leaves(arguments):
+        for leaf in leaves:
             if not _is_map(leaf):
                 continue
             if leaf.dtype not in (self.frozen_dtype, torch.float32):

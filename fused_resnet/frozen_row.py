@@ -104,8 +104,6 @@ def _row_of(owner: FrozenRow) -> Row | None:
     members: list[nn.Module] = []
     inlined: list[Inlined] = []
     steps: list[Plan | nn.Module] = []
-    if owner.__dict__.get("_is_replica"):  # nn.DataParallel makes its copies for one call
-        return None
     for child in owner._modules.values():
         assert child is not None
         if not isinstance(child, FrozenBlock) or not _is_called_plainly(child):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from networks import image, randomize
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
-from fused_resnet import frozen_block, ops
+from fused_resnet.frozen_block import one_by_one
 
 
 def network(depth: int = 18) -> nn.Module:
@@ -20,13 +21,24 @@ def network(depth: int = 18) -> nn.Module:
     return randomize(getattr(fr, f"resnet{depth}")(num_classes=10)).eval()
 
 
+class Noting(TorchDispatchMode):
+    """Sees the calls of operators, whoever makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "fused_resnet::residual_block":
+            self.made.append(1)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """Grows by one at each call of the operation."""
-    made: list[int] = []
-    run = ops.residual_block
-    monkeypatch.setattr(ops, "residual_block", lambda *a, **k: (made.append(1), run(*a, **k))[1])
-    return made
+    with Noting() as mode:
+        yield mode.made
 
 
 def x_of(batch: int = 1, size: int = 64) -> torch.Tensor:
@@ -70,11 +82,13 @@ def test_a_shortcut_that_is_switched_off_is_left_out(calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("depth", [18, 50])
-def test_the_network_equals_the_chain(monkeypatch, dtype, depth):
+def test_the_network_equals_the_chain(calls, dtype, depth):
     frozen, x = fr.freeze(network(depth), dtype), x_of(3)
     y = frozen(x)
-    monkeypatch.setattr(frozen_block.FrozenBlock, "_plan", lambda self, backend: None)
-    torch.testing.assert_close(y, frozen(x), rtol=1e-6, atol=1e-6)
+    calls.clear()
+    with one_by_one(frozen):
+        torch.testing.assert_close(y, frozen(x), rtol=1e-6, atol=1e-6)
+    assert not calls
 
 
 def double(module, args, y):
@@ -124,10 +138,8 @@ def test_a_change_after_the_first_call_counts(change, depth):
     CHANGES[change](frozen.layer2[0])
     after = frozen(x)
     assert not torch.equal(after, before)
-    for module in frozen.modules():
-        if isinstance(module, frozen_block.FrozenBlock):
-            module._plan = lambda backend: None
-    torch.testing.assert_close(after, frozen(x), rtol=1e-5, atol=1e-5)
+    with one_by_one(frozen):
+        torch.testing.assert_close(after, frozen(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_hook_that_is_removed_is_gone(calls):
@@ -162,6 +174,20 @@ def test_a_plan_is_not_copied():
         )
         assert not torch.equal(other(x), y)
         assert torch.equal(frozen(x), y)
+
+
+def test_a_replica_runs_its_own_modules():
+    """As ``nn.DataParallel`` makes it, of a block that has been called."""
+    block = fr.freeze(network()).layer1[0]
+    x = image(2, 64, 8, 8, dtype=torch.float32)
+    with torch.no_grad():
+        expected = block(x)
+        replica = block._replicate_for_data_parallel()
+        replica.conv2 = copy.deepcopy(block.conv2)
+        replica.conv2.scale.zero_()
+        replica.conv2.shift.zero_()
+        assert torch.equal(replica(x), x.relu())
+        assert torch.equal(block(x), expected)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
