@@ -122,7 +122,7 @@ class Frozen(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Frozen:
         # As above: what was decided holds the weights of the module that is copied.
-        replica: Frozen = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: Frozen = super()._replicate_for_data_parallel()
         replica.__dict__.pop("_held", None)
         return replica
 
