@@ -26,6 +26,7 @@ import fused_resnet as fr
 from fused_resnet import (
     _registrations,
     frozen_block,
+    frozen_row,
     library,
     ops,
     packed_ops,
@@ -76,7 +77,7 @@ def stand_in(monkeypatch, operators: dict[str, Any]) -> list[tuple[str, str]]:
     ran: list[tuple[str, str]] = []
     for name, own in operators.items():
         monkeypatch.setitem(OPERATORS, name, Counted(name, own, ran))
-    for module in (packed_ops, frozen_block):
+    for module in (packed_ops, frozen_block, frozen_row):
         monkeypatch.setattr(module, "select", lambda op, x: "cuda")
     _registrations.candidates.cache_clear()
     return ran

@@ -14,7 +14,7 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import frozen_block, packed_ops
+from fused_resnet import frozen_block, frozen_row, packed_ops
 from fused_resnet._registrations import OPERATORS
 
 # The package's attribute of that name is the function.
@@ -85,7 +85,7 @@ def test_every_convolution_of_the_family(on_executor, name, precision):
 def as_cuda(on_executor, monkeypatch) -> Any:
     """Frozen modules take the ways that they have for tensors on CUDA."""
     monkeypatch.setattr(freeze_module, "packed_dtype", lambda dtype, device: dtype)
-    for module in (packed_ops, frozen_block):
+    for module in (packed_ops, frozen_block, frozen_row):
         monkeypatch.setattr(module, "select", lambda op, x: "cuda")
     return on_executor
 
