@@ -28,7 +28,7 @@ from .folding import fold
 from .frozen_block import FrozenBlock, is_block
 from .frozen_row import FrozenRow, is_row
 from .fuse import derive, fuse
-from .graphs import Graphs, size_for
+from .graphs import Graphs, is_one_tensor, size_for
 from .parts import in_parts
 from .stage_list import StageList, is_stage_list
 from .swap import TracedRoute
@@ -173,8 +173,9 @@ class FrozenRoot(Frozen):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        given = self._given_dtype(args if alone else tree_leaves((args, kwargs)))
+        # Going through structures takes ten times as long as looking at one tensor.
+        leaves = args if is_one_tensor(args, kwargs) else tree_leaves((args, kwargs))
+        given = self._given_dtype(leaves)
         with torch.no_grad():
             result = self.cuda_graphs.run(self, super().forward, args, kwargs, self._enter)
             if given is None or given is self.frozen_dtype:

@@ -62,6 +62,11 @@ class Recorded(NamedTuple):
         return self.snapshot.holds() and self.addresses == [t.data_ptr() for t in self.tensors]
 
 
+def is_one_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a model is called with a tensor and nothing else."""
+    return len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+
+
 class Graphs:
     """The graphs of one frozen model, ``model.cuda_graphs``.
 
@@ -142,7 +147,7 @@ class Graphs:
                         graph.input.copy_(x)
                         graph.replay()
                         return graph.output if self.reuse_outputs else _copied(graph.output)
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        if is_one_tensor(args, kwargs):
             return forward(convert(args[0]))  # as below, in a tenth of the time
         args, kwargs = tree_map(convert, (args, kwargs))
         return forward(*args, **kwargs)
@@ -150,8 +155,7 @@ class Graphs:
     def _may_replay(self, model: nn.Module, args: Any, kwargs: Any) -> bool:
         return (
             self.size > 0
-            and len(args) == 1
-            and not kwargs
+            and is_one_tensor(args, kwargs)
             and _nobody_looks_in()
             and _is_plain_map(args[0])
             and self._recorder.takes(args[0])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,3 +65,12 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], limit: floa
         distance = (got[name].double() - truth.double()).norm().item()
         scale = max(truth.double().norm().item(), 1.0)
         assert distance <= limit * scale, f"{name}: relative distance {distance / scale:.1e}"
+
+
+def in_threads(work: Callable[[Any], None], *arguments: Any) -> None:
+    """``work`` of each argument, at once, each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
-from networks import image, randomize
+from networks import image, in_threads, randomize
+from operator_calls import OperatorCalls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
 from fused_resnet.frozen_block import one_by_one
@@ -21,24 +20,11 @@ def network(depth: int = 18) -> nn.Module:
     return randomize(getattr(fr, f"resnet{depth}")(num_classes=10)).eval()
 
 
-class Noting(TorchDispatchMode):
-    """Sees the calls of operators, whoever makes them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() == "fused_resnet::residual_block":
-            self.made.append(1)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def calls():
     """Grows by one at each call of the operation."""
-    with Noting() as mode:
-        yield mode.made
+    with OperatorCalls("fused_resnet::residual_block".__eq__) as ran:
+        yield ran.names
 
 
 def x_of(batch: int = 1, size: int = 64) -> torch.Tensor:
@@ -217,9 +203,5 @@ def test_two_threads_at_once():
             if not torch.equal(frozen(inputs[at]), expected[at]):
                 wrong.append(at)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 0, 2)
     assert not wrong

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
-from collections import Counter
 
 import pytest
 import torch
-from networks import image, randomize
+from networks import image, in_threads, randomize
+from operator_calls import OperatorCalls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
 from fused_resnet import choice, tuner
@@ -19,25 +17,11 @@ from fused_resnet.frozen_block import FrozenBlock, one_by_one
 from fused_resnet.frozen_row import FrozenRow
 
 
-class Counting(TorchDispatchMode):
-    """Counts the calls of this package's operators, whoever makes them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        space, _, name = func.name().partition("::")
-        if space.startswith("fused_resnet"):
-            self.calls[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def operators(model, x):
     """The result of a call, and how often it called which operator."""
-    with torch.no_grad(), Counting() as mode:
+    with torch.no_grad(), OperatorCalls() as ran:
         y = model(x)
-    return y, dict(mode.calls)
+    return y, ran.counts("fused_resnet")
 
 
 @pytest.fixture
@@ -407,9 +391,5 @@ def test_two_threads_at_once():
                 row[1].register_forward_hook(lambda module, args, y: None).remove()
                 row.__dict__.pop("_held", None)
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 0, 1)
     assert wrong == []

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from networks import assert_same, image, results
+from operator_calls import OperatorCalls
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet as fr
 from fused_resnet.bench import environment, zoo
@@ -116,22 +115,6 @@ def run(model: nn.Module, name: str, x: Any) -> dict[str, Tensor]:
     return {str(index): tensor for index, tensor in enumerate(tensors)}
 
 
-class Calls(TorchDispatchMode):
-    """Counts this package's operations and PyTorch's batch norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fused: Counter[str] = Counter()
-        self.norms = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        library, _, name = func.name().partition("::")
-        if library == "fused_resnet":
-            self.fused[name] += 1
-        self.norms += "batch_norm" in name and library == "aten"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network(name: str) -> None:
     """Answers within 1e-9 of the eager ones, and as many groups as were recorded."""
@@ -168,11 +151,13 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_what_is_counted_is_what_runs(name: str) -> None:
     """One operation a group in a forward, and of PyTorch's batch norms none."""
     fused, row = fr.fuse(built(name)), recorded()[name]
-    with torch.no_grad(), Calls() as calls:
+    with torch.no_grad(), OperatorCalls() as ran:
         run(fused, name, images(name))
-    assert calls.fused == row["operations"]
-    assert calls.fused.total() == row["fused"]
-    assert calls.norms == row["groups"] - row["fused"] == 0
+    calls = ran.counts("fused_resnet::")
+    assert calls == row["operations"]
+    assert sum(calls.values()) == row["fused"]
+    norms = sum("batch_norm" in called for called in ran.counts("aten::").elements())
+    assert norms == row["groups"] - row["fused"] == 0
 
 
 TRAINED = ("torchvision:resnet18", "torchvision:shufflenet_v2_x0_5", "timm:test_resnet",
