@@ -68,6 +68,13 @@ inline constexpr const char* kSchemas[] = {
     "residual_block(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, Tensor? joined, "
     "Tensor? joined_shift, bool bottleneck, int stride, int dilation, int groups, bool winograd) "
     "-> Tensor",
+
+    // Blocks one after another, on the CPU. The lists of tensors hold all blocks' in order, the
+    // others an element for each block: how many convolutions are its own, whether a 1x1 is its
+    // shortcut's, and how many channels of zeros a shortcut without parameters adds on each side.
+    "residual_row(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, int[] convs, "
+    "bool[] projected, int[] padding, int[] stride, int[] dilation, int[] groups, bool[] winograd) "
+    "-> Tensor",
 };
 
 }  // namespace fr

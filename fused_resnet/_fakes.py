@@ -159,3 +159,15 @@ def _(  # type: ignore[no-untyped-def]
     channels = scale[2 if bottleneck else 1].shape[0]
     size = [_window(n, 1, stride, 0, 1) for n in x.shape[2:]]
     return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
+
+
+@fake("residual_row")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, convs, projected, padding, stride, dilation, groups, winograd
+):  # fmt: skip
+    channels, size, at = x.shape[1], list(x.shape[2:]), 0
+    for i, count in enumerate(convs):
+        channels = scale[at + count - 1].shape[0]
+        size = [_window(n, 1, stride[i], 0, 1) for n in size]
+        at += count + projected[i]
+    return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)

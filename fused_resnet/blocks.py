@@ -610,6 +610,10 @@ class Route(nn.Module):
         return None
 
 
+#: Of a shortcut that is the identity or a convolution, see :attr:`WholeBlock.padding`.
+NO_PADDING = (0, 1)
+
+
 @dataclass(frozen=True)
 class WholeBlock:
     """A residual block by its modules: convolutions in a row, a shortcut, and nothing else.
@@ -622,6 +626,7 @@ class WholeBlock:
         members: All modules on which this depends.
         reads: Whether the attributes of the block on which it depends are as they were; None for
             none.
+        padding: Of a shortcut without parameters: channels of zeros on each side, and its stride.
     """
 
     convs: list[nn.Module]
@@ -629,6 +634,7 @@ class WholeBlock:
     acts: list[nn.Module | None]
     members: list[nn.Module]
     reads: Callable[[nn.Module], bool] | None = None
+    padding: tuple[int, int] = NO_PADDING
 
 
 def block_with(

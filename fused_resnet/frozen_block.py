@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from . import exported, packed_ops
 from .backends import select
-from .blocks import Folded, Route, WholeBlock, apart, hooked, inner_activation, is_relu
+from .blocks import (
+    NO_PADDING,
+    Folded,
+    Route,
+    WholeBlock,
+    apart,
+    hooked,
+    inner_activation,
+    is_relu,
+)
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -60,14 +69,14 @@ class FrozenBlock(nn.Module):
         if backend not in ("cpu", "cuda", "triton"):
             return None
         if torch.compiler.is_compiling():  # a trace should not keep what it computes
-            block = self.block_now()
+            block = self._alone()
             return None if block is None else make_plan(block)
         held = self.__dict__.get("_held")
         if held is not None:
             snapshot, plan, reads = held
             if snapshot.holds() and (reads is None or reads(self)):
                 return plan
-        block = self.block_now()
+        block = self._alone()
         if block is None:
             return None
         convs: Any = block.convs
@@ -76,6 +85,11 @@ class FrozenBlock(nn.Module):
         plan = make_plan(block, *both)
         self.__dict__["_held"] = (Snapshot(dict.fromkeys(block.members), self), plan, block.reads)
         return plan
+
+    def _alone(self) -> WholeBlock | None:
+        """:meth:`block_now`, but None where only an operation on rows has such a shortcut."""
+        block = self.block_now()
+        return None if block is None or block.padding != NO_PADDING else block
 
     def block_now(self) -> WholeBlock | None:
         """The block by its modules; None where the operation is another one."""
@@ -95,7 +109,7 @@ class FrozenBlock(nn.Module):
             return None
         if not all(is_relu(act or inner[i]) for i, act in enumerate(block.acts)):
             return None
-        return block if _is_plain(block.convs, own) else None
+        return block if _is_plain(block.convs, own, block.padding) else None
 
 
 def _are_both(inner: nn.Module | None, act: nn.Module | None) -> bool:
@@ -129,12 +143,13 @@ def make_plan(
     )
 
 
-def _is_plain(convs: list[Any], own: int) -> bool:
+def _is_plain(convs: list[Any], own: int, padding: tuple[int, int]) -> bool:
     """Whether geometry and channels are those that the operation has for such a block.
 
     Args:
         convs: :class:`~fused_resnet.freeze.FrozenConv`, the block's own and its shortcut's.
         own: How many are the block's own.
+        padding: See :class:`~fused_resnet.blocks.WholeBlock`.
     """
     bottleneck = own == 3
     spatial = convs[own - 2]
@@ -150,16 +165,17 @@ def _is_plain(convs: list[Any], own: int) -> bool:
     if len(convs) > own:
         expected.append((1, {**plain, "stride": (stride, stride)}))
     for conv, (size, settings) in zip(convs, expected, strict=True):
-        padding = conv.dilation[0] if size == 3 else 0
-        if conv.kernel_size != (size, size) or conv.padding != (padding, padding):
+        border = conv.dilation[0] if size == 3 else 0
+        if conv.kernel_size != (size, size) or conv.padding != (border, border):
             return False
         if any(getattr(conv, name) != value for name, value in settings.items()):
             return False
     # An addition in PyTorch would stretch one channel, or one pixel, to many.
     result = (convs[own - 1].out_channels, stride)
     if len(convs) > own:
-        return (convs[own].out_channels, stride) == result
-    return (convs[0].in_channels, 1) == result
+        return (convs[own].out_channels, stride) == result and padding == NO_PADDING
+    channels, step = padding
+    return (convs[0].in_channels + 2 * channels, step) == result
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Frozen residual blocks in a row: their operators one after another, and one question before them.
+"""Frozen residual blocks in a row: one question whether they are what they were, and one operator.
 
-Calling a block costs ``Module.__call__``, the block's forward, and the question whether it is still
-what it was; together twice what the operator's own call costs, and a fifth of the time of a small
-block. A row asks for all its blocks at once, and then calls their operators and nothing else.
+Calling a block costs ``Module.__call__``, the block's forward, that question, and the operator's
+own call: together half of what a small block computes in. A row asks for all its blocks at once,
+and calls one operator for all of them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._registrations import OPERATORS
 from .backends import select
-from .blocks import apart, hooked
+from .blocks import WholeBlock, apart, hooked
 from .choice import settled
 from .frozen_block import FrozenBlock, Plan, is_block, make_plan
 from .snapshot import Snapshot
@@ -38,7 +39,7 @@ class Row(NamedTuple):
     Attributes:
         snapshot: Of the children, and of the modules on which the blocks depend.
         inlined: The blocks that are not called.
-        steps: In order, what the operator takes for a block, or another child.
+        steps: In order, what the operator takes for blocks in a row, or another child.
     """
 
     snapshot: Snapshot
@@ -96,7 +97,10 @@ def _operator_for(x: Any) -> Callable[..., Tensor] | None:
         return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they note which module calls what
         return None
-    return settled("residual_block", "cpu") if select("residual_block", x) == "cpu" else None
+    if select("residual_block", x) != "cpu" or settled("residual_block", "cpu") is None:
+        return None
+    operator: Callable[..., Tensor] = OPERATORS["cpu"].residual_row
+    return operator
 
 
 def _row_of(owner: FrozenRow) -> Row | None:
@@ -120,8 +124,23 @@ def _row_of(owner: FrozenRow) -> Row | None:
             return None
         inlined.append(one)
         members += (child, *block.members)
-        steps.append(make_plan(block))
+        if not steps or isinstance(steps[-1], nn.Module):
+            steps.append(tuple([] for _ in range(10)))
+        _append(steps[-1], block)  # type: ignore[arg-type]
     return Row(Snapshot(dict.fromkeys(members), owner), inlined, steps)
+
+
+def _append(plan: Plan, block: WholeBlock) -> None:
+    """One more block in the lists that the operator ``residual_row`` takes behind the map."""
+    packed, scale, shift, _, _, bottleneck, stride, dilation, groups, winograd = make_plan(block)
+    for held, tensors in zip(plan, (packed, scale, shift), strict=False):
+        held += tensors
+    convs = 3 if bottleneck else 2
+    settings = (
+        convs, len(packed) > convs, block.padding[0], stride, dilation, groups, winograd,
+    )  # fmt: skip
+    for held, setting in zip(plan[3:], settings, strict=True):
+        held.append(setting)
 
 
 def _is_called_plainly(block: FrozenBlock) -> bool:

@@ -30,6 +30,7 @@ FORWARD = "tests/test_ops.py"
 BFLOAT16 = "tests/test_bfloat16.py"
 BACKWARD = "tests/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
+ROW = "tests/test_residual_row.py"
 SWAP = "tests/test_swap_semantics.py"
 ALIASING = "tests/test_swap_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
@@ -221,6 +222,38 @@ MUTANTS = [
         "csrc/cpu/kernels/winograd.h",
         "winograd_output<kOut>(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);",
         "winograd_output<kOut>(f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, l, product);",
+    ),
+    Mutant(
+        "Winograd's second group of tiles begins one late",
+        "csrc/cpu/kernels/winograd.h",
+        "const WinogradBlock group{b.tile0 + tiles * g / groups,",
+        "const WinogradBlock group{b.tile0 + tiles * g / groups + (g > 0),",
+    ),
+    Mutant(
+        "Winograd's frame of zeros lacks a tile's last column",
+        "csrc/cpu/kernels/winograd.h",
+        "for (int64_t j = col0; j < col1; ++j)",
+        "for (int64_t j = col0; j < col1 - 1; ++j)",
+    ),
+    Mutant(
+        "Winograd's tiles never reach the next image",
+        "csrc/cpu/kernels/winograd.h",
+        "    y = 0;\n    ++n;",
+        "    y = 0;",
+    ),
+    Mutant(
+        "a shortcut that pads takes neighbouring rows",
+        BLOCK,
+        "line = row % out[2] * stride;",
+        "line = row % out[2];",
+        ROW,
+    ),
+    Mutant(
+        "a row's blocks take the first one's tensors",
+        BLOCK,
+        "    at += count;\n",
+        "",
+        ROW,
     ),
     Mutant("pairs in the wrong order", PAIRS, "+ in_run % 2;", "+ 1 - in_run % 2;", *PAIRED),
     Mutant(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from ..blocks import (
     chain,
     chain_groups,
     conv_bn,
+    kind,
 )
 from ..nn import Chain, conv1x1, conv3x3
 from .weights import Source, load_into
@@ -92,7 +95,17 @@ class CifarBlock(Route):
         """See :meth:`fused_resnet.blocks.Route.whole_block`."""
         if not self.residual:
             return None
-        return block_with(self, 2, self.shortcut, attrgetter("residual"))
+        if kind(self.shortcut) is not PadShortcut:
+            return block_with(self, 2, self.shortcut, attrgetter("residual"))
+        padding = _padding_of(self)
+        block = block_with(self, 2, None, lambda m: _padding_of(m) == padding)
+        assert block is not None and padding is not None
+        return replace(block, members=[*block.members, self.shortcut], padding=padding)
+
+
+def _padding_of(block: Any) -> tuple[int, int] | None:
+    """Zeros on each side and stride of a block's :class:`PadShortcut`; None without one."""
+    return (block.shortcut.padding, block.shortcut.stride) if block.residual else None
 
 
 def _stage(

@@ -15,6 +15,18 @@ namespace FR_ISA {
 
 using Floats = Vec<float>;
 
+template <int kLength>
+FR_INLINE void load_line(const float* from, int64_t step, Floats (&d)[kLength]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kLength; ++i) d[i] = load(from + i * step);
+}
+
+template <int kLength>
+FR_INLINE void store_line(const Floats (&o)[kLength], float* to, int64_t step) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kLength; ++i) store(o[i], to + i * step);
+}
+
 // B^T.
 FR_INLINE void transform_input(const Floats (&d)[6], Floats (&o)[6]) {
   o[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
