@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -13,7 +14,8 @@ namespace fr {
 // A packed convolution of the block, with the affine step behind it.
 struct BlockConv {
   at::Tensor packed, scale, shift;
-  std::vector<int64_t> weight_shape, stride, padding, dilation;
+  std::array<int64_t, 4> weight_shape;
+  std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
 };
 

@@ -56,7 +56,13 @@ MUTANTS = [
         "e.shift = static_cast<const A*>(f.shift) + k;",
         "e.shift = static_cast<const A*>(f.shift) + (k > 0 ? k - 1 : 0);",
     ),
-    Mutant("missing ReLU", CONV, "if (e.relu) r = relu_vector(r);", ""),
+    Mutant("missing ReLU", CONV, "store(floor_vector(floor, r), y);", "store(r, y);"),
+    Mutant(
+        "missing ReLU behind Winograd's output transform",
+        "csrc/cpu/kernels/winograd.h",
+        "store(floor_vector(floor, r), y + at);",
+        "store(r, y + at);",
+    ),
     Mutant("missing ReLU in a partial panel", CONV, "if (e.relu) r = relu_scalar(r);", ""),
     Mutant(
         "missing residual in a partial panel",
@@ -147,8 +153,8 @@ MUTANTS = [
     Mutant(
         "a part of the batch takes the first part's residual",
         BLOCK,
-        "steps_.back().run(images, h, shortcut_ ? y : x, y, true);",
-        "steps_.back().run(images, h, shortcut_ ? y : x_.const_data_ptr(), y, true);",
+        "steps_.back().run(images, h, identity ? x : y, y, true);",
+        "steps_.back().run(images, h, identity ? x_.const_data_ptr() : y, y, true);",
         BLOCKS,
     ),
     Mutant(

@@ -15,7 +15,7 @@ from rich.console import Console
 
 MUTANTS = [*mutants_conv.MUTANTS, *mutants_bn.MUTANTS, *mutants_stem.MUTANTS]
 #: Planted in every `make test`; the others in `make test-all`.
-QUICK = MUTANTS[::12]
+QUICK = MUTANTS[::30]
 
 
 def main() -> int:

@@ -217,22 +217,36 @@ struct Epilogue {
   bool relu;
 };
 
+// A whole panel. By value, and without a branch at each vector: what is stored could be any of the
+// epilogue's own fields, for all that the compiler knows, and it would read them again every time.
+template <class T, bool kResidual, int kTile, int kVectors>
+FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T> e) {
+  using A = Acc<T>;
+  constexpr int lanes = kLanes<A>;
+  const Vec<A> floor = broadcast<A>(e.relu ? A(0) : -__builtin_huge_val());
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);
+    const T* residual = e.residual + v * lanes;
+    T* y = e.y + v * lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i, residual += e.stride, y += e.stride) {
+      Vec<A> r = acc[i][v] * scale + shift;
+      if (kResidual) r += load(residual);
+      store(floor_vector(floor, r), y);
+    }
+  }
+}
+
 template <class T, int kTile, int kVectors>
 FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>& e) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
   if (e.cols == kVectors * lanes) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) {
-        Vec<A> r = acc[i][v] * scale + shift;
-        const int64_t at = i * e.stride + v * lanes;
-        if (e.residual) r += load(e.residual + at);
-        if (e.relu) r = relu_vector(r);
-        store(r, e.y + at);
-      }
+    if (e.residual) {
+      store_panel<T, true>(acc, e);
+    } else {
+      store_panel<T, false>(acc, e);
     }
     return;
   }

@@ -219,5 +219,11 @@ FR_INLINE A relu_scalar(A v) {
 FR_INLINE Vec<float> relu_vector(Vec<float> v) { return v < 0 ? Vec<float>{} : v; }
 FR_INLINE Vec<double> relu_vector(Vec<double> v) { return v < 0 ? Vec<double>{} : v; }
 
+// max(floor, v) likewise: a ReLU where the floor is 0, nothing where it is minus infinity.
+template <class V>
+FR_INLINE V floor_vector(V floor, V v) {
+  return floor > v ? floor : v;
+}
+
 }  // namespace FR_ISA
 }  // namespace fr

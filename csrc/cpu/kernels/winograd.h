@@ -210,8 +210,10 @@ void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t
   constexpr int lanes = kLanes<float>, in = kIn<kOut>;
   const ConvShape& s = f.shape;
   const int64_t out_h = s.out_h(), out_w = s.out_w();
+  const int64_t channels = s.k;
   const float* residual = static_cast<const float*>(f.residual);
   float* y = static_cast<float*>(f.y);
+  const Floats floor = broadcast(f.relu ? 0.0f : -__builtin_huge_valf());
   TilePlace<kOut> place = TilePlace<kOut>::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, from += panel, place.advance(out_h, out_w)) {
     const int64_t rows = min_of(kOut, out_h - place.y);
@@ -230,10 +232,11 @@ void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t
         Floats o[kOut];
         transform_output(half[i], o);
         for (int64_t j = 0; j < cols; ++j) {
-          const int64_t at = ((place.n * out_h + place.y + i) * out_w + place.x + j) * s.k + k + v;
+          const int64_t at =
+              ((place.n * out_h + place.y + i) * out_w + place.x + j) * channels + k + v;
           Floats r = o[j] * scale + shift;
           if (residual) r += load(residual + at);
-          store(f.relu ? relu_vector(r) : r, y + at);
+          store(floor_vector(floor, r), y + at);
         }
       }
     }
