@@ -17,8 +17,11 @@ from ._registrations import OPERATORS
 from .backends import select
 from .blocks import WholeBlock, apart, hooked
 from .choice import settled
-from .frozen_block import FrozenBlock, Plan, is_block, make_plan
+from .frozen_block import FrozenBlock, is_block, make_plan
 from .snapshot import Snapshot
+
+#: What the operator ``residual_row`` takes behind the map, in its order.
+Plan = tuple[list[Any], ...]
 
 
 class Inlined(NamedTuple):

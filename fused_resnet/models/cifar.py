@@ -99,7 +99,8 @@ class CifarBlock(Route):
             return block_with(self, 2, self.shortcut, attrgetter("residual"))
         padding = _padding_of(self)
         block = block_with(self, 2, None, lambda m: _padding_of(m) == padding)
-        assert block is not None and padding is not None
+        assert block is not None
+        assert padding is not None
         return replace(block, members=[*block.members, self.shortcut], padding=padding)
 
 
