@@ -303,6 +303,23 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) at[i] = pixels.base + (kIndirect ? pixels.offset[i] : 0);
   const int64_t pixel = pixels.step;
+  const auto multiply = [&](int64_t from, int64_t steps) __attribute__((always_inline)) {
+    for (int64_t o = from; o < from + steps; ++o, b += kVectors * lanes) {
+      __builtin_prefetch(ahead);
+      ahead += weights.ahead_step;
+      Vec<A> w[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i) {
+        const Vec<A> x = broadcast<A>(kIndirect ? at[i][o] : (at[0] + o)[i * pixel]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[i][v] += x * w[v];
+      }
+    }
+  };
+  // A 1x1 convolution of few channels would feel what the loops below cost.
+  if (runs.rows * runs.per_row == 1 && runs.length <= kChain) return multiply(0, runs.length);
   int64_t chain = 0;
   bool spilled = false;
   for (int64_t r = 0; r < runs.rows; ++r) {
@@ -324,19 +341,8 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
         const int64_t steps = min_of(left, kChain - chain);
         chain += steps;
         left -= steps;
-        for (int64_t step = 0; step < steps; ++step, ++o, b += kVectors * lanes) {
-          __builtin_prefetch(ahead);
-          ahead += weights.ahead_step;
-          Vec<A> w[kVectors];
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
-#pragma GCC unroll 16
-          for (int i = 0; i < kTile; ++i) {
-            const Vec<A> x = broadcast<A>(kIndirect ? at[i][o] : (at[0] + o)[i * pixel]);
-#pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) acc[i][v] += x * w[v];
-          }
-        }
+        multiply(o, steps);
+        o += steps;
       }
     }
   }
