@@ -5,13 +5,12 @@ A compiler traces this: it takes the device's own kernels, and nothing is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import tuner
-from ._registrations import OPERATORS, candidates
+from ._registrations import candidates
 from .backends import current_backend
 
 
@@ -29,14 +28,11 @@ def chosen(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
     return tuner.choose(op, backend, among, arguments) if len(among) > 1 else backend
 
 
-def settled(op: str, backend: str) -> Callable[..., Any] | None:
-    """The operator of every call that ``backend`` may run; None where each call has a choice.
+def settled(op: str, backend: str) -> bool:
+    """Whether ``backend`` runs every call of an operator that it may run: none has a choice.
 
     Args:
         op: See :func:`chosen`.
         backend: See :func:`chosen`.
     """
-    if current_backend() == "auto" and len(candidates(op, backend)) > 1:
-        return None
-    operator: Callable[..., Any] = getattr(OPERATORS[backend], op)
-    return operator
+    return current_backend() != "auto" or len(candidates(op, backend)) == 1

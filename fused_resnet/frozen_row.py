@@ -100,7 +100,7 @@ def _operator_for(x: Any) -> Callable[..., Tensor] | None:
         return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they note which module calls what
         return None
-    if select("residual_block", x) != "cpu" or settled("residual_block", "cpu") is None:
+    if select("residual_block", x) != "cpu" or not settled("residual_block", "cpu"):
         return None
     operator: Callable[..., Tensor] = OPERATORS["cpu"].residual_row
     return operator
@@ -110,7 +110,7 @@ def _row_of(owner: FrozenRow) -> Row | None:
     """The row as it is now; None while somebody looks at a block, which is seldom for long."""
     members: list[nn.Module] = []
     inlined: list[Inlined] = []
-    steps: list[Plan | nn.Module] = []
+    steps: list[list[WholeBlock] | nn.Module] = []
     for child in owner._modules.values():
         assert child is not None
         if not isinstance(child, FrozenBlock) or not _is_called_plainly(child):
@@ -127,23 +127,27 @@ def _row_of(owner: FrozenRow) -> Row | None:
             return None
         inlined.append(one)
         members += (child, *block.members)
-        if not steps or isinstance(steps[-1], nn.Module):
-            steps.append(tuple([] for _ in range(10)))
-        _append(steps[-1], block)  # type: ignore[arg-type]
-    return Row(Snapshot(dict.fromkeys(members), owner), inlined, steps)
+        if steps and isinstance(steps[-1], list):
+            steps[-1].append(block)
+        else:
+            steps.append([block])
+    planned = [_plan_of(step) if isinstance(step, list) else step for step in steps]
+    return Row(Snapshot(dict.fromkeys(members), owner), inlined, planned)
 
 
-def _append(plan: Plan, block: WholeBlock) -> None:
-    """One more block in the lists that the operator ``residual_row`` takes behind the map."""
-    packed, scale, shift, _, _, bottleneck, stride, dilation, groups, winograd = make_plan(block)
-    for held, tensors in zip(plan, (packed, scale, shift), strict=False):
-        held += tensors
-    convs = 3 if bottleneck else 2
-    settings = (
-        convs, len(packed) > convs, block.padding[0], stride, dilation, groups, winograd,
-    )  # fmt: skip
-    for held, setting in zip(plan[3:], settings, strict=True):
-        held.append(setting)
+def _plan_of(blocks: list[WholeBlock]) -> Plan:
+    packed: list[Tensor] = []
+    scale: list[Tensor] = []
+    shift: list[Tensor] = []
+    settings: list[tuple[Any, ...]] = []
+    for block in blocks:
+        own, convs = len(block.acts), len(block.convs)
+        w, a, b, _, _, _, stride, dilation, groups, winograd = make_plan(block)
+        packed += w
+        scale += a
+        shift += b
+        settings.append((own, convs > own, block.padding[0], stride, dilation, groups, winograd))
+    return (packed, scale, shift, *map(list, zip(*settings, strict=True)))
 
 
 def _is_called_plainly(block: FrozenBlock) -> bool:

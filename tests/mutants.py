@@ -87,8 +87,8 @@ MUTANTS = [
     Mutant(
         "ReLU swallows NaN",
         "csrc/cpu/kernels/vec.h",
-        "FR_INLINE Vec<float> relu_vector(Vec<float> v) { return v < 0 ? Vec<float>{} : v; }",
-        "FR_INLINE Vec<float> relu_vector(Vec<float> v) { return v > 0 ? v : Vec<float>{}; }",
+        "return floor > v ? floor : v;",
+        "return v > floor ? v : floor;",
     ),
     Mutant(
         "bfloat16 truncated, not rounded",

@@ -63,11 +63,12 @@ FR_INLINE void bn_forward_row(const T* x, const T* residual, T* y, int64_t cols,
                               P scale, P bias) {
   using A = Wide<T>;
   constexpr int lanes = kLanes<A>;
+  const Vec<A> floor = relu_floor<A>(relu);
   int64_t i = 0;
   for (; i + lanes <= cols; i += lanes) {
     Vec<A> v = (Load<A>::from(x + i) - mean.vector(i)) * scale.vector(i) + bias.vector(i);
     if (residual) v += Load<A>::from(residual + i);
-    store(relu ? relu_vector(v) : v, y + i);
+    store(floor_vector(floor, v), y + i);
   }
   for (; i < cols; ++i) {
     A v = (A{to_acc(x[i])} - mean.scalar(i)) * scale.scalar(i) + bias.scalar(i);

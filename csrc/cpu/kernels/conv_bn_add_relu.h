@@ -223,7 +223,7 @@ template <class T, bool kResidual, int kTile, int kVectors>
 FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T> e) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
-  const Vec<A> floor = broadcast<A>(e.relu ? A(0) : -__builtin_huge_val());
+  const Vec<A> floor = relu_floor<A>(e.relu);
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);

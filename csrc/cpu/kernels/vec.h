@@ -216,10 +216,13 @@ template <class A>
 FR_INLINE A relu_scalar(A v) {
   return v < 0 ? A(0) : v;
 }
-FR_INLINE Vec<float> relu_vector(Vec<float> v) { return v < 0 ? Vec<float>{} : v; }
-FR_INLINE Vec<double> relu_vector(Vec<double> v) { return v < 0 ? Vec<double>{} : v; }
 
-// max(floor, v) likewise: a ReLU where the floor is 0, nothing where it is minus infinity.
+// On vectors without a branch: max(floor, v) likewise, and the floor that makes it a ReLU or
+// nothing.
+template <class A>
+FR_INLINE Vec<A> relu_floor(bool relu) {
+  return broadcast<A>(relu ? A(0) : -__builtin_huge_val());
+}
 template <class V>
 FR_INLINE V floor_vector(V floor, V v) {
   return floor > v ? floor : v;

@@ -142,14 +142,14 @@ void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int
     Floats half[3][in];
     for (int tap = 0; tap < 3; ++tap) {
       Floats g[3];
-      for (int r = 0; r < 3; ++r) g[r] = load(packed + ((r * 3 + tap) * s.c + c0) * panel + i);
+      load_line(packed + (tap * s.c + c0) * panel + i, 3 * s.c * panel, g);
       transform_weight(g, half[tap]);
     }
     for (int row = 0; row < in; ++row) {
       const Floats g[3] = {half[0][row], half[1][row], half[2][row]};
       Floats o[in];
       transform_weight(g, o);
-      for (int j = 0; j < in; ++j) store(o[j], to + (row * in + j) * l.weight_point + i);
+      store_line(o, to + row * in * l.weight_point + i, l.weight_point);
     }
   }
 }
@@ -213,7 +213,7 @@ void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t
   const int64_t channels = s.k;
   const float* residual = static_cast<const float*>(f.residual);
   float* y = static_cast<float*>(f.y);
-  const Floats floor = broadcast(f.relu ? 0.0f : -__builtin_huge_valf());
+  const Floats floor = relu_floor<float>(f.relu);
   TilePlace<kOut> place = TilePlace<kOut>::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, from += panel, place.advance(out_h, out_w)) {
     const int64_t rows = min_of(kOut, out_h - place.y);
@@ -222,7 +222,7 @@ void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t
       Floats half[kOut][in];
       for (int j = 0; j < in; ++j) {
         Floats column[in], o[kOut];
-        for (int i = 0; i < in; ++i) column[i] = load(from + (i * in + j) * l.product_point + v);
+        load_line(from + j * l.product_point + v, in * l.product_point, column);
         transform_output(column, o);
         for (int i = 0; i < kOut; ++i) half[i][j] = o[i];
       }
