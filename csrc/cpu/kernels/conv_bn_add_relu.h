@@ -361,8 +361,12 @@ void conv_tile(const Pixels<Acc<T>>& pixels, const Runs& runs, const Weights<Acc
   // Asked for here, they come while the sum is computed.
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
-    if (e.residual) __builtin_prefetch(e.residual + i * e.stride, 0, 3);
-    __builtin_prefetch(e.y + i * e.stride, 1, 3);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = i * e.stride + v * kLanes<Acc<T>>;
+      if (e.residual) __builtin_prefetch(e.residual + at, 0, 3);
+      __builtin_prefetch(e.y + at, 1, 3);
+    }
   }
   Vec<Acc<T>> acc[kTile][kVectors];
   accumulate<Acc<T>, kTile, kVectors>(pixels, runs, weights, acc);
