@@ -41,6 +41,8 @@ constexpr int kPoints = kIn<kOut> * kIn<kOut>;
 // Longer would not fit; each pass adds to the products of the one before, which costs 2%.
 constexpr int64_t kWinogradDepth = 128;
 
+constexpr int64_t kLineFloats = 64 / sizeof(float);
+
 // The place of a tile: its image and its first output pixel.
 template <int kOut>
 struct TilePlace {
@@ -155,10 +157,10 @@ void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int
 }
 
 // [tiles][panel] at `to`, set or added to, by [tiles][depth], a row every `stride`, times
-// [depth][panel].
+// [depth][panel]. Fetches the lines at `ahead` meanwhile, one at a step.
 template <int kTile, int kVectors>
-void winograd_product(const float* a, int64_t stride, int64_t depth, const float* b, bool first,
-                      float* to) {
+void winograd_product(const float* a, int64_t stride, int64_t depth, const float* b,
+                      const float* ahead, bool first, float* to) {
   constexpr int lanes = kLanes<float>;
   Floats acc[kTile][kVectors];
 #pragma GCC unroll 16
@@ -166,7 +168,8 @@ void winograd_product(const float* a, int64_t stride, int64_t depth, const float
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) acc[i][v] = Floats{};
   }
-  for (int64_t c = 0; c < depth; ++c, ++a, b += kVectors * lanes) {
+  for (int64_t c = 0; c < depth; ++c, ++a, b += kVectors * lanes, ahead += kLineFloats) {
+    __builtin_prefetch(ahead, 0, 2);
     Floats w[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
@@ -185,7 +188,8 @@ void winograd_product(const float* a, int64_t stride, int64_t depth, const float
   }
 }
 
-using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, bool, float*);
+using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, const float*, bool,
+                                 float*);
 
 template <int kVectors>
 WinogradProduct product_of(int64_t rows) {
@@ -245,8 +249,9 @@ void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t
 
 template <int kOut>
 WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
-  constexpr int64_t kLine = 64 / sizeof(float);
-  const auto apart = [](int64_t floats) { return (ceil_div(floats, kLine) | 1) * kLine; };
+  const auto apart = [](int64_t floats) {
+    return (ceil_div(floats, kLineFloats) | 1) * kLineFloats;
+  };
   WinogradScratch l;
   l.tile = min_of(s.c, kWinogradDepth) + kLanes<float>;
   l.chunk = tiles * l.tile;
@@ -291,6 +296,27 @@ int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
+// The packed weights that are transformed next, taps of `length` floats: while products compute,
+// they come from memory to the L2 cache, which they would else be waited for.
+struct WeightAhead {
+  const float* tap;
+  int64_t step, length;
+  int64_t taps = 9, at = 0;
+
+  // The next `lines` lines, or null.
+  FR_INLINE const float* take(int64_t lines) {
+    if (at >= length) {
+      at = 0;
+      tap += step;
+      --taps;
+    }
+    if (taps <= 0) return nullptr;
+    const float* from = tap + at;
+    at += lines * kLineFloats;
+    return from;
+  }
+};
+
 // One group of tiles through all panels. Where they are held, weights are transformed already.
 template <int kOut>
 void winograd_group(const ConvForward& f, const WinogradBlock& b, const WinogradScratch& l,
@@ -298,6 +324,18 @@ void winograd_group(const ConvForward& f, const WinogradBlock& b, const Winograd
   const ConvShape& s = f.shape;
   const int64_t tiles = b.tile1 - b.tile0, parts = ceil_div(tiles, kMaxTile);
   winograd_input<kOut>(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l, input);
+  // Behind channel c of panel q.
+  const auto ahead_of = [&](int64_t q, int64_t c) {
+    if (c == s.c) {
+      ++q;
+      c = 0;
+    }
+    const int64_t width = panel_width<float>(s, min_of(q, b.panel1 - 1) * kPanel<float>);
+    const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
+    const int64_t taps = held || q == b.panel1 ? 0 : 9;
+    return WeightAhead{packed + c * width, s.c * width, min_of(s.c - c, kWinogradDepth) * width,
+                       taps};
+  };
   for (int64_t q = b.panel0; q < b.panel1; ++q) {
     const int64_t panel = panel_width<float>(s, q * kPanel<float>);
     const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
@@ -307,11 +345,14 @@ void winograd_group(const ConvForward& f, const WinogradBlock& b, const Winograd
       const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
       const float* chunk = input + c0 / kWinogradDepth * l.chunk;
       if (!held) winograd_weight<kOut>(s, packed, panel, c0, c1, l, w);
+      WeightAhead next = ahead_of(q, c1);
       for (int64_t point = 0; point < kPoints<kOut>; ++point) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
-          products(t1 - t0)(chunk + point * l.input_point + t0 * l.tile, l.tile, c1 - c0,
-                            w + point * l.weight_point, c0 == 0,
+          const float* weights = w + point * l.weight_point;
+          const float* ahead = next.take(c1 - c0);
+          products(t1 - t0)(chunk + point * l.input_point + t0 * l.tile, l.tile, c1 - c0, weights,
+                            ahead ? ahead : weights, c0 == 0,
                             product + point * l.product_point + t0 * panel);
         }
       }
