@@ -59,8 +59,10 @@ def freeze(
             first. It is not changed.
         dtype: float32, float64, bfloat16 or float16, of the feature maps and of the parameters that
             are left; None keeps the model's own.
-        winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm in float32:
-            2.5 times as fast, at a relative error of about 1e-6 where the direct sum has 2e-7.
+        winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm, in float32
+            arithmetic: 2.5 times as fast, at a relative error of about 1e-6 where the direct sum
+            has 2e-7. Of bfloat16 and float16 maps, where the result's rounding hides that, too;
+            of float64 never.
         graphs: On CUDA, for how many input shapes the model keeps a CUDA graph, recorded at the
             shape's second call; 0 or False for none, and True for 8. A replay runs no Python, so
             None means 8 where all modules are torch's, torchvision's and this package's, else 0.
@@ -272,7 +274,7 @@ class FrozenConv(Frozen, Packed):
         super().__init__()
         self.dtype = dtype or conv.weight.dtype
         wide = torch.float64 if self.dtype is torch.float64 else torch.float32
-        self.winograd = winograd and self.dtype is torch.float32
+        self.winograd = winograd and self.dtype is not torch.float64
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.groups = conv.kernel_size, conv.groups
         self.weight_shape: tuple[int, ...] = tuple(conv.weight.shape)

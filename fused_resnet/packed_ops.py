@@ -90,8 +90,9 @@ def conv_bn_add_relu_packed(
         dilation: Distance between taps, an int or ``(height, width)``.
         groups: Number of independent groups of channels.
         relu: False leaves the maximum out.
-        winograd: Whether a 3x3 convolution of stride 1 may run by Winograd's algorithm in float32
-            on the CPU where it is the faster way, with a relative error of about 1e-6.
+        winograd: Whether a 3x3 convolution of stride 1 may run by Winograd's algorithm on the CPU
+            where it is the faster way: in float32 arithmetic, with a relative error of about 1e-6
+            before the result is rounded to its dtype; not in float64.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
@@ -222,8 +223,8 @@ def residual_block(
         stride: Of the block, in both directions.
         dilation: Of a bottleneck's 3x3.
         groups: Of a bottleneck's 3x3.
-        winograd: On the CPU, whether a 3x3 of stride 1 may run by Winograd's algorithm in float32,
-            with a relative error of about 1e-6.
+        winograd: On the CPU, whether a 3x3 of stride 1 may run by Winograd's algorithm: in float32
+            arithmetic, with a relative error of about 1e-6 before rounding; not in float64.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.

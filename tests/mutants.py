@@ -226,8 +226,20 @@ MUTANTS = [
     Mutant(
         "Winograd's panels begin at the first one's channel",
         "csrc/cpu/kernels/winograd.h",
-        "winograd_output<kOut>(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);",
-        "winograd_output<kOut>(f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, l, product);",
+        "f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);",
+        "f, b.tile0, b.tile1, b.panel0 * kPanel<float>, panel, l, product);",
+    ),
+    Mutant(
+        "Winograd takes a pair's first weight for the second",
+        "csrc/cpu/kernels/winograd.h",
+        "c % 2 == 0 ? words << 16 : words & 0xffff0000u",
+        "words << 16",
+    ),
+    Mutant(
+        "rows that two blocks of a max-pool share come from one row too high",
+        "csrc/cpu/conv_driver.cpp",
+        "map + (row0 - first) * row_bytes",
+        "map + (row0 - first - 1) * row_bytes",
     ),
     Mutant(
         "Winograd's second group of tiles begins one late",

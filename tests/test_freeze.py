@@ -219,11 +219,12 @@ def winograds(frozen: nn.Module) -> list[nn.Module]:
     return [m for m in frozen.modules() if getattr(m, "winograd", False)]
 
 
-def test_winograd_is_for_float32_and_can_be_switched_off() -> None:
+def test_winograd_is_not_for_float64_and_can_be_switched_off() -> None:
     model = randomize(fr.resnet18(num_classes=10)).eval()
     assert winograds(fr.freeze(model))
     assert not winograds(fr.freeze(model, winograd=False))
-    assert not winograds(fr.freeze(model, torch.bfloat16))
+    assert winograds(fr.freeze(model, torch.bfloat16))
+    assert not winograds(fr.freeze(model, torch.float64))
     x = image(2, 3, 96, 96, dtype=torch.float32)
     truth = model.double()(x.double())
     model.float()

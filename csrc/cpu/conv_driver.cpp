@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "scratch.h"
 
@@ -134,8 +135,9 @@ int64_t winograd_tiles(const WinogradKernels& k, const ConvShape& s) {
 }
 
 bool winograd_fits(const WinogradKernels& k, const ConvShape& s) {
-  return s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1 && s.c % k.lanes == 0 && s.k % k.lanes == 0;
+  return k.run != nullptr && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1 && s.c % k.lanes == 0 &&
+         s.k % k.lanes == 0;
 }
 
 struct WinogradPlan {
@@ -175,12 +177,14 @@ WinogradPlan plan_winograd(const WinogradKernels& kernels, const ConvShape& s, i
 // The cheapest of Winograd's algorithms; null where the direct sum is cheaper. As one thread would
 // decide: the bits of a result must not depend on the number of threads.
 const WinogradKernels* winograd_for(DType dtype, const ConvShape& s) {
-  if (dtype != kFloat32 || s.n == 0) return nullptr;
+  if (s.n == 0) return nullptr;
   const KernelTable& table = kernels();
   const WinogradKernels* best = nullptr;
   double least =
       static_cast<double>(s.n * s.out_h() * s.out_w()) * static_cast<double>(s.depth() * s.k);
-  for (const WinogradKernels& k : table.winograd) {
+  // A step of AVX512-BF16 does two multiply-adds of the direct sum; here all sums are in float.
+  if (table.of[dtype].packed == kBFloat16) least /= 2;
+  for (const WinogradKernels& k : table.winograd[dtype]) {
     if (!winograd_fits(k, s)) continue;
     const double cost = plan_winograd(k, s, table.panel[kFloat32], 1).cost;
     if (cost >= least) continue;
@@ -236,20 +240,27 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
   at::parallel_for(0, s.n * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch, rows_between;
     const int64_t most_rows = (rows - 1) * pool.stride_h + pool.kernel_h;
-    void* const map = rows_between.at_least(most_rows * row_bytes);
+    char* const map = rows_between.at_least(most_rows * row_bytes);
+    int64_t first = 0, done = 0;  // the rows of the map that the block before has left
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / per_image;
       PoolForward p = pool;
       p.row0 = i % per_image * rows;
       p.row1 = std::min(p.row0 + rows, pool.out_h());
-      const ConvBlock block{n, n + 1, p.first_row(p.row0), p.end_row(p.row1), 0, s.out_w(),
-                            0, panels};
+      const int64_t row0 = p.first_row(p.row0), row1 = p.end_row(p.row1);
+      // Rows under two pools are computed once, unless another thread has them.
+      const int64_t kept = i > begin && p.row0 > 0 ? std::max<int64_t>(done - row0, 0) : 0;
+      if (kept > 0) std::memmove(map, map + (row0 - first) * row_bytes, kept * row_bytes);
+      const ConvBlock block{n, n + 1, row0 + kept, row1, 0, s.out_w(), 0, panels};
       ConvForward part = f;
-      part.y = map;
+      part.y = map + kept * row_bytes;
       part.y_first = (n * s.out_h() + block.row0) * s.out_w();
-      k.conv(part, block, scratch.at_least(k.conv_scratch_bytes(s, block)));
+      if (block.row0 < block.row1)
+        k.conv(part, block, scratch.at_least(k.conv_scratch_bytes(s, block)));
+      first = row0;
+      done = row1;
       p.x = map;
-      p.x_first = block.row0;
+      p.x_first = row0;
       p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;
       k.max_pool(p);
     }

@@ -36,7 +36,7 @@ BATCH, SIZE = 4, 64
 SEEDS = {"resnet101": (0,), "resnet152": (0,)}
 DEFAULT_SEEDS = (0, 1)
 
-#: Winograd's algorithm, which only float32 has, may give digits for speed: up to this error it
+#: In float32 Winograd's algorithm may give digits for speed: up to this error it
 #: passes even where the ratio would not.
 WINOGRAD_BOUND = 5e-6
 

@@ -36,7 +36,7 @@
 namespace fr {
 namespace FR_ISA {
 
-constexpr int kPixels = 14;
+constexpr int kPairPixels = 14;
 constexpr int kChannels = 32;
 constexpr int64_t kStepBytes = kChannels * 2 * static_cast<int64_t>(sizeof(BFloat16));
 
@@ -78,8 +78,8 @@ inline PairSource source_of(const ConvShape& s, const ConvBlock& b) {
   const bool joined = s.groups == 1 && s.dilation_w == 1;
   const bool aliased = s.stride_w * s.c * static_cast<int64_t>(sizeof(BFloat16)) % kAliasBytes == 0;
   const bool straddling = s.groups == 1 && s.dilation_w > 1 && s.kw > 1 && s.c % 2 != 0;
-  const bool narrow =
-      s.kw > 1 && s.stride_h == 1 && b.row1 - b.row0 > 1 && width == s.out_w() && width < kPixels;
+  const bool narrow = s.kw > 1 && s.stride_h == 1 && b.row1 - b.row0 > 1 && width == s.out_w() &&
+                      width < kPairPixels;
   const bool by_column = narrow || aliased || straddling || (s.kw == 1 && s.stride_w > 1);
   PairSource p{};
   p.gathered = by_column || s.pad_h > 0 || s.pad_w > 0;
@@ -183,9 +183,14 @@ FR_INLINE void multiply_pairs(const PairTile& t, __m512 (&acc)[kTile][2]) {
   const char* ahead = t.ahead;
   const int64_t pixel = t.pixel, steps = t.runs->length / 2;
   const bool half = t.runs->length % 2 != 0;
-  for (int64_t run = 0; run < t.runs->count; ++run) {
-    const BFloat16* p =
-        t.x + run / t.runs->per_row * t.runs->row_step + run % t.runs->per_row * t.runs->col_step;
+  int64_t tap = 0;
+  const BFloat16* row = t.x;
+  for (int64_t run = 0; run < t.runs->count; ++run, ++tap) {
+    if (tap == t.runs->per_row) {
+      tap = 0;
+      row += t.runs->row_step;
+    }
+    const BFloat16* p = row + tap * t.runs->col_step;
     const auto step = [&](auto broadcast) {
       const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w);
       const __m512bh w1 = (__m512bh)_mm512_loadu_si512(w + kChannels);
@@ -290,9 +295,11 @@ inline void conv_bfloat16(const ConvForward& f, const ConvBlock& b, void* scratc
     rows = 1;
   }
 
-  const int64_t tiles = ceil_div(width, kPixels);
+  // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
+  const int64_t tiles = ceil_div(width, kPairPixels);
+  const int64_t narrow = width / tiles, wider = width % tiles;
   const int64_t panels = ceil_div(s.group_k(), kChannels);
-  const int64_t panel_bytes = pairs_of(source.runs) * kStepBytes;
+  const int64_t pairs = pairs_of(source.runs), panel_bytes = pairs * kStepBytes;
   PairTile t;
   t.pixel = source.pixel;
   t.runs = &source.runs;
@@ -315,15 +322,14 @@ inline void conv_bfloat16(const ConvForward& f, const ConvBlock& b, void* scratc
       for (int64_t i = 0; i < rows; ++i) {
         const BFloat16* row = base + n * source.image + i * source.row + group * s.group_c();
         const int64_t out = ((b.n0 + n) * out_h + b.row0 + i) * out_w + b.col0;
-        // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
-        for (int64_t j = 0; j < tiles; ++j) {
-          const int64_t first = width * j / tiles, end = width * (j + 1) / tiles;
+        for (int64_t j = 0, first = 0, end; j < tiles; ++j, first = end) {
+          end = first + narrow + (j < wider);
           const int64_t at = (out + first) * s.k + k;
           t.x = row + first * source.pixel;
           t.residual = f.residual ? static_cast<const BFloat16*>(f.residual) + at : nullptr;
           t.y = static_cast<BFloat16*>(f.y) + at - f.y_first * s.k;
           run_pair_tile(end - first, t);
-          t.ahead += t.ahead_step * pairs_of(source.runs);
+          t.ahead += t.ahead_step * pairs;
         }
       }
     }

@@ -43,10 +43,10 @@ constexpr int kMaxTile = 6;
 constexpr int kPanelVectors = 2;
 
 // The longest chain of additions in one register. A chain of n rounds n times at the size of its
-// sum so far, so its error grows with n; a sum of 4608 terms is 72 chains that are added up after.
-// 64 steps of 14 x 32 are 900 cycles of arithmetic, beside which putting 28 vectors aside costs 1
-// to 2%; of 6 x 16 they are 400 and cost 4%, hence 128 there.
-constexpr int64_t kChain = FR_VECTOR_BYTES == 64 ? 64 : 128;
+// sum so far, so its error grows with n; a sum of 4608 terms is 36 chains that are added up after.
+// 128 steps are 400 cycles of arithmetic on AVX2 and 1800 on AVX-512; with half as many, putting
+// the sums aside costs 4% there and 1 to 2% here.
+constexpr int64_t kChain = 128;
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;
 

@@ -26,18 +26,16 @@ constexpr Kernels kernels_of() {
           sizeof(Acc<T>) == sizeof(double) ? kFloat64 : kFloat32};
 }
 
-template <int kOut>
-constexpr WinogradKernels winograd_of() {
-  return {kOut, kPoints<kOut>, kLanes<float>, winograd_scratch_bytes<kOut>, winograd<kOut>};
-}
-
 // In the order of DType.
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
           {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
           {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
           {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()},
-          {winograd_of<4>(), winograd_of<2>()},
+          {{winograd_of<4, float, float>(), winograd_of<2, float, float>()},
+           {},
+           {winograd_of<4, BFloat16, float>(), winograd_of<2, BFloat16, float>()},
+           {winograd_of<4, Half, float>(), winograd_of<2, Half, float>()}},
           {multiply_add<float>, multiply_add<double>, nullptr, read_memory, copy_memory}};
 }
 

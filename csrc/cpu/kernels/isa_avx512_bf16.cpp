@@ -5,6 +5,7 @@
 #include "conv_bfloat16.h"
 #include "max_pool_bfloat16.h"
 #include "peak.h"
+#include "winograd.h"
 
 namespace fr {
 namespace avx512_bf16 {
@@ -18,6 +19,9 @@ void replace_bfloat16(KernelTable& table) {
   bfloat16.unpack = unpack_bfloat16;
   bfloat16.packed_numel = packed_bfloat16_numel;
   bfloat16.packed = kBFloat16;
+  table.winograd[kBFloat16][0] = winograd_of<4, BFloat16, BFloat16>();
+  // In float, tiles of 2x2 save less than the instruction does.
+  table.winograd[kBFloat16][1].run = nullptr;
   table.peak.dot_bfloat16 = dot_bfloat16;
 }
 

@@ -118,13 +118,12 @@ struct WinogradBlock {
   int64_t tile0, tile1, panel0, panel1;
 };
 
-// float32 only.
 struct WinogradKernels {
   int64_t side;    // of a tile of the output
   int64_t points;  // products for each tile
   int64_t lanes;   // input and output channels must be multiples of it
   int64_t (*scratch_bytes)(const ConvShape&, int64_t tiles);
-  void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);
+  void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);  // null: not of use
 };
 
 // What one core can do at most; see peak.h.
@@ -141,7 +140,7 @@ struct KernelTable {
   int64_t panel[kNumDTypes];  // output channels that the microkernel computes side by side
   int64_t tile[kNumDTypes];   // output pixels likewise
   Kernels of[kNumDTypes];
-  WinogradKernels winograd[kNumWinograds];
+  WinogradKernels winograd[kNumDTypes][kNumWinograds];
   PeakKernels peak;
 };
 

@@ -1,5 +1,5 @@
-// Convolution by Winograd's F(4x4, 3x3) or F(2x2, 3x3), float32, channels-last, stride 1, with the
-// same epilogue.
+// Convolution by Winograd's F(4x4, 3x3) or F(2x2, 3x3), in float over maps of any narrower type,
+// channels-last, stride 1, with the same epilogue.
 //
 //   Y = A^T [ (G g G^T) . (B^T d B) ] A     for each m x m tile of the output, m + 2 of the input
 //
@@ -41,7 +41,8 @@ constexpr int kPoints = kIn<kOut> * kIn<kOut>;
 // Longer would not fit; each pass adds to the products of the one before, which costs 2%.
 constexpr int64_t kWinogradDepth = 128;
 
-constexpr int64_t kLineFloats = 64 / sizeof(float);
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kLineFloats = kLineBytes / static_cast<int64_t>(sizeof(float));
 
 // The place of a tile: its image and its first output pixel.
 template <int kOut>
@@ -80,8 +81,8 @@ struct WinogradScratch {
 
 // B^T d B for a vector of channels of one tile, whose first pixel is at `from`. The loops are not
 // unrolled: the compiler would load all of the tile at once and then put it aside.
-template <int kOut>
-FR_INLINE void winograd_input_vector(const float* from, int64_t row, int64_t pixel, int64_t point,
+template <int kOut, class T>
+FR_INLINE void winograd_input_vector(const T* from, int64_t row, int64_t pixel, int64_t point,
                                      float* to) {
   constexpr int in = kIn<kOut>, lanes = kLanes<float>;
   float half[in][in * lanes];
@@ -103,15 +104,15 @@ FR_INLINE void winograd_input_vector(const float* from, int64_t row, int64_t pix
 
 // Transformed input of tiles [tile0, tile1). A tile that reaches into the padding is copied into a
 // frame of zeros, rather than asking at each of its pixels.
-template <int kOut>
-void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t tile1,
+template <int kOut, class T>
+void winograd_input(const ConvShape& s, const T* x, int64_t tile0, int64_t tile1,
                     const WinogradScratch& l, float* to) {
   constexpr int in = kIn<kOut>, lanes = kLanes<float>;
   const int64_t out_h = s.out_h(), out_w = s.out_w(), row = s.w * s.c;
   TilePlace<kOut> place = TilePlace<kOut>::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, to += l.tile, place.advance(out_h, out_w)) {
     const int64_t y0 = place.y - s.pad_h, x0 = place.x - s.pad_w;
-    const float* first = x + (place.n * s.h + y0) * row + x0 * s.c;
+    const T* first = x + (place.n * s.h + y0) * row + x0 * s.c;
     const int64_t row0 = max_of(-y0, 0), row1 = min_of(s.h - y0, in);
     const int64_t col0 = max_of(-x0, 0), col1 = min_of(s.w - x0, in);
     const auto at = [&](int64_t c) {
@@ -133,43 +134,81 @@ void winograd_input(const ConvShape& s, const float* x, int64_t tile0, int64_t t
   }
 }
 
-// G g G^T of a panel's filters for channels [c0, c1), from the packed weight
-// [r][s][channel][panel].
+// G g G^T for a vector of filters; tap(r, s) are their elements.
+template <int kOut, class Tap>
+FR_INLINE void winograd_filters(Tap tap, int64_t point, float* to) {
+  constexpr int in = kIn<kOut>;
+  Floats half[3][in];
+  for (int col = 0; col < 3; ++col) {
+    const Floats g[3] = {tap(0, col), tap(1, col), tap(2, col)};
+    transform_weight(g, half[col]);
+  }
+  for (int row = 0; row < in; ++row) {
+    const Floats g[3] = {half[0][row], half[1][row], half[2][row]};
+    Floats o[in];
+    transform_weight(g, o);
+    store_line(o, to + row * in * point, point);
+  }
+}
+
+// That of a panel's filters for channels [c0, c1), from the packed weight [r][s][channel][panel].
 template <int kOut>
 void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int64_t c0, int64_t c1,
                      const WinogradScratch& l, float* to) {
-  constexpr int lanes = kLanes<float>;
-  constexpr int in = kIn<kOut>;
-  for (int64_t i = 0; i < (c1 - c0) * panel; i += lanes) {
-    Floats half[3][in];
-    for (int tap = 0; tap < 3; ++tap) {
-      Floats g[3];
-      load_line(packed + (tap * s.c + c0) * panel + i, 3 * s.c * panel, g);
-      transform_weight(g, half[tap]);
-    }
-    for (int row = 0; row < in; ++row) {
-      const Floats g[3] = {half[0][row], half[1][row], half[2][row]};
-      Floats o[in];
-      transform_weight(g, o);
-      store_line(o, to + row * in * l.weight_point + i, l.weight_point);
+  for (int64_t i = 0; i < (c1 - c0) * panel; i += kLanes<float>) {
+    const auto tap = [&](int row, int col) {
+      return load(packed + ((row * 3 + col) * s.c + c0) * panel + i);
+    };
+    winograd_filters<kOut>(tap, l.weight_point, to + i);
+  }
+}
+
+// The same where it is packed in pairs, [r][s][channel / 2][panel][2]: see conv_bfloat16.h. A pair
+// is a word, and its halves are the leading bits of two floats.
+template <int kOut>
+void winograd_weight(const ConvShape& s, const BFloat16* packed, int64_t panel, int64_t c0,
+                     int64_t c1, const WinogradScratch& l, float* to) {
+  for (int64_t c = 0; c < c1 - c0; ++c, to += panel) {
+    for (int64_t v = 0; v < panel; v += kLanes<float>) {
+      const auto tap = [&](int row, int col) {
+        const int64_t pair = ((row * 3 + col) * s.c + c0 + c) / 2;
+        const U32 words = load_raw<U32>(packed + 2 * (pair * panel + v));
+        const U32 bits = c % 2 == 0 ? words << 16 : words & 0xffff0000u;
+        return load_raw<Floats>(&bits);
+      };
+      winograd_filters<kOut>(tap, l.weight_point, to + v);
     }
   }
+}
+
+// A panel's width in the packed weight, and where it begins. Pairs are always as wide as a whole
+// panel, with zeros behind the last filter.
+FR_INLINE int64_t packed_width(const ConvShape& s, int64_t q, const float*) {
+  return panel_width<float>(s, q * kPanel<float>);
+}
+FR_INLINE int64_t packed_width(const ConvShape&, int64_t, const BFloat16*) { return kPanel<float>; }
+FR_INLINE int64_t packed_offset(const ConvShape& s, int64_t q, const float*) {
+  return panel_offset<float>(s, q);
+}
+FR_INLINE int64_t packed_offset(const ConvShape& s, int64_t q, const BFloat16*) {
+  return q * kPanel<float> * s.depth();
 }
 
 // [tiles][panel] at `to`, set or added to, by [tiles][depth], a row every `stride`, times
 // [depth][panel]. Fetches the lines at `ahead` meanwhile, one at a step.
 template <int kTile, int kVectors>
 void winograd_product(const float* a, int64_t stride, int64_t depth, const float* b,
-                      const float* ahead, bool first, float* to) {
+                      const void* ahead, bool first, float* to) {
   constexpr int lanes = kLanes<float>;
+  const char* line = static_cast<const char*>(ahead);
   Floats acc[kTile][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) acc[i][v] = Floats{};
   }
-  for (int64_t c = 0; c < depth; ++c, ++a, b += kVectors * lanes, ahead += kLineFloats) {
-    __builtin_prefetch(ahead, 0, 2);
+  for (int64_t c = 0; c < depth; ++c, ++a, b += kVectors * lanes, line += kLineBytes) {
+    __builtin_prefetch(line, 0, 2);
     Floats w[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
@@ -188,7 +227,7 @@ void winograd_product(const float* a, int64_t stride, int64_t depth, const float
   }
 }
 
-using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, const float*, bool,
+using WinogradProduct = void (*)(const float*, int64_t, int64_t, const float*, const void*, bool,
                                  float*);
 
 template <int kVectors>
@@ -208,21 +247,22 @@ WinogradProduct product_of(int64_t rows) {
 }
 
 // Output of tiles [tile0, tile1) for the panel that begins at channel k.
-template <int kOut>
+template <int kOut, class T>
 void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t k, int64_t panel,
                      const WinogradScratch& l, const float* from) {
   constexpr int lanes = kLanes<float>, in = kIn<kOut>;
   const ConvShape& s = f.shape;
   const int64_t out_h = s.out_h(), out_w = s.out_w();
   const int64_t channels = s.k;
-  const float* residual = static_cast<const float*>(f.residual);
-  float* y = static_cast<float*>(f.y);
+  const int64_t end = min_of(panel, channels - k);
+  const T* residual = static_cast<const T*>(f.residual);
+  T* y = static_cast<T*>(f.y);
   const Floats floor = relu_floor<float>(f.relu);
   TilePlace<kOut> place = TilePlace<kOut>::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, from += panel, place.advance(out_h, out_w)) {
     const int64_t rows = min_of(kOut, out_h - place.y);
     const int64_t cols = min_of(kOut, out_w - place.x);
-    for (int64_t v = 0; v < panel; v += lanes) {
+    for (int64_t v = 0; v < end; v += lanes) {
       Floats half[kOut][in];
       for (int j = 0; j < in; ++j) {
         Floats column[in], o[kOut];
@@ -296,75 +336,77 @@ int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
-// The packed weights that are transformed next, taps of `length` floats: while products compute,
-// they come from memory to the L2 cache, which they would else be waited for.
+// The packed weights that are transformed next, taps of `length` elements: while products compute,
+// they come from memory to the L2 cache. Waiting for them instead took a tenth of ResNet-18's time
+// at batch 1.
+template <class Packed>
 struct WeightAhead {
-  const float* tap;
+  const Packed* tap;
   int64_t step, length;
   int64_t taps = 9, at = 0;
 
   // The next `lines` lines, or null.
-  FR_INLINE const float* take(int64_t lines) {
+  FR_INLINE const void* take(int64_t lines) {
     if (at >= length) {
       at = 0;
       tap += step;
       --taps;
     }
     if (taps <= 0) return nullptr;
-    const float* from = tap + at;
-    at += lines * kLineFloats;
+    const Packed* from = tap + at;
+    at += lines * kLineBytes / static_cast<int64_t>(sizeof(Packed));
     return from;
   }
 };
 
 // One group of tiles through all panels. Where they are held, weights are transformed already.
-template <int kOut>
+template <int kOut, class T, class Packed>
 void winograd_group(const ConvForward& f, const WinogradBlock& b, const WinogradScratch& l,
                     bool held, float* input, float* product, float* weight) {
   const ConvShape& s = f.shape;
+  const Packed* const all = static_cast<const Packed*>(f.packed);
   const int64_t tiles = b.tile1 - b.tile0, parts = ceil_div(tiles, kMaxTile);
-  winograd_input<kOut>(s, static_cast<const float*>(f.x), b.tile0, b.tile1, l, input);
-  // Behind channel c of panel q.
+  winograd_input<kOut>(s, static_cast<const T*>(f.x), b.tile0, b.tile1, l, input);
+  // What is transformed after channel c of panel q.
   const auto ahead_of = [&](int64_t q, int64_t c) {
     if (c == s.c) {
       ++q;
       c = 0;
     }
-    const int64_t width = panel_width<float>(s, min_of(q, b.panel1 - 1) * kPanel<float>);
-    const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
-    const int64_t taps = held || q == b.panel1 ? 0 : 9;
-    return WeightAhead{packed + c * width, s.c * width, min_of(s.c - c, kWinogradDepth) * width,
-                       taps};
+    if (held || q == b.panel1) return WeightAhead<Packed>{nullptr, 0, 0, 0};
+    const int64_t width = packed_width(s, q, all);
+    return WeightAhead<Packed>{all + packed_offset(s, q, all) + c * width, s.c * width,
+                               min_of(s.c - c, kWinogradDepth) * width, 9};
   };
   for (int64_t q = b.panel0; q < b.panel1; ++q) {
-    const int64_t panel = panel_width<float>(s, q * kPanel<float>);
-    const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
+    const int64_t panel = packed_width(s, q, all);
     const auto products = panel == kPanel<float> ? product_of<kPanelVectors> : product_of<1>;
     float* const w = held ? weight + (q - b.panel0) * l.weight : weight;
     for (int64_t c0 = 0; c0 < s.c; c0 += kWinogradDepth) {
       const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
       const float* chunk = input + c0 / kWinogradDepth * l.chunk;
-      if (!held) winograd_weight<kOut>(s, packed, panel, c0, c1, l, w);
-      WeightAhead next = ahead_of(q, c1);
+      if (!held) winograd_weight<kOut>(s, all + packed_offset(s, q, all), panel, c0, c1, l, w);
+      WeightAhead<Packed> next = ahead_of(q, c1);
       for (int64_t point = 0; point < kPoints<kOut>; ++point) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
           const float* weights = w + point * l.weight_point;
-          const float* ahead = next.take(c1 - c0);
+          const void* ahead = next.take(c1 - c0);
           products(t1 - t0)(chunk + point * l.input_point + t0 * l.tile, l.tile, c1 - c0, weights,
                             ahead ? ahead : weights, c0 == 0,
                             product + point * l.product_point + t0 * panel);
         }
       }
     }
-    winograd_output<kOut>(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);
+    winograd_output<kOut, T>(f, b.tile0, b.tile1, q * kPanel<float>, panel, l, product);
   }
 }
 
-// Input and output channels are multiples of the vector.
-template <int kOut>
+// Input and output channels are multiples of the vector. Packed: what the weight is packed in.
+template <int kOut, class T, class Packed>
 void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   const ConvShape& s = f.shape;
+  const Packed* const all = static_cast<const Packed*>(f.packed);
   const bool held = winograd_keeps_weight<kOut>(s);
   const int64_t tiles = b.tile1 - b.tile0, groups = winograd_groups<kOut>(s, tiles);
   const WinogradScratch l = winograd_scratch<kOut>(s, ceil_div(tiles, groups));
@@ -372,15 +414,20 @@ void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   float* const product = input + l.input;
   float* const weight = product + l.product;
   for (int64_t q = b.panel0; held && q < b.panel1; ++q) {
-    const float* packed = static_cast<const float*>(f.packed) + panel_offset<float>(s, q);
-    winograd_weight<kOut>(s, packed, panel_width<float>(s, q * kPanel<float>), 0, s.c, l,
+    winograd_weight<kOut>(s, all + packed_offset(s, q, all), packed_width(s, q, all), 0, s.c, l,
                           weight + (q - b.panel0) * l.weight);
   }
   for (int64_t g = 0; g < groups; ++g) {
     const WinogradBlock group{b.tile0 + tiles * g / groups, b.tile0 + tiles * (g + 1) / groups,
                               b.panel0, b.panel1};
-    winograd_group<kOut>(f, group, l, held, input, product, weight);
+    winograd_group<kOut, T, Packed>(f, group, l, held, input, product, weight);
   }
+}
+
+template <int kOut, class T, class Packed>
+constexpr WinogradKernels winograd_of() {
+  return {kOut, kPoints<kOut>, kLanes<float>, winograd_scratch_bytes<kOut>,
+          winograd<kOut, T, Packed>};
 }
 
 }  // namespace FR_ISA

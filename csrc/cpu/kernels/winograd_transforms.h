@@ -15,8 +15,8 @@ namespace FR_ISA {
 
 using Floats = Vec<float>;
 
-template <int kLength>
-FR_INLINE void load_line(const float* from, int64_t step, Floats (&d)[kLength]) {
+template <int kLength, class T>
+FR_INLINE void load_line(const T* from, int64_t step, Floats (&d)[kLength]) {
 #pragma GCC unroll 6
   for (int i = 0; i < kLength; ++i) d[i] = load(from + i * step);
 }
