@@ -289,6 +289,13 @@ MUTANTS = [
         *PAIRED,
     ),
     Mutant(
+        "every square of pairs is the filters' first",
+        PAIRS,
+        "w + (k + j) * words + i);",
+        "w + (k + j) * words);",
+        *PAIRED,
+    ),
+    Mutant(
         "pairs truncated, not rounded",
         PAIRS,
         "_mm512_cvtne2ps_pbh(v[1], v[0]);",

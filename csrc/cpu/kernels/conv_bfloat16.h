@@ -31,6 +31,7 @@
 #include <immintrin.h>
 
 #include "table.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace fr {
@@ -367,14 +368,46 @@ FR_INLINE void visit_pairs(const ConvShape& s, bool taps_inside, int64_t panel, 
   }
 }
 
+// Pairs that lie in the weight as they are packed: words, of which squares of filters by depth are
+// transposed in registers.
+inline void pack_words(const uint32_t* w, int64_t channels, int64_t words, uint32_t* p) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t whole_words = words / lanes * lanes, whole_channels = channels / lanes * lanes;
+  for (int64_t i = 0; i < whole_words; i += lanes) {
+    for (int64_t k = 0; k < whole_channels; k += lanes) {
+      Vec<float> square[lanes];
+      for (int64_t j = 0; j < lanes; ++j) square[j] = load_raw<Vec<float>>(w + (k + j) * words + i);
+      transpose<float>(square);
+      for (int64_t j = 0; j < lanes; ++j)
+        __builtin_memcpy(p + (i + j) * kChannels + k, &square[j], sizeof square[j]);
+    }
+  }
+  for (int64_t k = 0; k < channels; ++k) {
+    for (int64_t i = k < whole_channels ? whole_words : 0; i < words; ++i)
+      p[i * kChannels + k] = w[k * words + i];
+  }
+}
+
 inline void pack_bfloat16(const ConvShape& s, bool taps_inside, const void* weight, int64_t panel0,
                           int64_t panel1, void* packed) {
   const BFloat16* w = static_cast<const BFloat16*>(weight);
   BFloat16* p = static_cast<BFloat16*>(packed);
-  const int64_t numel = pairs_of(weight_runs(s)) * 2 * kChannels;
+  const PairRuns runs = weight_runs(s);
+  const int64_t numel = pairs_of(runs) * 2 * kChannels;
+  const bool in_order = (!taps_inside || s.kh * s.kw == 1) && runs.length % 2 == 0;
+  const int64_t panels = ceil_div(s.group_k(), kChannels);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
-    __builtin_memset(p + panel * numel, 0, static_cast<size_t>(numel) * sizeof(BFloat16));
-    visit_pairs(s, taps_inside, panel, [=](int64_t to, int64_t from) { p[to] = w[from]; });
+    const int64_t k0 = panel % panels * kChannels;
+    const int64_t channels = min_of(s.group_k() - k0, kChannels);
+    if (!in_order || channels < kChannels)
+      __builtin_memset(p + panel * numel, 0, static_cast<size_t>(numel) * sizeof(BFloat16));
+    if (in_order) {
+      const BFloat16* first = w + (panel / panels * s.group_k() + k0) * s.depth();
+      pack_words(reinterpret_cast<const uint32_t*>(first), channels, s.depth() / 2,
+                 reinterpret_cast<uint32_t*>(p + panel * numel));
+    } else {
+      visit_pairs(s, taps_inside, panel, [=](int64_t to, int64_t from) { p[to] = w[from]; });
+    }
   }
 }
 
