@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant(
         "stem's band starts a row late",
         "csrc/cpu/conv_driver.cpp",
-        "p.x_first = block.row0;",
-        "p.x_first = block.row0 - (block.row0 > 0);",
+        "p.x_first = row0;",
+        "p.x_first = row0 - (row0 > 0);",
     ),
     Mutant(
         "momentum reversed", OPS, "running_mean.mul_(1 - momentum)", "running_mean.mul_(momentum)"
