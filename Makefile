@@ -1,5 +1,5 @@
 # make demo       a photograph through ResNet-50, before and after (IMAGE=path WEIGHTS=path)
-# make test       the tests, about 15 minutes on 2 cores; make test-all adds the slow ones and
+# make test       the tests, 15 to 25 minutes on 2 cores; make test-all adds the slow ones and
 #                 installs the libraries whose networks they run
 # make lint       ruff, mypy, clang-format; make format puts right what they can
 # make verify     every operation and network against float64

@@ -291,8 +291,8 @@ MUTANTS = [
     Mutant(
         "every square of pairs is the filters' first",
         PAIRS,
-        "w + (k + j) * words + i);",
-        "w + (k + j) * words);",
+        "reinterpret_cast<const float*>(w + k * words + i)",
+        "reinterpret_cast<const float*>(w + k * words)",
         *PAIRED,
     ),
     Mutant(

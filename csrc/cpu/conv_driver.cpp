@@ -241,15 +241,16 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
     Scratch scratch, rows_between;
     const int64_t most_rows = (rows - 1) * pool.stride_h + pool.kernel_h;
     char* const map = rows_between.at_least(most_rows * row_bytes);
-    int64_t first = 0, done = 0;  // the rows of the map that the block before has left
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / per_image;
       PoolForward p = pool;
       p.row0 = i % per_image * rows;
       p.row1 = std::min(p.row0 + rows, pool.out_h());
       const int64_t row0 = p.first_row(p.row0), row1 = p.end_row(p.row1);
-      // Rows under two pools are computed once, unless another thread has them.
-      const int64_t kept = i > begin && p.row0 > 0 ? std::max<int64_t>(done - row0, 0) : 0;
+      // Rows that the block before has left in the map, where it was this thread's.
+      const bool follows = i > begin && p.row0 > 0;
+      const int64_t first = p.first_row(p.row0 - rows), end_before = p.end_row(p.row0);
+      const int64_t kept = follows ? std::max<int64_t>(end_before - row0, 0) : 0;
       if (kept > 0) std::memmove(map, map + (row0 - first) * row_bytes, kept * row_bytes);
       const ConvBlock block{n, n + 1, row0 + kept, row1, 0, s.out_w(), 0, panels};
       ConvForward part = f;
@@ -257,8 +258,6 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
       part.y_first = (n * s.out_h() + block.row0) * s.out_w();
       if (block.row0 < block.row1)
         k.conv(part, block, scratch.at_least(k.conv_scratch_bytes(s, block)));
-      first = row0;
-      done = row1;
       p.x = map;
       p.x_first = row0;
       p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;

@@ -36,8 +36,8 @@ BATCH, SIZE = 4, 64
 SEEDS = {"resnet101": (0,), "resnet152": (0,)}
 DEFAULT_SEEDS = (0, 1)
 
-#: In float32 Winograd's algorithm may give digits for speed: up to this error it
-#: passes even where the ratio would not.
+#: In float32 Winograd's algorithm may give digits for speed: up to this error it passes even where
+#: the ratio would not.
 WINOGRAD_BOUND = 5e-6
 
 #: Bound in float64, where the unfused network is the truth.

@@ -43,7 +43,7 @@ constexpr int64_t kStepBytes = kChannels * 2 * static_cast<int64_t>(sizeof(BFloa
 
 // Pixels this far apart share their sets of the L1 cache; a cache line more, and they do not.
 constexpr int64_t kAliasBytes = 4096;
-constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(BFloat16));
+constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(BFloat16));
 
 // Runs of elements side by side in the sum of one output element.
 struct PairRuns {
@@ -375,11 +375,10 @@ inline void pack_words(const uint32_t* w, int64_t channels, int64_t words, uint3
   const int64_t whole_words = words / lanes * lanes, whole_channels = channels / lanes * lanes;
   for (int64_t i = 0; i < whole_words; i += lanes) {
     for (int64_t k = 0; k < whole_channels; k += lanes) {
-      Vec<float> square[lanes];
-      for (int64_t j = 0; j < lanes; ++j) square[j] = load_raw<Vec<float>>(w + (k + j) * words + i);
-      transpose<float>(square);
-      for (int64_t j = 0; j < lanes; ++j)
-        __builtin_memcpy(p + (i + j) * kChannels + k, &square[j], sizeof square[j]);
+      transpose_square<float>(reinterpret_cast<const float*>(w + k * words + i), words,
+                              [=](int64_t j, Vec<float> line) {
+                                __builtin_memcpy(p + (i + j) * kChannels + k, &line, sizeof line);
+                              });
     }
   }
   for (int64_t k = 0; k < channels; ++k) {

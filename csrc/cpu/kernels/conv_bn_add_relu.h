@@ -129,9 +129,9 @@ struct Pixels {
 
 // Bytes at the head of a block's scratch that list_pixels fills; a copy of the input follows.
 inline int64_t list_bytes(const ConvBlock& b) {
-  constexpr int64_t kLine = 64;
   const int64_t pixels = (b.n1 - b.n0) * (b.row1 - b.row0) * (b.col1 - b.col0);
-  return kIndirect ? ceil_div(pixels * static_cast<int64_t>(sizeof(int64_t)), kLine) * kLine : 0;
+  const int64_t bytes = pixels * static_cast<int64_t>(sizeof(int64_t));
+  return kIndirect ? ceil_div(bytes, kLineBytes) * kLineBytes : 0;
 }
 
 // Where the block's output pixels find their input, in the order of the result.
@@ -358,12 +358,13 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
 template <class T, int kTile, int kVectors>
 void conv_tile(const Pixels<Acc<T>>& pixels, const Runs& runs, const Weights<Acc<T>>& weights,
                const Epilogue<T>& e) {
+  constexpr int64_t panel = kVectors * kLanes<Acc<T>>;
+  constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
   // Asked for here, they come while the sum is computed.
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = i * e.stride + v * kLanes<Acc<T>>;
+    for (int64_t k = 0; k < panel; k += line) {
+      const int64_t at = i * e.stride + k;
       if (e.residual) __builtin_prefetch(e.residual + at, 0, 3);
       __builtin_prefetch(e.y + at, 1, 3);
     }

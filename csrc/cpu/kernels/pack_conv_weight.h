@@ -60,12 +60,9 @@ void pack(const ConvShape& s, bool taps_inside, const void* weight, int64_t pane
                     const int64_t whole = count == kPackStep ? cols / lanes * lanes : 0;
                     for (int64_t k = 0; k < whole; k += lanes) {
                       for (int64_t j = 0; j < kPackStep; j += lanes) {
-                        Vec<A> square[lanes];
-                        for (int64_t i = 0; i < lanes; ++i)
-                          square[i] = load(w + from + (k + i) * depth + j);
-                        transpose<A>(square);
-                        for (int64_t i = 0; i < lanes; ++i)
-                          store(square[i], p + to + rows[j + i] + k);
+                        transpose_square<A>(
+                            w + from + k * depth + j, depth,
+                            [=](int64_t i, Vec<A> line) { store(line, p + to + rows[j + i] + k); });
                       }
                     }
                     for (int64_t k = whole; k < cols; ++k) {

@@ -42,5 +42,16 @@ FR_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
   swap_blocks<A, kLanes<A> / 2>(rows);
 }
 
+// Turns over the square of which a row begins every `step` elements, and calls put(i, line) with
+// its lines.
+template <class A, class T, class Put>
+FR_INLINE void transpose_square(const T* from, int64_t step, Put put) {
+  constexpr int64_t lanes = kLanes<A>;
+  Vec<A> square[lanes];
+  for (int64_t i = 0; i < lanes; ++i) square[i] = load(from + i * step);
+  transpose<A>(square);
+  for (int64_t i = 0; i < lanes; ++i) put(i, square[i]);
+}
+
 }  // namespace FR_ISA
 }  // namespace fr

@@ -45,6 +45,8 @@ struct VecOf {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
+constexpr int64_t kLineBytes = 64;  // of the caches
+
 #define FR_INLINE inline __attribute__((always_inline))
 
 FR_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -41,7 +41,6 @@ constexpr int kPoints = kIn<kOut> * kIn<kOut>;
 // Longer would not fit; each pass adds to the products of the one before, which costs 2%.
 constexpr int64_t kWinogradDepth = 128;
 
-constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLineFloats = kLineBytes / static_cast<int64_t>(sizeof(float));
 
 // The place of a tile: its image and its first output pixel.
