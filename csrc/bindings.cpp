@@ -6,7 +6,9 @@
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
+#include "held_row.h"
 #include "schemas.h"
+#include "unchanged.h"
 #ifdef FR_WITH_CUDA
 #include "cuda/probe.h"
 #endif
@@ -136,6 +138,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Measured floating-point operations a second of the CPU, on PyTorch's threads.");
   m.def("memory_bandwidth", &memory_bandwidth,
         "Measured bytes a second from memory, on PyTorch's threads: read, and copy.");
+  m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries are what they were.");
+  using Row = fr::HeldRow;
+  using Bools = std::vector<bool>;
+  py::class_<Row>(m, "ResidualRow", "residual_row with all arguments but its map.")
+      .def(py::init<Row::Tensors, Row::Tensors, Row::Tensors, Row::Ints, const Bools&, Row::Ints,
+                    Row::Ints, Row::Ints, Row::Ints, const Bools&>())
+      .def("__call__", torch::wrap_pybind_function_no_gil(
+                           [](const Row& row, const at::Tensor& x) { return row(x); }));
   // The operators themselves, through the dispatcher, for those who want them bare.
   const py::object ops = py::module_::import("torch").attr("ops").attr("fused_resnet");
   for (const std::string schema : fr::kSchemas) {

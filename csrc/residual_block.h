@@ -11,9 +11,12 @@
 
 namespace fr {
 
-// A packed convolution of the block, with the affine step behind it.
+// A packed convolution of the block, with the affine step behind it: elements of the lists that the
+// operator was given. A network has hundreds, and to count one more owner takes time.
 struct BlockConv {
-  at::Tensor packed, scale, shift;
+  const at::Tensor& packed;
+  const at::Tensor& scale;
+  const at::Tensor& shift;
   std::array<int64_t, 4> weight_shape;
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
@@ -40,23 +43,25 @@ inline Block take_apart(const at::Tensor& x, at::TensorList packed, at::TensorLi
                     ": dilation, groups: expected 1 in a basic block, got ", dilation, " and ",
                     groups);
   const auto conv = [&](size_t i, int64_t in_channels, int64_t size, int64_t s, int64_t d,
-                        int64_t g) {
+                        int64_t g) -> BlockConv {
     TORCH_CHECK_VALUE(g >= 1 && in_channels % g == 0, op, ": groups: expected a divisor of ",
                       in_channels, " channels, got ", g);
     const int64_t pad = size == 1 ? 0 : d;
-    return BlockConv{
-        packed[i], scale[i],   shift[i], {scale[i].numel(), in_channels / g, size, size},
-        {s, s},    {pad, pad}, {d, d},   g};
+    return {packed[i], scale[i],   shift[i], {scale[i].numel(), in_channels / g, size, size},
+            {s, s},    {pad, pad}, {d, d},   g};
   };
   Block block;
+  block.convs.reserve(own);
   const int64_t c = x.size(1);
   if (bottleneck) {
-    block.convs = {conv(0, c, 1, 1, 1, 1), conv(1, scale[0].numel(), 3, stride, dilation, groups),
-                   conv(2, scale[1].numel(), 1, 1, 1, 1)};
+    block.convs.push_back(conv(0, c, 1, 1, 1, 1));
+    block.convs.push_back(conv(1, scale[0].numel(), 3, stride, dilation, groups));
+    block.convs.push_back(conv(2, scale[1].numel(), 1, 1, 1, 1));
   } else {
-    block.convs = {conv(0, c, 3, stride, 1, 1), conv(1, scale[0].numel(), 3, 1, 1, 1)};
+    block.convs.push_back(conv(0, c, 3, stride, 1, 1));
+    block.convs.push_back(conv(1, scale[0].numel(), 3, 1, 1, 1));
   }
-  if (given > own) block.shortcut = conv(own, c, 1, stride, 1, 1);
+  if (given > own) block.shortcut.emplace(conv(own, c, 1, stride, 1, 1));
   return block;
 }
 

@@ -22,6 +22,29 @@ def conv_algorithm(
 ) -> str: ...
 def peak_flops(dtype: torch.dtype) -> float: ...
 def memory_bandwidth() -> dict[str, float]: ...
+def unchanged(
+    members: list[dict[str, Any]],
+    held: tuple[Any, ...],
+    empty: list[dict[Any, Any]],
+    lacking: list[dict[str, Any]],
+    key: str,
+) -> bool: ...
+
+class ResidualRow:
+    def __init__(
+        self,
+        packed: list[torch.Tensor],
+        scale: list[torch.Tensor],
+        shift: list[torch.Tensor],
+        convs: list[int],
+        projected: list[bool],
+        padding: list[int],
+        stride: list[int],
+        dilation: list[int],
+        groups: list[int],
+        winograd: list[bool],
+    ) -> None: ...
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 # The operators of torch.ops.fused_resnet, through the dispatcher: unchecked by fused_resnet.checks.
 bn_add_relu: Callable[..., Any]

@@ -2,7 +2,7 @@
 
 Calling a block costs ``Module.__call__``, the block's forward, that question, and the operator's
 own call: together half of what a small block computes in. A row asks for all its blocks at once,
-and calls one operator for all of them.
+and calls one operator for all of them, whose arguments the extension holds.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._registrations import OPERATORS
+from ._C import ResidualRow
 from .backends import select
 from .blocks import WholeBlock, apart, hooked
 from .choice import settled
 from .frozen_block import FrozenBlock, is_block, make_plan
 from .snapshot import Snapshot
-
-#: What the operator ``residual_row`` takes behind the map, in its order.
-Plan = tuple[list[Any], ...]
 
 
 class Inlined(NamedTuple):
@@ -42,12 +39,12 @@ class Row(NamedTuple):
     Attributes:
         snapshot: Of the children, and of the modules on which the blocks depend.
         inlined: The blocks that are not called.
-        steps: In order, what the operator takes for blocks in a row, or another child.
+        steps: In order, the operator of blocks in a row, or another child.
     """
 
     snapshot: Snapshot
     inlined: list[Inlined]
-    steps: list[Plan | nn.Module]
+    steps: list[ResidualRow | nn.Module]
 
     def holds(self) -> bool:
         """Whether it still comes to that."""
@@ -62,14 +59,13 @@ class FrozenRow(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to the last child's result; the argument's name is that of PyTorch."""
-        operator = _operator_for(input)
-        row = self._row() if operator is not None else None
-        if operator is None or row is None:
+        row = self._row() if _takes(input) else None
+        if row is None:
             result: Tensor = super().forward(input)
             return result
         x = input
         for step in row.steps:
-            x = operator(x, *step) if type(step) is tuple else step(x)  # type: ignore[operator]
+            x = step(x)
         return x
 
     def _row(self) -> Row | None:
@@ -91,19 +87,16 @@ def is_row(module: nn.Module) -> bool:
     return sum(map(is_block, module._modules.values())) > 1  # type: ignore[arg-type]
 
 
-def _operator_for(x: Any) -> Callable[..., Tensor] | None:
-    """What runs every block on that map; None where the children are to be called.
+def _takes(x: Any) -> bool:
+    """Whether rows run on that map; else the children are to be called.
 
     On CUDA a graph already leaves all Python out, and each block chooses its backend.
     """
     if not isinstance(x, Tensor) or x.device.type != "cpu" or apart(x):
-        return None
+        return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they note which module calls what
-        return None
-    if select("residual_block", x) != "cpu" or not settled("residual_block", "cpu"):
-        return None
-    operator: Callable[..., Tensor] = OPERATORS["cpu"].residual_row
-    return operator
+        return False
+    return select("residual_block", x) == "cpu" and settled("residual_block", "cpu")
 
 
 def _row_of(owner: FrozenRow) -> Row | None:
@@ -131,11 +124,11 @@ def _row_of(owner: FrozenRow) -> Row | None:
             steps[-1].append(block)
         else:
             steps.append([block])
-    planned = [_plan_of(step) if isinstance(step, list) else step for step in steps]
-    return Row(Snapshot(dict.fromkeys(members), owner), inlined, planned)
+    held = [_operator_of(step) if isinstance(step, list) else step for step in steps]
+    return Row(Snapshot(dict.fromkeys(members), owner), inlined, held)
 
 
-def _plan_of(blocks: list[WholeBlock]) -> Plan:
+def _operator_of(blocks: list[WholeBlock]) -> ResidualRow:
     packed: list[Tensor] = []
     scale: list[Tensor] = []
     shift: list[Tensor] = []
@@ -147,7 +140,7 @@ def _plan_of(blocks: list[WholeBlock]) -> Plan:
         scale += a
         shift += b
         settings.append((own, convs > own, block.padding[0], stride, dilation, groups, winograd))
-    return (packed, scale, shift, *map(list, zip(*settings, strict=True)))
+    return ResidualRow(packed, scale, shift, *map(list, zip(*settings, strict=True)))
 
 
 def _is_called_plainly(block: FrozenBlock) -> bool:

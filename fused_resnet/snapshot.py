@@ -2,18 +2,19 @@
 
 A decision about modules (may one operation stand for them?) depends on their children, tensors and
 hooks, all of which a user may change later. Deciding takes longer than a small convolution; a
-comparison with what was there when it was decided runs inside the interpreter's own loops.
+comparison with what was there when it was decided runs in the extension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain, repeat
-from operator import contains, is_
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ._C import unchanged
 
 
 class Snapshot:
@@ -35,7 +36,6 @@ class Snapshot:
                     members.append(m._packed)  # type: ignore[arg-type]
         self._members = [held for held in members if held]
         self._held = tuple(chain.from_iterable(map(dict.values, self._members)))
-        # Most are empty, which is the faster question.
         self._empty: list[dict[Any, Any]] = [held for held in members if not held]
         for m in modules:
             self._empty += (
@@ -52,9 +52,4 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether all is as it was: the same objects in the same places, and still no hook."""
-        return (
-            not any(self._empty)
-            and not any(map(contains, self._attributes, repeat("forward")))
-            and sum(map(len, self._members)) == len(self._held)
-            and all(map(is_, chain.from_iterable(map(dict.values, self._members)), self._held))
-        )
+        return unchanged(self._members, self._held, self._empty, self._attributes, "forward")

@@ -529,6 +529,13 @@ SMALL_WINOGRADS = [
     Conv("two-passes-2x2", (1, 272, 9, 9), 48, args={"padding": 1}),
 ]
 
+# On two threads one has a tile fewer than the other, and takes them in one group instead of two:
+# groups are of 14 tiles at most by vectors of 64 bytes, else of 18.
+UNEVEN_WINOGRADS = [
+    Conv("15-and-14-tiles", (1, 16, 4, 116), 16, args={"padding": 1}),
+    Conv("19-and-18-tiles", (1, 16, 4, 148), 16, args={"padding": 1}),
+]
+
 
 def winograd_operands(case, dtype=torch.float32):
     """What ``ops.conv_bn_add_relu_packed`` takes and the result in float64."""
@@ -582,10 +589,12 @@ def test_winograd_in_float_over_narrow_maps(case, dtype, relu, residual):
     assert not torch.equal(result, direct)
 
 
-@pytest.mark.parametrize("case", WINOGRADS[:4] + SMALL_WINOGRADS[:2], ids=str)
+@pytest.mark.parametrize("case", WINOGRADS[:4] + SMALL_WINOGRADS[:2] + UNEVEN_WINOGRADS, ids=str)
 def test_winograd_has_the_same_bits_on_any_number_of_threads(case):
     """Whether threads share out the tiles, the panels of output channels or both."""
     operands, _, options = winograd_operands(case)
+    geometry = {"padding": 0, **case.args}
+    assert algorithm(case.x, options["weight_shape"], **geometry).startswith("winograd")
     before = torch.get_num_threads()
     try:
         results = []

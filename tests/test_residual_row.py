@@ -134,6 +134,24 @@ def test_batches(batch):
         assert error(y[n : n + 1], row.truth(x[n : n + 1])) < 3e-6
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_any_number_of_threads_gives_the_same_bits(name):
+    """More of them than processors too, and than there is work for."""
+    row, x = operands(name)
+    x = x.repeat(1, 1, 3, 2)
+    given = x.clone()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results += [row.run(x) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+    assert torch.equal(x, given)
+
+
 def test_a_row_has_blocks():
     with pytest.raises(ValueError, match="convs: expected at least one block"):
         Operands(4, [], torch.float32).run(operands("basic")[1])

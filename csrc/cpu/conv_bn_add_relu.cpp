@@ -33,7 +33,7 @@ at::Tensor run(ConvCall& call, bool winograd) {
   const ConvShape& s = call.args.shape;
   const at::Tensor y = empty_map({s.n, s.k, s.out_h(), s.out_w()}, call.x.options());
   call.args.y = y.mutable_data_ptr();
-  run_conv(call.dtype, call.args, winograd);
+  in_team([&](Worker& worker) { run_conv(worker, call.dtype, call.args, winograd); });
   return y;
 }
 
@@ -86,12 +86,9 @@ ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
   return call;
 }
 
-ConvCall hold_packed(const char* op, const ConvShape& s, const at::Tensor& x,
-                     const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& shift) {
-  ConvCall call;
-  call.args.shape = s;
-  call.dtype = dtype_of(x.scalar_type());
-  const int64_t numel = kernels().of[call.dtype].packed_numel(s);
+void check_packed(const char* op, const ConvShape& s, const at::Tensor& x, const at::Tensor& packed,
+                  const at::Tensor& scale, const at::Tensor& shift) {
+  const int64_t numel = kernels().of[dtype_of(x.scalar_type())].packed_numel(s);
   const auto check = [&](const char* name, const at::Tensor& t, int64_t size, at::ScalarType type) {
     check_vector(op, name, t, size, x);
     TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, ", got ",
@@ -100,19 +97,19 @@ ConvCall hold_packed(const char* op, const ConvShape& s, const at::Tensor& x,
   check("packed", packed, numel, packed_type(x.scalar_type()));
   check("scale", scale, s.k, accumulator(x.scalar_type()));
   check("shift", shift, s.k, accumulator(x.scalar_type()));
-  call.packed = packed.contiguous();
-  call.folded = {scale.contiguous(), shift.contiguous()};
-  bind_weights(call);
-  return call;
 }
 
 ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
                         const at::Tensor& scale, const at::Tensor& shift,
                         const OptionalTensor& residual, at::IntArrayRef weight_shape,
                         const ConvGeometry& g, bool relu) {
-  const ConvShape shape =
-      conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
-  ConvCall call = hold_packed(op, shape, x, packed, scale, shift);
+  ConvCall call;
+  call.args.shape = conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
+  check_packed(op, call.args.shape, x, packed, scale, shift);
+  call.packed = packed.contiguous();
+  call.folded = {scale.contiguous(), shift.contiguous()};
+  call.dtype = dtype_of(x.scalar_type());
+  bind_weights(call);
   bind_maps(op, call, x, residual, relu);
   return call;
 }

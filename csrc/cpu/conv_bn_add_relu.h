@@ -34,11 +34,11 @@ ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
                  const OptionalTensor& residual, const ConvGeometry& geometry, double eps,
                  bool relu);
 
-// What freeze prepared, checked: all of a call but its maps, which are to be like x.
-ConvCall hold_packed(const char* op, const ConvShape& shape, const at::Tensor& x,
-                     const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& shift);
+// Throws where what freeze prepared is not for such a convolution of maps like x.
+void check_packed(const char* op, const ConvShape& shape, const at::Tensor& x,
+                  const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& shift);
 
-// The same with its maps.
+// From what freeze prepared.
 ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
                         const at::Tensor& scale, const at::Tensor& shift,
                         const OptionalTensor& residual, at::IntArrayRef weight_shape,

@@ -1,7 +1,5 @@
 #include "conv_driver.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -115,13 +113,13 @@ void flatten(ConvShape& s) {
   }
 }
 
-void run_direct(DType dtype, ConvForward f) {
+void run_direct(Worker& worker, DType dtype, ConvForward f) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
   flatten(f.shape);
   const Blocks blocks = cut(f.shape, f.residual != nullptr, table.panel[dtype], table.tile[dtype],
-                            bytes_of(k.packed), at::get_num_threads());
-  at::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
+                            bytes_of(k.packed), worker.team_size());
+  worker.loop(blocks.count(), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const ConvBlock block = blocks[i];
@@ -194,18 +192,21 @@ const WinogradKernels* winograd_for(DType dtype, const ConvShape& s) {
   return best;
 }
 
-void run_winograd(const WinogradKernels& kernels, const ConvForward& f, int64_t panel) {
+void run_winograd(Worker& worker, const WinogradKernels& kernels, const ConvForward& f,
+                  int64_t panel) {
   const ConvShape& s = f.shape;
   const int64_t tiles = winograd_tiles(kernels, s), panels = ceil_div(s.k, panel);
-  const WinogradPlan plan = plan_winograd(kernels, s, panel, at::get_num_threads());
+  const WinogradPlan plan = plan_winograd(kernels, s, panel, worker.team_size());
   const int64_t shares = ceil_div(panels, plan.panels);
-  at::parallel_for(0, ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
+  worker.loop(ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile0 = i / shares * plan.tiles, panel0 = i % shares * plan.panels;
       const WinogradBlock block{tile0, std::min(tile0 + plan.tiles, tiles), panel0,
                                 std::min(panel0 + plan.panels, panels)};
-      kernels.run(f, block, scratch.at_least(kernels.scratch_bytes(s, plan.tiles)));
+      // The last block has fewer tiles, and may want more: in one group what others have in two.
+      const int64_t bytes = kernels.scratch_bytes(s, block.tile1 - block.tile0);
+      kernels.run(f, block, scratch.at_least(bytes));
     }
   });
 }
@@ -217,12 +218,12 @@ const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
   return k == nullptr ? "direct" : k->side == 4 ? "winograd 4x4" : "winograd 2x2";
 }
 
-void run_conv(DType dtype, const ConvForward& f, bool winograd) {
+void run_conv(Worker& worker, DType dtype, const ConvForward& f, bool winograd) {
   if (f.shape.n == 0) return;
   if (const WinogradKernels* k = winograd ? winograd_for(dtype, f.shape) : nullptr) {
-    run_winograd(*k, f, kernels().panel[kFloat32]);
+    run_winograd(worker, *k, f, kernels().panel[kFloat32]);
   } else {
-    run_direct(dtype, f);
+    run_direct(worker, dtype, f);
   }
 }
 

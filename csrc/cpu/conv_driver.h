@@ -2,12 +2,13 @@
 #pragma once
 
 #include "isa.h"
+#include "team.h"
 
 namespace fr {
 
-// Channels-last operands; f.packed as pack_conv_weight lays it out. `winograd`: that algorithm may
-// run, see conv_algorithm.
-void run_conv(DType dtype, const ConvForward& f, bool winograd);
+// This worker's share, one loop of its team. Channels-last operands; f.packed as pack_conv_weight
+// lays it out. `winograd`: that algorithm may run, see conv_algorithm.
+void run_conv(Worker& worker, DType dtype, const ConvForward& f, bool winograd);
 
 // The same with ReLU, then max-pool; f.y is not used. y is the pooled result.
 void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y);

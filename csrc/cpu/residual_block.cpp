@@ -7,16 +7,16 @@
 // between the convolutions lie in memory that the thread's next block uses again; a shortcut's map
 // lies where the result will, and the last convolution adds to it in place.
 //
-// A row is blocks one after another. It is an operator of its own because of what a call costs: 7
-// us for each block of a network whose blocks take 40.
+// A row is blocks one after another. It is an operator of its own because of what a call costs, 7
+// us for each block of a network whose blocks take 40; and its threads part only when all is done.
 #include "../residual_block.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 
 #include "../checks.h"
 #include "conv_bn_add_relu.h"
@@ -40,22 +40,40 @@ int64_t output_numel(const ConvShape& s) { return s.out_h() * s.out_w() * s.k; }
 
 std::vector<int64_t> result_of(const ConvShape& s) { return {s.n, s.k, s.out_h(), s.out_w()}; }
 
-// A convolution of the block, whatever its maps.
-struct Step {
-  ConvCall call;
-  bool winograd;
+// A convolution of the block, whatever its maps; it owns no more than it must.
+class Step {
+ public:
+  Step(const BlockConv& c, const ConvShape& shape, const at::Tensor& like, bool winograd)
+      : packed_(c.packed.expect_contiguous()),
+        scale_(c.scale.expect_contiguous()),
+        shift_(c.shift.expect_contiguous()),
+        dtype_(dtype_of(like.scalar_type())),
+        winograd_(winograd) {
+    check_packed(kOp, shape, like, c.packed, c.scale, c.shift);
+    args_.shape = shape;
+    args_.packed = packed_->const_data_ptr();
+    args_.scale = scale_->const_data_ptr();
+    args_.shift = shift_->const_data_ptr();
+  }
 
-  const ConvShape& shape() const { return call.args.shape; }
+  const ConvShape& shape() const { return args_.shape; }
 
-  void run(int64_t images, const void* x, const void* residual, void* y, bool relu) const {
-    ConvForward f = call.args;
+  void run(Worker& worker, int64_t images, const void* x, const void* residual, void* y,
+           bool relu) const {
+    ConvForward f = args_;
     f.shape.n = images;
     f.x = x;
     f.residual = residual;
     f.y = y;
     f.relu = relu;
-    run_conv(call.dtype, f, winograd);
+    run_conv(worker, dtype_, f, winograd_);
   }
+
+ private:
+  c10::MaybeOwned<at::Tensor> packed_, scale_, shift_;
+  ConvForward args_{};
+  DType dtype_;
+  bool winograd_;
 };
 
 // The sizes of the convolution of the block behind `before`.
@@ -77,11 +95,11 @@ struct Padding {
   }
 
   // Of `images` images, as they lie in channels-last maps of `x`'s and the result's sizes.
-  void run(int64_t images, const at::Tensor& like, const char* x, char* y) const {
+  void run(Worker& worker, int64_t images, const at::Tensor& like, const char* x, char* y) const {
     const int64_t element = like.element_size(), w = like.size(3);
     const std::vector<int64_t> out = result(like);
     const int64_t from = like.size(1) * element, zeros = channels * element, to = out[1] * element;
-    at::parallel_for(0, images * out[2], kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    worker.loop(images * out[2], kRowsAtOnce, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t image = row / out[2], line = row % out[2] * stride;
         const char* pixel = x + (image * like.size(2) + line) * w * from;
@@ -96,81 +114,128 @@ struct Padding {
   }
 
  private:
-  // A row takes about a microsecond, as starting a thread does.
+  // A row takes about a microsecond, as waiting for a thread does.
   static constexpr int64_t kRowsAtOnce = 32;
 };
 
+// A block on a map, checked; x and the lists outlive it.
 class BlockCall {
  public:
   BlockCall(const at::Tensor& x, const Block& block, bool winograd, const Padding& padding = {0, 1})
-      : x_(x.contiguous(kChannelsLast)), padding_(padding) {
-    const auto step = [&](const BlockConv& c, const ConvShape& shape) {
-      return Step{hold_packed(kOp, shape, x, c.packed, c.scale, c.shift), winograd};
-    };
+      : x_(x.expect_contiguous(kChannelsLast)), padding_(padding) {
     for (const BlockConv& c : block.convs) {
-      const ConvShape shape = steps_.empty() ? shape_on_x(c) : next_shape(steps_.back().shape(), c);
+      const ConvShape shape =
+          steps_.empty() ? shape_on(x, c) : next_shape(steps_.back().shape(), c);
       TORCH_CHECK_VALUE(shape.k % shape.groups == 0, kOp, ": groups: expected a divisor of the ",
                         shape.k, " output channels, got ", shape.groups);
-      steps_.push_back(step(c, shape));
+      steps_.emplace_back(c, shape, x, winograd);
     }
     std::vector<int64_t> residual = padding.result(x);
     if (block.shortcut) {
-      shortcut_ = step(*block.shortcut, shape_on_x(*block.shortcut));
+      shortcut_.emplace(*block.shortcut, shape_on(x, *block.shortcut), x, winograd);
       residual = result_of(shortcut_->shape());
     }
-    const std::vector<int64_t> result = result_of(steps_.back().shape());
-    TORCH_CHECK_VALUE(residual == result, kOp, ": residual: expected shape ",
-                      at::IntArrayRef(result), ", got ", at::IntArrayRef(residual));
+    TORCH_CHECK_VALUE(residual == result(), kOp, ": residual: expected shape ",
+                      at::IntArrayRef(result()), ", got ", at::IntArrayRef(residual));
   }
 
-  at::Tensor run() const {
-    const at::Tensor y = empty_map(result_of(steps_.back().shape()), x_.options());
-    if (y.numel() == 0) return y;
-    const int64_t element = x_.element_size(), images = x_.size(0);
+  std::vector<int64_t> result() const { return result_of(steps_.back().shape()); }
+
+  // What run wants of scratch.
+  int64_t scratch_bytes() const { return 2 * half(); }
+
+  // To the map y; all workers of a team together.
+  void run(Worker& worker, char* scratch, char* y) const {
+    const int64_t parts = this->parts(), images = x_->size(0), element = x_->element_size();
     const int64_t in = input_numel(steps_.front().shape()) * element;
     const int64_t out = output_numel(steps_.back().shape()) * element;
-    int64_t between = 0;  // of the largest map between two convolutions
-    for (size_t i = 0; i + 1 < steps_.size(); ++i)
-      between = std::max(between, output_numel(steps_[i].shape()) * element);
-    const int64_t maps = in + out + 2 * between;
-    const int64_t parts = std::min((images * maps + kPartBytes - 1) / kPartBytes, images);
-    const int64_t most = (images + parts - 1) / parts;
-    const int64_t half = rounded(most * between);
-    Scratch scratch;
-    char* const here = scratch.at_least(2 * half);
+    const char* x = static_cast<const char*>(x_->const_data_ptr());
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t n0 = images * part / parts, n1 = images * (part + 1) / parts;
-      run_part(n1 - n0, static_cast<const char*>(x_.const_data_ptr()) + n0 * in, here, here + half,
-               static_cast<char*>(y.mutable_data_ptr()) + n0 * out);
+      run_part(worker, n1 - n0, x + n0 * in, scratch, scratch + half(), y + n0 * out);
     }
-    return y;
   }
 
  private:
-  at::Tensor x_;
-  std::vector<Step> steps_;
+  c10::MaybeOwned<at::Tensor> x_;
+  c10::SmallVector<Step, 3> steps_;
   std::optional<Step> shortcut_;
   Padding padding_;
 
-  ConvShape shape_on_x(const BlockConv& c) const {
-    return conv_shape(kOp, x_, c.weight_shape, c.stride, c.padding, c.dilation, c.groups);
+  static ConvShape shape_on(const at::Tensor& x, const BlockConv& c) {
+    return conv_shape(kOp, x, c.weight_shape, c.stride, c.padding, c.dilation, c.groups);
   }
 
-  void run_part(int64_t images, const char* x, char* here, char* there, char* y) const {
+  // Of an image's largest map between two convolutions.
+  int64_t bytes_between() const {
+    int64_t most = 0;
+    for (size_t i = 0; i + 1 < steps_.size(); ++i)
+      most = std::max(most, output_numel(steps_[i].shape()));
+    return most * x_->element_size();
+  }
+
+  // Of the batch.
+  int64_t parts() const {
+    const int64_t ends = input_numel(steps_.front().shape()) + output_numel(steps_.back().shape());
+    const int64_t bytes = ends * x_->element_size() + 2 * bytes_between(), images = x_->size(0);
+    return std::min((images * bytes + kPartBytes - 1) / kPartBytes, images);
+  }
+
+  int64_t half() const {
+    const int64_t parts = std::max<int64_t>(this->parts(), 1);
+    return rounded((x_->size(0) + parts - 1) / parts * bytes_between());
+  }
+
+  void run_part(Worker& worker, int64_t images, const char* x, char* here, char* there,
+                char* y) const {
     const bool identity = !shortcut_ && padding_.is_identity();
     if (shortcut_) {
-      shortcut_->run(images, x, nullptr, y, false);
+      shortcut_->run(worker, images, x, nullptr, y, false);
     } else if (!identity) {
-      padding_.run(images, x_, x, y);
+      padding_.run(worker, images, *x_, x, y);
     }
     const char* h = x;
     for (size_t i = 0; i + 1 < steps_.size(); ++i) {
-      steps_[i].run(images, h, nullptr, here, true);
+      steps_[i].run(worker, images, h, nullptr, here, true);
       h = here;
       std::swap(here, there);
     }
-    steps_.back().run(images, h, identity ? x : y, y, true);
+    steps_.back().run(worker, images, h, identity ? x : y, y, true);
   }
+};
+
+// Blocks one after another, all checked before the first runs, and then run by one team.
+class RowCall {
+ public:
+  explicit RowCall(const at::Tensor& x) : maps_{x} {}
+
+  // The map that the next block goes on.
+  const at::Tensor& end() const { return maps_.back(); }
+
+  void add(const Block& block, bool winograd, const Padding& padding = {0, 1}) {
+    const BlockCall& call = calls_.emplace_back(end(), block, winograd, padding);
+    const std::vector<int64_t> sizes = call.result();
+    // The map before the block's own is no longer needed then, but x is the caller's.
+    const bool again = maps_.size() > 2 && maps_[maps_.size() - 2].sizes() == sizes;
+    maps_.push_back(again ? maps_[maps_.size() - 2] : empty_map(sizes, end().options()));
+  }
+
+  at::Tensor run() const {
+    if (end().numel() == 0) return end();
+    int64_t most = 0;
+    for (const BlockCall& call : calls_) most = std::max(most, call.scratch_bytes());
+    Scratch scratch;
+    char* const between = scratch.at_least(most);
+    in_team([&](Worker& worker) {
+      for (size_t i = 0; i < calls_.size(); ++i)
+        calls_[i].run(worker, between, static_cast<char*>(maps_[i + 1].mutable_data_ptr()));
+    });
+    return end();
+  }
+
+ private:
+  std::deque<at::Tensor> maps_;  // the calls refer to them
+  std::deque<BlockCall> calls_;
 };
 
 // `joined` is for devices that add two convolutions in one kernel.
@@ -179,7 +244,9 @@ at::Tensor residual_block_cpu(const at::Tensor& x, at::TensorList packed, at::Te
                               bool bottleneck, int64_t stride, int64_t dilation, int64_t groups,
                               bool winograd) {
   const Block block = take_apart(x, packed, scale, shift, bottleneck, stride, dilation, groups);
-  return BlockCall(x, block, winograd).run();
+  RowCall call(x);
+  call.add(block, winograd);
+  return call.run();
 }
 
 at::Tensor residual_row_cpu(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
@@ -195,7 +262,7 @@ at::Tensor residual_row_cpu(const at::Tensor& x, at::TensorList packed, at::Tens
     TORCH_CHECK_VALUE(given == blocks, op, ": expected an element for each of ", blocks,
                       " blocks in every list, got ", given);
   }
-  at::Tensor y = x;
+  RowCall call(x);
   size_t at = 0;
   for (size_t i = 0; i < blocks; ++i) {
     TORCH_CHECK_VALUE(convs[i] == 2 || convs[i] == 3, op, ": convs: expected 2 or 3, got ",
@@ -209,13 +276,12 @@ at::Tensor residual_row_cpu(const at::Tensor& x, at::TensorList packed, at::Tens
                         " tensors in every list, got ", list.size());
     }
     const Block block =
-        take_apart(y, packed.slice(at, count), scale.slice(at, count), shift.slice(at, count),
-                   convs[i] == 3, stride[i], dilation[i], groups[i]);
-    const Padding shortcut{padding[i], projected[i] ? 1 : stride[i]};
-    y = BlockCall(y, block, winograd[i], shortcut).run();
+        take_apart(call.end(), packed.slice(at, count), scale.slice(at, count),
+                   shift.slice(at, count), convs[i] == 3, stride[i], dilation[i], groups[i]);
+    call.add(block, winograd[i], Padding{padding[i], projected[i] ? 1 : stride[i]});
     at += count;
   }
-  return y;
+  return call.run();
 }
 
 }  // namespace

@@ -1,0 +1,35 @@
+// Whether modules are what they were, for fused_resnet/snapshot.py. It is asked at every call: of a
+// row of 9 blocks it takes 1 us here, and 7 in the interpreter's own loops.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fr {
+
+// Whether the dictionaries `members` hold the objects `held`, one after another; those of `empty`
+// hold nothing; and those of `lacking` have no such key. Lists of the caller's, which the garbage
+// collector sees: a module holds its snapshot, and that the module's dictionaries.
+inline bool unchanged(const pybind11::list& members, const pybind11::tuple& held,
+                      const pybind11::list& empty, const pybind11::list& lacking,
+                      const pybind11::str& key) {
+  for (const pybind11::handle dictionary : empty) {
+    const Py_ssize_t size = PyObject_Size(dictionary.ptr());
+    if (size < 0) throw pybind11::error_already_set();
+    if (size > 0) return false;
+  }
+  for (const pybind11::handle dictionary : lacking) {
+    if (PyDict_Contains(dictionary.ptr(), key.ptr()) != 0) return false;
+  }
+  const size_t count = held.size();
+  size_t at = 0;
+  for (const pybind11::handle dictionary : members) {
+    Py_ssize_t place = 0;
+    PyObject *name = nullptr, *value = nullptr;
+    while (PyDict_Next(dictionary.ptr(), &place, &name, &value)) {
+      if (at == count || PyTuple_GET_ITEM(held.ptr(), at++) != value) return false;
+    }
+  }
+  return at == count;
+}
+
+}  // namespace fr
