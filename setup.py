@@ -23,12 +23,10 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent
 # One static library for each instruction set, as each has flags of its own. Which of them runs is
 # decided at run time, so nothing outside csrc/cpu/kernels may be compiled with such a flag.
-ISAS = {
-    "portable": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
-    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx512bf16",
-}
+ISAS = {"portable": "", "avx2": "-mavx2 -mfma -mf16c"}
+ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+ISAS["avx512_bf16"] = ISAS["amx_emulated"] = ISAS["avx512"] + " -mavx512bf16"
+ISAS["amx"] = ISAS["avx512_bf16"] + " -mamx-tile -mamx-bf16"
 # Where no card is in sight to ask, and TORCH_CUDA_ARCH_LIST says nothing.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))

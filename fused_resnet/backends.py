@@ -205,8 +205,9 @@ def build_info() -> dict[str, Any]:
     Returns:
         ``version`` of the package; ``torch`` it was compiled against; ``compiler``; ``cuda``, the
         toolkit's version or None; ``cuda_archs`` compiled; ``isa`` in use and ``isa_supported`` by
-        this machine, best first; ``bfloat16``, the dtype in which the CPU's convolutions multiply
-        bfloat16 maps, ``"bfloat16"`` or ``"float32"``; ``threads`` of ATen's pool.
+        this machine, best first and behind them ``amx_emulated``, which is for tests;
+        ``bfloat16``, the dtype in which the CPU's convolutions multiply bfloat16 maps,
+        ``"bfloat16"`` or ``"float32"``; ``threads`` of ATen's pool.
     """
     info: dict[str, Any] = {"version": __version__, **_C.build_info()}
     info["isa_forced"] = os.environ.get("FUSED_RESNET_ISA") or None

@@ -30,8 +30,8 @@ def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
     Returns:
         A vector whose layout depends on the device and the instruction set in use: rebuild it, do
         not ship it. On CUDA the dtype is kept, on the CPU too where the kernels multiply in it;
-        else it is float32: for float16, and for bfloat16 without AVX512-BF16 (the instruction set
-        ``avx512_bf16`` of :func:`fused_resnet.build_info`).
+        else it is float32: for float16, and for bfloat16 without AMX and AVX512-BF16 (the
+        instruction sets ``amx`` and ``avx512_bf16`` of :func:`fused_resnet.build_info`).
 
     Raises:
         ValueError: Wrong rank, or groups that do not divide K.

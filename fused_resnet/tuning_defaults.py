@@ -105,8 +105,10 @@ def nearest(device: str, isa: str, key: str) -> dict[str, float]:
 
 
 def table_of(isa: str, dtype: str) -> str:
-    """The instruction set whose table holds; AVX512-BF16 is AVX-512 to all but bfloat16."""
-    return isa if dtype == "bfloat16" else isa.removesuffix("_bf16")
+    """The instruction set whose table holds: but for bfloat16, AVX512-BF16 and AMX are AVX-512."""
+    if dtype == "bfloat16":
+        return isa
+    return "avx512" if isa.startswith("amx") else isa.removesuffix("_bf16")
 
 
 def _distance(one: Conv, other: Conv) -> float:

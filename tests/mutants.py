@@ -26,6 +26,7 @@ OPS = "fused_resnet/ops.py"
 BLOCK = "csrc/cpu/residual_block.cpp"
 POOL = "csrc/cpu/map_pool.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
+TILES = "csrc/cpu/kernels/conv_amx.h"
 FORWARD = "tests/test_ops.py"
 BFLOAT16 = "tests/test_bfloat16.py"
 BACKWARD = "tests/test_autograd.py"
@@ -35,6 +36,8 @@ SWAP = "tests/test_swap_semantics.py"
 ALIASING = "tests/test_swap_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
 PAIRED = (BFLOAT16, "avx512_bf16")
+#: And of AMX's.
+TILED = (BFLOAT16, "amx_emulated")
 
 
 @dataclass(frozen=True)
@@ -347,6 +350,34 @@ MUTANTS = [
     ),
     Mutant(
         "a NaN's sign reaches the max-pool", PAIRS, "if (t.relu) y =", "if (false) y =", *PAIRED
+    ),
+    Mutant(
+        "rows of a tile of weights too near",
+        TILES,
+        "load_tile<7>(w + kChannels, kStepBytes);",
+        "load_tile<7>(w + kChannels, kStepBytes / 2);",
+        *TILED,
+    ),
+    Mutant(
+        "pairs behind the tiles left out",
+        TILES,
+        "part.begun = t.runs->length / (2 * kTilePairs) * kTilePairs;",
+        "part.begun = ceil_div(t.runs->length, 2);",
+        *TILED,
+    ),
+    Mutant(
+        "tiles keep the height of the first",
+        TILES,
+        "if (pixels != pixels_) configure(pixels);",
+        "if (pixels_ == 0) configure(pixels);",
+        *TILED,
+    ),
+    Mutant(
+        "a dilated row's sums depend on the block",
+        PAIRS,
+        "if (!joined && !straddling) {",
+        "if (!joined && !by_column) {",
+        *TILED,
     ),
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
     Mutant(

@@ -16,7 +16,7 @@ import fused_resnet as fr
 from fused_resnet import ops, reference
 
 ISA = fr.build_info()["isa"]
-NATIVE = ISA == "avx512_bf16"
+NATIVE = ISA in ("amx", "avx512_bf16", "amx_emulated")
 
 #: Channels in pairs, halves of pairs, pixels that are copied and pixels that are not.
 CASES = [
@@ -45,6 +45,23 @@ CASES = [
     Conv("narrow-tall-odd", (2, 5, 19, 4), 16, args={"padding": (0, 2), "dilation": (2, 1)}),
     Conv("narrow-groups", (2, 12, 8, 6), 16, args={"padding": 1, "groups": 2}),
     Conv("wide-padding", (1, 4, 3, 3), 16, args={"padding": (5, 4)}),
+    # AMX's tiles are 16 pixels x 16 pairs x 16 channels, two by two of them.
+    Conv("15-pairs-16-pixels", (1, 30, 4, 4), 16, (1, 1)),
+    Conv("16-pairs-1-pixel", (1, 32, 1, 1), 33, (1, 1)),
+    Conv("16-pairs-17-pixels", (1, 32, 1, 17), 32, (1, 1)),
+    Conv("17-pairs-31-pixels", (1, 34, 1, 31), 48, (1, 1)),
+    Conv("31-pairs-33-pixels", (1, 62, 3, 11), 64, (1, 1)),
+    Conv("32-pairs-32-pixels", (2, 64, 4, 4), 40, (1, 1)),
+    Conv("33-pairs-and-half", (1, 67, 5, 9), 65, (1, 1)),
+    Conv("16-pairs-and-half-in-a-row", (1, 11, 3, 56), 33, args={"padding": 1}),
+    Conv("tiles-of-24-and-23-pixels", (1, 12, 4, 47), 32, args={"padding": 1}),
+    Conv("tiles-of-wide-groups", (1, 96, 5, 6), 66, args={"padding": 1, "groups": 2}),
+    Conv("tiles-of-odd-groups", (1, 105, 4, 5), 99, args={"padding": 1, "groups": 3}),
+    Conv("tiles-dilated", (1, 40, 9, 20), 16, args={"dilation": 2, "padding": 2}),
+    Conv("tiles-dilated-narrow", (1, 40, 7, 6), 16, args={"dilation": 2, "padding": 2}),
+    Conv("tiles-strided", (2, 16, 9, 37), 32, args={"stride": 2, "padding": 1}),
+    Conv("tiles-1x1-strided", (1, 40, 9, 9), 32, (1, 1), {"stride": 2}),
+    Conv("tiles-narrow", (2, 12, 7, 7), 40, args={"padding": 1}),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -107,7 +124,7 @@ def test_a_weight_packed_for_another_type_is_refused():
         ops.unpack_conv_weight(torch.zeros(256, dtype=foreign), (8, 8, 1, 1))
 
 
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("channels", [1, 3, 5, 33, 35])
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_pair_that_is_cut_in_half_reads_no_neighbour(channels, size):
     """The element behind an odd run is another pixel's: a NaN there must not come in by 0 * NaN."""
@@ -138,6 +155,41 @@ def test_bfloat16_non_finite_values_pass_through(value):
         )
 
 
+@pytest.mark.skipif(not NATIVE, reason="float32 arithmetic knows them")
+def test_subnormal_elements_are_zeros():
+    """In tiles and in the pairs behind them; taken as they are their products would be 0.125."""
+    x, w = normal(1, 43, 5, 7, dtype=torch.bfloat16), normal(18, 43, 1, 1, dtype=torch.bfloat16)
+    bn = batch_norm(18, torch.bfloat16)
+    zeros = [doubled(x), doubled(w)]
+    for tensor, other, at in ((x, w, 0), (w, x, 1)):
+        tensor[:, at::3], other[:, at::3] = 2.0**-130, 2.0**127
+        zeros[at][:, at::3] = 0
+    truth = reference.conv_bn_add_relu(*zeros, *doubled(bn), relu=False)
+    result = ops.conv_bn_add_relu(x, w, *bn, relu=False)
+    torch.testing.assert_close(result.double(), truth, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("channels", [24, 40])
+def test_dilated_rows_have_the_same_bits_in_any_block(channels):
+    """Alone a row is read in place, with others it is copied.
+
+    The true sums are all zero: what is left of one depends on its order.
+    """
+    half = normal(1, channels // 2, 9, 8, dtype=torch.bfloat16)
+    w = normal(64, channels // 2, 3, 3, dtype=torch.bfloat16)
+    one, zero, threads = torch.ones(64), torch.zeros(64), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 9, 4):
+            torch.set_num_threads(count)
+            operands = torch.cat([half, half], 1), torch.cat([w, -w], 1), one, zero, zero, one
+            results.append(ops.conv_bn_add_relu(*operands, padding=2, dilation=2, relu=False))
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0].count_nonzero() > 500
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("channels", [16, 33, 64])
 @pytest.mark.parametrize("pool", [{}, {"pool_kernel": (3, 2), "pool_stride": 1}], ids=str)
 def test_bfloat16_stem(channels, pool):
@@ -164,7 +216,9 @@ def test_nothing_is_written_beside_a_partial_panel():
     assert torch.equal(y, torch.cat([rest, one], 1))
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize(
+    "isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"]
+)
 def test_bfloat16_on_every_instruction_set(isa):
     """All of the above once more where another instruction set is asked for."""
     if isa not in fr.build_info()["isa_supported"]:

@@ -14,7 +14,7 @@ import torch
 import fused_resnet as fr
 from fused_resnet import _C
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -94,24 +94,30 @@ def test_without_the_extension_one_line_says_what_to_run(tmp_path):
 
 
 def test_wide_instructions_stay_behind_the_dispatch():
-    """A wide register outside of an instruction set's own namespace would kill an older machine."""
+    """Outside of an instruction set's own namespace, wide registers would kill an older machine."""
     objdump = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True
     )
     if objdump.returncode != 0:
         pytest.skip("objdump is not installed")
-    function, seen, strays = "", set(), set()
+    function, seen, strays, tiles = "", set(), set(), 0
     for line in objdump.stdout.splitlines():
         if line.endswith(">:"):
             function = line.partition("<")[2][:-2]
-        elif "%zmm" in line or "%ymm" in line:
-            home = re.search(r"fr::(avx512_bf16|avx512|avx2)::", function)
+            continue
+        tile = re.search(r"%tmm|ldtilecfg|tilerelease", line)
+        if tile or "%zmm" in line or "%ymm" in line:
+            home = re.search(r"fr::(amx_emulated|amx|avx512_bf16|avx512|avx2)::", function)
             (seen if home else strays).add(home.group(1) if home else function)
             if home and home.group(1) == "avx2" and "%zmm" in line:
                 strays.add(function)
-    if fr.build_info()["isa_supported"][-1] != "portable" or not seen:
+            if home and home.group(1) != "amx" and tile:
+                strays.add(function)
+            tiles += tile is not None
+    if not seen:
         pytest.skip("this build has no x86-64 kernels")
-    assert seen == {"avx512_bf16", "avx512", "avx2"}
+    assert seen == {"amx_emulated", "amx", "avx512_bf16", "avx512", "avx2"}
+    assert tiles > 0
     assert not strays
 
 

@@ -50,7 +50,7 @@ with torch.inference_mode():
 @pytest.mark.parametrize(
     "dtype", [F32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_another_process_gives_the_same_answers(
     tmp_path: Path, isa: str, dtype: torch.dtype
 ) -> None:

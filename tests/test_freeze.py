@@ -392,7 +392,9 @@ def test_state_dicts_hold_weights_in_pytorchs_layout() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize(
+    "isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"]
+)
 def test_a_saved_model_loads_on_another_instruction_set(
     tmp_path: Path, isa: str, dtype: torch.dtype
 ) -> None:

@@ -103,7 +103,7 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
         torch.testing.assert_close(fr.load_frozen(out)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_a_file_is_for_every_instruction_set(tmp_path: Path, isa: str) -> None:
     if isa not in fr.build_info()["isa_supported"]:
         pytest.skip(f"this machine or build has no {isa} kernels")

@@ -249,6 +249,12 @@ def test_the_shipped_table_is_what_it_says():
             assert tuning_defaults.nearest("cpu", isa, key) == times
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16", "amx", "avx2"])
+def test_a_table_holds_for_what_computes_alike(isa):
+    assert tuning_defaults.table_of(isa, "bfloat16") == isa
+    assert tuning_defaults.table_of(isa, "float32") == ("avx2" if isa == "avx2" else "avx512")
+
+
 @pytest.mark.parametrize("off", ["FUSED_RESNET_TUNE=0", "deterministic"])
 def test_the_table_decides_where_nothing_is_timed(off, monkeypatch):
     monkeypatch.setattr(tuner, "measure", lambda *arguments: pytest.fail("timed"))

@@ -5,6 +5,11 @@
 
 #include <cstdlib>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #ifndef INTRA_OP_PARALLEL
 #error "compile with -fopenmp: at::parallel_for would run everything on one thread"
 #endif
@@ -13,14 +18,40 @@ namespace fr {
 namespace {
 
 #ifdef FR_HAVE_X86_KERNELS
-const KernelTable& kernel_table_avx512_bf16() {
-  static const KernelTable table = [] {
-    KernelTable t = kernel_table_avx512();
-    t.isa = "avx512_bf16";
-    avx512_bf16::replace_bfloat16(t);
-    return t;
-  }();
+KernelTable table_with(void (*replace)(KernelTable&), KernelTable table, const char* isa) {
+  table.isa = isa;
+  replace(table);
   return table;
+}
+
+const KernelTable& kernel_table_avx512_bf16() {
+  static const KernelTable table =
+      table_with(avx512_bf16::replace_bfloat16, kernel_table_avx512(), "avx512_bf16");
+  return table;
+}
+
+const KernelTable& kernel_table_amx() {
+  static const KernelTable table =
+      table_with(amx::replace_bfloat16, kernel_table_avx512_bf16(), "amx");
+  return table;
+}
+
+const KernelTable& kernel_table_amx_emulated() {
+  static const KernelTable table =
+      table_with(amx_emulated::replace_bfloat16, kernel_table_avx512_bf16(), "amx_emulated");
+  return table;
+}
+
+// Linux gives a process the tiles' 8 KiB of state when it asks for them, and kills one that uses a
+// tile before.
+bool tiles_are_permitted() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, asm/fpu/types.h
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -31,14 +62,22 @@ std::vector<const KernelTable*> supported_tables() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&kernel_table_avx512_bf16());
-    tables.push_back(&kernel_table_avx512());
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (pairs && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+      tiles_are_permitted()) {
+    tables.push_back(&kernel_table_amx());
   }
+  if (pairs) tables.push_back(&kernel_table_avx512_bf16());
+  if (avx512) tables.push_back(&kernel_table_avx512());
   if (avx2) tables.push_back(&kernel_table_avx2());
 #endif
   tables.push_back(&kernel_table_portable());
+#ifdef FR_HAVE_X86_KERNELS
+  if (pairs) tables.push_back(&kernel_table_amx_emulated());  // behind all that anyone would want
+#endif
   return tables;
 }
 

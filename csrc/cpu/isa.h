@@ -14,7 +14,7 @@ namespace fr {
 // Throws a ValueError where that names none that the machine supports.
 const KernelTable& kernels();
 
-// Names that this machine supports, best first.
+// Names that this machine supports, best first; the last may be amx_emulated, which is for tests.
 std::vector<std::string> supported_isas();
 
 DType dtype_of(at::ScalarType type);

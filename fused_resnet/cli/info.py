@@ -45,7 +45,8 @@ def collect() -> dict[str, Any]:
 def _bfloat16(build: dict[str, Any]) -> str:
     """How convolutions multiply bfloat16 maps on the CPU."""
     if build["bfloat16"] == "bfloat16":
-        return "multiplied as bfloat16, by AVX512-BF16"
+        by = {"amx": "AMX", "amx_emulated": "emulated AMX"}.get(build["isa"], "AVX512-BF16")
+        return f"multiplied as bfloat16, by {by}"
     has = "avx512_bf16" in build["isa_supported"]
     why = f"FUSED_RESNET_ISA={build['isa']} asks for it" if has else "no AVX512-BF16 here"
     return f"stored as bfloat16, multiplied as float32: {why}"

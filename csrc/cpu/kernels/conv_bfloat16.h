@@ -82,6 +82,8 @@ inline PairSource source_of(const ConvShape& s, const ConvBlock& b) {
   const bool narrow = s.kw > 1 && s.stride_h == 1 && b.row1 - b.row0 > 1 && width == s.out_w() &&
                       width < kPairPixels;
   const bool by_column = narrow || aliased || straddling || (s.kw == 1 && s.stride_w > 1);
+  // Taps of a dilated row are runs of their own even where a copy has them side by side: the order
+  // of a sum must not depend on the block.
   PairSource p{};
   p.gathered = by_column || s.pad_h > 0 || s.pad_w > 0;
   p.taps = by_column ? s.kw : 1;
@@ -97,7 +99,7 @@ inline PairSource source_of(const ConvShape& s, const ConvBlock& b) {
   p.row = s.stride_h / p.step_h * row;
   p.pixel = by_column ? p.pitch : s.stride_w * s.c;
   p.runs = weight_runs(s);
-  if (!joined && !by_column) {  // with one group an even number of channels: as it is packed
+  if (!joined && !straddling) {  // with one group an even number of channels: as it is packed
     p.runs.per_row = s.kw;
     p.runs.count = s.kh * s.kw;
     p.runs.length = s.group_c();
@@ -169,6 +171,8 @@ struct PairTile {
   const BFloat16* weights;
   const char* ahead;  // weights that the next panel will read, and how fast to fetch them
   int64_t ahead_step;
+  const float* sums;   // of its pixels, kChannels each, where a sum has begun elsewhere
+  int64_t begun;       // pairs of each run that are in them
   const float* scale;  // at the panel's first channel
   const float* shift;
   const BFloat16* residual;  // at the tile's first element; null: none
@@ -178,12 +182,9 @@ struct PairTile {
   bool relu;
 };
 
-template <int kTile>
-FR_INLINE void multiply_pairs(const PairTile& t, __m512 (&acc)[kTile][2]) {
-  const BFloat16* w = t.weights;
-  const char* ahead = t.ahead;
-  const int64_t pixel = t.pixel, steps = t.runs->length / 2;
-  const bool half = t.runs->length % 2 != 0;
+// Calls visit(the first pixel's elements) for each run.
+template <class Visit>
+FR_INLINE void visit_runs(const PairTile& t, Visit visit) {
   int64_t tap = 0;
   const BFloat16* row = t.x;
   for (int64_t run = 0; run < t.runs->count; ++run, ++tap) {
@@ -191,7 +192,20 @@ FR_INLINE void multiply_pairs(const PairTile& t, __m512 (&acc)[kTile][2]) {
       tap = 0;
       row += t.runs->row_step;
     }
-    const BFloat16* p = row + tap * t.runs->col_step;
+    visit(row + tap * t.runs->col_step);
+  }
+}
+
+// From pair `first` of each run.
+template <int kTile>
+FR_INLINE void multiply_pairs(const PairTile& t, int64_t first, __m512 (&acc)[kTile][2]) {
+  const BFloat16* w = t.weights;
+  const char* ahead = t.ahead;
+  const int64_t pixel = t.pixel, steps = t.runs->length / 2;
+  const bool half = t.runs->length % 2 != 0;
+  visit_runs(t, [&](const BFloat16* p) {
+    p += 2 * first;
+    w += 2 * first * kChannels;
     const auto step = [&](auto broadcast) {
       const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w);
       const __m512bh w1 = (__m512bh)_mm512_loadu_si512(w + kChannels);
@@ -204,12 +218,12 @@ FR_INLINE void multiply_pairs(const PairTile& t, __m512 (&acc)[kTile][2]) {
       p += 2;
       w += 2 * kChannels;
     };
-    for (int64_t i = 0; i < steps; ++i, ahead += t.ahead_step) {
+    for (int64_t i = first; i < steps; ++i, ahead += t.ahead_step) {
       __builtin_prefetch(ahead, 0, 2);
       step(broadcast_pair);
     }
     if (half) step(broadcast_half);
-  }
+  });
 }
 
 template <int kTile>
@@ -250,29 +264,51 @@ FR_INLINE void store_pairs(const PairTile& t, const __m512 (&acc)[kTile][2]) {
   }
 }
 
-template <int kTile>
-void pair_tile(const PairTile& t) {
-  // Asked for here, they come while the sum is computed.
+// Asked for before the sum is computed, they come meanwhile.
+FR_INLINE void fetch_result(const PairTile& t, int64_t pixels) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; ++i) {
+  for (int64_t i = 0; i < pixels; ++i) {
     if (t.residual) __builtin_prefetch(t.residual + i * t.stride, 0, 3);
     __builtin_prefetch(t.y + i * t.stride, 1, 3);
   }
+}
+
+template <int kTile, bool kBegun>
+void pair_tile(const PairTile& t) {
   __m512 acc[kTile][2] = {};
-  multiply_pairs<kTile>(t, acc);
+  if constexpr (kBegun) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) {
+      acc[i][0] = _mm512_loadu_ps(t.sums + i * kChannels);
+      acc[i][1] = _mm512_loadu_ps(t.sums + i * kChannels + 16);
+    }
+    multiply_pairs<kTile>(t, t.begun, acc);
+  } else {
+    fetch_result(t, kTile);
+    multiply_pairs<kTile>(t, 0, acc);
+  }
   store_pairs<kTile>(t, acc);
 }
 
-inline void run_pair_tile(int64_t pixels, const PairTile& t) {
+template <bool kBegun>
+void run_pair_tile(int64_t pixels, const PairTile& t) {
   static constexpr void (*tiles[])(const PairTile&) = {
-      pair_tile<1>,  pair_tile<2>,  pair_tile<3>,  pair_tile<4>,  pair_tile<5>,
-      pair_tile<6>,  pair_tile<7>,  pair_tile<8>,  pair_tile<9>,  pair_tile<10>,
-      pair_tile<11>, pair_tile<12>, pair_tile<13>, pair_tile<14>,
+      pair_tile<1, kBegun>,  pair_tile<2, kBegun>,  pair_tile<3, kBegun>,  pair_tile<4, kBegun>,
+      pair_tile<5, kBegun>,  pair_tile<6, kBegun>,  pair_tile<7, kBegun>,  pair_tile<8, kBegun>,
+      pair_tile<9, kBegun>,  pair_tile<10, kBegun>, pair_tile<11, kBegun>, pair_tile<12, kBegun>,
+      pair_tile<13, kBegun>, pair_tile<14, kBegun>,
   };
   tiles[pixels - 1](t);
 }
 
-inline void conv_bfloat16(const ConvForward& f, const ConvBlock& b, void* scratch) {
+// How conv_pairs computes the pixels of a tile: conv_amx.h has another way.
+struct VectorTiles {
+  static constexpr int64_t kPixels = kPairPixels;
+  void run(int64_t pixels, const PairTile& t) const { run_pair_tile<false>(pixels, t); }
+};
+
+template <class Tiles>
+void conv_pairs(const ConvForward& f, const ConvBlock& b, void* scratch) {
   const ConvShape& s = f.shape;
   const PairSource source = source_of(s, b);
   const BFloat16* base;
@@ -297,11 +333,12 @@ inline void conv_bfloat16(const ConvForward& f, const ConvBlock& b, void* scratc
   }
 
   // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
-  const int64_t tiles = ceil_div(width, kPairPixels);
+  const int64_t tiles = ceil_div(width, Tiles::kPixels);
   const int64_t narrow = width / tiles, wider = width % tiles;
   const int64_t panels = ceil_div(s.group_k(), kChannels);
   const int64_t pairs = pairs_of(source.runs), panel_bytes = pairs * kStepBytes;
-  PairTile t;
+  Tiles by_tile;
+  PairTile t{};
   t.pixel = source.pixel;
   t.runs = &source.runs;
   t.stride = s.k;
@@ -329,7 +366,7 @@ inline void conv_bfloat16(const ConvForward& f, const ConvBlock& b, void* scratc
           t.x = row + first * source.pixel;
           t.residual = f.residual ? static_cast<const BFloat16*>(f.residual) + at : nullptr;
           t.y = static_cast<BFloat16*>(f.y) + at - f.y_first * s.k;
-          run_pair_tile(end - first, t);
+          by_tile.run(end - first, t);
           t.ahead += t.ahead_step * pairs;
         }
       }

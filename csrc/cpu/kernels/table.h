@@ -152,6 +152,13 @@ const KernelTable& kernel_table_avx512();
 namespace avx512_bf16 {
 void replace_bfloat16(KernelTable& table);
 }
+// What AMX does better than that, and the same with AMX emulated.
+namespace amx {
+void replace_bfloat16(KernelTable& table);
+}
+namespace amx_emulated {
+void replace_bfloat16(KernelTable& table);
+}
 #endif
 
 }  // namespace fr

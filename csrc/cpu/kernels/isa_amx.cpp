@@ -1,0 +1,17 @@
+// Compiled with the flags of this instruction set and nothing but it: see setup.py. All but the
+// convolution it has in common with AVX512-BF16.
+#define FR_ISA amx
+#define FR_VECTOR_BYTES 64
+#include "conv_amx.h"
+#include "peak_amx.h"
+
+namespace fr {
+namespace amx {
+
+void replace_bfloat16(KernelTable& table) {
+  replace_convolution(table);
+  table.peak.dot_bfloat16 = dot_tiles;
+}
+
+}  // namespace amx
+}  // namespace fr
