@@ -277,12 +277,6 @@ MUTANTS = [
         ROW,
     ),
     Mutant(
-        "Winograd's last block has scratch for as many tiles as the others",
-        "csrc/cpu/conv_driver.cpp",
-        "block.tile1 - block.tile0)",
-        "plan.tiles)",
-    ),
-    Mutant(
         "a row writes over the map that it was given",
         BLOCK,
         "maps_.size() > 2 &&",
