@@ -38,6 +38,11 @@ CONVS = [
     Conv("prime-channels", (1, 17, 7, 7), 23, args={"padding": 1}),
     Conv("panel-and-one", (1, 8, 5, 5), 33, args={"padding": 1}),
     Conv("groups", (2, 32, 9, 9), 64, args={"padding": 1, "groups": 4}),
+    # Whole groups fill a vector; the last one's sum is too long for that.
+    Conv("groups-of-4", (2, 64, 9, 15), 64, args={"padding": 1, "groups": 16}),
+    Conv("groups-of-4-1x1", (1, 48, 5, 7), 48, (1, 1), {"groups": 12}),
+    Conv("groups-of-8-oblong", (1, 64, 14, 33), 64, (3, 2), {"stride": (2, 1), "groups": 8}),
+    Conv("groups-of-4-7x7", (1, 16, 9, 9), 16, (7, 7), {"padding": 3, "groups": 4}),
     Conv("depthwise", (1, 19, 9, 9), 19, args={"padding": 1, "groups": 19}),
     Conv("oblong", (1, 8, 20, 9), 16, (3, 5), {"stride": (2, 1), "padding": (0, 3)}),
     Conv("oblong-dilated", (1, 8, 20, 9), 16, (5, 2), {"dilation": (1, 3), "padding": (2, 1)}),

@@ -144,8 +144,8 @@ MUTANTS = [
     Mutant(
         "a group's narrow last panel taken for a whole one",
         CONV,
-        "group_width = ceil_div(s.group_k(), kLanes<A>) * kLanes<A>;",
-        "group_width = ceil_div(s.group_k(), kPanel<A>) * kPanel<A>;",
+        "group_width = ceil_div(packed_group<A>(s), kLanes<A>) * kLanes<A>;",
+        "group_width = ceil_div(packed_group<A>(s), kPanel<A>) * kPanel<A>;",
     ),
     Mutant(
         "a transposed square's steps leave a block where it was",
@@ -275,6 +275,13 @@ MUTANTS = [
         "    at += count;\n",
         "",
         ROW,
+    ),
+    Mutant(
+        "groups in a vector take each other's channels",
+        CONV,
+        "channel[c][i] = i / kShare * kShare + c;",
+        "channel[c][i] = (i / kShare * kShare + lanes - kShare + c) % lanes;",
+        isa="avx2",
     ),
     Mutant(
         "a row writes over the map that it was given",

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases import Conv, batch_norm, conv_weight, doubled, normal
@@ -214,21 +209,3 @@ def test_nothing_is_written_beside_a_partial_panel():
     one = ops.conv_bn_add_relu(x, w[32:], *(t[32:] for t in bn), padding=1)
     rest = ops.conv_bn_add_relu(x, w[:32], *(t[:32] for t in bn), padding=1)
     assert torch.equal(y, torch.cat([rest, one], 1))
-
-
-@pytest.mark.parametrize(
-    "isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"]
-)
-def test_bfloat16_on_every_instruction_set(isa):
-    """All of the above once more where another instruction set is asked for."""
-    if isa not in fr.build_info()["isa_supported"]:
-        pytest.skip(f"this machine does not support {isa}")
-    if isa == ISA:
-        pytest.skip(f"{isa} is what the tests above ran on")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    environment = os.environ | {"FUSED_RESNET_ISA": isa}
-    result = subprocess.run(
-        [*command, Path(__file__).name, "-k", "not every_instruction_set"],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:]

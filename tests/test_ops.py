@@ -226,6 +226,20 @@ def test_packed_equals_live(case, dtype):
     torch.testing.assert_close(packed, live, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("channels", [4, 8])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_what_a_group_holds_stays_in_it(channels, dilation):
+    """Groups that lie side by side in a vector too: not even NaN comes across."""
+    x = normal(1, 64, 9, 9, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    w = normal(64, channels, 3, 3, dtype=torch.float32)
+    geometry = {"padding": dilation, "dilation": dilation, "groups": 64 // channels}
+    x[:, 2 * channels + 1] = torch.nan
+    y = ops.conv_bn_add_relu(x, w, *batch_norm(64, torch.float32), relu=False, **geometry)
+    inside = torch.arange(64) // channels == 2
+    assert y[:, inside].isnan().all()
+    assert not y[:, ~inside].isnan().any()
+
+
 @pytest.mark.parametrize("case", STEMS, ids=str)
 def test_packed_stem_equals_live(case):
     x = normal(*case.x, dtype=torch.float32)

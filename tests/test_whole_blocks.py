@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -242,18 +239,3 @@ def test_it_names_what_is_wrong():
         run(x, packed, [s.double() for s in scale], shift, **settings)
     with pytest.raises(ValueError, match="4 dimensions"):
         run(x[0], packed, scale, shift, **settings)
-
-
-@pytest.mark.parametrize("isa", ["amx", "avx512", "avx2", "portable", "amx_emulated"])
-def test_every_instruction_set(isa):
-    """The tests of this file in a process of another instruction set: it is chosen once."""
-    if isa not in fr.build_info()["isa_supported"]:
-        pytest.skip(f"this machine or build has no {isa} kernels")
-    if isa == fr.build_info()["isa"]:
-        pytest.skip(f"{isa} is what the other tests of this process run on")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    others = "bfloat16 and " if isa == "amx_emulated" else ""  # the rest is AVX-512's
-    command += ["-k", others + "not every_instruction_set"]
-    environment = os.environ | {"FUSED_RESNET_ISA": isa}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]

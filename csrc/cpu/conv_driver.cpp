@@ -71,11 +71,9 @@ struct Blocks {
   }
 };
 
-Blocks cut(const ConvShape& s, bool residual, int64_t panel, int64_t tile, int64_t element,
+Blocks cut(const ConvShape& s, bool residual, int64_t panels, int64_t tile, int64_t element,
            int64_t threads) {
-  Blocks b{{1, 1, s.out_w(), 0}, s.n, s.out_h(), s.out_w(), 0};
-  b.panels = s.groups * ceil_div(s.group_k(), panel);
-  b.size.panels = b.panels;
+  Blocks b{{1, 1, s.out_w(), panels}, s.n, s.out_h(), s.out_w(), panels};
   const int64_t input_bytes = s.stride_h * s.stride_w * s.c * element;
   const int64_t pixel_bytes = input_bytes + (residual ? 2 : 1) * s.k * element;
 
@@ -117,7 +115,7 @@ void run_direct(Worker& worker, DType dtype, ConvForward f) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
   flatten(f.shape);
-  const Blocks blocks = cut(f.shape, f.residual != nullptr, table.panel[dtype], table.tile[dtype],
+  const Blocks blocks = cut(f.shape, f.residual != nullptr, k.panels(f.shape), table.tile[dtype],
                             bytes_of(k.packed), worker.team_size());
   worker.loop(blocks.count(), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
@@ -184,7 +182,7 @@ const WinogradKernels* winograd_for(DType dtype, const ConvShape& s) {
   if (table.of[dtype].packed == kBFloat16) least /= 2;
   for (const WinogradKernels& k : table.winograd[dtype]) {
     if (!winograd_fits(k, s)) continue;
-    const double cost = plan_winograd(k, s, table.panel[kFloat32], 1).cost;
+    const double cost = plan_winograd(k, s, table.winograd_panel, 1).cost;
     if (cost >= least) continue;
     best = &k;
     least = cost;
@@ -221,7 +219,7 @@ const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
 void run_conv(Worker& worker, DType dtype, const ConvForward& f, bool winograd) {
   if (f.shape.n == 0) return;
   if (const WinogradKernels* k = winograd ? winograd_for(dtype, f.shape) : nullptr) {
-    run_winograd(worker, *k, f, kernels().panel[kFloat32]);
+    run_winograd(worker, *k, f, kernels().winograd_panel);
   } else {
     run_direct(worker, dtype, f);
   }
@@ -234,7 +232,7 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
   if (s.n == 0) return;
   const int64_t element = bytes_of(dtype);
   const int64_t row_bytes = s.out_w() * s.k * element;
-  const int64_t panels = s.groups * ceil_div(s.group_k(), table.panel[dtype]);
+  const int64_t panels = k.panels(s);
   const int64_t rows = block_size(pool.out_h(), kBlockBytes / (row_bytes * pool.stride_h),
                                   ceil_div(at::get_num_threads(), s.n));
   const int64_t per_image = ceil_div(pool.out_h(), rows);

@@ -21,9 +21,8 @@ void pack_weight(const at::Tensor& weight, const ConvShape& shape, void* packed)
   const Kernels& k = kernels().of[dtype];
   const bool taps_outside = weight.is_contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor source = taps_outside ? weight : weight.contiguous();
-  const int64_t panel = kernels().panel[dtype];
-  const int64_t panels = shape.groups * ((shape.group_k() + panel - 1) / panel);
-  at::parallel_for(0, panels, std::max<int64_t>(1, 16 * 1024 / (panel * shape.depth())),
+  const int64_t panels = k.panels(shape), panel_numel = k.packed_numel(shape) / panels;
+  at::parallel_for(0, panels, std::max<int64_t>(1, 16 * 1024 / panel_numel),
                    [&](int64_t begin, int64_t end) {
                      k.pack(shape, !taps_outside, source.const_data_ptr(), begin, end, packed);
                    });

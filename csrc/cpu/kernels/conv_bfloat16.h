@@ -374,8 +374,12 @@ void conv_pairs(const ConvForward& f, const ConvBlock& b, void* scratch) {
   }
 }
 
+inline int64_t all_pair_panels(const ConvShape& s) {
+  return s.groups * ceil_div(s.group_k(), kChannels);
+}
+
 inline int64_t packed_bfloat16_numel(const ConvShape& s) {
-  return s.groups * ceil_div(s.group_k(), kChannels) * pairs_of(weight_runs(s)) * 2 * kChannels;
+  return all_pair_panels(s) * pairs_of(weight_runs(s)) * 2 * kChannels;
 }
 
 // Calls visit(place in packed, place in the weight) for each element of a panel's filters. The
@@ -450,7 +454,7 @@ inline void pack_bfloat16(const ConvShape& s, bool taps_inside, const void* weig
 inline void unpack_bfloat16(const ConvShape& s, const void* packed, void* weight) {
   const BFloat16* p = static_cast<const BFloat16*>(packed);
   BFloat16* w = static_cast<BFloat16*>(weight);
-  for (int64_t panel = 0; panel < s.groups * ceil_div(s.group_k(), kChannels); ++panel)
+  for (int64_t panel = 0; panel < all_pair_panels(s); ++panel)
     visit_pairs(s, true, panel, [=](int64_t from, int64_t to) { w[to] = p[from]; });
 }
 

@@ -17,6 +17,7 @@ constexpr Kernels kernels_of() {
           bn_statistics<T>,
           bn_backward_reduce<T>,
           bn_backward_apply<T>,
+          all_panels<Acc<T>>,
           conv_scratch_bytes<T>,
           conv<T>,
           max_pool<T>,
@@ -29,7 +30,7 @@ constexpr Kernels kernels_of() {
 // In the order of DType.
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
-          {kPanel<float>, kPanel<double>, kPanel<float>, kPanel<float>},
+          kPanel<float>,
           {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
           {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()},
           {{winograd_of<4, float, float>(), winograd_of<2, float, float>()},

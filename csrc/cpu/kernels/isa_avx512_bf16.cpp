@@ -12,6 +12,7 @@ namespace avx512_bf16 {
 
 void replace_bfloat16(KernelTable& table) {
   Kernels& bfloat16 = table.of[kBFloat16];
+  bfloat16.panels = all_pair_panels;
   bfloat16.conv_scratch_bytes = conv_bfloat16_scratch_bytes;
   bfloat16.conv = conv_pairs<VectorTiles>;
   bfloat16.max_pool = max_pool_bfloat16;

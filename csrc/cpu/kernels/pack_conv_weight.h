@@ -13,7 +13,8 @@ namespace FR_ISA {
 template <class T>
 int64_t packed_numel(const ConvShape& s) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
-  return s.groups * ceil_div(s.group_k(), lanes) * lanes * s.depth();
+  const int64_t group = packed_group<Acc<T>>(s);
+  return s.k / group * ceil_div(group, lanes) * lanes * s.depth();
 }
 
 // Both walk a filter in its own order, one cache line of it at a time, for all filters of a panel:
@@ -26,12 +27,12 @@ constexpr int64_t kPackStep = 16;
 template <class A, class Visit>
 FR_INLINE void visit_packed(const ConvShape& s, bool taps_inside, int64_t panel0, int64_t panel1,
                             Visit visit) {
-  const int64_t panels = ceil_div(s.group_k(), kPanel<A>);
+  const int64_t panels = group_panels<A>(s), group_k = packed_group<A>(s);
   const int64_t taps = s.kh * s.kw, channels = s.group_c(), depth = s.depth();
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     const int64_t k0 = panel % panels * kPanel<A>;
-    const int64_t cols = min_of(s.group_k() - k0, kPanel<A>), width = panel_width<A>(s, k0);
-    const int64_t first = (panel / panels * s.group_k() + k0) * depth;
+    const int64_t cols = min_of(group_k - k0, kPanel<A>), width = panel_width<A>(s, k0);
+    const int64_t first = (panel / panels * group_k + k0) * depth;
     for (int64_t i = 0; i < depth; i += kPackStep) {
       const int64_t count = min_of(depth - i, kPackStep);
       int64_t rows[kPackStep];
@@ -82,7 +83,7 @@ void unpack(const ConvShape& s, const void* packed, void* weight) {
   A* w = static_cast<A*>(weight);
   const int64_t depth = s.depth();
   visit_packed<A>(
-      s, true, 0, s.groups * ceil_div(s.group_k(), kPanel<A>),
+      s, true, 0, all_panels<A>(s),
       [=](int64_t from, int64_t to, int64_t cols, int64_t, int64_t count, const int64_t* rows) {
         for (int64_t k = 0; k < cols; ++k) {
           for (int64_t j = 0; j < count; ++j) w[to + k * depth + j] = p[from + rows[j] + k];

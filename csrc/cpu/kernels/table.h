@@ -100,6 +100,7 @@ struct Kernels {
   void (*bn_statistics)(const BnStatistics&, int64_t begin, int64_t end, int64_t chunk);
   void (*bn_backward_reduce)(const BnBackward&, int64_t begin, int64_t end, int64_t chunk);
   void (*bn_backward_apply)(const BnBackward&, int64_t begin, int64_t end);
+  int64_t (*panels)(const ConvShape&);  // of output channels, of which a block has some
   int64_t (*conv_scratch_bytes)(const ConvShape&, const ConvBlock&);
   void (*conv)(const ConvForward&, const ConvBlock&, void* scratch);
   void (*max_pool)(const PoolForward&);  // of what conv left, with ReLU
@@ -137,8 +138,8 @@ struct PeakKernels {
 
 struct KernelTable {
   const char* isa;
-  int64_t panel[kNumDTypes];  // output channels that the microkernel computes side by side
-  int64_t tile[kNumDTypes];   // output pixels likewise
+  int64_t winograd_panel;    // output channels that a microkernel computes side by side, at most
+  int64_t tile[kNumDTypes];  // output pixels likewise
   Kernels of[kNumDTypes];
   WinogradKernels winograd[kNumDTypes][kNumWinograds];
   PeakKernels peak;

@@ -9,19 +9,10 @@
 namespace fr {
 namespace FR_ISA {
 
-template <class A>
-struct IndexOf {
-  using type = int32_t;
-};
-template <>
-struct IndexOf<double> {
-  using type = int64_t;
-};
-
 template <class A, int kStep>
 FR_INLINE void swap_blocks(Vec<A> (&rows)[kLanes<A>]) {
   constexpr int lanes = kLanes<A>;
-  Vec<typename IndexOf<A>::type> low{}, high{};
+  LaneIndex<A> low{}, high{};
 #pragma GCC unroll 16
   for (int e = 0; e < lanes; ++e) {
     low[e] = e & kStep ? e - kStep + lanes : e;

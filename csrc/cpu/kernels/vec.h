@@ -45,6 +45,18 @@ struct VecOf {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
+// What a shuffle takes: for each lane the one that it is taken from.
+template <class A>
+struct IndexOf {
+  using type = int32_t;
+};
+template <>
+struct IndexOf<double> {
+  using type = int64_t;
+};
+template <class A>
+using LaneIndex = Vec<typename IndexOf<A>::type>;
+
 constexpr int64_t kLineBytes = 64;  // of the caches
 
 #define FR_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,35 @@
+"""The operations' tests once more on the machine's other instruction sets: one is chosen once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_resnet as fr
+
+OPERATIONS = ("test_ops.py", "test_bfloat16.py", "test_whole_blocks.py", "test_residual_row.py")
+
+
+@pytest.mark.parametrize(
+    "isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated"]
+)
+def test_operations_on(isa):
+    if isa not in fr.build_info()["isa_supported"]:
+        pytest.skip(f"this machine does not support {isa}")
+    if isa == fr.build_info()["isa"]:
+        pytest.skip(f"{isa} is what the tests of this process run on")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
+    if isa == "amx_emulated":
+        command += ["-k", "bfloat16"]  # the rest is AVX-512's
+    result = subprocess.run(
+        [*command, *OPERATIONS],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"FUSED_RESNET_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
