@@ -293,7 +293,7 @@ MUTANTS = [
     Mutant(
         "threads do not wait for each other between two loops",
         "csrc/cpu/team.h",
-        "      wait();\n",
+        "if (loops_ > 0 && team_size_ > 1) barrier_.wait(loops_, team_size_);",
         "",
         ROW,
     ),
