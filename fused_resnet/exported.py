@@ -47,6 +47,14 @@ _library.define(
 # What a frozen model calls while it is exported
 
 
+def is_exporting() -> bool:
+    """Whether a program is being exported.
+
+    The compiler of torch 2.11 takes ``torch.compiler.is_exporting()`` for true in every trace.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def conv_bn_add_relu_packed(
     x: Tensor,
     weight: Tensor,
@@ -110,7 +118,6 @@ def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Te
 _PLAIN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
 def plain_weight(conv: FrozenConv) -> Tensor:
     """The weight in PyTorch's layout, for a program to hold: a real tensor, whoever traces."""
     held = _PLAIN.get(conv.packed)

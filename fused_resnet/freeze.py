@@ -327,7 +327,12 @@ class FrozenConv(Frozen, Packed):
     @property
     def operand(self) -> Tensor:
         """What an operation is given: the packed weight, or the plain one for an exporter."""
-        return exported.plain_weight(self) if torch.compiler.is_exporting() else self.packed
+        return self._plain_weight() if exported.is_exporting() else self.packed
+
+    @torch.compiler.assume_constant_result
+    def _plain_weight(self) -> Tensor:
+        # A method, as the compiler of torch 2.11 takes no module as such a function's argument.
+        return exported.plain_weight(self)
 
     @property
     def weight(self) -> Tensor:
@@ -343,7 +348,7 @@ class FrozenConv(Frozen, Packed):
         was adds what follows them; ``relu`` and ``pool`` (with ReLU) ask for more of the group.
         """
         weight, scale, shift = self.operand, self.scale, self.shift
-        made_of = exported if torch.compiler.is_exporting() else ops
+        made_of = exported if exported.is_exporting() else ops
         if pool and self.pool is not None:
             stem = made_of.conv_bn_relu_maxpool_packed
             return stem(x, weight, scale, shift, **self.pool, **self._geometry)

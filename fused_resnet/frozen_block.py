@@ -60,7 +60,7 @@ class FrozenBlock(nn.Module):
                 backend = select("residual_block", x)
                 plan = self._plan(backend)
                 if plan is not None:
-                    made_of = exported if torch.compiler.is_exporting() else packed_ops
+                    made_of = exported if exported.is_exporting() else packed_ops
                     return made_of.run_residual_block(backend, x, plan)
         return super().forward(*args, **kwargs)
 
