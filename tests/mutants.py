@@ -143,7 +143,7 @@ MUTANTS = [
     ),
     Mutant(
         "a group's narrow last panel taken for a whole one",
-        CONV,
+        "csrc/cpu/kernels/panels.h",
         "group_width = ceil_div(packed_group<A>(s), kLanes<A>) * kLanes<A>;",
         "group_width = ceil_div(packed_group<A>(s), kPanel<A>) * kPanel<A>;",
     ),

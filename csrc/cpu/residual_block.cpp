@@ -114,7 +114,7 @@ struct Padding {
   }
 
  private:
-  // A row takes about a microsecond, as waiting for a thread does.
+  // A row takes about a microsecond.
   static constexpr int64_t kRowsAtOnce = 32;
 };
 
