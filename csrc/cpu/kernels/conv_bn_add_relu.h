@@ -398,11 +398,10 @@ ConvTile<T> tile_of(int64_t pixels) {
   return tiles[pixels - 1];
 }
 
-// For so many pixels of a panel that is so wide.
+// For so many pixels of a panel that is so wide; `share`: see shared_channels.
 template <class T>
-ConvTile<T> tile_for(const ConvShape& s, int64_t width, int64_t pixels) {
+ConvTile<T> tile_for(int64_t share, int64_t width, int64_t pixels) {
   using A = Acc<T>;
-  const int64_t share = shared_channels<A>(s);
   if constexpr (kLanes<A> > 8) {
     if (share == 8) return tile_of<T, 1, 8>(pixels);
   }
@@ -418,6 +417,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
   const ConvShape& s = f.shape;
   const int64_t out_h = s.out_h(), out_w = s.out_w();
   const int64_t panels = group_panels<A>(s), group_k = packed_group<A>(s);
+  const int64_t share = shared_channels<A>(s);
 
   Source source;
   const A* base;
@@ -472,7 +472,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     const int64_t group = panel / panels;
     const int64_t k_in_group = panel % panels * kPanel<A>;
     const int64_t k = group * group_k + k_in_group;
-    const int64_t first_c = shared_channels<A>(s) > 0 ? k : group * s.group_c();
+    const int64_t first_c = share > 0 ? k : group * s.group_c();
     const int64_t panel_size = panel_width<A>(s, k_in_group);
     Weights<A> weights;
     weights.at = static_cast<const A*>(f.packed) + panel_offset<A>(s, panel);
@@ -491,7 +491,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
           const int64_t at = (out + ox0) * s.k + k;
           e.residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
           e.y = static_cast<T*>(f.y) + at - f.y_first * s.k;
-          const auto tile = tile_for<T>(s, panel_size, ox1 - ox0);
+          const auto tile = tile_for<T>(share, panel_size, ox1 - ox0);
           pixels.base = base + first_c;
           if (kIndirect) {
             pixels.offset = static_cast<const int64_t*>(scratch) + (n * rows + oy) * width + ox0;

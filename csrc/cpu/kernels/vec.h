@@ -45,17 +45,10 @@ struct VecOf {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
-// What a shuffle takes: for each lane the one that it is taken from.
+// What a shuffle takes, for each lane the one that it is taken from: integers of the lanes' width,
+// as a comparison gives them.
 template <class A>
-struct IndexOf {
-  using type = int32_t;
-};
-template <>
-struct IndexOf<double> {
-  using type = int64_t;
-};
-template <class A>
-using LaneIndex = Vec<typename IndexOf<A>::type>;
+using LaneIndex = decltype(Vec<A>{} < Vec<A>{});
 
 constexpr int64_t kLineBytes = 64;  // of the caches
 
