@@ -56,18 +56,22 @@ def _table(device: str, files: Sequence[tuple[str, Sequence[results.Row]]]) -> s
         "second, and in brackets how many times the best other's in the same run; memory is the "
         "most that was resident during inference, in MiB, with PyTorch's libraries, which every "
         f"process had loaded, of `freeze` and of that best one. The others are "
-        f"{', '.join(NAMES.get(name, name) for name in peers)}. All numbers: {links}.",
+        f"{', '.join(NAMES.get(name, name) for name in peers)}; a run that had fewer says of how "
+        f"many the best is the best. All numbers: {links}.",
         "",
         "| | threads | batch | best other | " + " | ".join(OURS.values()) + " | memory |",
         "|---|---:|---:|---|" + "---:|" * (len(OURS) + 1),
     ]
     for (dtype, subject, size, threads, batch), measured in sorted(cases.items(), key=_order):
-        others = [r for p, r in measured.items() if p not in OURS and r["status"] == "ok"]
+        asked = [row for provider, row in measured.items() if provider not in OURS]
+        others = [row for row in asked if row["status"] == "ok"]
         best = max(others, key=lambda row: row["images_per_s"], default=None)
         other = ""
         if best is not None:
             provider = best["provider"]
-            other = f"{NAMES.get(provider, provider)}, {best['images_per_s']:.1f}"
+            name = NAMES.get(provider, provider)
+            among = f" of {len(asked)}" if len(asked) < len(peers) else ""
+            other = f"{name}{among}, {best['images_per_s']:.1f}"
         cells = [_cell(measured.get(ours), best) for ours in OURS]
         memory = " / ".join(_memory(row) for row in (measured.get("frozen"), best))
         label = subject + (f", {size}x{size}" if size != 224 else "")

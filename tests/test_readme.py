@@ -80,6 +80,10 @@ def test_table(readme_table: ModuleType) -> None:
     text = readme_table.section([("cpu-a.json", rows)])
     assert "a processor; torch 2; fused_resnet 1 at abc" in text
     assert "| resnet50 | 2 | 4 | OpenVINO, 250.0 | 400.0 (1.60) |  | failed | - / - |" in text
+    fewer = [{**row, "threads": 1} for row in rows if row["provider"] in ("openvino", "frozen")]
+    text = readme_table.section([("cpu-a.json", [*rows, *fewer])])
+    assert "| resnet50 | 1 | 4 | OpenVINO of 1, 250.0 | 400.0 (1.60) |  |  | - / - |" in text
+    assert "| resnet50 | 2 | 4 | OpenVINO, 250.0 |" in text
 
 
 def test_without_results_the_table_says_so(readme_table: ModuleType) -> None:
