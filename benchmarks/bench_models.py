@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fused_resnet.bench import environment, plot, results
 from fused_resnet.cli import main as fused_resnet
+from fused_resnet.tuning import processor
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = "resnet18,resnet34,resnet50,resnet101,resnet152,cifar_resnet56"
@@ -62,7 +63,7 @@ def main() -> int:
     threads = [int(t) for t in arguments.threads.split(",")] if arguments.threads else default
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    device = environment.device()
+    device = processor.name()
     rows: dict[str, list[results.Row]] = {}
     code, started = 0, time.monotonic()
     planned = cases(models, threads, dtypes)

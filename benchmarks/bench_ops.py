@@ -14,6 +14,7 @@ from bench_models import RESULTS, slug
 from rich.console import Console
 
 from fused_resnet.bench import environment, harness, operations, results
+from fused_resnet.tuning import processor
 
 
 def main() -> int:
@@ -49,7 +50,7 @@ def main() -> int:
         console.print(results.table(new, shape))
         rows += new
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = f"ops-{slug(environment.device(), arguments.threads)}-{arguments.dtype}.json"
+    name = f"ops-{slug(processor.name(), arguments.threads)}-{arguments.dtype}.json"
     results.save(arguments.out / name, rows)
     for line in results.complaints(rows):
         print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Measures fused_resnet/tuning_defaults.json's table for this machine's instruction set.
+"""Measures fused_resnet/tuning/defaults.json's table for this machine's instruction set.
 
 ``python benchmarks/tuning_defaults.py [--rounds N] [MODEL:BATCH ...]``: the calls of those networks
 replace what the file had of them; without any, all of NETWORKS. Run it on a machine that does
@@ -12,10 +12,12 @@ import json
 
 import torch
 
-from fused_resnet import _C, tuner, tuning_defaults
+from fused_resnet import _C
 from fused_resnet.bench import environment
 from fused_resnet.bench.results import save
 from fused_resnet.cli._choices import network_calls
+from fused_resnet.tuning import defaults as tuning_defaults
+from fused_resnet.tuning import processor, tuner
 
 NETWORKS = ("resnet18:1", "resnet50:1", "resnet18:16", "resnet50:16")
 ABOUT = (
@@ -49,7 +51,7 @@ def main() -> None:
             times = tuner.measure(call.op, call.candidates, call.with_numbers(), given.rounds)
             calls[call.key] = {name: round(ms, 4) for name, ms in times.items()}
     document["devices"]["cpu"][isa] = {
-        "machine": f"{environment.device()}, {torch.get_num_threads()} threads",
+        "machine": f"{processor.name()}, {torch.get_num_threads()} threads",
         "versions": environment.versions(),
         "calls": calls,
     }

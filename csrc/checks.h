@@ -1,5 +1,5 @@
 // Argument checks of the compiled operators: operation, argument, expected, got. They are what
-// memory safety needs; fused_resnet/checks.py checks the same and more before a call comes here.
+// memory safety needs; fused_resnet/ops/checks.py checks the same and more before a call comes here.
 #pragma once
 
 #include <ATen/core/Tensor.h>

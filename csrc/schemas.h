@@ -1,5 +1,5 @@
 // Every operator's schema. All are functional: none writes to an argument. Running statistics are
-// moved by fused_resnet/ops.py from the batch statistics that bn_add_relu returns, as autograd
+// moved by fused_resnet/ops/functional.py from the batch statistics that bn_add_relu returns, as autograd
 // wants it.
 #pragma once
 

@@ -17,13 +17,14 @@ if importlib.util.find_spec("fused_resnet._C") is None:
         "in the source folder, and import it from elsewhere or after that"
     )
 
-from . import _registrations as _registrations
-from . import nn, ops, reference
+from . import nn, ops
 from ._version import __version__
-from .backends import BackendUnavailable, backends, build_info, use_backend
-from .freeze import freeze
-from .frozen_file import load_frozen
-from .fuse import fuse
+from .backends import reference
+from .backends.availability import BackendUnavailable, backends, build_info, use_backend
+from .fusion.fuse import fuse
+from .fusion.report import Report, report
+from .inference.archive import load_frozen
+from .inference.freeze import freeze
 from .models.cifar import CifarResNet, cifar_resnet
 from .models.resnet import (
     ResNet,
@@ -38,7 +39,6 @@ from .models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from .report import Report, report
 
 __all__ = [
     "BackendUnavailable",

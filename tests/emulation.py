@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fused_resnet import _registrations
-from fused_resnet._autograd import register_formulas
+from fused_resnet.ops import registry as _registrations
+from fused_resnet.ops.autograd import register_formulas
 
 HERE = Path(__file__).resolve().parent
 MEANS = {"cuda": "executor", "triton": "interpreter"}

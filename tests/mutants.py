@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
-AUTOGRAD = "fused_resnet/_autograd.py"
-OPS = "fused_resnet/ops.py"
+AUTOGRAD = "fused_resnet/ops/autograd.py"
+OPS = "fused_resnet/ops/functional.py"
 BLOCK = "csrc/cpu/residual_block.cpp"
 POOL = "csrc/cpu/map_pool.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
@@ -418,42 +418,42 @@ MUTANTS = [
     ),
     Mutant(
         "swapper ignores running statistics",
-        "fused_resnet/blocks.py",
+        "fused_resnet/nn/groups.py",
         '"running_mean": bn.running_mean,',
         '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
         SWAP,
     ),
     Mutant(
         "swapper fuses conv, ReLU, batch norm",
-        "fused_resnet/swap/matching.py",
+        "fused_resnet/fusion/trace/matching.py",
         "while is_identity(module, node) and len(node.users) == 1:",
         "while is_identity(module, node) or is_relu_module(module, node):",
         SWAP,
     ),
     Mutant(
         "swapper drops aliasing in place",
-        "fused_resnet/swap/matching.py",
+        "fused_resnet/fusion/trace/matching.py",
         "aliases.written(node) & read or",
         "",
         ALIASING,
     ),
     Mutant(
         "swapper asks for no attribute again",
-        "fused_resnet/swap/emitting.py",
+        "fused_resnet/fusion/trace/emitting.py",
         'reads = _conjunction(f"reads_{index}", self._attributes(attributes), attributes)',
         'reads = _conjunction(f"reads_{index}", [], attributes)',
         SWAP,
     ),
     Mutant(
         "swapper folds what is used twice",
-        "fused_resnet/swap/plan.py",
+        "fused_resnet/fusion/trace/plan.py",
         "*names, relu, length, planned.foldable)",
         "*names, relu, length, True)",
         SWAP,
     ),
     Mutant(
         "swapper traces y += x as y + x",
-        "fused_resnet/swap/tracing.py",
+        "fused_resnet/fusion/trace/tracing.py",
         'setattr(_Proxy, f"__i{_name}__",',
         'setattr(_Proxy, f"_i{_name}",',
         ALIASING,

@@ -9,8 +9,8 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import parts
-from fused_resnet.frozen_block import FrozenBlock
+from fused_resnet.inference import parts
+from fused_resnet.inference.frozen_block import FrozenBlock
 
 #: What a fused network should leave nothing for.
 PIECES = ("aten::convolution", "aten::add.Tensor", "aten::add_.Tensor", "aten::relu_")

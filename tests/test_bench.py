@@ -17,6 +17,7 @@ from fused_resnet.bench.harness import Entry, Measurement, Worker, WorkerError, 
 from fused_resnet.bench.peers import RUNTIMES
 from fused_resnet.bench.providers import NAMES
 from fused_resnet.bench.subject import Subject, UnavailableError
+from fused_resnet.models import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -329,7 +330,7 @@ def test_a_wrong_network_is_beyond_every_limit(problem: Path) -> None:
     state["layer1.0.bn2.running_mean"].zero_()
     state["layer1.0.bn2.running_var"].fill_(1.0)
     with torch.inference_mode():
-        answer = networks.torchvision_model("resnet18", state)(images)
+        answer = sources.torchvision_model("resnet18", state)(images)
     assert networks.relative_error(answer, truth) > max(networks.LIMITS.values())
 
 

@@ -135,8 +135,8 @@ def test_the_module_binds_the_operators(name):
 
 def test_tritons_operators_are_registered():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from fused_resnet import triton
-    from fused_resnet._registrations import TRITON
+    from fused_resnet.backends import triton
+    from fused_resnet.ops.registry import TRITON
 
     assert sorted(TRITON) == sorted(triton.__all__)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

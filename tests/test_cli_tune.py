@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
-from fused_resnet import fuse, resnet18, tuner, tuning_cache
+from fused_resnet import fuse, resnet18
 from fused_resnet.cli import main
 from fused_resnet.cli._choices import calls_of
+from fused_resnet.tuning import cache as tuning_cache
+from fused_resnet.tuning import tuner
 
 
 @pytest.fixture(autouse=True)

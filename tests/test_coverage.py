@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fused_resnet.bench import hub, zoo
 from fused_resnet.bench.coverage import Coverage, count, total
-from fused_resnet.bench.environment import MissingPackageError
-from fused_resnet.bench.sources import UnknownNetworkError
 from fused_resnet.cli import main
+from fused_resnet.models.optional import MissingPackageError
+from fused_resnet.models.sources import UnknownNetworkError
 
 
 class Doubled(nn.BatchNorm2d):

@@ -14,8 +14,8 @@ from networks import image, randomize
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import exported
-from fused_resnet.freeze import FrozenConv
+from fused_resnet.inference import export as exported
+from fused_resnet.inference.freeze import FrozenConv
 
 F32 = torch.float32
 

@@ -12,7 +12,7 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.frozen_block import one_by_one
+from fused_resnet.inference.frozen_block import one_by_one
 
 
 def network(depth: int = 18) -> nn.Module:

@@ -12,10 +12,11 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import choice, tuner
-from fused_resnet.frozen_block import FrozenBlock, one_by_one
-from fused_resnet.frozen_row import FrozenRow
+from fused_resnet.inference.frozen_block import FrozenBlock, one_by_one
+from fused_resnet.inference.frozen_row import FrozenRow
 from fused_resnet.models.cifar import PadShortcut
+from fused_resnet.ops import dispatch as choice
+from fused_resnet.tuning import tuner
 
 
 def operators(model, x):

@@ -19,8 +19,8 @@ from networks import randomize
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import graphs as policy
-from fused_resnet.graphs import Graphs, size_for
+from fused_resnet.inference import cuda_graphs as policy
+from fused_resnet.inference.cuda_graphs import Graphs, size_for
 
 
 class Recorder:

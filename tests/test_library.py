@@ -11,7 +11,8 @@ from tolerances import DTYPES, assert_as_exact_as_pytorch
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet import library, ops, reference
+from fused_resnet import ops, reference
+from fused_resnet.backends import aten as library
 
 pytestmark = pytest.mark.skipif(library.why_not() != "", reason=library.why_not())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet import ops
-from fused_resnet._registrations import OPERATORS
-from fused_resnet.backends import NAMES, BackendUnavailable, select
+from fused_resnet.backends.availability import NAMES, BackendUnavailable, select
 from fused_resnet.cli import main
+from fused_resnet.ops.registry import OPERATORS
 from fused_resnet.verify import emulation as seam
 from fused_resnet.verify import matrix
 

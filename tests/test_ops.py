@@ -398,7 +398,7 @@ def test_backends_say_why_not():
 def test_the_choice_is_private_to_a_thread():
     from concurrent.futures import ThreadPoolExecutor
 
-    from fused_resnet.backends import current_backend
+    from fused_resnet.backends.availability import current_backend
 
     with ThreadPoolExecutor(1) as pool, fr.use_backend("reference"):
         assert pool.submit(current_backend).result() == "auto"

@@ -7,7 +7,7 @@ import torch
 from networks import image, randomize
 
 import fused_resnet as fr
-from fused_resnet import parts
+from fused_resnet.inference import parts
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet.bench import gpu_results
-from fused_resnet.bench.networks import MODELS
 from fused_resnet.cli import main
+from fused_resnet.models.sources import MODELS
 from fused_resnet.roofline import CARDS, Kernel, card_of, kernels, total
 from fused_resnet.roofline.layers import network
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet._calibration import last_batch_norms
 from fused_resnet.bench import problem, sources
+from fused_resnet.bench.calibration import last_batch_norms
 from fused_resnet.cli import main
 
 

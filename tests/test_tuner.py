@@ -17,7 +17,10 @@ import torch
 from cases import CONVS, batch_norm, conv_weight, normal
 
 import fused_resnet as fr
-from fused_resnet import ops, reference, tuner, tuning_cache, tuning_defaults
+from fused_resnet import ops, reference
+from fused_resnet.tuning import cache as tuning_cache
+from fused_resnet.tuning import defaults as tuning_defaults
+from fused_resnet.tuning import tuner
 
 MACHINE = tuner.machine_of(torch.device("cpu"))
 
@@ -301,7 +304,7 @@ def test_an_operation_runs_on_what_was_chosen(winner, monkeypatch):
     times = {"cpu": 2.0, "library": 2.0, winner: 1.0}
     monkeypatch.setattr(tuner, "measure", lambda *arguments: times)
     ran = []
-    from fused_resnet import library
+    from fused_resnet.backends import aten as library
 
     fused = library._onednn
     monkeypatch.setattr(library, "_onednn", lambda *a: ran.append("library") or fused(*a))
@@ -393,7 +396,7 @@ WRITER = """
 import sys, time
 from types import SimpleNamespace
 import torch
-from fused_resnet import tuner
+from fused_resnet.tuning import tuner
 fast = SimpleNamespace(op=lambda x: x, own=lambda x: x)
 slow = SimpleNamespace(op=lambda x: time.sleep(0.002), own=lambda x: time.sleep(0.002))
 for i in range(1, 31):

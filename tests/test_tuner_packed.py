@@ -23,24 +23,20 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import (
-    _registrations,
-    frozen_block,
-    frozen_row,
-    library,
-    ops,
-    packed_ops,
-    reference,
-    tuner,
-    tuning_cache,
-)
-from fused_resnet._registrations import OPERATORS
+from fused_resnet import ops, reference
+from fused_resnet.backends import aten as library
+from fused_resnet.backends.folding import fold
 from fused_resnet.cli._choices import calls_of, describe
-from fused_resnet.folding import fold
-from fused_resnet.graphs import Graphs
+from fused_resnet.inference import frozen_block, frozen_row
+from fused_resnet.inference.cuda_graphs import Graphs
+from fused_resnet.ops import packed as packed_ops
+from fused_resnet.ops import registry as _registrations
+from fused_resnet.ops.registry import OPERATORS
+from fused_resnet.tuning import cache as tuning_cache
+from fused_resnet.tuning import tuner
 
 # The package's attributes of these names are functions.
-freeze_module = importlib.import_module("fused_resnet.freeze")
+freeze_module = importlib.import_module("fused_resnet.inference.freeze")
 
 NAMES = ["cuda", "library", "triton"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import ops, reference
-from fused_resnet._calibration import batch_norms, calibrate, randomise
+from fused_resnet.bench.calibration import batch_norms, calibrate, randomise
 from fused_resnet.bench.networks import random_model
 from fused_resnet.verify import LIMIT, ROUNDING, Row, verify_networks, verify_operations
 from fused_resnet.verify import networks as verified_networks

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks import is_norm
-from ..fuse import fuse
-from ..report import groups_of
+from ..fusion.fuse import fuse
+from ..fusion.report import groups_of
+from ..nn.groups import is_norm
 
 
 @dataclass(frozen=True)

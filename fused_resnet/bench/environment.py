@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..backends import build_info
+from ..backends.availability import build_info
+from ..tuning import processor
 
 #: Environment variables that change what the package does: name, who reads it, meaning.
 VARIABLES = (
@@ -31,26 +32,6 @@ _OTHERS = (
     "torchvision", "timm", "transformers", "segmentation_models_pytorch",
     "onnx", "onnxruntime", "openvino", "ncnn", "pnnx",
 )  # fmt: skip
-
-#: Modules that the extra ``models`` installs; ``bench`` installs the others.
-_MODELS = ("timm", "transformers", "segmentation_models_pytorch")
-
-
-class MissingPackageError(RuntimeError):
-    """An optional package is needed; the message says what to install."""
-
-    def __init__(self, package: str) -> None:
-        extra = "models" if package in _MODELS else "bench"
-        super().__init__(f"{package} is not installed; run: pip install 'fused_resnet[{extra}]'")
-
-
-def device() -> str:
-    """The processor's name, made specific where the name alone is not ("AMD EPYC")."""
-    fields = _cpuinfo()
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    if not any(c.isdigit() for c in name) and "cpu family" in fields:
-        name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
-    return name
 
 
 def cores() -> int:
@@ -88,7 +69,7 @@ def describe() -> dict[str, Any]:
     """The part of a result row that says where and with what it was measured."""
     build = build_info()
     return {
-        "device": device(),
+        "device": processor.name(),
         "cores": cores(),
         "isa": build["isa"],
         "os": platform.platform(aliased=True, terse=True),
@@ -97,16 +78,6 @@ def describe() -> dict[str, Any]:
         # Other work on the machine shows here first, and explains an odd row later.
         "load": os.getloadavg()[0],
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    first = text.split("\n\n")[0].splitlines()
-    pairs = (line.split(":", 1) for line in first if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _version(distribution: str) -> str | None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..models.sources import plain_model
 from .problem import read_problem
-from .sources import plain_model
 from .subject import UnavailableError
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 
-from .. import ops, reference
-from .._calibration import calibrate, randomise
-from ..backends import use_backend
+from .. import ops
+from ..backends import reference
+from ..backends.availability import use_backend
 from ..roofline import Kernel, card_of, kernels
 from ..roofline.layers import Block, Conv, Pool
 from . import gpu_cells
+from .calibration import calibrate, randomise
 from .clock import Clock
 from .networks import LIMITS, relative_error
 from .subject import Subject, UnavailableError

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 
-from .._calibration import calibrate, randomise
 from . import gpu_cells
+from .calibration import calibrate, randomise
 from .clock import Call, Clock
 from .networks import LIMITS, relative_error
 from .subject import Subject

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
-from ..freeze import FrozenConv
-from ..frozen_block import one_by_one
+from ..inference.freeze import FrozenConv
+from ..inference.frozen_block import one_by_one
 
 #: Operators of convolutions that are not this package's: what the tuner may choose for live ones.
 _LIBRARY = ("aten.convolution", "mkldnn._convolution_pointwise")

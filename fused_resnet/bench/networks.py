@@ -7,50 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .._calibration import calibrate, randomise
-from ..models.weights import load_into
-from .environment import MissingPackageError
-
-#: torchvision's residual networks, which are also ours.
-MODELS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
+from ..models.sources import torchvision_model
+from .calibration import calibrate, randomise
 
 #: Relative L2 error of the logits beyond which a provider is not timed. Wide on purpose: it tells a
 #: wrong answer from a rounded one; ``fused-resnet verify`` is the sharp test.
 LIMITS = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 1e-1, "float16": 2e-2}
-
-
-def torchvision_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
-    """torchvision's network of that name, in eval.
-
-    Args:
-        name: One of :data:`MODELS`.
-        state: Its state dict, which also tells the number of classes; None leaves the initial
-            parameters.
-
-    Raises:
-        ValueError: The state dict is not that network's.
-        MissingPackageError: torchvision is not installed.
-    """
-    try:
-        import torchvision
-    except ImportError:
-        raise MissingPackageError("torchvision") from None
-    classes = state["fc.bias"].numel() if state is not None and "fc.bias" in state else 1000
-    model: nn.Module = getattr(torchvision.models, name)(num_classes=classes)
-    if state is not None:
-        load_into(model, state, name=name)
-    return model.eval()
 
 
 def random_model(name: str, *batches: Tensor, seed: int = 0) -> nn.Module:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops
+from ..backends import reference
 from .harness import Entry
 from .networks import LIMITS, relative_error
 from .subject import Subject

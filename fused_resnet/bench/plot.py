@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .environment import MissingPackageError
+from ..models.optional import MissingPackageError
 from .results import Row
 
 #: Panels side by side.

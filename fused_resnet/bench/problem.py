@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models.sources import plain_model
 from .harness import Entry
 from .networks import LIMITS, in_float64, randomised, relative_error
-from .sources import plain_model
 from .subject import Subject
 
 
@@ -68,9 +68,9 @@ def read_problem(folder: Path) -> Problem:
 
 def build(provider: str, model: str, dtype: str, folder: str) -> Subject:
     """The workers' target: one provider on the problem in ``folder``."""
+    from ..models.sources import our_model
     from .peers import RUNTIMES
     from .providers import OURS, PROVIDERS
-    from .sources import our_model
 
     problem = read_problem(Path(folder))
     images = problem.images.to(getattr(torch, dtype))

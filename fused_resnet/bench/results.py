@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import replacing
+from ..tuning.atomic_file import replacing
 from .harness import Measurement
 
 if TYPE_CHECKING:

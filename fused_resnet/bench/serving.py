@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..frozen_file import load_frozen
+from ..inference.archive import load_frozen
 from .harness import Entry
 from .networks import LIMITS, relative_error
 from .problem import read_problem

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import hub
-from .sources import UnknownNetworkError, library
+from ..models import hub
+from ..models.optional import library
+from ..models.sources import UnknownNetworkError
 
 #: The module that each source of names stands for.
 PACKAGES = {

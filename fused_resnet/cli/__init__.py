@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import BackendUnavailable, __version__
-from ..bench.environment import MissingPackageError
+from ..models.optional import MissingPackageError
 from . import bench, classify, coverage, demo, freeze, info, roofline, serve_check, tune, verify
 from ._common import Parser, UsageError
 

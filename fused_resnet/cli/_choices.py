@@ -9,8 +9,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import _C, freeze, fuse, tuner
+from .. import _C, freeze, fuse
 from ..models import resnet
+from ..tuning import tuner
 from ._common import progress
 
 

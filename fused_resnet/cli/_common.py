@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..bench import sources
+from ..models import sources
 
 #: Storage types by the names that the command takes.
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..backends import NAMES
+from ..backends.availability import NAMES
 from ..bench import environment
 from ..verify.matrix import LINES, Cell, verify_matrix
 from ..verify.rows import LIMIT, ROUNDING

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..bench.environment import MissingPackageError
-from ..bench.networks import torchvision_model
+from ..models.optional import MissingPackageError
+from ..models.sources import torchvision_model
 from ..models.weights import load_weights
 from ._common import UsageError
 

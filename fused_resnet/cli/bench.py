@@ -14,8 +14,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..bench import environment, harness, networks, plot, problem, results, sources
+from ..bench import environment, harness, plot, problem, results
 from ..bench.providers import NAMES, OURS, PEERS
+from ..models import sources
+from ..tuning import processor
 from ._choices import network_calls, table_of
 from ._common import (
     DTYPES,
@@ -116,8 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("bench: expected a model, or --model-from SOURCE:NAME, and not both")
     arguments.model = arguments.model or arguments.model_from
     arguments.size = arguments.size or sources.size_of(arguments.model)
-    if arguments.explain and arguments.model not in networks.MODELS:
-        raise UsageError(f"bench: --explain: expected one of {', '.join(networks.MODELS)}")
+    if arguments.explain and arguments.model not in sources.MODELS:
+        raise UsageError(f"bench: --explain: expected one of {', '.join(sources.MODELS)}")
     if arguments.size < 32:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
     if arguments.layers:
@@ -138,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     title = (
         f"{arguments.model}, {arguments.size}x{arguments.size}, {arguments.dtype}, "
-        f"{arguments.threads} threads, {environment.device()}"
+        f"{arguments.threads} threads, {processor.name()}"
     )
     out = console()
     out.print(results.table(rows, title))
@@ -182,7 +184,7 @@ def view_layers(arguments: argparse.Namespace) -> int:
     if not out.is_terminal:
         out.width = 200
     size = f"{arguments.size}x{arguments.size}"
-    title = f"{arguments.model}, {size}, {arguments.dtype}, {environment.device()}"
+    title = f"{arguments.model}, {size}, {arguments.dtype}, {processor.name()}"
     for one in found:
         out.print(table_of_layers(one, title), highlight=False)
     if arguments.json:

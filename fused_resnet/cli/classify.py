@@ -9,7 +9,8 @@ import torch
 
 import fused_resnet as fr
 
-from ..bench.networks import MODELS, relative_error
+from ..bench.networks import relative_error
+from ..models.sources import MODELS
 from . import _pictures
 from ._common import console, one_of
 

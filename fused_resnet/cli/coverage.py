@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..bench import environment, zoo
 from ..bench.coverage import Coverage, count, total
-from ..bench.environment import MissingPackageError
-from ..bench.sources import UnknownNetworkError
+from ..models.optional import MissingPackageError
+from ..models.sources import UnknownNetworkError
 from ._common import UsageError, console, print_json, progress
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 
-from ..bench import environment
 from ..bench.networks import in_float64, random_model, relative_error
 from ..bench.providers import PROVIDERS
 from ..bench.results import table
+from ..models.optional import MissingPackageError
+from ..tuning import processor
 from . import _pictures
 from ._common import console, listed, one_of, positive
 from .bench import complain, measure
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     crops = _crops(picture, max(arguments.batch, CALIBRATION), enum)
     build = fr.build_info()
     out.print(
-        f"torchvision's ResNet-50 on {path}\n{environment.device()}, {build['threads']} threads, "
+        f"torchvision's ResNet-50 on {path}\n{processor.name()}, {build['threads']} threads, "
         f"{build['isa']}, torch {torch.__version__}",
         highlight=False,
     )
@@ -132,7 +133,7 @@ def _photograph() -> str:
     try:
         from matplotlib.cbook import get_sample_data
     except ImportError:
-        raise environment.MissingPackageError("matplotlib") from None
+        raise MissingPackageError("matplotlib") from None
     return str(get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..bench import networks
-from ..bench.environment import MissingPackageError
-from ..frozen_file import write_frozen
+from ..inference.archive import write_frozen
+from ..models import sources
+from ..models.optional import MissingPackageError
 from ..models.weights import is_path, load_weights
 from ._common import DTYPES, UsageError, network, one_of, writable
 
@@ -54,7 +54,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read, build, write."""
-    theirs = arguments.model in networks.MODELS
+    theirs = arguments.model in sources.MODELS
     try:
         if not theirs and not is_path(arguments.weights):
             raise ValueError(

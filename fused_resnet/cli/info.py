@@ -10,9 +10,11 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from .. import backends, build_info, tuner, tuning_cache
+from .. import backends, build_info
 from ..bench import environment
-from ..tuning_defaults import read_key
+from ..tuning import cache as tuning_cache
+from ..tuning import processor, tuner
+from ..tuning.defaults import read_key
 from ._common import console, print_json
 
 
@@ -29,7 +31,7 @@ def collect() -> dict[str, Any]:
         "versions": environment.versions(),
         "commit": environment.commit(),
         "build": build_info(),
-        "cpu": {"name": environment.device(), "cores": environment.cores()},
+        "cpu": {"name": processor.name(), "cores": environment.cores()},
         "backends": {
             name: {"available": status.available, "reason": status.reason}
             for name, status in backends().items()

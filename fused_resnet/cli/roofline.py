@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from ..bench import gpu_results
-from ..bench.networks import MODELS
+from ..models.sources import MODELS
 from ..roofline import CARDS, FUSIONS, ITEMSIZE, Card, Kernel, kernels, total
 from ._common import UsageError, console, listed, one_of, positive, print_json
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from ..bench import environment, results, serving, sources
+from ..bench import results, serving
 from ..bench.networks import LIMITS
-from ..frozen_file import read_frozen
+from ..inference.archive import read_frozen
+from ..models import sources
+from ..tuning import processor
 from ._common import UsageError, console
 from .bench import add_measurement, complain, measure
 
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     title = (
         f"{escape(str(arguments.file))}: {file.network}, {file.classes} classes, {size}x{size}, "
-        f"{dtype}, {arguments.threads} threads, {environment.device()}"
+        f"{dtype}, {arguments.threads} threads, {processor.name()}"
     )
     console().print(results.table(rows, title))
     for row in rows:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import tuning_cache
-from ..bench import environment, networks
+from ..bench import environment
+from ..models import sources
+from ..tuning import cache as tuning_cache
 from ._choices import network_calls, table_of
 from ._common import UsageError, console, listed, one_of, positive
 
@@ -27,7 +28,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "where later processes find them. Without this, a process times a call when it first "
         "meets it (FUSED_RESNET_TUNE).",
     )
-    parser.add_argument("model", type=one_of("model", networks.MODELS), help="for example resnet50")
+    parser.add_argument("model", type=one_of("model", sources.MODELS), help="for example resnet50")
     parser.add_argument(
         "--batch", type=listed(positive), default=[1], metavar="N,...", help="default: 1"
     )

@@ -11,24 +11,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..backends import NAMES, use_backend
+from ..backends.availability import NAMES, use_backend
 from ..bench import environment
-from ..bench.networks import MODELS as ALL_MODELS
 from ..bench.results import save
+from ..models.sources import MODELS as ALL_MODELS
 from ..verify import LIMIT, ROUNDING, Row, emulation, verify_networks, verify_operations
 from ..verify.networks import MODELS
 from ..verify.operations import rows_of
 from . import _matrix
-from ._common import (
-    DTYPES,
-    UsageError,
-    console,
-    listed,
-    one_of,
-    print_json,
-    progress,
-    writable,
-)
+from ._common import DTYPES, UsageError, console, listed, one_of, print_json, progress, writable
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import (
+from ..nn.blocks import conv1x1, conv3x3
+from ..nn.groups import (
     Group,
     Route,
     WholeBlock,
@@ -20,7 +21,7 @@ from ..blocks import (
     conv_bn,
     kind,
 )
-from ..nn import Chain, conv1x1, conv3x3
+from ..nn.layers import Chain
 from .weights import Source, load_into
 
 #: Depths of the paper: 6 n + 2 layers for n blocks in each of three stages.

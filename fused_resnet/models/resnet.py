@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..blocks import ResNetRoute
-from ..nn import BasicBlock, Bottleneck, Chain, NormLayer, conv1x1
+from ..nn.blocks import BasicBlock, Bottleneck, conv1x1
+from ..nn.groups import ResNetRoute
+from ..nn.layers import Chain, NormLayer
 from .weights import Source, load_into, number_of_classes
 
 

@@ -80,7 +80,7 @@ def kernels(
     """The kernels of one inference, in order.
 
     Args:
-        name: One of :data:`fused_resnet.bench.networks.MODELS`.
+        name: One of :data:`fused_resnet.models.sources.MODELS`.
         batch: Images.
         precision: A key of :data:`ITEMSIZE`.
         fusion: ``"none"``: convolutions, batch norms, ReLUs, additions and pools each by itself.

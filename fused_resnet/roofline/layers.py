@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bench.networks import MODELS
 from ..models import resnet
+from ..models.sources import MODELS
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def network(name: str, size: int = 224) -> Network:
     """Walk a network.
 
     Args:
-        name: One of :data:`fused_resnet.bench.networks.MODELS`.
+        name: One of :data:`fused_resnet.models.sources.MODELS`.
         size: Height and width of the images.
 
     Raises:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..backends import select
+from .. import ops
+from ..backends import reference
+from ..backends.availability import select
 from .operands import BATCH_NORM, Draw, Inputs, Subject, folded
 
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .._registrations import OPERATORS
 from .._version import __version__
-from ..backends import emulating
+from ..backends.availability import emulating
+from ..ops.registry import OPERATORS
 
 #: Where the emulators are, from the root of a source checkout.
 FILE = Path("tests") / "emulation.py"

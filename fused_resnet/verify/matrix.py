@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import library
-from ..backends import NAMES, backends, use_backend
+from ..backends import aten as library
+from ..backends.availability import NAMES, backends, use_backend
 from . import emulation
 from .operations import DTYPES, comparisons
 from .rows import Row, worst

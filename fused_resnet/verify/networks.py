@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 
-from .._calibration import batch_norms, last_batch_norms
-from ..backends import use_backend
+from ..backends.availability import use_backend
+from ..bench.calibration import batch_norms, last_batch_norms
 from ..bench.networks import random_model
 from .rows import Comparison, Row, compare, relative_error, worst
 

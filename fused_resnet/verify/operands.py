@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..folding import fold
+from ..backends.folding import fold
 
 #: By the name of the argument.
 Inputs = dict[str, Tensor]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..backends import use_backend
+from .. import ops
+from ..backends import reference
+from ..backends.availability import use_backend
 from . import blocks
 from .operands import Draw, Inputs, Subject, folded
 from .rows import Comparison, Row, compare, relative_error, worst

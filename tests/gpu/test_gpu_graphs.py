@@ -12,7 +12,7 @@ from on_gpu import DEVICE, there
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import graph_capture
+from fused_resnet.inference import graph_capture
 
 
 @pytest.fixture(params=["resnet18", "resnet50"])

@@ -18,7 +18,7 @@ from tolerances import RATIO, error
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet._calibration import calibrate, randomise
+from fused_resnet.bench.calibration import calibrate, randomise
 from fused_resnet.verify.networks import _clear_of_kinks
 
 NAMES = ("resnet18", "resnet50")

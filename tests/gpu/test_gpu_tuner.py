@@ -15,7 +15,8 @@ from on_gpu import DEVICE, conv_operands, exact, there, unfused
 from tolerances import RATIO, error
 
 import fused_resnet as fr
-from fused_resnet import ops, tuner
+from fused_resnet import ops
+from fused_resnet.tuning import tuner
 
 CASE = CONVS[3]
 

@@ -14,11 +14,12 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import frozen_block, frozen_row, packed_ops
-from fused_resnet._registrations import OPERATORS
+from fused_resnet.inference import frozen_block, frozen_row
+from fused_resnet.ops import packed as packed_ops
+from fused_resnet.ops.registry import OPERATORS
 
 # The package's attribute of that name is the function.
-freeze_module = importlib.import_module("fused_resnet.freeze")
+freeze_module = importlib.import_module("fused_resnet.inference.freeze")
 
 SIZE = 64
 NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]

@@ -95,7 +95,7 @@ def recorded(run: Callable[[], Any], arch: int) -> list[Recorded]:
             "_shared_limit": SHARED[arch],
         }
         for module in [
-            m for name, m in sys.modules.items() if name.startswith("fused_resnet.triton")
+            m for name, m in sys.modules.items() if name.startswith("fused_resnet.backends.triton")
         ]:
             for name in facts.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, name, return_value=facts[name]))

@@ -25,7 +25,7 @@ class Interpreted:
     """The host functions of ``fused_resnet.triton`` on CPU tensors, by the names of operators."""
 
     def __init__(self, interpreter) -> None:
-        from fused_resnet import triton as kernels
+        from fused_resnet.backends import triton as kernels
 
         self._interpreter = interpreter
         self.ops = SimpleNamespace(**{name: getattr(kernels, name) for name in kernels.__all__})

@@ -18,12 +18,12 @@ from precisions import PRECISIONS, Precision
 from rich.console import Console
 from torch import Tensor
 
-from fused_resnet import triton as kernels
-from fused_resnet.triton import _conv_plan
-from fused_resnet.triton._conv_shape import conv_shape
-from fused_resnet.triton.bn_add_relu import CONFIGS as BN_CONFIGS
-from fused_resnet.triton.conv_bn_relu_maxpool import CONFIGS as STEM_CONFIGS
-from fused_resnet.triton.residual_block import CONFIGS as BLOCK_CONFIGS
+from fused_resnet.backends import triton as kernels
+from fused_resnet.backends.triton import _conv_plan
+from fused_resnet.backends.triton._conv_shape import conv_shape
+from fused_resnet.backends.triton.bn_add_relu import CONFIGS as BN_CONFIGS
+from fused_resnet.backends.triton.conv_bn_relu_maxpool import CONFIGS as STEM_CONFIGS
+from fused_resnet.backends.triton.residual_block import CONFIGS as BLOCK_CONFIGS
 
 FLOAT16, BFLOAT16, TF32, FLOAT32 = PRECISIONS
 EPS = 1e-5

@@ -21,7 +21,7 @@ from test_conv_bn_add_relu import (
 from tolerances import error
 from torch import Tensor
 
-from fused_resnet.triton import _conv_plan
+from fused_resnet.backends.triton import _conv_plan
 
 FLOAT16, BFLOAT16, TF32, FLOAT32 = PRECISIONS
 #: Large ones cost seconds each and are of no other kind for these kernels.
@@ -184,7 +184,7 @@ def test_split_of_awkward_shapes(interpreted, precision, case):
 
 def plan(operands: Operands):
     """What the host would choose."""
-    from fused_resnet.triton._conv_shape import conv_shape
+    from fused_resnet.backends.triton._conv_shape import conv_shape
 
     shape = conv_shape("", operands.x, operands.weight.shape, *geometry(operands.case))
     with operands.precision.set():
@@ -210,7 +210,7 @@ def test_the_host_splits_small_maps_only(interpreted):
 
 
 def check_plan(x: tuple, k: int):
-    from fused_resnet.triton._conv_shape import conv_shape
+    from fused_resnet.backends.triton._conv_shape import conv_shape
 
     like = torch.empty(x, dtype=torch.float16, device="meta")
     shape = conv_shape("", like, (k, x[1], 3, 3), (1, 1), (1, 1), (1, 1), 1)

@@ -10,8 +10,8 @@ from test_conv_bn_relu_maxpool import POOLS, RESNET, STEMS, geometry, window
 from torch._prims_common import suggest_memory_format
 
 from fused_resnet import reference
-from fused_resnet.triton._conv_plan import precision_of
-from fused_resnet.triton.conv_bn_relu_maxpool import CONFIGS
+from fused_resnet.backends.triton._conv_plan import precision_of
+from fused_resnet.backends.triton.conv_bn_relu_maxpool import CONFIGS
 
 FLOAT16, BFLOAT16, TF32, FLOAT32 = PRECISIONS
 EPS = 1e-5

@@ -12,7 +12,7 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet._registrations import OPERATORS
+from fused_resnet.ops.registry import OPERATORS
 
 SIZE = 32
 FLOAT16, BFLOAT16, TF32, FLOAT32 = PRECISIONS

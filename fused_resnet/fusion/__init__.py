@@ -1,0 +1,1 @@
+"""Fusing the modules of an existing model, and reporting what was fused."""

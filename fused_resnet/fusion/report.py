@@ -1,0 +1,136 @@
+"""``report``: what runs fused in a model, what does not, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..nn.groups import Group, Route, is_norm
+from .fuse import verdict_of
+from .trace import Left, parents_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`report` found. Prints as a table.
+
+    Attributes:
+        fused: ``(module path, operation)`` of every group that one operation runs.
+        left: ``(module path, reason)`` of what could have been part of a group and is not.
+        graphs: Bytes that each CUDA graph of a frozen model takes, by the shape and dtype of its
+            input.
+    """
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    graphs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many groups each operation runs."""
+        return dict(Counter(operation for _, operation in self.fused))
+
+    def summary(self) -> str:
+        """One line."""
+        kinds = ", ".join(f"{count} {operation}" for operation, count in self.counts.items())
+        line = f"{len(self.fused)} groups fused{f' ({kinds})' if kinds else ''}"
+        line += f", {len(self.left)} left"
+        held = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.graphs.items()]
+        return line + (f"; CUDA graphs: {', '.join(held)}" if held else "")
+
+    def __str__(self) -> str:
+        rows = [("module", "fused as", "left because")]
+        rows += [(path, operation, "") for path, operation in self.fused]
+        rows += [(path, "", reason) for path, reason in self.left]
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        lines = [f"{path:{widths[0]}}  {op:{widths[1]}}  {why}".rstrip() for path, op, why in rows]
+        return "\n".join([*lines, self.summary()])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(caption=self.summary(), caption_justify="left")
+        for header in ("module", "fused as", "left because"):
+            table.add_column(header)
+        for path, operation in self.fused:
+            table.add_row(path, operation, "")
+        for path, reason in self.left:
+            table.add_row(path, "", reason)
+        return table
+
+
+def report(model: nn.Module) -> Report:
+    """What the model's next call runs as fused operations, and what it does not.
+
+    Args:
+        model: Fused, frozen, built by this package, or none of these.
+
+    Returns:
+        The groups as they stand now: a hook added or a module replaced after :func:`fuse
+        <fused_resnet.fuse>` shows.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
+    result = Report(graphs=_graphs_of(model))
+    for path, group in groups_of(model):
+        name = _join(path, group.path) or type(model).__name__
+        if group.operation:
+            result.fused.append((name, group.operation))
+        else:
+            result.left.append((name, group.reason))
+    return result
+
+
+def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
+    """Every group of a model, fused or left, in the order of its modules.
+
+    Args:
+        model: As :func:`report` takes it.
+
+    Yields:
+        The path of the module whose forward runs the group, and the group. One without an operation
+        says why; where it names no convolution and no batch norm it stands for that module whole.
+    """
+    known: set[int] = set()
+    covered: set[int] = set()
+    parents = parents_of(model)
+    for path, module in model.named_modules():
+        if id(module) in covered:
+            continue  # its own route does not run: what it would cover may
+        if isinstance(module, Route):
+            covered.update(map(id, module.covered()))
+            for group in module.fused_groups():
+                owned = [module.get_submodule(name) for name in (group.conv, group.bn) if name]
+                known.update(map(id, owned))
+                yield path, group
+            continue
+        verdict = verdict_of(module, parents)
+        if isinstance(verdict, Left):
+            for name, reason in verdict.norms:
+                known.add(id(module.get_submodule(name)))
+                yield path, Group("", reason, bn=name)
+        elif verdict is not None:
+            reason = verdict if isinstance(verdict, str) else "not fused: call fuse() on the model"
+            known.update(map(id, module.children()))
+            yield path, Group("", reason)
+        elif is_norm(module) and id(module) not in known:
+            yield path, Group("", "no group around it that fuse() can prove")
+
+
+def _graphs_of(model: nn.Module) -> dict[str, int]:
+    memory = getattr(getattr(model, "cuda_graphs", None), "memory", None)  # of a frozen model
+    return memory if isinstance(memory, dict) else {}
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name) if part)

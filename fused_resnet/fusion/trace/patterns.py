@@ -1,0 +1,74 @@
+"""What the nodes of a graph are: convolution, normalisation, activation, addition, nothing."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ...nn.groups import is_max_pool, is_norm
+
+_RELU_FUNCTIONS: tuple[Any, ...] = (torch.relu, torch.relu_, F.relu, F.relu_)
+_ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+
+
+def child_of(module: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The child that a node calls with one argument; None for another kind of node."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    if not isinstance(node.args[0], fx.Node):
+        return None
+    return module.get_submodule(str(node.target))
+
+
+def is_conv(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the node calls a two-dimensional convolution, of whatever settings and class."""
+    return isinstance(child_of(module, node), nn.Conv2d)
+
+
+def is_normalisation(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the node calls a batch norm, of whatever class."""
+    child = child_of(module, node)
+    return child is not None and is_norm(child)
+
+
+def is_identity(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the node calls a placeholder module that gives back its input."""
+    child = child_of(module, node)
+    return child is not None and type(child) is nn.Identity
+
+
+def is_pool(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the node calls a max-pool that the stem's operation has."""
+    child = child_of(module, node)
+    return child is not None and is_max_pool(child)
+
+
+def is_relu_module(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the node calls a ReLU module."""
+    return isinstance(child_of(module, node), nn.ReLU)
+
+
+def is_relu_function(node: fx.Node) -> bool:
+    """Whether the node is ReLU as a function or method.
+
+    ``clamp(min=0)`` is not: its gradient at zero is not ReLU's in every version of PyTorch.
+    """
+    if node.op == "call_function":
+        return node.target in _RELU_FUNCTIONS
+    return node.op == "call_method" and node.target in ("relu", "relu_")
+
+
+def addition(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+    """The two sides of an addition of two results, and whether the left one is written to."""
+    method = node.op == "call_method" and node.target in ("add", "add_")
+    function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
+    if not (method or function) or len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+        return None
+    return left, right, node.target in (operator.iadd, "add_")

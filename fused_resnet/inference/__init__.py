@@ -1,0 +1,1 @@
+"""Frozen models: batch norm folded, weights packed, ready to be saved, exported and served."""

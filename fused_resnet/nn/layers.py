@@ -1,0 +1,169 @@
+"""Layers that run fused, with parameters as PyTorch keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .groups import (
+    ChainRoute,
+    Group,
+    Route,
+    bn_add_relu,
+    chain,
+    chain_groups,
+    conv_bn,
+    conv_bn_groups,
+)
+
+IntOrPair = int | tuple[int, int]
+NormLayer = Callable[..., nn.Module]
+
+#: The activation of modules that have no child for it. It keeps no state.
+_RELU = nn.ReLU()
+
+
+class _ConvBN(Route):
+    """The children and the arguments that the convolution modules share."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair | str = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv: nn.Module = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            **where,
+        )
+        self.bn: nn.Module = nn.BatchNorm2d(
+            out_channels, eps, momentum, affine, track_running_stats, **where
+        )
+
+    def fused_groups(self) -> list[Group]:
+        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        return conv_bn_groups(self, "conv", "bn", _RELU)
+
+
+class ConvBNReLU2d(_ConvBN):
+    r"""Convolution, batch norm and ReLU: :math:`y = \max(0, \mathrm{bn}(w * x + b))`.
+
+    Args:
+        in_channels: As in :class:`torch.nn.Conv2d`, and so all up to ``bias``, which is False here.
+        out_channels: See there.
+        kernel_size: See there.
+        stride: See there.
+        padding: See there.
+        dilation: See there.
+        groups: See there.
+        bias: See there.
+        eps: As in :class:`torch.nn.BatchNorm2d`, and so all that follow.
+        momentum: See there; None averages all batches.
+        affine: See there.
+        track_running_stats: See there.
+        device: Of all parameters and buffers.
+        dtype: Of all parameters and buffers.
+
+    The children are ``conv`` and ``bn``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, OH, OW)``, layout of ``x``."""
+        return conv_bn(self.conv, self.bn, _RELU, x)
+
+
+class ConvBNAddReLU2d(_ConvBN):
+    r"""Convolution, batch norm, residual and ReLU: :math:`y = \max(0, \mathrm{bn}(w * x + b) + r)`.
+
+    The arguments are those of :class:`ConvBNReLU2d`; the children are ``conv`` and ``bn``.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As :meth:`ConvBNReLU2d.forward`; ``residual`` has the shape and dtype of the result."""
+        return conv_bn(self.conv, self.bn, _RELU, x, residual)
+
+
+class BNAddReLU2d(nn.BatchNorm2d, Route):
+    r"""Batch norm, an optional residual and ReLU: :math:`y = \max(0, \mathrm{bn}(x) [+ r])`.
+
+    Arguments, parameters and buffers are those of :class:`torch.nn.BatchNorm2d`.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(N, C, H, W)``, and ``residual`` like it, to the same shape, dtype and layout."""
+        return bn_add_relu(self, x, residual)
+
+    def fused_groups(self) -> list[Group]:
+        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        return [Group("bn_add_relu")]
+
+
+class Stem(Route):
+    r"""What a ResNet begins with: :math:`y = \mathrm{maxpool}(\max(0, \mathrm{bn}(w * x)))`.
+
+    Args:
+        in_channels: Of the image.
+        out_channels: Of the result.
+        kernel_size: Of the convolution.
+        stride: Of the convolution.
+        padding: Of the convolution.
+        pool_kernel: Window of the max-pool.
+        pool_stride: Its step.
+        pool_padding: Its padding.
+        norm_layer: Makes the batch norm from a number of channels.
+
+    The children are ``conv``, ``bn``, ``relu`` and ``pool``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        kernel_size: IntOrPair = 7,
+        stride: IntOrPair = 2,
+        padding: IntOrPair = 3,
+        pool_kernel: IntOrPair = 3,
+        pool_stride: IntOrPair = 2,
+        pool_padding: IntOrPair = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(pool_kernel, pool_stride, pool_padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, out_channels, PH, PW)``."""
+        return chain(self.children(), x)
+
+    def fused_groups(self) -> list[Group]:
+        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        return chain_groups(dict(self.named_children()))
+
+
+class Chain(ChainRoute, nn.Sequential):
+    """``nn.Sequential`` in which convolution, batch norm, ReLU and max-pool run as one."""

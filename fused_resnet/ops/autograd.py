@@ -1,0 +1,209 @@
+r"""Autograd formulas of the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd
+
+from ..backends import reference
+from .fakes import accumulator
+
+
+def register_formulas(library: str) -> None:
+    """Make the operators of a library differentiable; each is differentiated by its own kind.
+
+    ``conv_bn_relu_maxpool`` and the packed forms have no gradient: see ``ops.py``.
+    """
+    operators = getattr(torch.ops, library)
+
+    def formula(name: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
+        register_autograd(f"{library}::{name}", backward, setup_context=setup)
+
+    formula("bn_add_relu", partial(_bn_backward, operators), _bn_setup)
+    formula("bn_add_relu_given", partial(_given_backward, operators), _given_setup)
+    formula("bn_add_relu_backward", _bn_double_backward, _bn_backward_setup)
+    formula("conv_bn_add_relu", _conv_backward, _conv_setup)
+    formula("conv_statistics", _statistics_backward, _statistics_setup)
+
+
+# bn_add_relu
+
+
+def _bn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, running_mean, running_var, residual, training, eps, relu = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    if not training:
+        mean, var = running_mean, running_var
+    ctx.save_for_backward(x, y if relu else None, weight, mean, var)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
+    ctx.training, ctx.eps, ctx.relu = training, eps, relu
+
+
+def _bn_backward(operators: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, y, weight, mean, var = ctx.saved_tensors
+    need_residual = ctx.has_residual and ctx.relu and ctx.needs_input_grad[5]
+    dx, dweight, dbias, dresidual = operators.bn_add_relu_backward(
+        grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.relu, need_residual
+    )
+    if ctx.has_residual and not ctx.relu:
+        dresidual = grad
+    return (
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        None,
+        None,
+        dresidual if ctx.has_residual and ctx.needs_input_grad[5] else None,
+        None,
+        None,
+        None,
+    )
+
+
+# bn_add_relu_given: the forward of inference, the gradient of training
+
+
+def _given_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, mean, var, residual, eps, relu = inputs
+    ctx.save_for_backward(x, output if relu else None, weight, mean, var)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
+    ctx.training, ctx.eps, ctx.relu = True, eps, relu
+
+
+def _given_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dx, dweight, dbias, _, _, dresidual, *rest = _bn_backward(operators, ctx, grad)
+    return dx, dweight, dbias, None, None, dresidual, *rest[:-1]
+
+
+def _bn_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, x, y, weight, mean, var, *flags = inputs
+    ctx.save_for_backward(grad, x, y, weight, mean, var)
+    ctx.flags = flags
+
+
+def _bn_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Differentiate the reference twice: gradient penalties are rare, so clarity before speed."""
+    grad, x, y, weight, mean, var = ctx.saved_tensors
+    training, eps, relu, _ = ctx.flags
+    with torch.enable_grad():
+        # The batch statistics are functions of x: they are computed anew, not taken as given. The
+        # mask is locally constant, so it is applied to the gradient outside of the reference.
+        leaves = [t.detach().requires_grad_() for t in (grad, x, weight) if t is not None]
+        g, xs = leaves[:2]
+        w = leaves[2] if weight is not None else torch.ones_like(mean)
+        b = torch.zeros_like(w).requires_grad_()
+        w = w if w.requires_grad else w.requires_grad_()
+        z = reference.bn_add_relu(
+            xs,
+            w,
+            b,
+            None if training else mean,
+            None if training else var,
+            training=training,
+            eps=eps,
+            relu=False,
+        )
+        masked = g.masked_fill(y <= 0, 0) if relu else g
+        firsts = (*torch.autograd.grad(z, (xs, w, b), masked, create_graph=True), masked)
+        pairs = [
+            (first, outer.to(first.dtype))
+            for first, outer in zip(firsts, grads, strict=True)
+            if outer is not None and outer.shape == first.shape and first.requires_grad
+        ]
+        seconds = torch.autograd.grad(
+            [first for first, _ in pairs],
+            leaves,
+            [outer for _, outer in pairs],
+            allow_unused=True,
+        )
+    dweight = None if weight is None else seconds[2]
+    return seconds[0], seconds[1], None, dweight, None, None, None, None, None, None
+
+
+# conv_bn_add_relu
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, conv_bias, bn_weight, bn_bias, mean, var, residual, *rest = inputs
+    *ctx.geometry, ctx.eps, ctx.relu = rest
+    ctx.save_for_backward(x, weight, conv_bias, bn_weight, mean, var, output if ctx.relu else None)
+    ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
+    ctx.has_residual = residual is not None
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    r"""The gradient without the convolution's result, which the forward never stored.
+
+    Let :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}`, :math:`dz` the gradient behind ReLU and
+    :math:`D = \partial \langle dz, w * x \rangle / \partial w`. Then :math:`dw = s D`, and, as
+    :math:`w * x` is linear in :math:`w`, per output channel
+    :math:`\langle dz, w * x \rangle = \langle w, D \rangle`, so
+    :math:`d\gamma = (\langle w, D \rangle + (b - \mu) \sum dz) / \sqrt{\sigma^2 + \epsilon}`.
+    """
+    x, weight, conv_bias, bn_weight, mean, var, y = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    need = ctx.needs_input_grad
+    wide = accumulator(x)
+    dz = grad.masked_fill(y <= 0, 0) if ctx.relu else grad
+    invstd = torch.rsqrt(var.to(wide) + ctx.eps)
+    scale = invstd if bn_weight is None else invstd * bn_weight.to(wide)
+
+    need_d = need[1] or need[3]
+    dx, d, _ = torch.ops.aten.convolution_backward(
+        dz,
+        x,
+        (weight.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [need[0], need_d, False],
+    )
+    dweight = dconv_bias = dbn_weight = dbn_bias = None
+    if need[2] or need[3] or need[4]:
+        total = dz.sum((0, 2, 3), dtype=wide)
+        dbn_bias = total.to(ctx.bias_dtype) if need[4] else None
+        dconv_bias = (total * scale).to(conv_bias.dtype) if need[2] else None
+    if need[3]:
+        offset = -mean.to(wide) if conv_bias is None else conv_bias.to(wide) - mean.to(wide)
+        inner = (weight.to(wide) * d.to(wide)).sum((1, 2, 3))
+        dbn_weight = ((inner + offset * total) * invstd).to(bn_weight.dtype)
+    if need[1]:
+        dweight = (d.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    dresidual = dz if ctx.has_residual and need[7] else None
+    return (dx, dweight, dconv_bias, dbn_weight, dbn_bias, None, None, dresidual) + (None,) * 6
+
+
+# conv_statistics
+
+
+def _statistics_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, weight, conv_bias, *ctx.geometry = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight)
+    ctx.bias_shape = None if conv_bias is None else list(conv_bias.shape)
+
+
+def _statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    """That of the convolution: bn_add_relu_given's gradient holds the statistics' part."""
+    x, weight = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad, x, weight, ctx.bias_shape, stride, padding, dilation, False, [0, 0], groups,
+        ctx.needs_input_grad[:3],
+    )  # fmt: skip
+    return dx, dweight, dbias, None, None, None, None

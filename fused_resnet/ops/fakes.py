@@ -1,0 +1,174 @@
+"""Fake implementations: the operators' shapes, dtypes and strides, without their numbers.
+
+They answer under ``torch.compile`` and ``torch.export``, and for meta tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .. import _C
+
+#: By the name of the operator, whatever library it is in.
+FAKES: dict[str, Callable[..., Any]] = {}
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function into :data:`FAKES`."""
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        FAKES[name] = function
+        return function
+
+    return enter
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums over a map."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _map_like(x: Tensor, shape: list[Any]) -> Tensor:
+    """An empty feature map in the dtype and memory format of ``x``."""
+    return torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
+    )
+
+
+def _window(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _conv_shape(
+    x: Tensor, weight_shape: Any, stride: list[int], padding: list[int], dilation: list[int]
+) -> list[Any]:
+    size = [
+        _window(x.shape[i + 2], weight_shape[i + 2], stride[i], padding[i], dilation[i])
+        for i in (0, 1)
+    ]
+    return [x.shape[0], weight_shape[0], *size]
+
+
+def _pool_shape(
+    shape: list[Any], kernel: list[int], stride: list[int], padding: list[int]
+) -> list[Any]:
+    size = [_window(shape[i + 2], kernel[i], stride[i], padding[i], 1) for i in (0, 1)]
+    return [shape[0], shape[1], *size]
+
+
+@fake("bn_add_relu")
+def _(x, weight, bias, mean, var, residual, training, eps, relu):  # type: ignore[no-untyped-def]
+    channels = x.shape[1] if training else 0
+    statistic = x.new_empty((channels,), dtype=accumulator(x))
+    return _map_like(x, x.shape), statistic, torch.empty_like(statistic)
+
+
+@fake("bn_add_relu_backward")
+def _(grad, x, y, weight, mean, var, training, eps, relu, need_residual):  # type: ignore[no-untyped-def]
+    vector = x.new_empty((x.shape[1],), dtype=accumulator(x))
+    residual = _map_like(x, x.shape) if need_residual else x.new_empty((0,))
+    return _map_like(x, x.shape), vector, torch.empty_like(vector), residual
+
+
+@fake("bn_add_relu_given")
+def _(x, weight, bias, mean, var, residual, eps, relu):  # type: ignore[no-untyped-def]
+    return _map_like(x, x.shape)
+
+
+@fake("conv_bn_add_relu")
+def _(  # type: ignore[no-untyped-def]
+    x, weight, conv_bias, bn_weight, bn_bias, mean, var, residual, stride, padding, dilation,
+    groups, eps, relu,
+):  # fmt: skip
+    return _map_like(x, _conv_shape(x, weight.shape, stride, padding, dilation))
+
+
+@fake("conv_statistics")
+def _(x, weight, conv_bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    z = _map_like(x, _conv_shape(x, weight.shape, stride, padding, dilation))
+    statistic = x.new_empty((weight.shape[0],), dtype=accumulator(x))
+    return z, statistic, torch.empty_like(statistic)
+
+
+@fake("conv_bn_relu_maxpool")
+def _(  # type: ignore[no-untyped-def]
+    x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, groups, eps,
+    pool_kernel, pool_stride, pool_padding,
+):  # fmt: skip
+    shape = _conv_shape(x, weight.shape, stride, padding, dilation)
+    return _map_like(x, _pool_shape(shape, pool_kernel, pool_stride, pool_padding))
+
+
+@fake("pack_conv_weight")
+def _(weight, groups):  # type: ignore[no-untyped-def]
+    if weight.device.type == "cuda":
+        return weight.new_empty((weight.numel(),))
+    numel = _C.packed_conv_weight_numel(list(weight.shape), groups, weight.dtype)
+    return weight.new_empty((numel,), dtype=_C.packed_conv_weight_dtype(weight.dtype))
+
+
+@fake("unpack_conv_weight")
+def _(packed, weight_shape, groups):  # type: ignore[no-untyped-def]
+    return packed.new_empty(weight_shape)
+
+
+@fake("conv_bn_add_relu_packed")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, residual, weight_shape, stride, padding, dilation, groups, relu,
+    winograd=False,
+):  # fmt: skip
+    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@fake("conv_bn_relu_maxpool_packed")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, weight_shape, stride, padding, dilation, groups, pool_kernel,
+    pool_stride, pool_padding,
+):  # fmt: skip
+    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    shape = _pool_shape(shape, pool_kernel, pool_stride, pool_padding)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@fake("conv_bn_add_relu_planned")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, residual, residual_scale, residual_shift, weight_shape, stride,
+    padding, dilation, groups, relu, tile, split_k,
+):  # fmt: skip
+    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@fake("conv_conv_add_relu_packed")
+def _(  # type: ignore[no-untyped-def]
+    x, x2, packed, shift, weight_shape, stride, padding, dilation, stride2, relu
+):  # fmt: skip
+    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+@fake("residual_block")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups, winograd
+):  # fmt: skip
+    channels = scale[2 if bottleneck else 1].shape[0]
+    size = [_window(n, 1, stride, 0, 1) for n in x.shape[2:]]
+    return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
+
+
+@fake("residual_row")
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, shift, convs, projected, padding, stride, dilation, groups, winograd
+):  # fmt: skip
+    channels, size, at = x.shape[1], list(x.shape[2:]), 0
+    for i, count in enumerate(convs):
+        channels = scale[at + count - 1].shape[0]
+        size = [_window(n, 1, stride[i], 0, 1) for n in size]
+        at += count + projected[i]
+    return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)

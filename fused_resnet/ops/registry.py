@@ -1,0 +1,101 @@
+"""The libraries of operators: what PyTorch must know of them beyond their kernels.
+
+``torch.ops.fused_resnet`` has the kernels of the compiled extension, for the CPU and for CUDA;
+``torch.ops.fused_resnet_triton`` Triton's and ``torch.ops.fused_resnet_library`` those of
+:mod:`fused_resnet.library`, under the same schemas (``csrc/schemas.h``). All have the same fakes
+and the same gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import Library, register_fake
+
+from .. import _C
+from ..backends import aten
+from .autograd import register_formulas
+from .fakes import FAKES
+
+#: The operators of :mod:`fused_resnet.triton`.
+TRITON = (
+    "bn_add_relu",
+    "bn_add_relu_backward",
+    "bn_add_relu_given",
+    "conv_bn_add_relu",
+    "conv_bn_add_relu_packed",
+    "conv_bn_relu_maxpool",
+    "conv_bn_relu_maxpool_packed",
+    "conv_conv_add_relu_packed",
+    "conv_statistics",
+    "pack_conv_weight",
+    "residual_block",
+    "unpack_conv_weight",
+)
+
+
+def triton_operator(name: str) -> Callable[..., Any]:
+    """The operator, its module imported at the first call: most processes never need Triton."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module("fused_resnet.triton"), name)(*arguments)
+
+    return call
+
+
+_triton_library = Library("fused_resnet_triton", "DEF")
+_pytorch_library = Library("fused_resnet_library", "DEF")
+for _schema in _C.schemas():
+    _triton_library.define(_schema)
+    _pytorch_library.define(_schema)
+for _name in TRITON:
+    _triton_library.impl(_name, triton_operator(_name), "CUDA")
+for _key in ("CPU", "CUDA"):
+    for _name in aten.operators(_key.lower()):
+        _pytorch_library.impl(_name, getattr(aten, _name), _key)
+
+for _namespace in ("fused_resnet", "fused_resnet_triton", "fused_resnet_library"):
+    for _name, _fake in FAKES.items():
+        register_fake(f"{_namespace}::{_name}", _fake)
+    register_formulas(_namespace)
+
+#: Where the operators of a backend are.
+OPERATORS: dict[str, Any] = {
+    "cpu": torch.ops.fused_resnet,
+    "cuda": torch.ops.fused_resnet,
+    "triton": torch.ops.fused_resnet_triton,
+    "library": torch.ops.fused_resnet_library,
+}
+
+
+#: Whether the extension packs weights for CUDA. Where it was built without, Triton's operators do:
+#: the layout is the same.
+_PACKS_CUDA = bool(_C.build_info()["cuda"])
+
+
+def packers(device: torch.device) -> Any:
+    """Where the operators are that lay weights out for a device."""
+    return OPERATORS["triton" if device.type == "cuda" and not _PACKS_CUDA else "cuda"]
+
+
+@functools.cache
+def candidates(op: str, backend: str) -> dict[str, Any]:
+    """The backends that can stand in for a device's own kernels, themselves among them.
+
+    On CUDA they read the same packed weights.
+
+    Args:
+        op: The operator.
+        backend: ``"cpu"`` or ``"cuda"``.
+    """
+    names = [backend]
+    if op in aten.operators(backend):
+        names.append("library")
+    if backend == "cuda" and op in TRITON and importlib.util.find_spec("triton") is not None:
+        names.append("triton")
+    return {name: OPERATORS[name] for name in names}

@@ -1,0 +1,343 @@
+"""Which backend is the fastest for a call: timed once, remembered in memory and on disk.
+
+``FUSED_RESNET_TUNE=0`` times nothing: a call that has not been timed before runs as a shipped table
+of times says (:mod:`fused_resnet.tuning_defaults`), and on the device's own kernels where that says
+nothing. So does every call under ``torch.use_deterministic_algorithms``, whatever was timed, and a
+new one while a CUDA graph is captured; what a compiler traces runs on the device's own kernels.
+``1``, the default, lets each new call's candidates take turns three times, ``exhaustive`` twenty
+times. A candidate that fails is dropped, with a warning, and never chosen.
+
+A process decides once for each call, and keeps to it: ``FUSED_RESNET_TUNE``, ``FUSED_RESNET_CACHE``
+and the file are read when a call is first met. After a change of them :func:`forget` begins anew.
+
+The choices are one of this package's two pieces of global state (the other is the backend that was
+asked for). A lock guards them; what two threads time at once is timed twice and kept once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.metadata
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._version import __version__
+from . import cache, defaults, processor
+
+#: Changes when kernels do, so that old timings are not believed.
+KERNELS = 3
+
+#: By how much another candidate must beat the device's own kernels: a lead that the next run may
+#: take back is none.
+MARGIN = 0.03
+
+#: Rounds in which all candidates take turns, of which the fastest counts.
+ROUNDS = {"1": 3, "exhaustive": 20}
+
+_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
+    "fused_resnet_recorded_calls", default=None
+)
+_lock = threading.Lock()
+_known: dict[str, dict[str, dict[str, float]]] = {}  # machine, key: milliseconds by candidate
+# What was decided, by what a call is told apart by: the candidates that there were, and the choice.
+# Written and read in one step each, so without the lock.
+_decided: dict[tuple[Any, ...], tuple[Mapping[str, Any], str]] = {}
+
+
+def mode() -> str:
+    """``FUSED_RESNET_TUNE``: ``"0"``, ``"1"`` or ``"exhaustive"``.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    given = os.environ.get("FUSED_RESNET_TUNE", "1")
+    if given != "0" and given not in ROUNDS:
+        raise ValueError(f"FUSED_RESNET_TUNE: expected 0, 1 or exhaustive, got {given!r}")
+    return given
+
+
+class Call(NamedTuple):
+    """A call that could be timed; its four-dimensional tensors are shapes without numbers.
+
+    Attributes:
+        op: The operator.
+        default: The candidate that runs where none was timed.
+        candidates: By name, what has the operator as an attribute.
+        device: Where it runs.
+        arguments: Of the operator.
+    """
+
+    op: str
+    default: str
+    candidates: Mapping[str, Any]
+    device: torch.device
+    arguments: tuple[Any, ...]
+
+    @property
+    def key(self) -> str:
+        """What the call is remembered by."""
+        return key_of(self.op, self.arguments)
+
+    def with_numbers(self) -> tuple[Any, ...]:
+        """Arguments to time it by."""
+        return tuple(
+            torch.randn_like(a, device=self.device) if _is_map(a) else a for a in self.arguments
+        )
+
+    def decide(self) -> tuple[str, dict[str, float]]:
+        """The candidate that will run, and the milliseconds of each, timed now if need be."""
+        times = timings(self.op, self.candidates, self.with_numbers())
+        return fastest(times, self.default, self.candidates), times
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Note the calls of this thread that would be timed, in order, in place of timing them."""
+    calls: list[Call] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
+
+
+def _is_map(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() == 4
+
+
+def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> str:
+    """The candidate that ran this call fastest.
+
+    Args:
+        op: The operator.
+        default: The candidate that runs where none was timed.
+        candidates: By name, what has the operator as an attribute.
+        arguments: Of the operator; the first is the map whose device and dtype count.
+    """
+    calls = _recorded.get()
+    if calls is not None:
+        maps = tuple(a.detach().to("meta") if _is_map(a) else a for a in arguments)
+        calls.append(Call(op, default, candidates, arguments[0].device, maps))
+        return default
+    x = arguments[0]
+    if type(x) not in _PLAIN:  # a fake or a proxy, whose sizes may be no numbers
+        return default
+    # All that the longer way depends on, and much faster to make than what it looks up.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call = (op, torch.get_num_threads(), deterministic, _fingerprint(arguments))
+    decided = _decided.get(call)
+    if decided is not None and decided[0] is candidates:
+        return decided[1]
+    if torch.jit.is_tracing() or x.numel() == 0:  # sizes that are tensors; nothing to time
+        return default
+    times = {} if deterministic else timings(op, candidates, arguments)
+    chosen = fastest(times or _shipped(op, arguments), default, candidates)
+    if _may_time(x):  # else it may yet be timed
+        _decided[call] = (candidates, chosen)
+    return chosen
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+#: What a call's arguments are besides tensors: asked for because it is the fastest question.
+_SETTINGS = frozenset((type(None), tuple, int, float, bool))
+
+
+def _fingerprint(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What :func:`key_of` says of them, without a word: a quarter of its time."""
+    x = arguments[0]
+    found: list[Any] = [x.get_device(), x.is_cuda and torch.backends.cudnn.allow_tf32]
+    add = found.append
+    for a in arguments:
+        if type(a) is list:
+            add(tuple([(t.dtype, t.shape) if isinstance(t, Tensor) else t for t in a]))
+            continue
+        if type(a) in _SETTINGS:
+            add(a)
+            continue
+        add(a.dtype)
+        if a.dim() == 1:
+            add(a.numel())
+        else:
+            add(a.shape)
+            add(a.stride())
+    return tuple(found)
+
+
+def _shipped(op: str, arguments: tuple[Any, ...]) -> dict[str, float]:
+    device = arguments[0].device.type
+    return defaults.nearest(device, _C.build_info()["isa"], key_of(op, arguments))
+
+
+def fastest(times: Mapping[str, float], default: str, candidates: Mapping[str, Any]) -> str:
+    """The candidate of the least time, if it is clearly less than the default's."""
+    times = {name: ms for name, ms in times.items() if name in candidates}
+    if not times:
+        return default
+    best = min(times, key=lambda name: times[name])
+    if times[best] > times.get(default, float("inf")) * (1 - MARGIN):
+        return default
+    return best
+
+
+def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> dict[str, float]:
+    """Milliseconds of each candidate for this call: remembered, or timed now if that is allowed."""
+    x = arguments[0]
+    machine, key = machine_of(x.device), key_of(op, arguments)
+    with _lock:
+        known = _known.get(machine)
+        if known is None:
+            known = _known[machine] = cache.load(machine)
+        times = known.get(key)
+    if times is not None:
+        return times
+    given = mode()
+    if given == "0" or x.numel() == 0 or not _may_time(x):
+        return {}
+    times = measure(op, candidates, arguments, ROUNDS[given])
+    with _lock:
+        known[key] = times
+    if times:
+        cache.add(machine, {key: times})
+    return times
+
+
+def _may_time(x: Tensor) -> bool:
+    """Whether calls now run, and nobody records them."""
+    if type(x) not in _PLAIN or torch.jit.is_tracing():
+        return False
+    if x.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return x.device.type == "cpu"
+
+
+def key_of(op: str, arguments: tuple[Any, ...]) -> str:
+    """The call without its numbers: shapes, dtypes, memory formats, settings."""
+    return op + "(" + ", ".join(map(_word, arguments)) + ")"
+
+
+def _word(argument: Any) -> str:
+    if isinstance(argument, list):
+        return "[" + ", ".join(map(_word, argument)) + "]"
+    if not isinstance(argument, Tensor):
+        return str(argument)
+    shape = "x".join(map(str, argument.shape))
+    dtype = str(argument.dtype).removeprefix("torch.")
+    if argument.dim() != 4:
+        return f"{shape} {dtype}"
+    if argument.is_contiguous(memory_format=torch.channels_last):
+        return f"{shape} {dtype} channels_last"
+    return f"{shape} {dtype} {'contiguous' if argument.is_contiguous() else 'strided'}"
+
+
+def machine_of(device: torch.device) -> str:
+    """All that timings depend on besides the call."""
+    if device.type == "cuda":
+        float32 = "tf32" if torch.backends.cudnn.allow_tf32 else "strict float32"
+        return f"{_cuda_machine(device.index if device.index is not None else 0)}, {float32}"
+    return f"{_cpu_machine()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _versions() -> str:
+    return f"torch {torch.__version__}, fused_resnet {__version__} kernels {KERNELS}"
+
+
+@functools.cache
+def _cpu_machine() -> str:
+    return f"{processor.name()}, {_C.build_info()['isa']}, {_versions()}"
+
+
+@functools.cache
+def _cuda_machine(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    cudnn = torch.backends.cudnn.version()
+    return (
+        f"{properties.name}, sm_{properties.major}{properties.minor}, "
+        f"{properties.multi_processor_count} multiprocessors, driver {_driver()}, "
+        f"CUDA {torch.version.cuda}, cuDNN {cudnn}, Triton {_triton()}, {_versions()}"
+    )
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(version()) if version is not None else "unknown"
+
+
+def measure(
+    op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...], rounds: int
+) -> dict[str, float]:
+    """Milliseconds of each candidate: the fastest of some rounds in which they take turns."""
+    device = arguments[0].device
+    with torch.no_grad():
+        if device.type != "cuda":
+            return _take_turns(op, candidates, arguments, rounds, _clock)
+        with torch.cuda.device(device):  # whose stream the events are recorded on
+            return _take_turns(op, candidates, arguments, rounds, _cuda_clock)
+
+
+def _take_turns(
+    op: str,
+    candidates: Mapping[str, Any],
+    arguments: tuple[Any, ...],
+    rounds: int,
+    clock: Callable[[Callable[[], Any]], float],
+) -> dict[str, float]:
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, operators in candidates.items():
+        call: Callable[[], Any] = functools.partial(getattr(operators, op), *arguments)
+        try:
+            call()  # compiles, allocates, packs
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(
+                f"fused_resnet: {op}: {name} fails and is left out: {first}", stacklevel=3
+            )
+            continue
+        calls[name] = call
+    times = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name] = min(times[name], clock(call))
+    return times
+
+
+def _clock(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3
+
+
+def _cuda_clock(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Milliseconds on the caller's stream of the current device."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def forget() -> None:
+    """Drop what is in memory; the file stays."""
+    with _lock:
+        _known.clear()
+        _decided.clear()
