@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fused_resnet as fr
 from fused_resnet.bench import environment, zoo
 from fused_resnet.bench.coverage import count_fused
-from fused_resnet.nn.groups import is_norm
+from fused_resnet.nn.module_kinds import is_norm
 
 RECORDED = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "coverage.json"
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..fusion.fuse import fuse
 from ..fusion.report import groups_of
-from ..nn.groups import is_norm
+from ..nn.module_kinds import is_norm
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,20 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.parallel import DistributedDataParallel
 
-from ..nn.groups import (
-    BasicBlockRoute,
-    BottleneckRoute,
-    ChainRoute,
-    Packed,
-    ResNetRoute,
-    Route,
-    chain_groups,
+from ..nn.fused_forward import (
+    BasicBlockForward,
+    BottleneckForward,
+    FusedForward,
+    ResNetForward,
+    SequentialForward,
 )
-from .trace import Left, Plan, TracedRoute, parents_of, plan_of
+from ..nn.groups import sequence_groups
+from ..nn.module_kinds import PackedConv
+from .trace import Left, Plan, TracedForward, parents_of, plan_of
 
 #: What is said of a module: the route to put in front of its class or the forward made for it, the
 #: reason to leave it, or None when there is nothing to say.
-Verdict = type[Route] | Plan | Left | str | None
+Verdict = type[FusedForward] | Plan | Left | str | None
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -60,7 +60,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model: expected a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(m, Packed) for m in model.modules()):
+    if any(isinstance(m, PackedConv) for m in model.modules()):
         raise ValueError("fuse: model: expected a trainable model, got one that freeze() made")
     fused = copy_structure(model)
     parents = parents_of(fused)
@@ -68,7 +68,7 @@ def fuse(model: nn.Module) -> nn.Module:
     verdicts = [(module, verdict_of(module, parents)) for module in fused.modules()]
     for module, verdict in verdicts:
         if isinstance(verdict, Plan):
-            module.__class__ = derive(type(module), TracedRoute)
+            module.__class__ = derive(type(module), TracedForward)
             module.fused_resnet_plan = verdict  # type: ignore[assignment]
         elif isinstance(verdict, type):
             module.__class__ = derive(type(module), verdict)
@@ -82,7 +82,7 @@ def verdict_of(module: nn.Module, parents: Counter[int]) -> Verdict:
         module: Of a model.
         parents: In how many places each module of the model is.
     """
-    if isinstance(module, Route):
+    if isinstance(module, FusedForward):
         return None
     for matcher in MATCHERS:
         verdict = matcher(module)
@@ -96,9 +96,9 @@ def verdict_of(module: nn.Module, parents: Counter[int]) -> Verdict:
 
 def _torchvision_block(module: nn.Module) -> Verdict:
     resnet = sys.modules.get("torchvision.models.resnet")
-    routes: tuple[tuple[str, type[Route]], ...] = (
-        ("BasicBlock", BasicBlockRoute),
-        ("Bottleneck", BottleneckRoute),
+    routes: tuple[tuple[str, type[FusedForward]], ...] = (
+        ("BasicBlock", BasicBlockForward),
+        ("Bottleneck", BottleneckForward),
     )
     for name, route in routes:
         base = getattr(resnet, name, None)
@@ -112,7 +112,7 @@ def _torchvision_resnet(module: nn.Module) -> Verdict:
     if base is None or not isinstance(module, base):
         return None
     kept = all(_keeps(module, base, method) for method in ("forward", "_forward_impl"))
-    return ResNetRoute if kept else None
+    return ResNetForward if kept else None
 
 
 def _sequential(module: nn.Module) -> Verdict:
@@ -120,14 +120,14 @@ def _sequential(module: nn.Module) -> Verdict:
         return None
     if type(module).forward is not nn.Sequential.forward:
         return None  # a module of its own, which is traced
-    groups = chain_groups(module._modules)
+    groups = sequence_groups(module._modules)
     if not groups:
         return None
     for method in ("forward", "__iter__"):
         if not _keeps(module, nn.Sequential, method):
             return _overridden(nn.Sequential, method)
     if any(group.operation for group in groups):
-        return ChainRoute
+        return SequentialForward
     return groups[0].reason
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..nn.groups import Group, Route, is_norm
+from ..nn.fused_forward import FusedForward
+from ..nn.groups import Group
+from ..nn.module_kinds import is_norm
 from .fuse import verdict_of
 from .trace import Left, parents_of
 
@@ -107,7 +109,7 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
     for path, module in model.named_modules():
         if id(module) in covered:
             continue  # its own route does not run: what it would cover may
-        if isinstance(module, Route):
+        if isinstance(module, FusedForward):
             covered.update(map(id, module.covered()))
             for group in module.fused_groups():
                 owned = [module.get_submodule(name) for name in (group.conv, group.bn) if name]

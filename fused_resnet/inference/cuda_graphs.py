@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils._pytree import tree_map
 
 from ..backends.availability import _Marker, current_backend
-from ..nn.groups import hooked, kind
+from ..nn.module_kinds import is_hooked, original_class
 from .graph_capture import Graph, Recorder
 from .snapshot import Snapshot
 
@@ -167,7 +167,7 @@ class Graphs:
     ) -> Graph | None:
         """The one for this call, recorded now if it is time for it; None where there is none."""
         if self._recorded is None or not self._recorded.holds():
-            if any(map(hooked, _inside(model))):
+            if any(map(is_hooked, _inside(model))):
                 return None
             if self._recorded is not None:
                 self._drop()
@@ -220,7 +220,9 @@ def size_for(model: nn.Module, asked: int | bool | None) -> int:
     A replay runs no Python: a forward that counts its calls, or reads a switch, would not notice.
     """
     if asked is None or asked is True:
-        packages = {kind(module).__module__.partition(".")[0] for module in model.modules()}
+        packages = {
+            original_class(module).__module__.partition(".")[0] for module in model.modules()
+        }
         return SIZE if asked or packages <= set(KNOWN) else 0
     return int(asked)
 

@@ -23,8 +23,10 @@ from .. import ops
 from ..backends.availability import BackendUnavailable
 from ..backends.folding import fold
 from ..fusion.fuse import derive, fuse
-from ..fusion.trace import TracedRoute
-from ..nn.groups import Folded, Group, Packed, ResNetRoute, Route, eps_of, padding_of
+from ..fusion.trace import TracedForward
+from ..nn.fused_forward import FusedForward, ResNetForward
+from ..nn.groups import Group
+from ..nn.module_kinds import FoldedBatchNorm, PackedConv, eps_of, padding_of
 from ..ops.checks import DTYPES
 from . import export
 from .cuda_graphs import Graphs, is_one_tensor, size_for
@@ -89,7 +91,7 @@ def freeze(
     own = dtype or next((p.dtype for p in frozen.parameters() if p.is_floating_point()), None)
     with torch.no_grad():
         for module in list(frozen.modules()):
-            if isinstance(module, Route):
+            if isinstance(module, FusedForward):
                 _freeze_groups(module, dtype, winograd)
         _own_tensors(frozen, dtype)
     for module in frozen.modules():
@@ -142,11 +144,11 @@ class Frozen(nn.Module):
 
 
 def _mixin(module: nn.Module) -> type[Frozen]:
-    if isinstance(module, ResNetRoute):
+    if isinstance(module, ResNetForward):
         return FrozenResNet
     if is_stage_list(module):
         return FrozenStages
-    if isinstance(module, TracedRoute) and module.early_members():
+    if isinstance(module, TracedForward) and module.early_members():
         return FrozenTraced
     if is_block(module):
         return FrozenResidual
@@ -226,7 +228,7 @@ class FrozenTraced(Frozen):
     """Mixed into a traced module that calls stages: as :class:`FrozenResNet`."""
 
     def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
-        """See :meth:`fused_resnet.swap.TracedRoute.run_early`."""
+        """See :meth:`fused_resnet.swap.TracedForward.run_early`."""
         m: Any = self
         return in_parts(self, partial(stages, self), x, m.early_members)
 
@@ -243,7 +245,7 @@ class FrozenSequence(FrozenRow, Frozen):
     """Mixed into a sequence of residual blocks: their operations, one after another."""
 
 
-class FrozenConv(Frozen, Packed):
+class FrozenConv(Frozen, PackedConv):
     """A whole group: packed weight, folded batch norm, and whether ReLU and max-pool follow.
 
     Settings of the convolution keep the names that ``nn.Conv2d`` gives them.
@@ -428,17 +430,17 @@ class FrozenConv(Frozen, Packed):
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
 
 
-def _freeze_groups(owner: Route, dtype: torch.dtype | None, winograd: bool) -> None:
+def _freeze_groups(owner: FusedForward, dtype: torch.dtype | None, winograd: bool) -> None:
     for group in owner.fused_groups():
         if not group.operation or not group.conv or not group.foldable:
             continue
         conv, bn = owner.get_submodule(group.conv), owner.get_submodule(group.bn)
-        if isinstance(conv, Packed) or bn.running_mean is None:
+        if isinstance(conv, PackedConv) or bn.running_mean is None:
             continue  # of the batch's own statistics there is nothing to fold
         pool = owner.get_submodule(group.pool) if group.pool else None
         assert isinstance(conv, nn.Conv2d)
         frozen = FrozenConv(conv, bn, pool, group, dtype, winograd)  # type: ignore[arg-type]
-        folded = Folded()
+        folded = FoldedBatchNorm()
         for name, child in bn.named_children():
             folded.add_module(name, child)
         owner.set_submodule(group.conv, frozen)

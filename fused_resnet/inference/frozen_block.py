@@ -18,16 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.availability import select
-from ..nn.groups import (
-    NO_PADDING,
-    Folded,
-    Route,
-    WholeBlock,
-    apart,
-    hooked,
-    inner_activation,
-    is_relu,
-)
+from ..nn.fused_forward import NO_PADDING, BlockModules, FusedForward
+from ..nn.module_kinds import FoldedBatchNorm, inner_activation, is_hooked, is_observed, is_relu
 from ..ops import packed as packed_ops
 from . import export
 from .snapshot import Snapshot
@@ -57,7 +49,7 @@ class FrozenBlock(nn.Module):
         # Any other call may mean something else to the block's own forward.
         if self.whole and len(args) == 1 and not kwargs:
             x = args[0]
-            if isinstance(x, Tensor) and not apart(x):
+            if isinstance(x, Tensor) and not is_observed(x):
                 backend = select("residual_block", x)
                 plan = self._plan(backend)
                 if plan is not None:
@@ -87,21 +79,21 @@ class FrozenBlock(nn.Module):
         self.__dict__["_held"] = (Snapshot(dict.fromkeys(block.members), self), plan, block.reads)
         return plan
 
-    def _alone(self) -> WholeBlock | None:
+    def _alone(self) -> BlockModules | None:
         """:meth:`block_now`, but None where only an operation on rows has such a shortcut."""
         block = self.block_now()
         return None if block is None or block.padding != NO_PADDING else block
 
-    def block_now(self) -> WholeBlock | None:
+    def block_now(self) -> BlockModules | None:
         """The block by its modules; None where the operation is another one."""
         m: Any = self
-        block = m.whole_block()
-        if block is None or any(map(hooked, block.members)):
+        block = m.block_modules()
+        if block is None or any(map(is_hooked, block.members)):
             return None
         from .freeze import FrozenConv
 
         for conv, norm in zip(block.convs, block.norms, strict=True):
-            if not isinstance(conv, FrozenConv) or not isinstance(norm, Folded):
+            if not isinstance(conv, FrozenConv) or not isinstance(norm, FoldedBatchNorm):
                 return None
         own = len(block.acts)
         inner = [inner_activation(norm) for norm in block.norms]
@@ -118,7 +110,7 @@ def _are_both(inner: nn.Module | None, act: nn.Module | None) -> bool:
 
 
 def make_plan(
-    block: WholeBlock, joined: Tensor | None = None, joined_shift: Tensor | None = None
+    block: BlockModules, joined: Tensor | None = None, joined_shift: Tensor | None = None
 ) -> Plan:
     """The plan of a block that :meth:`FrozenBlock.block_now` gave.
 
@@ -150,7 +142,7 @@ def _is_plain(convs: list[Any], own: int, padding: tuple[int, int]) -> bool:
     Args:
         convs: :class:`~fused_resnet.freeze.FrozenConv`, the block's own and its shortcut's.
         own: How many are the block's own.
-        padding: See :class:`~fused_resnet.blocks.WholeBlock`.
+        padding: See :class:`~fused_resnet.nn.fused_forward.BlockModules`.
     """
     bottleneck = own == 3
     spatial = convs[own - 2]
@@ -208,4 +200,4 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
 
 def is_block(module: nn.Module) -> bool:
     """Whether :class:`FrozenBlock` can be mixed into the module."""
-    return isinstance(module, Route) and module.whole_block() is not None
+    return isinstance(module, FusedForward) and module.block_modules() is not None

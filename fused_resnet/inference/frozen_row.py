@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from .._C import ResidualRow
 from ..backends.availability import select
-from ..nn.groups import WholeBlock, apart, hooked
+from ..nn.fused_forward import BlockModules
+from ..nn.module_kinds import is_hooked, is_observed
 from ..ops.dispatch import settled
 from .frozen_block import FrozenBlock, is_block, make_plan
 from .snapshot import Snapshot
 
 
 class Inlined(NamedTuple):
-    """A block that runs without being called, and what it reads (see :class:`WholeBlock`)."""
+    """A block that runs without being called, and what it reads (see :class:`BlockModules`)."""
 
     block: FrozenBlock
     reads: Callable[[nn.Module], bool] | None
@@ -92,7 +93,7 @@ def _takes(x: Any) -> bool:
 
     On CUDA a graph already leaves all Python out, and each block chooses its backend.
     """
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or apart(x):
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or is_observed(x):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they note which module calls what
         return False
@@ -103,13 +104,13 @@ def _row_of(owner: FrozenRow) -> Row | None:
     """The row as it is now; None while somebody looks at a block, which is seldom for long."""
     members: list[nn.Module] = []
     inlined: list[Inlined] = []
-    steps: list[list[WholeBlock] | nn.Module] = []
+    steps: list[list[BlockModules] | nn.Module] = []
     for child in owner._modules.values():
         assert child is not None
         if not isinstance(child, FrozenBlock) or not _is_called_plainly(child):
             steps.append(child)
             continue
-        if any(map(hooked, child.modules())):
+        if any(map(is_hooked, child.modules())):
             return None
         block = child.block_now()
         if block is None:
@@ -128,7 +129,7 @@ def _row_of(owner: FrozenRow) -> Row | None:
     return Row(Snapshot(dict.fromkeys(members), owner), inlined, held)
 
 
-def _operator_of(blocks: list[WholeBlock]) -> ResidualRow:
+def _operator_of(blocks: list[BlockModules]) -> ResidualRow:
     packed: list[Tensor] = []
     scale: list[Tensor] = []
     shift: list[Tensor] = []

@@ -15,16 +15,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..nn.groups import (
-    BasicBlockRoute,
-    BottleneckRoute,
-    ChainRoute,
-    Folded,
-    Packed,
-    Route,
-    hooked,
-    kind,
-)
+from ..nn.fused_forward import BasicBlockForward, BottleneckForward, FusedForward, SequentialForward
+from ..nn.module_kinds import FoldedBatchNorm, PackedConv, is_hooked, original_class
 from .snapshot import Snapshot
 
 #: Bytes that the largest map of one part may have: of a last cache of 32 MiB, one map being read,
@@ -78,7 +70,7 @@ def _divisible(model: nn.Module, members: Callable[[], Iterable[nn.Module]]) -> 
     if held is not None and held.holds():
         return True
     modules = list(model.modules())
-    if any(map(hooked, modules)) or not all(map(_treats_images_apart, members())):
+    if any(map(is_hooked, modules)) or not all(map(_treats_images_apart, members())):
         return False
     model.__dict__["_held"] = Snapshot(modules, model)
     return True
@@ -86,13 +78,13 @@ def _divisible(model: nn.Module, members: Callable[[], Iterable[nn.Module]]) -> 
 
 def _treats_images_apart(module: nn.Module) -> bool:
     """Whether each image's result is known to depend on that image alone."""
-    if isinstance(module, Packed) or kind(module) in _LAYERS:
+    if isinstance(module, PackedConv) or original_class(module) in _LAYERS:
         return True
-    forward = kind(module).forward
-    chained = forward is nn.Sequential.forward or forward is ChainRoute.forward
-    if chained or isinstance(module, (Folded, BasicBlockRoute, BottleneckRoute)):
+    forward = original_class(module).forward
+    chained = forward is nn.Sequential.forward or forward is SequentialForward.forward
+    if chained or isinstance(module, (FoldedBatchNorm, BasicBlockForward, BottleneckForward)):
         return all(map(_treats_images_apart, module.children()))
-    block = module.whole_block() if isinstance(module, Route) else None
+    block = module.block_modules() if isinstance(module, FusedForward) else None
     if block is None:
         return False
     called = [*block.convs, *block.norms, *(act for act in block.acts if act is not None)]

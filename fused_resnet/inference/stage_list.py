@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn.groups import apart, kind
+from ..nn.module_kinds import is_observed, original_class
 from .parts import in_parts
 
 _HOME = "transformers.models.resnet.modeling_resnet"
@@ -33,7 +33,7 @@ class StageList(nn.Module):
     ) -> Any:
         """As the encoder's own, which runs where every stage's result is asked for."""
         stages: list[Any] = list(self.stages)  # type: ignore[arg-type]
-        if output_hidden_states or len(stages) < 3 or apart(hidden_state):
+        if output_hidden_states or len(stages) < 3 or is_observed(hidden_state):
             own: Any = super().forward
             return own(hidden_state, output_hidden_states, return_dict)
 
@@ -57,8 +57,8 @@ def is_stage_list(module: nn.Module) -> bool:
     """Whether the module is that encoder, with the forward that is known here, and its stages."""
     home = sys.modules.get(_HOME)
     encoder, stage = getattr(home, "ResNetEncoder", None), getattr(home, "ResNetStage", None)
-    if encoder is None or stage is None or kind(module) is not encoder:
+    if encoder is None or stage is None or original_class(module) is not encoder:
         return False
     parameters = list(inspect.signature(encoder.forward).parameters)
     known = parameters == _PARAMETERS and hasattr(home, "BaseModelOutputWithNoAttention")
-    return known and all(kind(member) is stage for member in module.stages)  # type: ignore[union-attr]
+    return known and all(original_class(member) is stage for member in module.stages)  # type: ignore[union-attr]

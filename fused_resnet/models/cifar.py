@@ -10,18 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.blocks import conv1x1, conv3x3
-from ..nn.groups import (
-    Group,
-    Route,
-    WholeBlock,
-    block_groups,
-    block_with,
-    chain,
-    chain_groups,
-    conv_bn,
-    kind,
-)
-from ..nn.layers import Chain
+from ..nn.fused_forward import BlockModules, FusedForward, block_modules_of
+from ..nn.group_calls import conv_bn, run_sequence
+from ..nn.groups import Group, residual_block_groups, sequence_groups
+from ..nn.layers import FusedSequential
+from ..nn.module_kinds import original_class
 from .weights import Source, load_into
 
 #: Depths of the paper: 6 n + 2 layers for n blocks in each of three stages.
@@ -53,7 +46,7 @@ class PadShortcut(nn.Module):
         return f"stride={self.stride}, padding={self.padding}"
 
 
-class CifarBlock(Route):
+class CifarBlock(FusedForward):
     """Two 3x3 convolutions and, when ``residual``, a shortcut.
 
     Args:
@@ -79,7 +72,7 @@ class CifarBlock(Route):
             self.shortcut = (
                 PadShortcut(stride, (planes - inplanes) // 2)
                 if option == "A"
-                else Chain(conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
+                else FusedSequential(conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,17 +82,17 @@ class CifarBlock(Route):
         return conv_bn(self.conv2, self.bn2, self.relu, y, identity)
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
-        return block_groups(self, 2)
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
+        return residual_block_groups(self, 2)
 
-    def whole_block(self) -> WholeBlock | None:
-        """See :meth:`fused_resnet.blocks.Route.whole_block`."""
+    def block_modules(self) -> BlockModules | None:
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.block_modules`."""
         if not self.residual:
             return None
-        if kind(self.shortcut) is not PadShortcut:
-            return block_with(self, 2, self.shortcut, attrgetter("residual"))
+        if original_class(self.shortcut) is not PadShortcut:
+            return block_modules_of(self, 2, self.shortcut, attrgetter("residual"))
         padding = _padding_of(self)
-        block = block_with(self, 2, None, lambda m: _padding_of(m) == padding)
+        block = block_modules_of(self, 2, None, lambda m: _padding_of(m) == padding)
         assert block is not None
         assert padding is not None
         return replace(block, members=[*block.members, self.shortcut], padding=padding)
@@ -118,7 +111,7 @@ def _stage(
     return nn.Sequential(first, *rest)
 
 
-class CifarResNet(Route):
+class CifarResNet(FusedForward):
     """A network for 32 x 32 images: 16, 32 and 64 channels in three stages.
 
     Args:
@@ -153,13 +146,13 @@ class CifarResNet(Route):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
-        x = chain((self.conv1, self.bn1, self.relu), x)
+        x = run_sequence((self.conv1, self.bn1, self.relu), x)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
-        return chain_groups({n: getattr(self, n) for n in ("conv1", "bn1", "relu")})
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
+        return sequence_groups({n: getattr(self, n) for n in ("conv1", "bn1", "relu")})
 
 
 def cifar_resnet(

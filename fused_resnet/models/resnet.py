@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from ..nn.blocks import BasicBlock, Bottleneck, conv1x1
-from ..nn.groups import ResNetRoute
-from ..nn.layers import Chain, NormLayer
+from ..nn.fused_forward import ResNetForward
+from ..nn.layers import FusedSequential, NormLayer
 from .weights import Source, load_into, number_of_classes
 
 
-class ResNet(ResNetRoute):
+class ResNet(ResNetForward):
     """A residual network for images of about 224 x 224.
 
     Args:
@@ -84,7 +84,7 @@ class ResNet(ResNetRoute):
         width = planes * block.expansion
         downsample = None
         if stride != 1 or self.inplanes != width:
-            downsample = Chain(conv1x1(self.inplanes, width, stride), norm_layer(width))
+            downsample = FusedSequential(conv1x1(self.inplanes, width, stride), norm_layer(width))
         shape = (self.groups, self.base_width)
         stage = [
             block(self.inplanes, planes, stride, downsample, *shape, first_dilation, norm_layer)

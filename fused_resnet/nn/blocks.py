@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .groups import BasicBlockRoute, BottleneckRoute
+from .fused_forward import BasicBlockForward, BottleneckForward
 from .layers import NormLayer
 
 
@@ -20,7 +20,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
-class BasicBlock(BasicBlockRoute):
+class BasicBlock(BasicBlockForward):
     """Two 3x3 convolutions and a shortcut.
 
     Constructor, children and order of initialisation are those of torchvision's block, so the same
@@ -74,7 +74,7 @@ class BasicBlock(BasicBlockRoute):
         self.stride = stride
 
 
-class Bottleneck(BottleneckRoute):
+class Bottleneck(BottleneckForward):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut; the stride is on the 3x3.
 
     Constructor, children and order of initialisation are those of torchvision's block.

@@ -7,16 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .groups import (
-    ChainRoute,
-    Group,
-    Route,
-    bn_add_relu,
-    chain,
-    chain_groups,
-    conv_bn,
-    conv_bn_groups,
-)
+from .fused_forward import FusedForward, SequentialForward
+from .group_calls import bn_add_relu, conv_bn, run_sequence
+from .groups import Group, conv_bn_groups, sequence_groups
 
 IntOrPair = int | tuple[int, int]
 NormLayer = Callable[..., nn.Module]
@@ -25,7 +18,7 @@ NormLayer = Callable[..., nn.Module]
 _RELU = nn.ReLU()
 
 
-class _ConvBN(Route):
+class _ConvBN(FusedForward):
     """The children and the arguments that the convolution modules share."""
 
     def __init__(
@@ -64,7 +57,7 @@ class _ConvBN(Route):
         )
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
         return conv_bn_groups(self, "conv", "bn", _RELU)
 
 
@@ -106,7 +99,7 @@ class ConvBNAddReLU2d(_ConvBN):
         return conv_bn(self.conv, self.bn, _RELU, x, residual)
 
 
-class BNAddReLU2d(nn.BatchNorm2d, Route):
+class BNAddReLU2d(nn.BatchNorm2d, FusedForward):
     r"""Batch norm, an optional residual and ReLU: :math:`y = \max(0, \mathrm{bn}(x) [+ r])`.
 
     Arguments, parameters and buffers are those of :class:`torch.nn.BatchNorm2d`.
@@ -117,11 +110,11 @@ class BNAddReLU2d(nn.BatchNorm2d, Route):
         return bn_add_relu(self, x, residual)
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
         return [Group("bn_add_relu")]
 
 
-class Stem(Route):
+class Stem(FusedForward):
     r"""What a ResNet begins with: :math:`y = \mathrm{maxpool}(\max(0, \mathrm{bn}(w * x)))`.
 
     Args:
@@ -158,12 +151,12 @@ class Stem(Route):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, in_channels, H, W)`` to ``(N, out_channels, PH, PW)``."""
-        return chain(self.children(), x)
+        return run_sequence(self.children(), x)
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
-        return chain_groups(dict(self.named_children()))
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
+        return sequence_groups(dict(self.named_children()))
 
 
-class Chain(ChainRoute, nn.Sequential):
+class FusedSequential(SequentialForward, nn.Sequential):
     """``nn.Sequential`` in which convolution, batch norm, ReLU and max-pool run as one."""

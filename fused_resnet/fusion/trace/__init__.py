@@ -6,7 +6,7 @@ block, ``emitting`` and ``plan`` make the forward that runs them, and ``swapper`
 begin.
 """
 
-from .plan import Plan, TracedRoute
+from .plan import Plan, TracedForward
 from .swapper import Left, parents_of, plan_of
 
-__all__ = ["Left", "Plan", "TracedRoute", "parents_of", "plan_of"]
+__all__ = ["Left", "Plan", "TracedForward", "parents_of", "plan_of"]

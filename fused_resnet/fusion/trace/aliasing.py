@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ...nn.groups import hooked, kind
+from ...nn.module_kinds import is_hooked, original_class
 
 #: Functions and methods whose result is always memory of its own.
 _FRESH = {
@@ -128,21 +128,21 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_torch_layer(module: nn.Module) -> bool:
-    return kind(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+    return original_class(module).__module__.startswith("torch.nn.modules.") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     )
 
 
 def computes_anew(module: nn.Module) -> bool:
     """Whether the result is always memory of its own, and never a view of the input."""
-    if not _is_torch_layer(module) or hooked(module) or isinstance(module, _PASSING):
+    if not _is_torch_layer(module) or is_hooked(module) or isinstance(module, _PASSING):
         return False
     return not getattr(module, "inplace", False) and not any(True for _ in module.children())
 
 
 def writes_to_input(module: nn.Module) -> bool:
     """Whether calling the module may change its arguments."""
-    if hooked(module):
+    if is_hooked(module):
         return True
     if _is_torch_layer(module) and not any(True for _ in module.children()):
         return bool(getattr(module, "inplace", False))
@@ -150,8 +150,8 @@ def writes_to_input(module: nn.Module) -> bool:
 
 
 def _starts_anew(module: nn.Module) -> bool:
-    """Whether it is a chain that computes into new memory before it writes in place."""
-    if kind(module).forward is not nn.Sequential.forward:
+    """Whether it is a sequence that computes into new memory before it writes in place."""
+    if original_class(module).forward is not nn.Sequential.forward:
         return False
     for child in module.children():
         if writes_to_input(child):
@@ -163,5 +163,8 @@ def _starts_anew(module: nn.Module) -> bool:
 
 def _is_in_place(module: nn.Module) -> bool:
     # What is not PyTorch's own may write wherever its code likes; ReLU is what usually does.
-    own_code = not _is_torch_layer(module) and kind(module) not in (nn.Sequential, nn.ModuleList)
-    return own_code or bool(getattr(module, "inplace", False)) or hooked(module)
+    own_code = not _is_torch_layer(module) and original_class(module) not in (
+        nn.Sequential,
+        nn.ModuleList,
+    )
+    return own_code or bool(getattr(module, "inplace", False)) or is_hooked(module)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ...nn.groups import kind
+from ...nn.module_kinds import original_class
 from .matching import FUNCTION, Match, Matches
 from .plan import BlockPaths, Plan, PlannedGroup, Way
 from .stages import early_stages
@@ -262,7 +262,7 @@ class _Way:
         return pairs
 
     def _class(self, module: nn.Module) -> str:
-        return self.constants.named(kind(module))
+        return self.constants.named(original_class(module))
 
     def _attributes(self, child: _Children) -> list[str]:
         tests = []
@@ -393,7 +393,7 @@ class _Way:
             return f"_norm_add_act({bn}, {act}, {x}{rest})"
         conv = child(str(match.conv.target))
         if match.pool is not None:
-            return f"_chain(({conv}, {bn}, {act}, {child(str(match.pool.target))}), {x})"
+            return f"_run_sequence(({conv}, {bn}, {act}, {child(str(match.pool.target))}), {x})"
         return f"_conv_bn({conv}, {bn}, {act}, {x}{rest})"
 
     def _call(self, node: fx.Node, names: dict[fx.Node, str], child: _Children) -> str:

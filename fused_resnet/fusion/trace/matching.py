@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from ...nn.groups import inner_activation, is_known_norm, is_relu, kind, why_not_norm
+from ...nn.module_kinds import (
+    inner_activation,
+    is_fusible_norm_class,
+    is_relu,
+    norm_reason,
+    original_class,
+)
 from .aliasing import Aliases
 from .patterns import (
     addition,
@@ -103,7 +109,7 @@ def find(graph: fx.Graph, module: nn.Module, lists: frozenset[str] = frozenset()
 def _candidates(module: nn.Module, bn: fx.Node, taken: set[fx.Node]) -> Iterator[Match]:
     """Groups around a batch norm, the largest first."""
     child = module.get_submodule(str(bn.target))
-    if not is_known_norm(kind(child)):
+    if not is_fusible_norm_class(original_class(child)):
         return
     before = Match(bn.args[0], bn, members=[bn])  # type: ignore[arg-type]
     _add_convolution(module, before)
@@ -247,7 +253,7 @@ def _held(module: nn.Module, nodes: list[fx.Node]) -> set[int]:
 
 def _why_left(module: nn.Module, bn: fx.Node) -> str:
     child = module.get_submodule(str(bn.target))
-    why = why_not_norm(child)
+    why = norm_reason(child)
     if why:
         return why
     source: fx.Node = bn.args[0]  # type: ignore[assignment]

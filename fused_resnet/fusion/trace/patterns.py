@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ...nn.groups import is_max_pool, is_norm
+from ...nn.module_kinds import is_max_pool, is_norm
 
 _RELU_FUNCTIONS: tuple[Any, ...] = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)

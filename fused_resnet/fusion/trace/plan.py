@@ -16,20 +16,14 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...nn.groups import (
-    Folded,
-    Group,
-    Packed,
-    Route,
-    WholeBlock,
-    chain,
-    conv_bn,
-    hooked,
-    is_relu,
-    kind,
-    norm_add_act,
-    why_not_conv,
-    why_not_norm,
+from ...nn.fused_forward import BlockModules, FusedForward
+from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
+from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
+from ...nn.module_kinds import (
+    FoldedBatchNorm,
+    PackedConv,
+    is_hooked,
+    original_class,
 )
 from .matching import FUNCTION, NOTHING_AROUND
 
@@ -146,7 +140,7 @@ def hooked_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
-class TracedRoute(Route):
+class TracedForward(FusedForward):
     """A module whose forward was traced, and runs as its plan says while that holds."""
 
     fused_resnet_plan: Plan
@@ -181,7 +175,7 @@ class TracedRoute(Route):
         return self.fused_resnet_plan.functions["forward"](self, *args, **kwargs)
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.blocks.Route.fused_groups`."""
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
         plan = self.fused_resnet_plan
         way = plan.current(self)
         if way is None:
@@ -192,7 +186,7 @@ class TracedRoute(Route):
         return groups + [Group("", why, bn=path) for path, why in way.left]
 
     def covered(self) -> list[nn.Module]:
-        """See :meth:`fused_resnet.blocks.Route.covered`."""
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.covered`."""
         way = self.fused_resnet_plan.current(self)
         return [self.get_submodule(path) for path in way.entered] if way else []
 
@@ -205,19 +199,19 @@ class TracedRoute(Route):
         way = self.fused_resnet_plan.current(self)
         return [self.get_submodule(path) for path in way.early] if way else []
 
-    def whole_block(self) -> WholeBlock | None:
-        """See :meth:`fused_resnet.blocks.Route.whole_block`."""
+    def block_modules(self) -> BlockModules | None:
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.block_modules`."""
         index = self.fused_resnet_plan.current_index(self)
         paths = None if index is None else self.fused_resnet_plan.ways[index].block
         if paths is None:
             return None
         get = self.get_submodule
         for path in paths.identities:
-            if kind(get(path)) is not nn.Identity:
+            if original_class(get(path)) is not nn.Identity:
                 return None
         shortcut = [] if paths.shortcut is None else [paths.shortcut]
         groups = [*paths.groups, *shortcut]
-        return WholeBlock(
+        return BlockModules(
             [get(group.conv) for group in groups],
             [get(group.bn) for group in groups],
             [_activation(self, group) for group in paths.groups],
@@ -236,35 +230,34 @@ def _activation(owner: nn.Module, planned: PlannedGroup) -> nn.Module | None:
 
 def _groups_of(owner: nn.Module, planned: PlannedGroup) -> Iterator[Group]:
     bn = owner.get_submodule(planned.bn)
-    conv = owner.get_submodule(planned.conv) if planned.conv else None
-    if isinstance(conv, Packed):
-        yield Group(conv.operation, conv=planned.conv, length=conv.span)
+    act = _activation(owner, planned)
+    foldable = planned.foldable
+    if planned.conv:
+        conv = owner.get_submodule(planned.conv)
+        if isinstance(conv, PackedConv):
+            yield Group(conv.operation, conv=planned.conv, length=conv.span)
+            return
+        decision = decide_conv_bn(conv, bn, act, planned.adds)
+    else:
+        decision = decide_norm(bn, act, planned.adds)
+    relu, names = decision.relu, (planned.conv, planned.bn)
+    if not decision.operation:
+        yield Group("", decision.reason, *names)
         return
-    act: nn.Module | None = None
-    if planned.act:
-        act = RELU if planned.act == FUNCTION else owner.get_submodule(planned.act)
-    reason = why_not_norm(bn)
-    if reason:
-        yield Group("", reason, planned.conv, planned.bn)
-        return
-    relu = is_relu(act)
-    reason = why_not_conv(conv) if conv is not None else ""
-    if conv is None or reason:
+    if decision.operation == "bn_add_relu":
         if planned.adds or relu:
             yield Group("bn_add_relu", bn=planned.bn, relu=relu)
         else:
-            yield Group("", NOTHING_AROUND if conv is None else reason, bn=planned.bn)
-        if reason:
-            yield Group("", reason, planned.conv)
+            yield Group("", decision.reason or NOTHING_AROUND, bn=planned.bn)
+        if decision.reason:
+            yield Group("", decision.reason, planned.conv)
     elif planned.pool and relu:
-        names = (planned.conv, planned.bn, planned.pool)
-        yield Group("conv_bn_relu_maxpool", "", *names, True, 4, planned.foldable)
+        yield Group("conv_bn_relu_maxpool", "", *names, planned.pool, True, 4, foldable)
     else:
-        length = 3 if relu else 2
-        names = (planned.conv, planned.bn, "")
-        yield Group("conv_bn_add_relu", "", *names, relu, length, planned.foldable)
-    if act is not None and isinstance(act, nn.ReLU) and hooked(act):
-        yield Group("", f"a hook or a replaced forward on the {kind(act).__name__}", planned.act)
+        yield Group("conv_bn_add_relu", "", *names, "", relu, 3 if relu else 2, foldable)
+    hooked = hooked_relu_group(act, planned.act)
+    if hooked is not None:
+        yield hooked
 
 
 # What the source calls
@@ -285,17 +278,17 @@ def _is(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     """Whether a child is still of the class that it was, frozen or not."""
     if module is None:
         return False
-    return kind(module) is cls or isinstance(module, (Packed, Folded))
+    return original_class(module) is cls or isinstance(module, (PackedConv, FoldedBatchNorm))
 
 
 def _unwatched(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     """Whether a child is still of its class, frozen or not, and nobody sees its result first."""
-    return module is not None and _is(module, cls) and not hooked(module)
+    return module is not None and _is(module, cls) and not is_hooked(module)
 
 
 def _plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     """Whether a child is still of its class, and nobody looks at it."""
-    return module is not None and kind(module) is cls and not hooked(module)
+    return module is not None and original_class(module) is cls and not is_hooked(module)
 
 
 def _unfused(module: nn.Module) -> Callable[..., Any]:
@@ -307,7 +300,7 @@ def _unfused(module: nn.Module) -> Callable[..., Any]:
 _HELPERS: dict[str, Any] = {
     "_conv_bn": conv_bn,
     "_norm_add_act": norm_add_act,
-    "_chain": chain,
+    "_run_sequence": run_sequence,
     "_RELU": RELU,
     "_watched": _watched,
     "_children": _children,

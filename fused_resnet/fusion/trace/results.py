@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ...nn.groups import kind
+from ...nn.module_kinds import original_class
 from .errors import Untraceable
 
 #: The result of a child: None for a tensor, or how long a list.
@@ -45,7 +45,7 @@ class AsksForResult(Untraceable):
 
 def layer_gives_tensor(module: nn.Module) -> bool:
     """Whether a module is a layer of PyTorch whose result is one tensor."""
-    cls = kind(module)
+    cls = original_class(module)
     home, _, file = cls.__module__.rpartition(".")
     if home != "torch.nn.modules" or file not in _LAYERS:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from ...nn.groups import is_norm
+from ...nn.module_kinds import is_norm
 from .matching import Matches
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ...nn.groups import hooked, is_norm, kind
+from ...nn.module_kinds import is_hooked, is_norm, original_class
 from .emitting import Traced, called_elsewhere, emit
 from .errors import Untraceable
 from .matching import find
@@ -87,7 +87,7 @@ def plan_of(module: nn.Module, parents: Counter[int]) -> Plan | Left | str | Non
 
 def _is_composite(module: nn.Module) -> bool:
     """Whether the module has a forward of somebody's own."""
-    cls = kind(module)
+    cls = original_class(module)
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)) or is_norm(module):
         return False
     if cls.__module__.partition(".")[0] == "torch":
@@ -98,7 +98,7 @@ def _is_composite(module: nn.Module) -> bool:
 def _calls_norms(module: nn.Module) -> bool:
     """Whether a batch norm is a child of the module, or of a plain list among its children."""
     for child in module.children():
-        plain = any(kind(child).forward is base.forward for base in _LISTS)
+        plain = any(original_class(child).forward is base.forward for base in _LISTS)
         if is_norm(child) or (plain and _calls_norms(child)):
             return True
     return False
@@ -141,7 +141,9 @@ def _trace_with_children(
 
 def _may_enter(child: nn.Module, parents: Counter[int]) -> bool:
     """Whether a child may be traced with the module that calls it: nobody else does, or looks."""
-    return _has_code(child) and not is_norm(child) and not hooked(child) and parents[id(child)] == 1
+    return (
+        _has_code(child) and not is_norm(child) and not is_hooked(child) and parents[id(child)] == 1
+    )
 
 
 def _trace_knowing(
@@ -158,7 +160,7 @@ def _trace_knowing(
             proof = trace(module, arguments, inside)
         except AsksForResult as question:
             child = module.get_submodule(question.path)
-            if not _has_code(child) or hooked(child) or parents[id(child)] != 1:
+            if not _has_code(child) or is_hooked(child) or parents[id(child)] != 1:
                 raise
             inside |= {question.path}
     if inside == entered:
@@ -176,7 +178,7 @@ def _trace_knowing(
 
 def _has_code(module: nn.Module) -> bool:
     """Whether a module runs code that can be looked into."""
-    return kind(module).forward is nn.Sequential.forward or _is_composite(module)
+    return original_class(module).forward is nn.Sequential.forward or _is_composite(module)
 
 
 def _worth_entering(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from ...nn.groups import is_norm
+from ...nn.module_kinds import is_norm
 from .emitting import Block, Traced
 from .errors import Untraceable
 from .matching import Match, Matches, find

@@ -1,0 +1,194 @@
+"""Fused forwards as mixins: they give a module a forward that runs groups as operations.
+
+The modules of this package inherit them, and :func:`fused_resnet.fuse` adds them to the modules of
+other libraries. Each comes with the groups that its forward runs, for the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .group_calls import conv_bn, run_sequence
+from .groups import Group, residual_block_groups, sequence_groups
+from .module_kinds import original_class
+
+
+class FusedForward(nn.Module):
+    """A module whose forward runs groups as operations."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script calls this first; without it, it would fail at a type it doesn't know.
+        raise RuntimeError(
+            f"torch.jit.script: {type(self).__name__} has a forward that only Python runs; use "
+            "torch.export or torch.jit.trace, or script the model that fuse() or freeze() was given"
+        )
+
+    def fused_groups(self) -> list[Group]:
+        """The groups among the module's own children, as the next call will run them."""
+        raise NotImplementedError
+
+    def covered(self) -> list[nn.Module]:
+        """Modules below whose forward runs as part of this one, their groups among its own."""
+        return []
+
+    def block_modules(self) -> BlockModules | None:
+        """The residual block that a call with one tensor computes; None for anything else.
+
+        Whether there is an operation for its convolutions is for the caller to check.
+        """
+        return None
+
+
+#: The shortcut is the identity or a convolution; see :attr:`BlockModules.padding`.
+NO_PADDING = (0, 1)
+
+
+@dataclass(frozen=True)
+class BlockModules:
+    """A residual block by its modules: a sequence of convolutions, a shortcut, and nothing else.
+
+    Attributes:
+        convs: The block's own two or three in order, and then the shortcut's, if it has one.
+        norms: The normalisation behind each convolution.
+        acts: The activation behind each of the block's own convolutions, the last one's behind the
+            addition; None where it is inside the normalisation.
+        members: All modules on which this depends.
+        reads: Checks that the attributes of the block on which it depends are as they were; None
+            for no such check.
+        padding: Of a shortcut without parameters: channels of zeros on each side, and its stride.
+    """
+
+    convs: list[nn.Module]
+    norms: list[nn.Module]
+    acts: list[nn.Module | None]
+    members: list[nn.Module]
+    reads: Callable[[nn.Module], bool] | None = None
+    padding: tuple[int, int] = NO_PADDING
+
+
+def block_modules_of(
+    block: Any,
+    count: int,
+    shortcut: nn.Module | None,
+    reads: Callable[[nn.Module], bool] | None = None,
+) -> BlockModules | None:
+    """The modules of a block with torchvision's children.
+
+    Args:
+        block: Has ``conv1``, ``bn1`` to ``conv<count>``, ``bn<count>`` and one ``relu``.
+        count: Number of its own convolutions.
+        shortcut: A sequence of a convolution and a batch norm, or of nothing; None for the
+            identity.
+        reads: Becomes :attr:`BlockModules.reads`.
+
+    Returns:
+        None where the shortcut is something else.
+    """
+    convs = [getattr(block, f"conv{i}") for i in range(1, count + 1)]
+    norms = [getattr(block, f"bn{i}") for i in range(1, count + 1)]
+    members: list[nn.Module] = [block.relu, *convs]
+    if shortcut is not None:
+        forward = original_class(shortcut).forward
+        is_sequence = forward in (nn.Sequential.forward, SequentialForward.forward)
+        if not is_sequence or len(shortcut._modules) not in (0, 2):
+            return None
+        pair: list[Any] = list(shortcut._modules.values())
+        convs += pair[:1]
+        norms += pair[1:]
+        members += [shortcut, *pair]
+    return BlockModules(convs, norms, [block.relu] * count, members, reads)
+
+
+class BasicBlockForward(FusedForward):
+    """The forward of a basic block with torchvision's children.
+
+    Source:
+        He et al., 2015, figure 5 left; ``torchvision.models.resnet.BasicBlock.forward``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)``.
+
+        Args:
+            x: ``(N, C, H, W)``.
+        """
+        m: Any = self
+        y = conv_bn(m.conv1, m.bn1, m.relu, x)
+        identity = x if m.downsample is None else m.downsample(x)
+        return conv_bn(m.conv2, m.bn2, m.relu, y, identity)
+
+    def fused_groups(self) -> list[Group]:
+        """The groups of both convolutions."""
+        return residual_block_groups(self, 2)
+
+    def block_modules(self) -> BlockModules | None:
+        """The block's convolutions and its shortcut."""
+        return block_modules_of(self, 2, self.downsample)  # type: ignore[arg-type]
+
+
+class BottleneckForward(FusedForward):
+    """The forward of a bottleneck with torchvision's children.
+
+    Source:
+        He et al., 2015, figure 5 right; ``torchvision.models.resnet.Bottleneck.forward``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three convolutions with their batch norms, the shortcut, and ReLU.
+
+        Args:
+            x: ``(N, C, H, W)``.
+        """
+        m: Any = self
+        y = conv_bn(m.conv1, m.bn1, m.relu, x)
+        y = conv_bn(m.conv2, m.bn2, m.relu, y)
+        identity = x if m.downsample is None else m.downsample(x)
+        return conv_bn(m.conv3, m.bn3, m.relu, y, identity)
+
+    def fused_groups(self) -> list[Group]:
+        """The groups of the three convolutions."""
+        return residual_block_groups(self, 3)
+
+    def block_modules(self) -> BlockModules | None:
+        """The block's convolutions and its shortcut."""
+        return block_modules_of(self, 3, self.downsample)  # type: ignore[arg-type]
+
+
+class ResNetForward(FusedForward):
+    """The forward of a ResNet with torchvision's children: the stem is a sequence of its own."""
+
+    def _early_stages(self, x: Tensor) -> Tensor:
+        """The stem and all stages but the last two, whose weights outweigh their maps."""
+        m: Any = self
+        x = run_sequence((m.conv1, m.bn1, m.relu, m.maxpool), x)
+        return m.layer2(m.layer1(x))
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        m: Any = self
+        x = m.layer4(m.layer3(self._early_stages(x)))
+        return m.fc(torch.flatten(m.avgpool(x), 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        return self._forward_impl(x)
+
+    def fused_groups(self) -> list[Group]:
+        """The groups of the stem."""
+        return sequence_groups({n: getattr(self, n) for n in ("conv1", "bn1", "relu", "maxpool")})
+
+
+class SequentialForward(FusedForward):
+    """The forward of an ``nn.Sequential`` whose runs are groups."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Call the modules in order; the argument has the name that ``nn.Sequential`` gives it."""
+        return run_sequence(self._modules.values(), input)  # type: ignore[arg-type]
+
+    def fused_groups(self) -> list[Group]:
+        """The groups among its modules."""
+        return sequence_groups(self._modules)  # type: ignore[arg-type]

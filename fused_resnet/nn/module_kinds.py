@@ -1,0 +1,202 @@
+"""What a module is: the questions that fusing asks of one layer.
+
+All of them look at the live module, so that a hook, a replaced method or another class in a slot
+counts from the next call on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
+
+
+class PackedConv(nn.Module):
+    """What :func:`fused_resnet.freeze` leaves in a convolution's slot: a whole group as one module.
+
+    Called with ``(x, residual, relu, pool)``; called with ``x`` alone it is the convolution and its
+    batch norm.
+
+    Attributes:
+        operation: Name of the operation that it runs.
+        relu: Whether the group has a ReLU.
+        span: Number of modules of a sequence that it stands for, itself included.
+    """
+
+    operation: str
+    relu: bool
+    span: int
+
+
+class FoldedBatchNorm(nn.Identity):
+    """Takes the slot of a batch norm that was folded into its convolution's :class:`PackedConv`.
+
+    It keeps the activation that the batch norm had inside, and is called only where its owner runs
+    its original forward.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the activation that was inside the batch norm, if there was one."""
+        act = self._modules.get("act")
+        return input if act is None else act(input)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was built as, whatever this package has mixed into it since."""
+    cls = type(module)
+    return getattr(cls, "fused_resnet_base", cls)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs anything besides its class's ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_observed(x: Any) -> bool:
+    """Whether modules must be called one by one: a global hook is set, or ``torch.fx`` traces.
+
+    A trace then records the modules that the unfused network has.
+
+    Args:
+        x: The input of the call.
+    """
+    return _has_any_global_hook() or isinstance(x, Proxy)
+
+
+def conv_reason(conv: nn.Module) -> str:
+    """Why a convolution can't be fused; empty when it can."""
+    cls = original_class(conv)
+    if cls is not nn.Conv2d:
+        return f"{cls.__name__} is not a plain Conv2d"
+    if is_hooked(conv):
+        return "a hook or a replaced forward on the Conv2d"
+    assert isinstance(conv, nn.Conv2d)
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    if padding_of(conv) is None:
+        return "padding='same' with an even kernel pads one side more than the other"
+    return ""
+
+
+def norm_reason(bn: nn.Module) -> str:
+    """Why a normalisation can't be fused; empty when it can."""
+    cls = original_class(bn)
+    if not is_fusible_norm_class(cls):
+        return f"{cls.__name__} is not a plain BatchNorm2d"
+    if is_hooked(bn):
+        return f"a hook or a replaced forward on the {cls.__name__}"
+    if has_inner_activation(cls):
+        drop: nn.Module = bn.drop  # type: ignore[assignment]
+        if original_class(drop) is not nn.Identity or is_hooked(drop):
+            return f"{original_class(drop).__name__} inside the {cls.__name__}"
+    return ""
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm of any class, fusible or not."""
+    is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return is_batch_norm or is_fusible_norm_class(original_class(module))
+
+
+# Classes of other libraries are recognised by name: the libraries are optional, and only an
+# imported one can have made an instance.
+
+
+def is_fusible_norm_class(cls: type[nn.Module]) -> bool:
+    """Whether instances are batch norms whose formula the operations compute."""
+    return cls is nn.BatchNorm2d or has_inner_activation(cls) or _is_frozen_batch_norm(cls)
+
+
+def has_inner_activation(cls: type[nn.Module]) -> bool:
+    """Whether instances are timm's batch norms, with the children ``drop`` and ``act``."""
+    named = cls.__name__ in ("BatchNormAct2d", "FrozenBatchNormAct2d")
+    return named and cls.__module__ == "timm.layers.norm_act"
+
+
+def _is_frozen_batch_norm(cls: type[nn.Module]) -> bool:
+    if not cls.__name__.endswith("FrozenBatchNorm2d"):
+        return False
+    # Transformers copies the class into each detection model; all have an eps of 1e-5.
+    home = cls.__module__
+    return home == "torchvision.ops.misc" or home.startswith("transformers.models.")
+
+
+def eps_of(bn: nn.Module) -> float:
+    """What is added to the variance; the frozen batch norms of transformers don't store it."""
+    return getattr(bn, "eps", 1e-5)
+
+
+def inner_activation(bn: nn.Module) -> nn.Module | None:
+    """The activation that is part of a normalisation; None for none."""
+    cls = original_class(bn)
+    if cls is nn.BatchNorm2d or not (cls is FoldedBatchNorm or has_inner_activation(cls)):
+        return None
+    act = bn._modules.get("act")
+    if act is None or (original_class(act) is nn.Identity and not is_hooked(act)):
+        return None
+    return act
+
+
+def is_relu(act: nn.Module | None) -> bool:
+    """Whether the module is a ReLU and nothing else."""
+    return act is not None and original_class(act) is nn.ReLU and not is_hooked(act)
+
+
+def is_max_pool(pool: nn.Module) -> bool:
+    """Whether :func:`fused_resnet.ops.conv_bn_relu_maxpool` computes this max-pool."""
+    return (
+        isinstance(pool, nn.MaxPool2d)
+        and original_class(pool) is nn.MaxPool2d
+        and not is_hooked(pool)
+        and pool.dilation in (1, (1, 1))
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Zeros on each side as ``(height, width)``; None when the two sides differ."""
+    if not isinstance(conv.padding, str):
+        return conv.padding[0], conv.padding[1]
+    if conv.padding == "valid":
+        return 0, 0
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if total[0] % 2 or total[1] % 2 else (total[0] // 2, total[1] // 2)
+
+
+def result_fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
+    """Whether a residual has the shape and dtype of the convolution's result.
+
+    An add in PyTorch broadcasts and promotes; the fused operations do neither.
+
+    Args:
+        conv: A convolution, or a :class:`PackedConv`.
+        x: ``(N, C, H, W)``, the input of the convolution.
+        residual: What is added to its result.
+    """
+    device = x.device.type
+    cast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    padding = padding_of(conv)
+    if residual.dtype is not dtype or x.dim() != 4 or residual.dim() != 4 or padding is None:
+        return False
+    return (
+        residual.shape[0] == x.shape[0]
+        and residual.shape[1] == conv.out_channels
+        and residual.shape[2] == _output_size(conv, x, padding, 0)
+        and residual.shape[3] == _output_size(conv, x, padding, 1)
+    )
+
+
+def _output_size(conv: Any, x: Tensor, padding: tuple[int, int], axis: int) -> int:
+    reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+    return (x.shape[axis + 2] + 2 * padding[axis] - reach) // conv.stride[axis] + 1
