@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import ops
-from fused_resnet.backends.availability import NAMES, BackendUnavailable, select
+from fused_resnet.backends.availability import NAMES, BackendUnavailable, resolve_backend
 from fused_resnet.cli import main
 from fused_resnet.ops.registry import OPERATORS
 from fused_resnet.verify import emulation as seam
@@ -128,10 +128,10 @@ def test_emulation_ends_with_its_block():
     x = torch.zeros(1, 2, 3, 3)
     before = dict(OPERATORS)
     with seam.emulated("triton", operators := Wrong()):
-        assert select("bn_add_relu", x) == "triton"
+        assert resolve_backend("bn_add_relu", x) == "triton"
         assert OPERATORS["triton"] is OPERATORS["cuda"] is operators
     assert before == OPERATORS
-    assert select("bn_add_relu", x) == "cpu"
+    assert resolve_backend("bn_add_relu", x) == "cpu"
 
 
 @NO_GPU

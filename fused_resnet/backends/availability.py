@@ -161,7 +161,7 @@ def current_backend() -> str:
     return "auto"
 
 
-def select(op: str, x: torch.Tensor) -> str:
+def resolve_backend(op: str, x: torch.Tensor) -> str:
     """The backend that runs ``op`` on ``x``: a name of :data:`NAMES`.
 
     Left to itself the choice is the device's own kernels, and the reference where there are none:

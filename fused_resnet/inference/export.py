@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _C, ops
 from ..backends import reference
-from ..backends.availability import select
+from ..backends.availability import resolve_backend
 from ..ops.fakes import FAKES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def conv_bn_add_relu_packed(
 ) -> Tensor:
     """:func:`fused_resnet.ops.conv_bn_add_relu_packed` of a weight that is not packed."""
     geometry = (stride, padding, dilation, groups)
-    if select("conv_bn_add_relu_packed", x) == "reference":
+    if resolve_backend("conv_bn_add_relu_packed", x) == "reference":
         return reference.conv_affine_add_relu(
             x, weight, scale, shift, residual, *geometry, relu=relu
         )
@@ -100,7 +100,7 @@ def conv_bn_relu_maxpool_packed(
     """:func:`fused_resnet.ops.conv_bn_relu_maxpool_packed` of a weight that is not packed."""
     geometry = (stride, padding, dilation, groups)
     pool = (pool_kernel, pool_stride, pool_padding)
-    if select("conv_bn_relu_maxpool_packed", x) == "reference":
+    if resolve_backend("conv_bn_relu_maxpool_packed", x) == "reference":
         y = reference.conv_affine_add_relu(x, weight, scale, shift, None, *geometry)
         return F.max_pool2d(y, *pool)
     return torch.ops.fused_resnet_export.conv_bn_relu_maxpool(

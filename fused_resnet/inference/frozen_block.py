@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.availability import select
+from ..backends.availability import resolve_backend
 from ..nn.fused_forward import NO_PADDING, BlockModules, FusedForward
 from ..nn.module_kinds import FoldedBatchNorm, inner_activation, is_hooked, is_observed, is_relu
 from ..ops import packed as packed_ops
@@ -50,7 +50,7 @@ class FrozenBlock(nn.Module):
         if self.whole and len(args) == 1 and not kwargs:
             x = args[0]
             if isinstance(x, Tensor) and not is_observed(x):
-                backend = select("residual_block", x)
+                backend = resolve_backend("residual_block", x)
                 plan = self._plan(backend)
                 if plan is not None:
                     made_of = export if export.is_exporting() else packed_ops

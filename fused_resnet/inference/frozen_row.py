@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .._C import ResidualRow
-from ..backends.availability import select
+from ..backends.availability import resolve_backend
 from ..nn.fused_forward import BlockModules
 from ..nn.module_kinds import is_hooked, is_observed
-from ..ops.dispatch import settled
+from ..ops.dispatch import has_single_backend
 from .frozen_block import FrozenBlock, is_block, make_plan
 from .snapshot import Snapshot
 
@@ -97,7 +97,9 @@ def _takes(x: Any) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they note which module calls what
         return False
-    return select("residual_block", x) == "cpu" and settled("residual_block", "cpu")
+    return resolve_backend("residual_block", x) == "cpu" and has_single_backend(
+        "residual_block", "cpu"
+    )
 
 
 def _row_of(owner: FrozenRow) -> Row | None:

@@ -1,6 +1,6 @@
 """Which backend runs a call: the one that was asked for, or under ``auto`` the fastest.
 
-A compiler traces this: it takes the device's own kernels, and nothing is timed.
+While a compiler traces, ``auto`` is the device's own kernels and nothing is timed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from ..tuning import tuner
 from .registry import candidates
 
 
-def chosen(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
-    """The backend that runs an operator, of those whose operators may take ``backend``'s place.
+def fastest_backend(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
+    """The fastest of the backends that can run an operator on the device of its arguments.
 
     Args:
-        op: The operator.
-        backend: What :func:`fused_resnet.backends.select` says, and not ``"reference"``.
-        arguments: Of the operator; the first is the map.
+        op: Name of the operator.
+        backend: Backend of the device's own kernels, ``"cpu"`` or ``"cuda"``, or the one that was
+            forced.
+        arguments: All arguments of the operator; the first is the feature map.
     """
     if torch.compiler.is_compiling() or current_backend() != "auto":
         return backend
@@ -28,11 +29,11 @@ def chosen(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
     return tuner.choose(op, backend, among, arguments) if len(among) > 1 else backend
 
 
-def settled(op: str, backend: str) -> bool:
-    """Whether ``backend`` runs every call of an operator that it may run: none has a choice.
+def has_single_backend(op: str, backend: str) -> bool:
+    """Whether no other backend can take the place of ``backend`` for an operator.
 
     Args:
-        op: See :func:`chosen`.
-        backend: See :func:`chosen`.
+        op: Name of the operator.
+        backend: ``"cpu"``, ``"cuda"`` or the one that was forced.
     """
     return current_backend() != "auto" or len(candidates(op, backend)) == 1

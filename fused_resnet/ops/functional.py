@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.availability import current_backend, select
+from ..backends.availability import current_backend, resolve_backend
 from ..backends.reference import IntOrPair
 from . import checks
 from .checks import Pair
-from .dispatch import chosen
+from .dispatch import fastest_backend
 from .packed import (
     conv_bn_add_relu_packed,
     conv_bn_relu_maxpool_packed,
@@ -92,7 +92,7 @@ def bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, tuple(x.shape))
     checks.residual(op, residual, tuple(x.shape), x)
 
-    backend = select(op, x)
+    backend = resolve_backend(op, x)
     if backend == "reference":
         return reference.bn_add_relu(
             x,
@@ -109,7 +109,7 @@ def bn_add_relu(
     arguments = (
         x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, relu,
     )  # fmt: skip
-    backend = chosen(op, backend, arguments)
+    backend = fastest_backend(op, backend, arguments)
     y, mean, var = OPERATORS[backend].bn_add_relu(*arguments)
     if training and running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, mean, var, momentum, count)
@@ -186,13 +186,13 @@ def conv_bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, shape)
     checks.residual(op, residual, shape, x)
 
-    backend = select(op, x)
+    backend = resolve_backend(op, x)
     if backend != "reference" and not training:
         arguments = (
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, residual,
             stride, padding, dilation, groups, eps, relu,
         )  # fmt: skip
-        backend = chosen(op, backend, arguments)
+        backend = fastest_backend(op, backend, arguments)
         return OPERATORS[backend].conv_bn_add_relu(*arguments)
     if current_backend() in ("cuda", "triton"):
         operators = OPERATORS[backend]
@@ -286,7 +286,7 @@ def conv_bn_relu_maxpool(
     _check_bn(op, x, shape[1], bn_weight, bn_bias, running_mean, running_var)
     pool = checks.pool(op, shape, pool_kernel, pool_stride, pool_padding)
 
-    backend = select(op, x)
+    backend = resolve_backend(op, x)
     one_pass = backend != "reference" and not training
     if one_pass and not _wants_grad(x, conv_weight, conv_bias, bn_weight, bn_bias):
         checks.statistics(op, running_mean, running_var, training, 0, shape)
@@ -294,7 +294,7 @@ def conv_bn_relu_maxpool(
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, stride,
             padding, dilation, groups, eps, *pool,
         )  # fmt: skip
-        backend = chosen(op, backend, arguments)
+        backend = fastest_backend(op, backend, arguments)
         return OPERATORS[backend].conv_bn_relu_maxpool(*arguments)
     y = conv_bn_add_relu(
         x,

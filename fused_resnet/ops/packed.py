@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import composed_block, reference
-from ..backends.availability import select
+from ..backends.availability import resolve_backend
 from ..backends.reference import IntOrPair
 from . import checks
 from .checks import Pair
-from .dispatch import chosen
+from .dispatch import fastest_backend
 from .registry import OPERATORS, packers
 
 
@@ -112,13 +112,13 @@ def conv_bn_add_relu_packed(
         checks.pair(op, "dilation", dilation, 1),
         groups,
     )
-    backend = select(op, x)
+    backend = resolve_backend(op, x)
     if backend == "reference":
         return _conv_reference(x, packed, scale, shift, residual, weight_shape, *geometry, relu)
     arguments = (
         x, packed, scale, shift, residual, weight_shape, *geometry, relu, winograd,
     )  # fmt: skip
-    backend = chosen(op, backend, arguments)
+    backend = fastest_backend(op, backend, arguments)
     return OPERATORS[backend].conv_bn_add_relu_packed(*arguments)
 
 
@@ -174,12 +174,12 @@ def conv_bn_relu_maxpool_packed(
         checks.pair(op, "pool_stride", pool_stride, 1),
         checks.pair(op, "pool_padding", pool_padding, 0),
     )
-    backend = select(op, x)
+    backend = resolve_backend(op, x)
     if backend == "reference":
         y = _conv_reference(x, packed, scale, shift, None, weight_shape, *geometry, True)
         return F.max_pool2d(y, *pool)
     arguments = (x, packed, scale, shift, weight_shape, *geometry, *pool)
-    backend = chosen(op, backend, arguments)
+    backend = fastest_backend(op, backend, arguments)
     return OPERATORS[backend].conv_bn_relu_maxpool_packed(*arguments)
 
 
@@ -237,7 +237,7 @@ def residual_block(
     Source:
         He et al., 2015, figure 5; the position of the stride is torchvision's.
     """
-    backend = select("residual_block", x)
+    backend = resolve_backend("residual_block", x)
     if backend == "reference":
         return composed_block.residual_block(
             _conv_reference, x, packed, scale, shift, bottleneck, stride, dilation, groups
@@ -253,12 +253,12 @@ def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Te
     """:func:`residual_block` on a backend that has it as an operator.
 
     Args:
-        backend: What :func:`select` says, and not ``"reference"``.
+        backend: What :func:`resolve_backend` says, and not ``"reference"``.
         x: See there.
         operands: The operator's own arguments behind ``x``, in its order.
     """
     arguments = (x, *operands)
-    backend = chosen("residual_block", backend, arguments)
+    backend = fastest_backend("residual_block", backend, arguments)
     return OPERATORS[backend].residual_block(*arguments)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import reference
-from ..backends.availability import select
+from ..backends.availability import resolve_backend
 from .operands import BATCH_NORM, Draw, Inputs, Subject, folded
 
 
@@ -124,7 +124,7 @@ def _fused(block: Block, **inputs: Tensor) -> Tensor:
     affine = [folded(x.dtype, *_batch_norm(conv, inputs)) for conv in convs]
     scale, shift = [a[0] for a in affine], [a[1] for a in affine]
     joined = joined_shift = None
-    if block.joined and select("residual_block", x) in ("cuda", "triton"):
+    if block.joined and resolve_backend("residual_block", x) in ("cuda", "triton"):
         parts = [
             p.double().view(s.numel(), -1) * s.double().view(-1, 1)
             for p, s in zip(packed[-2:], scale[-2:], strict=True)
