@@ -9,7 +9,7 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.inference import parts
+from fused_resnet.inference import micro_batches
 from fused_resnet.inference.frozen_block import FrozenBlock
 
 #: What a fused network should leave nothing for.
@@ -79,7 +79,9 @@ def test_every_library_runs_the_same_operations(source, depth):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_library_runs_early_stages_in_parts(monkeypatch, source):
-    monkeypatch.setattr(parts, "MAP_BYTES", 2 * 64 * 64 * 16 * 8)  # the largest maps of two images
+    monkeypatch.setattr(
+        micro_batches, "MAP_BYTES", 2 * 64 * 64 * 16 * 8
+    )  # the largest maps of two images
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
     model = randomize(SOURCES[source](18)).double().eval()
@@ -106,7 +108,7 @@ def test_fused_networks_run_the_same_operations(source, depth):
 
 
 def test_hidden_states_are_the_whole_batchs(monkeypatch):
-    monkeypatch.setattr(parts, "MAP_BYTES", 1)
+    monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     torch.manual_seed(0)
     model = randomize(of_transformers(18).model).double().eval()
     x = image(5, 3, 64, 64)
@@ -301,7 +303,7 @@ class Staged(nn.Module):
 
 @pytest.mark.parametrize(("block", "count"), [(Block, 3 * 2 + 2), (Batchwise, 3)])
 def test_only_what_treats_images_apart_goes_in_parts(monkeypatch, block, count):
-    monkeypatch.setattr(parts, "MAP_BYTES", 1)
+    monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
     model = randomize(Staged(block())).double().eval()
@@ -309,7 +311,7 @@ def test_only_what_treats_images_apart_goes_in_parts(monkeypatch, block, count):
 
 
 def test_statistics_of_the_batch_are_those_of_the_whole(monkeypatch):
-    monkeypatch.setattr(parts, "MAP_BYTES", 1)
+    monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet.inference import export as exported
-from fused_resnet.inference.freeze import FrozenConv
+from fused_resnet.inference.frozen_conv import FrozenConv
 
 F32 = torch.float32
 

@@ -19,7 +19,7 @@ from tolerances import assert_as_exact_as_pytorch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.inference.freeze import FrozenConv
+from fused_resnet.inference.frozen_conv import FrozenConv
 
 
 def network(shortcut: str = "B") -> fr.CifarResNet:

@@ -12,7 +12,7 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.inference.frozen_block import one_by_one
+from fused_resnet.inference.frozen_block import separate_convolutions
 
 
 def network(depth: int = 18) -> nn.Module:
@@ -72,7 +72,7 @@ def test_the_network_equals_the_chain(calls, dtype, depth):
     frozen, x = fr.freeze(network(depth), dtype), x_of(3)
     y = frozen(x)
     calls.clear()
-    with one_by_one(frozen):
+    with separate_convolutions(frozen):
         torch.testing.assert_close(y, frozen(x), rtol=1e-6, atol=1e-6)
     assert not calls
 
@@ -124,7 +124,7 @@ def test_a_change_after_the_first_call_counts(change, depth):
     CHANGES[change](frozen.layer2[0])
     after = frozen(x)
     assert not torch.equal(after, before)
-    with one_by_one(frozen):
+    with separate_convolutions(frozen):
         torch.testing.assert_close(after, frozen(x), rtol=1e-5, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fused_resnet as fr
-from fused_resnet.inference.freeze import FrozenConv
+from fused_resnet.inference.frozen_conv import FrozenConv
 
 # What draws at random: the same numbers from the same state of the generator
 

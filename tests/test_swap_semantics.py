@@ -13,7 +13,7 @@ from networks import assert_same, image, randomize, results
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.inference.freeze import FrozenConv
+from fused_resnet.inference.frozen_conv import FrozenConv
 
 
 class Unit(nn.Module):

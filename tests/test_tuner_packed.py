@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from fused_resnet import ops, reference
 from fused_resnet.backends import aten as library
 from fused_resnet.backends.folding import fold
 from fused_resnet.cli._choices import calls_of, describe
-from fused_resnet.inference import frozen_block, frozen_row
+from fused_resnet.inference import frozen_block, frozen_conv, segment
 from fused_resnet.inference.cuda_graphs import Graphs
 from fused_resnet.ops import packed as packed_ops
 from fused_resnet.ops import registry as _registrations
@@ -36,7 +35,7 @@ from fused_resnet.tuning import cache as tuning_cache
 from fused_resnet.tuning import tuner
 
 # The package's attributes of these names are functions.
-freeze_module = importlib.import_module("fused_resnet.inference.freeze")
+
 
 NAMES = ["cuda", "library", "triton"]
 
@@ -73,8 +72,8 @@ def stand_in(monkeypatch, operators: dict[str, Any]) -> list[tuple[str, str]]:
     ran: list[tuple[str, str]] = []
     for name, own in operators.items():
         monkeypatch.setitem(OPERATORS, name, Counted(name, own, ran))
-    for module in (packed_ops, frozen_block, frozen_row):
-        monkeypatch.setattr(module, "select", lambda op, x: "cuda")
+    for module in (packed_ops, frozen_block, segment):
+        monkeypatch.setattr(module, "resolve_backend", lambda op, x: "cuda")
     _registrations.candidates.cache_clear()
     return ran
 
@@ -89,7 +88,7 @@ def real(monkeypatch) -> Iterator[list[tuple[str, str]]]:
     with emulation.operators("cuda") as cuda, emulation.operators("triton") as triton:
         torch.use_deterministic_algorithms(False)  # under which nothing is timed
         with monkeypatch.context() as patch:
-            patch.setattr(freeze_module, "packed_dtype", lambda dtype, device: dtype)
+            patch.setattr(frozen_conv, "packed_dtype", lambda dtype, device: dtype)
             yield stand_in(patch, {"cuda": cuda, "library": library, "triton": triton})
     _registrations.candidates.cache_clear()
 

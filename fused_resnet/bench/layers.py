@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
-from ..inference.freeze import FrozenConv
-from ..inference.frozen_block import one_by_one
+from ..inference.frozen_block import separate_convolutions
+from ..inference.frozen_conv import FrozenConv
 
 #: Operators of convolutions that are not this package's: what the tuner may choose for live ones.
 _LIBRARY = ("aten.convolution", "mkldnn._convolution_pointwise")
@@ -127,7 +127,7 @@ def profile(
     """
     watch = _Watch(model)
     plain: list[float] = []
-    with torch.inference_mode(), one_by_one(model):
+    with torch.inference_mode(), separate_convolutions(model):
         for _ in range(2):  # what is allocated, tuned or joined once
             model(images)
         began = time.perf_counter()

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from ..backends.availability import _Marker, current_backend
 from ..nn.module_kinds import is_hooked, original_class
 from .graph_capture import Graph, Recorder
-from .snapshot import Snapshot
+from .guard import Guard
 
 #: Graphs that a model keeps, unless :func:`fused_resnet.freeze` is told otherwise.
 SIZE = 8
@@ -53,7 +53,7 @@ class Calls(NamedTuple):
 class Recorded(NamedTuple):
     """A model as it was when a graph of it was recorded."""
 
-    snapshot: Snapshot
+    snapshot: Guard
     tensors: list[Tensor]
     addresses: list[int]
 
@@ -266,7 +266,7 @@ def _inside(model: nn.Module) -> list[nn.Module]:
 
 
 def _recorded(model: nn.Module) -> Recorded:
-    snapshot = Snapshot(_inside(model), model)
+    snapshot = Guard(_inside(model), model)
     tensors = snapshot.tensors()
     return Recorded(snapshot, tensors, [t.data_ptr() for t in tensors])
 

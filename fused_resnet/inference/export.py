@@ -27,7 +27,7 @@ from ..backends.availability import resolve_backend
 from ..ops.fakes import FAKES
 
 if TYPE_CHECKING:
-    from .freeze import FrozenConv
+    from .frozen_conv import FrozenConv
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _library = Library("fused_resnet_export", "DEF")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,22 @@ from ..nn.fused_forward import NO_PADDING, BlockModules, FusedForward
 from ..nn.module_kinds import FoldedBatchNorm, inner_activation, is_hooked, is_observed, is_relu
 from ..ops import packed as packed_ops
 from . import export
-from .snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from .freeze import FrozenConv
-
+from .frozen_conv import FrozenConv
+from .frozen_module import Frozen
+from .guard import Guard
 
 #: What the operator ``residual_block`` takes behind the map, in its order: made once, and the calls
 #: build nothing.
 Plan = tuple[Any, ...]
 
 
-class FrozenBlock(nn.Module):
+class FrozenBlock(Frozen):
     """Mixed into a frozen basic block or bottleneck: a forward that is :func:`ops.residual_block`.
 
     It stands for the block's own forward as long as nobody looks in between.
 
     Attributes:
-        whole: Whether it does so; :func:`one_by_one` sets it.
+        whole: Whether it does so; :func:`separate_convolutions` sets it.
     """
 
     whole = True
@@ -63,8 +61,8 @@ class FrozenBlock(nn.Module):
             return None
         if torch.compiler.is_compiling():  # a trace should not keep what it computes
             block = self._alone()
-            return None if block is None else make_plan(block)
-        held = self.__dict__.get("_held")
+            return None if block is None else block_operands(block)
+        held = self.__dict__.get("_frozen_cache")
         if held is not None:
             snapshot, plan, reads = held
             if snapshot.holds() and (reads is None or reads(self)):
@@ -75,8 +73,12 @@ class FrozenBlock(nn.Module):
         convs: Any = block.convs
         has_shortcut = len(convs) > len(block.acts)
         both = join(*convs[-2:]) if backend != "cpu" and has_shortcut else (None, None)
-        plan = make_plan(block, *both)
-        self.__dict__["_held"] = (Snapshot(dict.fromkeys(block.members), self), plan, block.reads)
+        plan = block_operands(block, *both)
+        self.__dict__["_frozen_cache"] = (
+            Guard(dict.fromkeys(block.members), self),
+            plan,
+            block.reads,
+        )
         return plan
 
     def _alone(self) -> BlockModules | None:
@@ -90,8 +92,6 @@ class FrozenBlock(nn.Module):
         block = m.block_modules()
         if block is None or any(map(is_hooked, block.members)):
             return None
-        from .freeze import FrozenConv
-
         for conv, norm in zip(block.convs, block.norms, strict=True):
             if not isinstance(conv, FrozenConv) or not isinstance(norm, FoldedBatchNorm):
                 return None
@@ -109,7 +109,7 @@ def _are_both(inner: nn.Module | None, act: nn.Module | None) -> bool:
     return inner is not None and act is not None
 
 
-def make_plan(
+def block_operands(
     block: BlockModules, joined: Tensor | None = None, joined_shift: Tensor | None = None
 ) -> Plan:
     """The plan of a block that :meth:`FrozenBlock.block_now` gave.
@@ -186,7 +186,7 @@ def join(last: FrozenConv, shortcut: FrozenConv) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def one_by_one(model: nn.Module) -> Iterator[None]:
+def separate_convolutions(model: nn.Module) -> Iterator[None]:
     """Run the convolutions of a frozen model's blocks each by itself, so that they can be timed."""
     blocks = [module for module in model.modules() if isinstance(module, FrozenBlock)]
     try:

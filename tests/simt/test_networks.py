@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.inference import frozen_block, frozen_row
+from fused_resnet.inference import frozen_block, frozen_conv, segment
 from fused_resnet.ops import packed as packed_ops
 from fused_resnet.ops.registry import OPERATORS
 
 # The package's attribute of that name is the function.
-freeze_module = importlib.import_module("fused_resnet.inference.freeze")
+
 
 SIZE = 64
 NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -85,9 +84,9 @@ def test_every_convolution_of_the_family(on_executor, name, precision):
 @pytest.fixture
 def as_cuda(on_executor, monkeypatch) -> Any:
     """Frozen modules take the ways that they have for tensors on CUDA."""
-    monkeypatch.setattr(freeze_module, "packed_dtype", lambda dtype, device: dtype)
-    for module in (packed_ops, frozen_block, frozen_row):
-        monkeypatch.setattr(module, "select", lambda op, x: "cuda")
+    monkeypatch.setattr(frozen_conv, "packed_dtype", lambda dtype, device: dtype)
+    for module in (packed_ops, frozen_block, segment):
+        monkeypatch.setattr(module, "resolve_backend", lambda op, x: "cuda")
     return on_executor
 
 

@@ -12,8 +12,8 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.inference.frozen_block import FrozenBlock, one_by_one
-from fused_resnet.inference.frozen_row import FrozenRow
+from fused_resnet.inference.frozen_block import FrozenBlock, separate_convolutions
+from fused_resnet.inference.segment import FrozenSegment
 from fused_resnet.models.cifar import PadShortcut
 from fused_resnet.ops import dispatch as choice
 from fused_resnet.tuning import tuner
@@ -164,7 +164,7 @@ def test_a_sequence_of_somebody_elses_is_none(kind):
     torch.manual_seed(0)
     model = randomize(kind(*(fr.nn.BasicBlock(8, 8) for _ in range(3)))).eval()
     frozen, x = fr.freeze(model), image(2, 8, 9, 9, dtype=torch.float32)
-    assert not isinstance(frozen, FrozenRow)
+    assert not isinstance(frozen, FrozenSegment)
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
 
@@ -231,7 +231,7 @@ def test_a_change_after_the_first_call_counts(change):
         after = row(x)
         assert not torch.equal(after, before)
         assert torch.equal(row(x), after)
-        with one_by_one(row):
+        with separate_convolutions(row):
             torch.testing.assert_close(after, row(x), rtol=1e-5, atol=1e-5)
 
 
@@ -280,7 +280,7 @@ def test_one_block_by_its_convolutions(called):
     row, x = stage_and_map()
     expected = row(x)
     for inside, blocks in ((row[1], 2), (row, 0)):
-        with one_by_one(inside):
+        with separate_convolutions(inside):
             y, calls = operators(row, x)
         assert calls.get("residual_block", 0) == blocks
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
@@ -361,7 +361,7 @@ def test_compile_and_export(called, first):
     parts = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     targets = [str(node.target) for part in parts for node in part.graph.nodes]
     assert sum("fused_resnet_export.residual_block" in target for target in targets) == 9
-    assert ("_held" in frozen.layer2.__dict__) == (first == "called before")
+    assert ("_frozen_cache" in frozen.layer2.__dict__) == (first == "called before")
     torch.compiler.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -385,10 +385,10 @@ def test_compile_and_export(called, first):
 def test_a_row_is_not_copied():
     row, x = stage_and_map()
     y = row(x)
-    assert "_held" in row.__dict__
+    assert "_frozen_cache" in row.__dict__
     for other in (copy.deepcopy(row), pickle.loads(pickle.dumps(row))):
-        assert isinstance(other, FrozenRow)
-        assert "_held" not in other.__dict__
+        assert isinstance(other, FrozenSegment)
+        assert "_frozen_cache" not in other.__dict__
         assert torch.equal(other(x), y)
         other[1].conv1.scale.mul_(2)
         assert not torch.equal(other(x), y)
@@ -419,7 +419,7 @@ def test_two_threads_at_once():
                 wrong.append(at)
             if first:
                 row[1].register_forward_hook(lambda module, args, y: None).remove()
-                row.__dict__.pop("_held", None)
+                row.__dict__.pop("_frozen_cache", None)
 
     in_threads(work, 0, 1)
     assert wrong == []

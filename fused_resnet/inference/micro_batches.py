@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn.fused_forward import BasicBlockForward, BottleneckForward, FusedForward, SequentialForward
 from ..nn.module_kinds import FoldedBatchNorm, PackedConv, is_hooked, original_class
-from .snapshot import Snapshot
+from .guard import Guard
 
 #: Bytes that the largest map of one part may have: of a last cache of 32 MiB, one map being read,
 #: one being written, one kept for the residual, and some room.
@@ -33,7 +33,7 @@ ELEMENTS_PER_PIXEL = 16
 _LAYERS = (nn.Conv2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d)
 
 
-def in_parts(
+def run_micro_batches(
     model: nn.Module,
     forward: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -66,13 +66,13 @@ def in_parts(
 
 def _divisible(model: nn.Module, members: Callable[[], Iterable[nn.Module]]) -> bool:
     """Whether parts give what the whole gives, and no hook sees them; kept until a change."""
-    held = model.__dict__.get("_held")
+    held = model.__dict__.get("_frozen_cache")
     if held is not None and held.holds():
         return True
     modules = list(model.modules())
     if any(map(is_hooked, modules)) or not all(map(_treats_images_apart, members())):
         return False
-    model.__dict__["_held"] = Snapshot(modules, model)
+    model.__dict__["_frozen_cache"] = Guard(modules, model)
     return True
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._C import unchanged
 
 
-class Snapshot:
+class Guard:
     """The children, tensors and hooks of modules that have no hook and no replaced forward.
 
     Args:

@@ -18,8 +18,9 @@ from ..backends.availability import resolve_backend
 from ..nn.fused_forward import BlockModules
 from ..nn.module_kinds import is_hooked, is_observed
 from ..ops.dispatch import has_single_backend
-from .frozen_block import FrozenBlock, is_block, make_plan
-from .snapshot import Snapshot
+from .frozen_block import FrozenBlock, block_operands, is_block
+from .frozen_module import Frozen
+from .guard import Guard
 
 
 class Inlined(NamedTuple):
@@ -43,7 +44,7 @@ class Row(NamedTuple):
         steps: In order, the operator of blocks in a row, or another child.
     """
 
-    snapshot: Snapshot
+    snapshot: Guard
     inlined: list[Inlined]
     steps: list[ResidualRow | nn.Module]
 
@@ -52,7 +53,7 @@ class Row(NamedTuple):
         return self.snapshot.holds() and all(map(Inlined.holds, self.inlined))
 
 
-class FrozenRow(nn.Module):
+class FrozenSegment(Frozen):
     """Mixed into a frozen ``nn.Sequential`` of residual blocks, some other modules among them.
 
     It stands for the forward of ``nn.Sequential`` as long as nobody looks at a block's call.
@@ -71,17 +72,17 @@ class FrozenRow(nn.Module):
 
     def _row(self) -> Row | None:
         """Kept until something changes; None: call the children."""
-        held: Row | None = self.__dict__.get("_held")
+        held: Row | None = self.__dict__.get("_frozen_cache")
         if held is not None and held.holds():
             return held
         row = _row_of(self)
         if row is not None:
-            self.__dict__["_held"] = row
+            self.__dict__["_frozen_cache"] = row
         return row
 
 
-def is_row(module: nn.Module) -> bool:
-    """Whether :class:`FrozenRow` can be mixed into the module."""
+def is_segment(module: nn.Module) -> bool:
+    """Whether :class:`FrozenSegment` can be mixed into the module."""
     cls = type(module)
     if cls.forward is not nn.Sequential.forward or cls.__iter__ is not nn.Sequential.__iter__:  # type: ignore[attr-defined]
         return False
@@ -102,7 +103,7 @@ def _takes(x: Any) -> bool:
     )
 
 
-def _row_of(owner: FrozenRow) -> Row | None:
+def _row_of(owner: FrozenSegment) -> Row | None:
     """The row as it is now; None while somebody looks at a block, which is seldom for long."""
     members: list[nn.Module] = []
     inlined: list[Inlined] = []
@@ -128,7 +129,7 @@ def _row_of(owner: FrozenRow) -> Row | None:
         else:
             steps.append([block])
     held = [_operator_of(step) if isinstance(step, list) else step for step in steps]
-    return Row(Snapshot(dict.fromkeys(members), owner), inlined, held)
+    return Row(Guard(dict.fromkeys(members), owner), inlined, held)
 
 
 def _operator_of(blocks: list[BlockModules]) -> ResidualRow:
@@ -138,7 +139,7 @@ def _operator_of(blocks: list[BlockModules]) -> ResidualRow:
     settings: list[tuple[Any, ...]] = []
     for block in blocks:
         own, convs = len(block.acts), len(block.convs)
-        w, a, b, _, _, _, stride, dilation, groups, winograd = make_plan(block)
+        w, a, b, _, _, _, stride, dilation, groups, winograd = block_operands(block)
         packed += w
         scale += a
         shift += b

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.module_kinds import is_observed, original_class
-from .parts import in_parts
+from .frozen_module import Frozen
+from .micro_batches import run_micro_batches
 
 _HOME = "transformers.models.resnet.modeling_resnet"
 #: A pixel behind the stem stands for 4 x 4 of the image.
@@ -21,7 +22,7 @@ _IMAGE_PIXELS = 16
 _PARAMETERS = ["self", "hidden_state", "output_hidden_states", "return_dict"]
 
 
-class StageList(nn.Module):
+class TransformersEncoder(Frozen):
     """Mixed into a frozen ``ResNetEncoder``.
 
     Source:
@@ -45,7 +46,7 @@ class StageList(nn.Module):
         def members() -> list[nn.Module]:
             return [stage.layers for stage in stages[:-2]]  # what the stages' forwards call
 
-        y = in_parts(self, early, hidden_state, members, _IMAGE_PIXELS)
+        y = run_micro_batches(self, early, hidden_state, members, _IMAGE_PIXELS)
         y = stages[-1](stages[-2](y))
         if not return_dict:
             return (y,)
@@ -53,7 +54,7 @@ class StageList(nn.Module):
         return result(last_hidden_state=y, hidden_states=None)
 
 
-def is_stage_list(module: nn.Module) -> bool:
+def is_resnet_encoder(module: nn.Module) -> bool:
     """Whether the module is that encoder, with the forward that is known here, and its stages."""
     home = sys.modules.get(_HOME)
     encoder, stage = getattr(home, "ResNetEncoder", None), getattr(home, "ResNetStage", None)

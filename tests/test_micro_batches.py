@@ -7,12 +7,14 @@ import torch
 from networks import image, randomize
 
 import fused_resnet as fr
-from fused_resnet.inference import parts
+from fused_resnet.inference import micro_batches
 
 
 @pytest.fixture
 def frozen(monkeypatch):
-    monkeypatch.setattr(parts, "MAP_BYTES", 1)  # parts of as many images as there are threads
+    monkeypatch.setattr(
+        micro_batches, "MAP_BYTES", 1
+    )  # parts of as many images as there are threads
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield fr.freeze(randomize(fr.resnet18(num_classes=10)))
@@ -39,8 +41,8 @@ def test_parts_give_what_the_whole_gives(frozen, monkeypatch):
     x = image(5, 3, 64, 64, dtype=torch.float32)
     y, seen = sizes(frozen, monkeypatch, x)
     assert seen == [2, 2, 1]
-    one_by_one = torch.cat([frozen(x[i : i + 1]) for i in range(5)])
-    torch.testing.assert_close(y, one_by_one, rtol=1e-5, atol=1e-5)
+    singly = torch.cat([frozen(x[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(y, singly, rtol=1e-5, atol=1e-5)
 
 
 def test_a_hook_sees_the_whole_batch(frozen):
@@ -72,7 +74,7 @@ def test_a_small_batch_is_one_part(frozen, monkeypatch, batch):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 def test_a_scripted_child_is_no_obstacle(monkeypatch):
     """Its children and tensors are no dictionaries."""
-    monkeypatch.setattr(parts, "MAP_BYTES", 1)
+    monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     model = randomize(fr.resnet18(num_classes=10)).eval()
     x = image(5, 3, 64, 64, dtype=torch.float32)
     expected = fr.freeze(model)(x)
