@@ -79,9 +79,8 @@ def test_every_library_runs_the_same_operations(source, depth):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_library_runs_early_stages_in_parts(monkeypatch, source):
-    monkeypatch.setattr(
-        micro_batches, "MAP_BYTES", 2 * 64 * 64 * 16 * 8
-    )  # the largest maps of two images
+    # The largest maps of two images.
+    monkeypatch.setattr(micro_batches, "MAP_BYTES", 2 * 64 * 64 * 16 * 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
     model = randomize(SOURCES[source](18)).double().eval()

@@ -12,9 +12,7 @@ from fused_resnet.inference import micro_batches
 
 @pytest.fixture
 def frozen(monkeypatch):
-    monkeypatch.setattr(
-        micro_batches, "MAP_BYTES", 1
-    )  # parts of as many images as there are threads
+    monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)  # then one image for each thread
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield fr.freeze(randomize(fr.resnet18(num_classes=10)))

@@ -167,7 +167,7 @@ def test_files_that_cannot_be_used(
         (lambda: Path("bad.pt").write_text("hello"), "truncated or damaged"),
         (lambda: Path("bad.pt").write_bytes(b""), "truncated or damaged"),
         (lambda: torch.save(content["state"], "bad.pt"), "not a file that fused-resnet freeze"),
-        (lambda: torch.save(Code(), "bad.pt"), "holds code or other objects"),
+        (lambda: torch.save(Code(), "bad.pt"), "contains code or other objects"),
         (lambda: changed(format=2, version="9.0"), "format 2 .*fused_resnet '9.0'.*reads format 1"),
         (lambda: changed(dtype="int8"), "parts of it are missing or not what they should be"),
         (lambda: changed(state={"conv1.weight": 3}), "parts of it are missing"),

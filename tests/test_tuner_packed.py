@@ -34,9 +34,6 @@ from fused_resnet.ops.registry import OPERATORS
 from fused_resnet.tuning import cache as tuning_cache
 from fused_resnet.tuning import tuner
 
-# The package's attributes of these names are functions.
-
-
 NAMES = ["cuda", "library", "triton"]
 
 

@@ -1,10 +1,10 @@
 """``freeze``: a copy for inference, batch norm folded and weights packed for this machine.
 
 The copy is the fused model with each group's convolution replaced by a :class:`FrozenConv`, which
-holds the group's weight once, in the layout that the kernels read, and runs all of the group. Its
-classes derive from the model's own (see :func:`fused_resnet.fuse.derive`), refuse to train, and
-ship weights in PyTorch's layout when they are pickled, copied or asked for a ``state_dict``: the
-packed layout belongs to one instruction set.
+stores the group's weight once, in the layout that the kernels read, and runs the whole group. Its
+classes derive from the model's own (:func:`fused_resnet.fusion.fuse.derive`) and refuse to train.
+Pickles, copies and state dicts have the weights in PyTorch's layout: the packed layout belongs to
+one instruction set.
 """
 
 from __future__ import annotations
@@ -44,40 +44,40 @@ def freeze(
 
     Each fused group becomes :math:`y = \max(0, s \cdot (w * x) + t + r)` with
     :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`t = \beta + s (b - \mu)`, computed in
-    float64 and stored in float32 (float64 when that is the dtype). What could not be frozen runs as
-    it was. The copy shares nothing with the model: later training does not reach it.
+    float64 and stored in float32 (float64 when that is the dtype). Other modules run unchanged. The
+    copy shares nothing with the model: later training does not change it.
 
-    Packed weights belong to one instruction set, and none of the ways to store the model ships
-    them: pickles, state dicts, ``torch.export`` and files that :func:`fused_resnet.load_frozen`
-    reads hold weights in PyTorch's layout and pack them where they are loaded. A program made by
-    ``torch.export.export(frozen, ...)`` runs wherever this package is imported, and on the same
-    instruction set gives the same bits; its weights are packed at its first call.
+    Packed weights belong to one instruction set and are never stored: pickles, state dicts,
+    ``torch.export`` and files that :func:`fused_resnet.load_frozen` reads have weights in PyTorch's
+    layout and pack them at loading. A program made by ``torch.export.export(frozen, ...)`` runs
+    wherever this package is imported, and on the same instruction set gives the same bits; its
+    weights are packed at its first call.
 
     Args:
         model: Any module on the CPU or on one CUDA device; :func:`fused_resnet.fuse` is applied
             first. It is not changed.
-        dtype: float32, float64, bfloat16 or float16, of the feature maps and of the parameters that
-            are left; None keeps the model's own.
+        dtype: float32, float64, bfloat16 or float16, of the feature maps and of the parameters of
+            modules that are not fused; None keeps the model's own.
         winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm, in float32
             arithmetic: 2.5 times as fast, at a relative error of about 1e-6 where the direct sum
-            has 2e-7. Of bfloat16 and float16 maps, where the result's rounding hides that, too;
-            of float64 never.
-        graphs: On CUDA, for how many input shapes the model keeps a CUDA graph, recorded at the
-            shape's second call; 0 or False for none, and True for 8. A replay runs no Python, so
-            None means 8 where all modules are torch's, torchvision's and this package's, else 0.
-            ``frozen.cuda_graphs`` is where they are (:class:`fused_resnet.graphs.Graphs`): its
-            ``size`` can be changed, ``memory`` tells what each takes, ``reuse_outputs`` saves the
-            copy of each result at the price that the next call overwrites it.
+            has 2e-7. It also runs on bfloat16 and float16 maps, where the result's rounding is
+            larger than that error, and never on float64 maps.
+        graphs: Number of input shapes for which the model keeps a CUDA graph, captured at the
+            shape's second call; 0 or False for none, True for 8. A replay runs no Python, so None
+            means 8 if all modules are torch's, torchvision's and this package's, else 0.
+            ``frozen.cuda_graphs`` (:class:`fused_resnet.inference.cuda_graphs.Graphs`) owns them:
+            ``size`` can be changed, ``memory`` lists the bytes of each, and ``reuse_outputs``
+            saves the copy of each result, which the next call then overwrites.
 
     Returns:
         The frozen model. It takes floating-point inputs of its own dtype or float32, computes in
-        its own, in channels_last, and answers in the dtype of the input, without a gradient.
+        its own, in channels_last, and returns the dtype of the input, without a gradient.
         ``train()``, ``requires_grad_()`` and conversions raise.
 
     Raises:
         TypeError: ``model`` is not a module; ``dtype`` is not one of these.
         ValueError: ``model`` is already frozen.
-        BackendUnavailable: A parameter is on another kind of device, or not where the others are.
+        BackendUnavailable: A parameter is on another kind of device, or they are on several.
     """
     if dtype is not None and dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
@@ -113,7 +113,7 @@ def _mixin(module: nn.Module) -> type[Frozen]:
 
 
 class FrozenResNet(Frozen):
-    """Mixed into a ResNet: a large batch goes through the early stages in parts."""
+    """Mixin for a ResNet: a large batch goes through the early stages in micro-batches."""
 
     def _early_stages(self, x: Tensor) -> Tensor:
         return run_micro_batches(self, super()._early_stages, x, self._early_members)  # type: ignore[misc]
@@ -124,10 +124,15 @@ class FrozenResNet(Frozen):
 
 
 class FrozenTraced(Frozen):
-    """Mixed into a traced module that calls stages: as :class:`FrozenResNet`."""
+    """Mixin for a traced module that calls stages: the early ones run in micro-batches."""
 
     def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
-        """See :meth:`fused_resnet.swap.TracedForward.run_early`."""
+        """The early stages in micro-batches.
+
+        Args:
+            stages: The generated function that runs the early stages of a module on a map.
+            x: ``(N, C, H, W)``.
+        """
         m: Any = self
         return run_micro_batches(self, partial(stages, self), x, m.early_members)
 
@@ -138,7 +143,7 @@ def _freeze_groups(owner: FusedForward, dtype: torch.dtype | None, winograd: boo
             continue
         conv, bn = owner.get_submodule(group.conv), owner.get_submodule(group.bn)
         if isinstance(conv, PackedConv) or bn.running_mean is None:
-            continue  # of the batch's own statistics there is nothing to fold
+            continue  # statistics of the batch cannot be folded
         pool = owner.get_submodule(group.pool) if group.pool else None
         assert isinstance(conv, nn.Conv2d)
         frozen = FrozenConv(conv, bn, pool, group, dtype, winograd)  # type: ignore[arg-type]
@@ -161,18 +166,18 @@ def _check_device(model: nn.Module) -> None:
 
 
 def _own_tensors(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Replace every parameter and buffer that is left by a copy, once for each, in the dtype."""
+    """Replace the parameters and buffers of unfused modules by one copy each, in the dtype."""
     copies: dict[int, Tensor] = {}
     for module in model.modules():
         if isinstance(module, FrozenConv):
             continue
-        # Half-precision statistics would lose what PyTorch keeps: batch norm takes mixed dtypes.
+        # Statistics stay float32, as PyTorch's batch norm allows: half precision loses digits.
         keep = isinstance(module, nn.modules.batchnorm._BatchNorm) and dtype in (
             torch.bfloat16,
             torch.float16,
         )
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
                 if tensor is None:
                     continue
                 if id(tensor) not in copies:
@@ -183,4 +188,4 @@ def _own_tensors(model: nn.Module, dtype: torch.dtype | None) -> None:
                         if isinstance(tensor, nn.Parameter)
                         else own
                     )
-                held[name] = copies[id(tensor)]  # type: ignore[assignment]
+                tensors[name] = copies[id(tensor)]  # type: ignore[assignment]

@@ -18,15 +18,15 @@ from .frozen_module import Frozen
 
 
 class FrozenConv(Frozen, PackedConv):
-    """A whole group: packed weight, folded batch norm, and whether ReLU and max-pool follow.
+    """A fused group: packed weight, folded batch norm, and whether ReLU and max-pool follow.
 
-    Settings of the convolution keep the names that ``nn.Conv2d`` gives them.
+    The convolution's settings have the names of ``nn.Conv2d``.
 
     Args:
         conv: The group's convolution.
         bn: Its batch norm, with running statistics.
-        pool: Its max-pool, if it has one.
-        group: The operation, whether ReLU is part of it, and how long it is.
+        pool: Its max-pool, or None.
+        group: The operation, whether it includes the ReLU, and how many modules it spans.
         dtype: Of the feature maps; None for the convolution's own.
         winograd: Whether Winograd's algorithm may run.
     """
@@ -63,7 +63,7 @@ class FrozenConv(Frozen, PackedConv):
                 "pool_stride": pool.stride,
                 "pool_padding": pool.padding,
             }
-        # What every call passes on, made once.
+        # Arguments of every call.
         self._geometry: dict[str, Any] = {
             "weight_shape": self.weight_shape,
             "stride": self.stride,
@@ -87,26 +87,26 @@ class FrozenConv(Frozen, PackedConv):
 
     def _set_weight(self, weight: Tensor) -> None:
         weight = weight.to(packed_dtype(self.dtype, weight.device))
-        # No buffer, which an exporter would ship; and one dictionary for good, so that a Guard
-        # sees what is in it.
+        # Not a buffer, which an exporter would store; and always the same dictionary, which a Guard
+        # reads.
         self.__dict__.setdefault("_packed", {})["weight"] = ops.pack_conv_weight(
             weight, self.groups
         )
 
     @property
     def packed(self) -> Tensor:
-        """The weight as the kernels read it."""
+        """The packed weight."""
         packed = self._packed["weight"]
         return packed.to(self.scale.device) if self._is_replica else packed
 
     @property
     def operand(self) -> Tensor:
-        """What an operation is given: the packed weight, or the plain one for an exporter."""
+        """The operation's weight argument: packed, or in PyTorch's layout while exporting."""
         return self._plain_weight() if export.is_exporting() else self.packed
 
     @torch.compiler.assume_constant_result
     def _plain_weight(self) -> Tensor:
-        # A method, as the compiler of torch 2.11 takes no module as such a function's argument.
+        # A method: the compiler of torch 2.11 takes no module as the argument of such a function.
         return export.plain_weight(self)
 
     @property
@@ -117,17 +117,25 @@ class FrozenConv(Frozen, PackedConv):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, relu: bool = False, pool: bool = False
     ) -> Tensor:
-        """``(N, C, H, W)``, and a residual like the result, to the result, channels_last.
+        """The convolution and its batch norm, and on request the rest of the group.
 
-        Called alone it is the convolution and its batch norm, so that a forward which runs as it
-        was adds what follows them; ``relu`` and ``pool`` (with ReLU) ask for more of the group.
+        By default it stops there, so that a forward which was not fused adds what follows.
+
+        Args:
+            x: ``(N, C, H, W)``.
+            residual: Added before the ReLU, in the result's shape and dtype; None for none.
+            relu: Apply the ReLU.
+            pool: Apply the ReLU and the group's max-pool.
+
+        Returns:
+            ``(N, K, OH, OW)``, channels_last.
         """
         weight, scale, shift = self.operand, self.scale, self.shift
-        made_of = export if export.is_exporting() else ops
+        functions = export if export.is_exporting() else ops
         if pool and self.pool is not None:
-            stem = made_of.conv_bn_relu_maxpool_packed
+            stem = functions.conv_bn_relu_maxpool_packed
             return stem(x, weight, scale, shift, **self.pool, **self._geometry)
-        return made_of.conv_bn_add_relu_packed(
+        return functions.conv_bn_add_relu_packed(
             x,
             weight,
             scale,
@@ -139,7 +147,7 @@ class FrozenConv(Frozen, PackedConv):
         )
 
     def extra_repr(self) -> str:
-        """The group's settings."""
+        """The settings of the group for ``repr``."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "

@@ -13,34 +13,34 @@ from ..nn.module_kinds import PackedConv
 
 
 class Frozen(nn.Module):
-    """Mixed into every module of a frozen model: what it refuses."""
+    """Mixin for every module of a frozen model."""
 
     fused_resnet_prefix = "Frozen"
 
     def train(self, mode: bool = True) -> Frozen:
-        """Only ``train(False)``, which is ``eval()``."""
+        """Accept ``train(False)``, which is ``eval()``; raise for ``train(True)``."""
         if mode:
             raise RuntimeError(_refusal("train()"))
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Frozen:
-        """Only ``requires_grad_(False)``."""
+        """Accept ``requires_grad_(False)``; raise for ``requires_grad_(True)``."""
         if requires_grad:
             raise RuntimeError(_refusal("requires_grad_()"))
         return super().requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without what was decided about the modules, which holds on to them.
+        # The cache refers to modules and tensors, which would be stored twice.
         return {k: v for k, v in self.__dict__.items() if k != "_frozen_cache"}
 
     def _replicate_for_data_parallel(self) -> Frozen:
-        # As above: what was decided holds the weights of the module that is copied.
+        # The cache refers to the weights of the module that is copied.
         replica: Frozen = super()._replicate_for_data_parallel()
         replica.__dict__.pop("_frozen_cache", None)
         return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        # Asked before the first tensor is converted, so a refusal leaves the model whole.
+        # Checked before the first tensor is converted, so that a refusal leaves the model intact.
         packed: Iterator[Any] = (
             module.packed for module in self.modules() if isinstance(module, PackedConv)
         )

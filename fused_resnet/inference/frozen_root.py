@@ -15,7 +15,7 @@ from .frozen_module import Frozen
 
 
 class FrozenRoot(Frozen):
-    """Mixed into the outermost module: dtype and memory format of what comes in and goes out."""
+    """Mixin for the outermost module: converts dtype and memory format of inputs and results."""
 
     frozen_dtype: torch.dtype
     cuda_graphs: Graphs
@@ -33,17 +33,17 @@ class FrozenRoot(Frozen):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""
-        # Going through structures takes ten times as long as looking at one tensor.
+        # Flattening a structure takes ten times as long as checking for a single tensor.
         leaves = args if is_one_tensor(args, kwargs) else tree_leaves((args, kwargs))
-        given = self._given_dtype(leaves)
+        input_dtype = self._input_dtype(leaves)
         with torch.no_grad():
             result = self.cuda_graphs.run(self, super().forward, args, kwargs, self._enter)
-            if given is None or given is self.frozen_dtype:
+            if input_dtype is None or input_dtype is self.frozen_dtype:
                 return result
-            return tree_map(lambda leaf: leaf.to(given) if _is_map(leaf) else leaf, result)
+            return tree_map(lambda leaf: leaf.to(input_dtype) if _is_map(leaf) else leaf, result)
 
-    def _given_dtype(self, leaves: Iterable[Any]) -> torch.dtype | None:
-        given = None
+    def _input_dtype(self, leaves: Iterable[Any]) -> torch.dtype | None:
+        found = None
         for leaf in leaves:
             if not _is_map(leaf):
                 continue
@@ -53,8 +53,8 @@ class FrozenRoot(Frozen):
                     f"{type(self).__name__}: input: expected dtype {' or '.join(wanted)}, "
                     f"got {leaf.dtype}"
                 )
-            given = given or leaf.dtype
-        return given
+            found = found or leaf.dtype
+        return found
 
     def _enter(self, leaf: Any) -> Any:
         if not _is_map(leaf):

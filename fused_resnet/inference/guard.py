@@ -1,8 +1,8 @@
-"""Whether modules are still what they were, asked at every call and so made cheap.
+"""A guard: whether the modules behind a cached decision are unchanged since it was made.
 
-A decision about modules (may one operation stand for them?) depends on their children, tensors and
-hooks, all of which a user may change later. Deciding takes longer than a small convolution; a
-comparison with what was there when it was decided runs in the extension.
+A decision about modules (may one operation replace them?) depends on their children, tensors and
+hooks, all of which a user may change later. Making it takes longer than a small convolution;
+comparing against what was recorded at that time runs in the extension.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .._C import unchanged
 
 
 class Guard:
-    """The children, tensors and hooks of modules that have no hook and no replaced forward.
+    """Records the children, tensors and hooks of modules without hooks or replaced forwards.
 
     Args:
-        modules: The modules; their children count only as which they are. What a ``ScriptModule``
-            holds is compiled, and not looked at.
-        owner: One more whose hooks do not count: whoever calls it runs them.
+        modules: The modules to record. Of their children only the identity is recorded. Children
+            and tensors of a ``ScriptModule`` are compiled into it and not recorded.
+        owner: One more module to record, except for its hooks, which its caller runs.
     """
 
     def __init__(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
@@ -34,9 +34,9 @@ class Guard:
                 members += (m._modules, m._parameters, m._buffers)
                 if "_packed" in m.__dict__:  # a frozen convolution's weight
                     members.append(m._packed)  # type: ignore[arg-type]
-        self._members = [held for held in members if held]
-        self._held = tuple(chain.from_iterable(map(dict.values, self._members)))
-        self._empty: list[dict[Any, Any]] = [held for held in members if not held]
+        self._members = [values for values in members if values]
+        self._recorded = tuple(chain.from_iterable(map(dict.values, self._members)))
+        self._empty: list[dict[Any, Any]] = [values for values in members if not values]
         for m in modules:
             self._empty += (
                 m._forward_hooks,
@@ -47,9 +47,9 @@ class Guard:
         self._attributes = [m.__dict__ for m in modules]
 
     def tensors(self) -> list[Tensor]:
-        """Those that were there."""
-        return [held for held in self._held if isinstance(held, Tensor)]
+        """The recorded tensors."""
+        return [value for value in self._recorded if isinstance(value, Tensor)]
 
-    def holds(self) -> bool:
-        """Whether all is as it was: the same objects in the same places, and still no hook."""
-        return unchanged(self._members, self._held, self._empty, self._attributes, "forward")
+    def check(self) -> bool:
+        """Whether the same objects are in the same places, and there is still no hook."""
+        return unchanged(self._members, self._recorded, self._empty, self._attributes, "forward")

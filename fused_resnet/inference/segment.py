@@ -1,8 +1,9 @@
-"""Frozen residual blocks in a row: one question whether they are what they were, and one operator.
+"""Consecutive frozen residual blocks: one check that they are unchanged, and one operator call.
 
-Calling a block costs ``Module.__call__``, the block's forward, that question, and the operator's
-own call: together half of what a small block computes in. A row asks for all its blocks at once,
-and calls one operator for all of them, whose arguments the extension holds.
+Calling a block costs ``Module.__call__``, the block's forward, the check that its modules are
+unchanged, and the dispatch of its operator: together half of a small block's compute time. A
+segment checks all of its blocks at once and calls a single operator, whose arguments the extension
+keeps.
 """
 
 from __future__ import annotations
@@ -24,61 +25,67 @@ from .guard import Guard
 
 
 class Inlined(NamedTuple):
-    """A block that runs without being called, and what it reads (see :class:`BlockModules`)."""
+    """A block that a segment runs without calling its module.
+
+    Attributes:
+        block: The block.
+        reads: Whether other attributes that the block's forward reads still have the expected
+            values; None if it reads none (:class:`~fused_resnet.nn.fused_forward.BlockModules`).
+    """
 
     block: FrozenBlock
     reads: Callable[[nn.Module], bool] | None
 
-    def holds(self) -> bool:
-        """Whether a call of the block, which has no hook, would be its operator and no more."""
+    def check(self) -> bool:
+        """Whether calling the block, which has no hook, would run its operator and nothing else."""
         block, reads = self
         return block.whole and block._compiled_call_impl is None and (not reads or reads(block))
 
 
-class Row(NamedTuple):
-    """What calling the children in turn came to when that was last looked at.
+class LoweredSegment(NamedTuple):
+    """The children of a sequence as a list of steps.
 
     Attributes:
-        snapshot: Of the children, and of the modules on which the blocks depend.
-        inlined: The blocks that are not called.
-        steps: In order, the operator of blocks in a row, or another child.
+        guard: Records the children, and the modules on which the blocks depend.
+        inlined: The blocks that run without being called.
+        steps: In order, the operator of consecutive blocks, or another child.
     """
 
-    snapshot: Guard
+    guard: Guard
     inlined: list[Inlined]
     steps: list[ResidualRow | nn.Module]
 
-    def holds(self) -> bool:
-        """Whether it still comes to that."""
-        return self.snapshot.holds() and all(map(Inlined.holds, self.inlined))
+    def check(self) -> bool:
+        """Whether the steps still stand for the children."""
+        return self.guard.check() and all(map(Inlined.check, self.inlined))
 
 
 class FrozenSegment(Frozen):
-    """Mixed into a frozen ``nn.Sequential`` of residual blocks, some other modules among them.
+    """Mixin for a frozen ``nn.Sequential`` of residual blocks, with or without other modules.
 
-    It stands for the forward of ``nn.Sequential`` as long as nobody looks at a block's call.
+    It replaces the forward of ``nn.Sequential`` unless a hook or a tracer observes a block's call.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the last child's result; the argument's name is that of PyTorch."""
-        row = self._row() if _takes(input) else None
-        if row is None:
+        """``(N, C, H, W)`` to the last child's result; PyTorch names the argument."""
+        lowered = self._lowered() if _is_supported(input) else None
+        if lowered is None:
             result: Tensor = super().forward(input)
             return result
         x = input
-        for step in row.steps:
+        for step in lowered.steps:
             x = step(x)
         return x
 
-    def _row(self) -> Row | None:
-        """Kept until something changes; None: call the children."""
-        held: Row | None = self.__dict__.get("_frozen_cache")
-        if held is not None and held.holds():
-            return held
-        row = _row_of(self)
-        if row is not None:
-            self.__dict__["_frozen_cache"] = row
-        return row
+    def _lowered(self) -> LoweredSegment | None:
+        """The steps, cached until a module changes; None if the children must be called."""
+        cached: LoweredSegment | None = self.__dict__.get("_frozen_cache")
+        if cached is not None and cached.check():
+            return cached
+        lowered = _lower(self)
+        if lowered is not None:
+            self.__dict__["_frozen_cache"] = lowered
+        return lowered
 
 
 def is_segment(module: nn.Module) -> bool:
@@ -89,38 +96,38 @@ def is_segment(module: nn.Module) -> bool:
     return sum(map(is_block, module._modules.values())) > 1  # type: ignore[arg-type]
 
 
-def _takes(x: Any) -> bool:
-    """Whether rows run on that map; else the children are to be called.
+def _is_supported(x: Any) -> bool:
+    """Whether segments run on this input; otherwise the children are called.
 
-    On CUDA a graph already leaves all Python out, and each block chooses its backend.
+    On CUDA they need not: there a graph avoids all Python, and each block chooses its backend.
     """
     if not isinstance(x, Tensor) or x.device.type != "cpu" or is_observed(x):
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # they note which module calls what
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # traces record each module's call
         return False
     return resolve_backend("residual_block", x) == "cpu" and has_single_backend(
         "residual_block", "cpu"
     )
 
 
-def _row_of(owner: FrozenSegment) -> Row | None:
-    """The row as it is now; None while somebody looks at a block, which is seldom for long."""
+def _lower(owner: FrozenSegment) -> LoweredSegment | None:
+    """The children as steps; None while a block has a hook, which usually is not for long."""
     members: list[nn.Module] = []
     inlined: list[Inlined] = []
     steps: list[list[BlockModules] | nn.Module] = []
     for child in owner._modules.values():
         assert child is not None
-        if not isinstance(child, FrozenBlock) or not _is_called_plainly(child):
+        if not isinstance(child, FrozenBlock) or not _has_plain_call(child):
             steps.append(child)
             continue
         if any(map(is_hooked, child.modules())):
             return None
-        block = child.block_now()
+        block = child.supported_modules()
         if block is None:
             steps.append(child)
             continue
         one = Inlined(child, block.reads)
-        if not one.holds():
+        if not one.check():
             return None
         inlined.append(one)
         members += (child, *block.members)
@@ -128,8 +135,8 @@ def _row_of(owner: FrozenSegment) -> Row | None:
             steps[-1].append(block)
         else:
             steps.append([block])
-    held = [_operator_of(step) if isinstance(step, list) else step for step in steps]
-    return Row(Guard(dict.fromkeys(members), owner), inlined, held)
+    lowered = [_operator_of(step) if isinstance(step, list) else step for step in steps]
+    return LoweredSegment(Guard(dict.fromkeys(members), owner), inlined, lowered)
 
 
 def _operator_of(blocks: list[BlockModules]) -> ResidualRow:
@@ -147,10 +154,10 @@ def _operator_of(blocks: list[BlockModules]) -> ResidualRow:
     return ResidualRow(packed, scale, shift, *map(list, zip(*settings, strict=True)))
 
 
-def _is_called_plainly(block: FrozenBlock) -> bool:
-    """Whether its class leaves the forward, and what stands before it, as they are here and there.
+def _has_plain_call(block: FrozenBlock) -> bool:
+    """Whether calling the block runs :meth:`FrozenBlock.forward` and no code of a subclass.
 
-    That of a model that was frozen by itself, and put here, converts its input.
+    A block that was frozen by itself and then put here also converts its input.
     """
     cls = type(block)
     return cls.forward is FrozenBlock.forward and cls.__call__ is nn.Module.__call__

@@ -1,6 +1,6 @@
-"""The encoder of transformers' ResNet, whose forward returns an object that no trace can follow.
+"""The encoder of transformers' ResNet, which returns an object that ``torch.fx`` cannot trace.
 
-Only its early stages matter here: a frozen one runs them for some images at a time.
+In a frozen model its early stages run in micro-batches.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ..nn.module_kinds import is_observed, original_class
 from .frozen_module import Frozen
 from .micro_batches import run_micro_batches
 
-_HOME = "transformers.models.resnet.modeling_resnet"
-#: A pixel behind the stem stands for 4 x 4 of the image.
+_MODULE = "transformers.models.resnet.modeling_resnet"
+#: A pixel after the stem covers 4 x 4 of the image.
 _IMAGE_PIXELS = 16
 
 _PARAMETERS = ["self", "hidden_state", "output_hidden_states", "return_dict"]
 
 
 class TransformersEncoder(Frozen):
-    """Mixed into a frozen ``ResNetEncoder``.
+    """Mixin for a frozen ``ResNetEncoder``.
 
     Source:
         ``transformers.models.resnet.modeling_resnet.ResNetEncoder.forward``.
@@ -32,7 +32,16 @@ class TransformersEncoder(Frozen):
     def forward(
         self, hidden_state: Tensor, output_hidden_states: bool = False, return_dict: bool = True
     ) -> Any:
-        """As the encoder's own, which runs where every stage's result is asked for."""
+        """The stages in order, the early ones in micro-batches.
+
+        Args:
+            hidden_state: ``(N, C, H, W)``, the stem's result.
+            output_hidden_states: Return every stage's result; the encoder's own forward then runs.
+            return_dict: Return transformers' result object rather than a tuple.
+
+        Returns:
+            What the encoder's own forward returns.
+        """
         stages: list[Any] = list(self.stages)  # type: ignore[arg-type]
         if output_hidden_states or len(stages) < 3 or is_observed(hidden_state):
             own: Any = super().forward
@@ -50,13 +59,13 @@ class TransformersEncoder(Frozen):
         y = stages[-1](stages[-2](y))
         if not return_dict:
             return (y,)
-        result = sys.modules[_HOME].BaseModelOutputWithNoAttention
+        result = sys.modules[_MODULE].BaseModelOutputWithNoAttention
         return result(last_hidden_state=y, hidden_states=None)
 
 
 def is_resnet_encoder(module: nn.Module) -> bool:
-    """Whether the module is that encoder, with the forward that is known here, and its stages."""
-    home = sys.modules.get(_HOME)
+    """Whether the module is that encoder, in a version whose forward is the one above."""
+    home = sys.modules.get(_MODULE)
     encoder, stage = getattr(home, "ResNetEncoder", None), getattr(home, "ResNetStage", None)
     if encoder is None or stage is None or original_class(module) is not encoder:
         return False

@@ -17,9 +17,6 @@ from fused_resnet.inference import frozen_block, frozen_conv, segment
 from fused_resnet.ops import packed as packed_ops
 from fused_resnet.ops.registry import OPERATORS
 
-# The package's attribute of that name is the function.
-
-
 SIZE = 64
 NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 halves = pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
