@@ -17,7 +17,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Built without isolation, so that the extension is compiled against the torch that it will run with.
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
-# CuTe's headers, which tests hold the executor against. Without what its Python half requires: of
+# CuTe's headers, which tests hold the simulator against. Without what its Python half requires: of
 # CUDA's bindings torch has brought its own.
 HEADERS := 'nvidia-cutlass>=4.2,<5'
 

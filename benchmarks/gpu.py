@@ -232,18 +232,18 @@ class Session:
         print(f"gpu: {name}: {status} in {seconds:.0f} s: {summary}", flush=True)
 
     def build(self, limit: float) -> None:
-        """The extension, in place, for this card alone; beside it the executor, for its tests."""
+        """The extension, in place, for this card alone; beside it the simulator, for its tests."""
         print("gpu: building", flush=True)
-        executor = [sys.executable, "tests/simt/executor.py", "plain"]
+        simulator = [sys.executable, "tests/simt/simulator.py", "plain"]
         with ThreadPoolExecutor(1) as pool, ending_all():
-            beside = pool.submit(run, executor, self.environment, limit)
+            beside = pool.submit(run, simulator, self.environment, limit)
             done = run(
                 [sys.executable, "setup.py", "build_ext", "--inplace"], self.environment, limit
             )
             self.note("build", *done.noted(done.last_line()))
             other = beside.result()
         if other.status != "passed":
-            self.note("executor build", *other.noted(other.last_line()))
+            self.note("simulator build", *other.noted(other.last_line()))
         check = "import fused_resnet as fr; s = fr.backends()['cuda']; print(s); exit(not s)"
         check_run = run([sys.executable, "-c", check], self.environment, 120)
         self.usable = check_run.status == "passed"

@@ -19,13 +19,13 @@ from fused_resnet.ops import registry as _registrations
 from fused_resnet.ops.autograd import register_formulas
 
 HERE = Path(__file__).resolve().parent
-MEANS = {"cuda": "executor", "triton": "interpreter"}
+MEANS = {"cuda": "simulator", "triton": "interpreter"}
 
 
 def missing(backend: str) -> str | None:
     """Why the backend cannot be emulated on this machine, or None."""
     if backend == "cuda":
-        return _module("simt", "executor").missing()
+        return _module("simt", "simulator").missing()
     for package in ("triton", "numpy"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed (run: pip install {package})"
@@ -53,9 +53,9 @@ _kept: list[torch.library.Library] = []  # registrations that go with their libr
 
 
 @functools.cache
-def _executor() -> Any:
-    """The executor's library: compiled when its sources have changed, loaded once."""
-    simt = _module("simt", "driver").Simt(_module("simt", "executor").build(), "plain", 0)
+def _simulator() -> Any:
+    """The simulator's library: compiled when its sources have changed, loaded once."""
+    simt = _module("simt", "driver").Simt(_module("simt", "simulator").build(), "plain", 0)
 
     def bn_add_relu_given(x, weight, bias, mean, var, residual, eps, relu):
         """As ``csrc/bindings.cpp`` has it for every device."""
@@ -69,7 +69,7 @@ def _executor() -> Any:
 
 @contextlib.contextmanager
 def _executed() -> Iterator[Any]:
-    simt = _executor()
+    simt = _simulator()
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty then fills with NaN

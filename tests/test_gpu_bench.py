@@ -413,7 +413,7 @@ def test_a_run_whose_build_fails(
     def run(command: list[str], environment: dict[str, str], limit: float) -> Any:
         commands.append(command)
         assert environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
-        status = "passed" if "executor.py" in command[1] else "failed"
+        status = "passed" if "simulator.py" in command[1] else "failed"
         return gpu.Run(command, status, 1.0, "error: no such header\n")
 
     for name, value in {

@@ -47,7 +47,7 @@ def test_every_cell_runs_within_its_bound(capsys, dtype):
     code, found = cells(capsys, "--dtype", dtype)
     assert code == 0
     assert len(found) == len(matrix.LINES) * len(NAMES)
-    means = {"cuda": "executor", "triton": "interpreter"}
+    means = {"cuda": "simulator", "triton": "interpreter"}
     for (operation, mode, name, backend), cell in found.items():
         assert cell["passed"]
         if backend == "library":

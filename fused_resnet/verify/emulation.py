@@ -1,6 +1,6 @@
 """A GPU's kernels on CPU tensors, where there is no GPU: who runs them, and how a call gets there.
 
-The package holds no emulator. A source checkout does, in its tests: an executor of CUDA's kernels
+The package holds no emulator. A source checkout does, in its tests: a simulator of CUDA's kernels
 (``tests/simt``) and an interpreter of Triton's (``tests/triton_kernels``). Its file
 ``tests/emulation.py`` is the one that is known here. It has three names:
 

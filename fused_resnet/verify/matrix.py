@@ -51,7 +51,7 @@ class Cell:
         mode: See there.
         dtype: Storage type, without ``torch.``.
         backend: Of :data:`fused_resnet.backends.NAMES`.
-        means: What ran the kernels: ``device``, ``executor`` or ``interpreter``. Empty where there
+        means: What ran the kernels: ``device``, ``simulator`` or ``interpreter``. Empty where there
             is no such kernel, by design, or nothing to run it.
         reason: Why it did not run, or how it failed, in one line.
         row: What was measured.
@@ -95,7 +95,7 @@ class Means(NamedTuple):
     """What runs a backend's kernels here.
 
     Attributes:
-        word: ``device``, ``executor`` or ``interpreter``.
+        word: ``device``, ``simulator`` or ``interpreter``.
         device: Where the tensors are.
         chosen: Makes the context in which an operation goes to the backend.
     """

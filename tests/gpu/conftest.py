@@ -14,7 +14,7 @@ import torch
 
 import fused_resnet as fr
 
-# The executor's tests are run on the device too, and share its helpers.
+# The simulator's tests are run on the device too, and share its helpers.
 pytest.register_assert_rewrite(
     "device", "precisions", "test_bn_add_relu", "test_conv_bn_add_relu",
     "test_conv_bn_relu_maxpool", "test_residual_block",
@@ -74,7 +74,7 @@ def _errors_belong_to_their_test(request: pytest.FixtureRequest) -> Iterator[Non
 
 @pytest.fixture
 def simt() -> Iterator[Device]:
-    """The device in the executor's place, for the executor's own tests."""
+    """The device in the simulator's place, for the simulator's own tests."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty then fills with NaN

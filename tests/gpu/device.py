@@ -1,4 +1,4 @@
-"""The device behind the interface of the executor: operators that take and give CPU tensors."""
+"""The device behind the interface of the simulator: operators that take and give CPU tensors."""
 
 from __future__ import annotations
 

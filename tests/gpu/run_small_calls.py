@@ -1,7 +1,7 @@
-"""Makes the small calls; a program of its own, for compute-sanitizer and for the executor.
+"""Makes the small calls; a program of its own, for compute-sanitizer and for the simulator.
 
 python run_small_calls.py device                     each on the GPU, synchronised, results unused
-python run_small_calls.py executor RESULTS.pt        each on the CPU executor, results kept
+python run_small_calls.py simulator RESULTS.pt        each on the CPU simulator, results kept
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_map  # noqa: E402
 
 
 def main() -> None:
-    if sys.argv[1] == "executor":
-        import executor
+    if sys.argv[1] == "simulator":
+        import simulator
 
-        # The executor defines the CUDA kernels' names a second time: never in one process with the
+        # The simulator defines the CUDA kernels' names a second time: never in one process with the
         # device's own.
-        torch.ops.load_library(str(executor.build("plain")))
+        torch.ops.load_library(str(simulator.build("plain")))
         operators, device = torch.ops.fused_resnet_simt, "cpu"
     else:
         import fused_resnet  # noqa: F401  (registers the operators)

@@ -1,7 +1,7 @@
 """Small calls of every operator, for tools that slow a device down or replace it.
 
 Each is a label, an operator's name, its arguments on the CPU, and whether float32 is tf32. Shapes
-are the executor's awkward ones: in them lie most edges of tiles, packs and pipelines.
+are the simulator's awkward ones: in them lie most edges of tiles, packs and pipelines.
 """
 
 from __future__ import annotations

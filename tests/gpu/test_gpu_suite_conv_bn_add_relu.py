@@ -1,4 +1,4 @@
-"""The executor's tests of conv_bn_add_relu, on the device: see device.py."""
+"""The simulator's tests of conv_bn_add_relu, on the device: see device.py."""
 
 from test_conv_bn_add_relu import *  # noqa: F403
 

@@ -1,4 +1,4 @@
-"""The executor as a fixture. FR_SIMT_VARIANT=plain|asan|race and FR_SIMT_SEED choose which."""
+"""The simulator as a fixture. FR_SIMT_VARIANT=plain|asan|race and FR_SIMT_SEED choose which."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import executed
-import executor
+import launch_record
 import pytest
+import simulator
 import torch
 from driver import Simt
 
@@ -17,19 +17,19 @@ from driver import Simt
 def simt() -> Iterator[Simt]:
     variant = os.environ.get("FR_SIMT_VARIANT", "plain")
     given = os.environ.get("FR_SIMT_LIBRARY")
-    reason = executor.missing()
+    reason = simulator.missing()
     if reason:
         pytest.skip(reason)
     if variant == "asan" and "libasan" not in os.environ.get("LD_PRELOAD", ""):
-        pytest.fail("FR_SIMT_VARIANT=asan wants LD_PRELOAD: see executor.sanitizer_environment()")
-    path = Path(given) if given else executor.build(variant)
-    executed.begin(path)
+        pytest.fail("FR_SIMT_VARIANT=asan wants LD_PRELOAD: see simulator.sanitizer_environment()")
+    path = Path(given) if given else simulator.build(variant)
+    launch_record.begin(path)
     yield Simt(path, variant, int(os.environ.get("FR_SIMT_SEED", "0")))
-    executed.save()
+    launch_record.save()
 
 
 @pytest.fixture(autouse=True)
-def _executor_is_content(request: pytest.FixtureRequest) -> Iterator[None]:
+def _simulator_is_content(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test whose kernels raced, and lets memory that nobody wrote show up as NaN."""
     if "simt" not in request.fixturenames:
         yield
@@ -43,6 +43,6 @@ def _executor_is_content(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
     simt.launches()
-    executed.add(request.node.path.name, simt.launched)
+    launch_record.add(request.node.path.name, simt.launched)
     simt.launched = []
     simt.check()

@@ -166,7 +166,7 @@ def test_a_shortcut_that_fills_no_packs_runs_by_itself(simt, precision, widths):
 @precisions
 @pytest.mark.parametrize(("width", "tile"), [(128, "Tile<128, 128"), (64, "Tile<128, 64")])
 def test_the_shortcut_in_large_tiles(simt, precision, width, tile):
-    """A map that is large for the executor's few multiprocessors."""
+    """A map that is large for the simulator's few multiprocessors."""
     block = Block(precision, 16, [16, 16, width], 1, shortcut=True)
     x = channels_last(normal(1, 16, 64, 64, dtype=precision.dtype))
     result = block.run(simt, x, join=True)

@@ -1,5 +1,5 @@
 // The device that a host function runs on: all that it needs beyond ATen. Under FR_SIMT this is the
-// CPU executor of the tests, and the operators register under a name of their own.
+// CPU simulator of the tests, and the operators register under a name of their own.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ class DeviceScope {
   explicit DeviceScope(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
   // Few, so that plans which split work among many multiprocessors differ from those which do not
-  // at the sizes that the executor can afford.
+  // at the sizes that the simulator can afford.
   int multiprocessors() const { return 8; }
 #else
  public:

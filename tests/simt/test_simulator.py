@@ -1,4 +1,4 @@
-"""The executor itself: every instruction against a truth of its own, every mistake reported."""
+"""The simulator itself: every instruction against a truth of its own, every mistake reported."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import executor
 import pytest
+import simulator
 import torch
 from driver import Runtime, Simt
 from fragments import check_multiply, load_matrices, manual_maps, pointer
@@ -20,18 +20,18 @@ SEEDS = [0, 1, 2, 3]
 WRONG = re.search(r"enum class Wrong \{(.*?)\}", (HERE / "toys.cu").read_text(), re.DOTALL)
 MISTAKES = [name.strip() for name in WRONG[1].split(",") if name.strip()] if WRONG else []
 
-if executor.missing():
-    pytest.skip(str(executor.missing()), allow_module_level=True)
+if simulator.missing():
+    pytest.skip(str(simulator.missing()), allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
 def toys() -> Runtime:
-    return Runtime(executor.build_toys("plain"))
+    return Runtime(simulator.build_toys("plain"))
 
 
 @pytest.fixture(scope="module")
 def race_toys() -> Runtime:
-    return Runtime(executor.build_toys("race"))
+    return Runtime(simulator.build_toys("race"))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -219,7 +219,7 @@ def test_plain_reports(toys: Runtime, mistake: str, seed: int) -> None:
     assert re.search(REPORTED_BY_PLAIN[mistake], report), report
     assert "fr::mistake_kernel" in report
     assert "block (" in report
-    run(toys.library, RIGHT)  # the executor is whole again
+    run(toys.library, RIGHT)  # the simulator is whole again
     toys.check()
 
 
@@ -244,11 +244,11 @@ def test_race_reports(race_toys: Runtime, mistake: str, seed: int) -> None:
 
 @pytest.mark.parametrize("mistake", ["kNothing", *REPORTED_BY_ASAN])
 def test_asan_reports(mistake: str) -> None:
-    library = executor.build_toys("asan")
+    library = simulator.build_toys("asan")
     command = [sys.executable, str(HERE / "toy_process.py"), str(library)]
     done = subprocess.run(
         [*command, str(MISTAKES.index(mistake))],
-        env={**os.environ, **executor.sanitizer_environment()},
+        env={**os.environ, **simulator.sanitizer_environment()},
         capture_output=True,
         text=True,
     )

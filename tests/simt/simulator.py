@@ -1,6 +1,6 @@
-"""Builds the executor: CUDA's host functions, launchers and kernels, as a library for the CPU.
+"""Builds the simulator: CUDA's host functions, launchers and kernels, as a library for the CPU.
 
-``python tests/simt/executor.py [plain|asan|race]`` prints the library's path. An object is compiled
+``python tests/simt/simulator.py [plain|asan|race]`` prints the library's path. An object is compiled
 again when the text of its source or of a project header that it includes has changed, so a second
 call costs nothing, and a planted bug recompiles only what includes it.
 """
@@ -46,14 +46,14 @@ HOST_FLAGS = ["-O1", "-g0"]
 
 
 def missing() -> str | None:
-    """Why the executor cannot be built here, or None."""
+    """Why the simulator cannot be built here, or None."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "the executor's instructions are written for x86-64"
+        return "the simulator's instructions are written for x86-64"
     if shutil.which(compiler()) is None:
         return f"no C++ compiler ({compiler()})"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if not all(re.search(rf"\b{name}\b", flags) for name in ("avx2", "fma", "f16c")):
-        return "the executor wants a processor with AVX2, FMA and F16C"
+        return "the simulator wants a processor with AVX2, FMA and F16C"
     return None
 
 
@@ -193,7 +193,7 @@ def library(variant: str = "plain") -> Path:
 
 
 def build(variant: str = "plain", sources_root: Path = ROOT, cache: Path = CACHE) -> Path:
-    """The executor's library, built if it is not there.
+    """The simulator's library, built if it is not there.
 
     Objects are looked for in ``cache`` and in this checkout's own, and written to ``cache``.
     """
@@ -201,7 +201,7 @@ def build(variant: str = "plain", sources_root: Path = ROOT, cache: Path = CACHE
 
 
 def build_toys(variant: str, source: str = "toys.cu") -> Path:
-    """The small kernels of test_executor.py, each with a plain C function that launches it."""
+    """The small kernels of test_simulator.py, each with a plain C function that launches it."""
     flags = (*COMMON, *KERNEL_FLAGS[variant], f"-I{HERE}/include", "-Icsrc/cuda", "-x", "c++")
     units = [Object(HERE / source, flags), *runtime_objects(variant)]
     return linked(Path(source).stem, units, variant, ROOT, CACHE)

@@ -14,7 +14,7 @@ from driver import Launch
 
 
 @dataclass
-class Executed:
+class KernelLaunches:
     """Of one kernel; dynamic shared memory in bytes, the least and the most of all launches."""
 
     kernel: str
@@ -28,11 +28,11 @@ class Record:
     """Of one library: the test files that ran, and the kernels by their mangled names."""
 
     files: set[str]
-    kernels: dict[str, Executed]
+    kernels: dict[str, KernelLaunches]
     library: Path
 
 
-#: This session's, if an executor was loaded in it.
+#: This session's, if a simulator was loaded in it.
 SESSION: list[Record] = []
 
 
@@ -46,7 +46,7 @@ def add(test_file: str, launches: list[Launch]) -> None:
     for launch in launches:
         threads = math.prod(launch.block)
         known = record.kernels.setdefault(
-            launch.mangled, Executed(launch.kernel, threads, launch.shared, launch.shared)
+            launch.mangled, KernelLaunches(launch.kernel, threads, launch.shared, launch.shared)
         )
         known.threads = max(known.threads, threads)
         known.least_shared = min(known.least_shared, launch.shared)
@@ -71,5 +71,5 @@ def load(library: Path) -> Record:
     if not _path(library).exists():
         return Record(set(), {}, library)
     stored = json.loads(_path(library).read_text())
-    kernels = {name: Executed(**numbers) for name, numbers in stored["kernels"].items()}
+    kernels = {name: KernelLaunches(**numbers) for name, numbers in stored["kernels"].items()}
     return Record(set(stored["files"]), kernels, library)
