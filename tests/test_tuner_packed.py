@@ -1,8 +1,8 @@
 """The tuner and frozen networks: which backend runs an operation whose weights are packed.
 
 There is a choice on CUDA alone, where all candidates read one layout. Tensors here are on the CPU
-and take the ways of tensors on CUDA; the candidates are CUDA's kernels in the simulator, Triton's in
-the interpreter and PyTorch's own calls, or, where only the choice is asked for, stand-ins.
+and take the paths of tensors on CUDA; the candidates are CUDA's kernels in the simulator, Triton's
+in the interpreter and PyTorch's own calls, or stand-ins where a test checks only the choice.
 """
 
 from __future__ import annotations

@@ -32,10 +32,15 @@ _choice: contextvars.ContextVar[str] = contextvars.ContextVar(
 )
 
 
-#: Whether a GPU's backend takes CPU tensors: its kernels are then executed or interpreted there.
-_emulated: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "fused_resnet_emulated", default=False
-)
+#: The kinds of device whose tensors each backend takes when it is forced, besides ``meta``; the
+#: reference takes all. The tests add ``"cpu"`` to ``cuda`` and ``triton`` while they run a GPU's
+#: kernels in the simulator or the interpreter.
+DEVICE_TYPES: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "library": ("cpu", "cuda"),
+}
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818  (the name is in the public contract)
@@ -116,21 +121,6 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emulating(name: str) -> Iterator[None]:
-    """Choose ``"cuda"`` or ``"triton"`` for CPU tensors, in this thread.
-
-    For a proof on a machine without a GPU: who asks for it has put operators that take CPU tensors
-    in the place of the backend's own (see :mod:`fused_resnet.verify.emulation`).
-    """
-    token = _emulated.set(True)
-    try:
-        with _chosen(name):
-            yield
-    finally:
-        _emulated.reset(token)
-
-
-@contextlib.contextmanager
 def _chosen(name: str) -> Iterator[None]:
     token = _choice.set(name)
     try:
@@ -175,17 +165,17 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
     choice, device = current_backend(), x.device.type
     if choice == "reference":
         return choice
-    if choice == "library" and device in ("cpu", "cuda", "meta"):
-        return choice if op in aten.OPERATIONS else "reference"
     if choice == "auto":
         if device in ("cpu", "meta"):
             return "cpu"
         cuda = device == "cuda" and x.dtype is not torch.float64 and _cuda_runs(x.device.index)
         return "cuda" if cuda else "reference"
-    if device not in ("cuda" if choice == "triton" else choice, "meta") and not _emulated.get():
+    if device not in (*DEVICE_TYPES[choice], "meta"):
         raise BackendUnavailable(
             f"{op}: backend {choice!r} was asked for, but the input is on {device!r}"
         )
+    if choice == "library" and op not in aten.OPERATIONS:
+        return "reference"
     return choice
 
 

@@ -1,8 +1,8 @@
 """Builds the simulator: CUDA's host functions, launchers and kernels, as a library for the CPU.
 
-``python tests/simt/simulator.py [plain|asan|race]`` prints the library's path. An object is compiled
-again when the text of its source or of a project header that it includes has changed, so a second
-call costs nothing, and a planted bug recompiles only what includes it.
+``python tests/simt/simulator.py [plain|asan|race]`` prints the library's path. An object is
+compiled again when its source or a project header that it includes has changed, so a second call
+costs nothing, and a planted bug recompiles only what includes it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KERNEL_FLAGS = {
 LINK_FLAGS = {"plain": [], "asan": ["-fsanitize=address,undefined"], "race": []}
 COMMON = ["-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 COMMON += ["-march=x86-64-v3", "-DFR_SIMT"]
-# No more debug information than line tables, and none where nobody looks: it is most of the time.
+# No more debug information than line tables, and none for the host: it takes most of the time.
 HOST_FLAGS = ["-O1", "-g0"]
 
 
@@ -53,7 +53,7 @@ def missing() -> str | None:
         return f"no C++ compiler ({compiler()})"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if not all(re.search(rf"\b{name}\b", flags) for name in ("avx2", "fma", "f16c")):
-        return "the simulator wants a processor with AVX2, FMA and F16C"
+        return "the simulator needs a processor with AVX2, FMA and F16C"
     return None
 
 
@@ -83,7 +83,7 @@ def objects(variant: str, root: Path) -> list[Object]:
     found = [Object(p.relative_to(root), tuple(host)) for p in sorted(cuda.glob("host/*.cpp"))]
     found.append(Object(HERE / "bindings.cpp", tuple(host)))
     for path in sorted(cuda.glob("*.cu")):
-        if path.name != "probe.cu":  # asks the CUDA runtime, which is not there
+        if path.name != "probe.cu":  # calls the CUDA runtime, which is not linked
             found.append(Object(path.relative_to(root), tuple(kernels)))
     return [*found, *runtime_objects(variant)]
 
@@ -135,7 +135,7 @@ def run(command: list[str], root: Path) -> None:
 
 
 def atomically(command: list[str], flag: str, target: Path, root: Path) -> Path:
-    """Runs a command that writes ``target``, so that others see all of the file or none."""
+    """Runs a command that writes ``target``, so that another process sees a whole file or none."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         run([*command, flag, str(made)], root)
@@ -208,7 +208,7 @@ def build_toys(variant: str, source: str = "toys.cu") -> Path:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What a process needs that loads the asan variant: the interpreter is not instrumented."""
+    """Variables of a process that loads the asan variant into an interpreter without it."""
     runtime = [
         subprocess.run(
             [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True

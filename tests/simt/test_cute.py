@@ -1,4 +1,4 @@
-"""The simulator's fragments are NVIDIA's: registers laid out by CuTe's own layouts go in and out."""
+"""The simulator's fragments match NVIDIA's: registers are filled and read by CuTe's layouts."""
 
 from __future__ import annotations
 
