@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from fused_resnet.bench import environment, harness, memory, networks, operations, plot, results
+from fused_resnet.bench import (
+    environment,
+    harness,
+    inference,
+    memory,
+    networks,
+    operations,
+    plot,
+    results,
+)
 from fused_resnet.bench import problem as problems
 from fused_resnet.bench.harness import Entry, Measurement, Worker, WorkerError, compare
 from fused_resnet.bench.peers import RUNTIMES
@@ -247,7 +256,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(provider: str, dtype: str, problem: Path) -> Subject:
     try:
-        return problems.build(provider, "resnet18", dtype, str(problem))
+        return inference.build(provider, "resnet18", dtype, str(problem))
     except UnavailableError as error:
         pytest.skip(str(error))
 
@@ -285,7 +294,7 @@ def test_runtimes_answer_within_the_limit_of_bfloat16(provider: str, problem: Pa
 def test_a_runtime_without_a_dtype_says_so(problem: Path) -> None:
     for provider in ("onnxruntime", "openvino", "ncnn"):
         with pytest.raises(UnavailableError, match=f"{provider}.*(float64|not installed)"):
-            problems.build(provider, "resnet18", "float64", str(problem))
+            inference.build(provider, "resnet18", "float64", str(problem))
 
 
 @pytest.mark.parametrize("provider", RUNTIMES)
@@ -294,13 +303,13 @@ def test_a_missing_runtime_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"pip install 'fused_resnet\[bench\]'"):
-        problems.build(provider, "resnet18", "float32", str(problem))
+        inference.build(provider, "resnet18", "float32", str(problem))
 
 
 def test_runtimes_use_the_threads_that_they_are_given(problem: Path) -> None:
     """Each in its process, where no other thread pool computes: one core, and no more."""
     measured = compare(
-        problems.entries(tuple(RUNTIMES), "resnet18", "float32", problem),
+        inference.entries(tuple(RUNTIMES), "resnet18", "float32", problem),
         threads=1,
         rounds=2,
         round_seconds=0.1,
@@ -317,7 +326,7 @@ def test_runtimes_use_the_threads_that_they_are_given(problem: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_frozen_answers_within_the_limit_of_its_dtype(dtype: str, problem: Path) -> None:
-    subject = problems.build("frozen", "resnet18", dtype, str(problem))
+    subject = inference.build("frozen", "resnet18", dtype, str(problem))
     with torch.inference_mode():
         assert 0 < subject.error() < networks.LIMITS[dtype]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.bench import hub, zoo
+from fused_resnet.bench import zoo
 from fused_resnet.bench.coverage import Coverage, count, total
 from fused_resnet.cli import main
+from fused_resnet.models import hub
 from fused_resnet.models.optional import MissingPackageError
 from fused_resnet.models.sources import UnknownNetworkError
 

@@ -56,7 +56,7 @@ def listed(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def network(text: str) -> str:
-    """An argparse type: what :func:`fused_resnet.bench.sources.parse` takes."""
+    """An argparse type: what :func:`fused_resnet.models.sources.parse` takes."""
     try:
         return sources.parse(text)
     except sources.UnknownNetworkError as error:

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..bench import environment, harness, plot, problem, results
+from ..bench import environment, harness, inference, plot, problem, results
 from ..bench.providers import NAMES, OURS, PEERS
 from ..models import sources
 from ..tuning import processor
@@ -231,7 +231,7 @@ def measure(
     Args:
         model: The network in eval, float32.
         images: The batch, float32.
-        name: From :func:`fused_resnet.bench.sources.parse`.
+        name: From :func:`fused_resnet.models.sources.parse`.
         providers: Of :data:`fused_resnet.bench.providers.NAMES`.
         dtype: Storage type that the providers run in.
         threads: Of each process.
@@ -243,7 +243,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="fused-resnet-") as folder, progress() as bar:
         task = bar.add_task(f"{name}, batch {batch}: float64 answer", total=None)
         problem.write_problem(Path(folder), model, images)
-        entries = problem.entries(providers, name, dtype, Path(folder)) + more(Path(folder))
+        entries = inference.entries(providers, name, dtype, Path(folder)) + more(Path(folder))
         bar.update(task, total=harness.steps(entries, rounds))
         measurements = harness.compare(
             entries,
