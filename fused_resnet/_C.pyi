@@ -46,7 +46,7 @@ class ResidualRow:
     ) -> None: ...
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
-# The operators of torch.ops.fused_resnet, through the dispatcher: unchecked by fused_resnet.checks.
+# The operators of torch.ops.fused_resnet, without the checks of fused_resnet.ops.checks.
 bn_add_relu: Callable[..., Any]
 bn_add_relu_backward: Callable[..., Any]
 conv_bn_add_relu: Callable[..., Any]
@@ -60,3 +60,4 @@ conv_statistics: Callable[..., Any]
 conv_bn_add_relu_planned: Callable[..., Any]
 conv_conv_add_relu_packed: Callable[..., Any]
 residual_block: Callable[..., Any]
+residual_row: Callable[..., Any]
