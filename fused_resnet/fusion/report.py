@@ -110,7 +110,7 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
         if id(module) in covered:
             continue  # its own route does not run: what it would cover may
         if isinstance(module, FusedForward):
-            covered.update(map(id, module.covered()))
+            covered.update(map(id, module.inlined_modules()))
             for group in module.fused_groups():
                 owned = [module.get_submodule(name) for name in (group.conv, group.bn) if name]
                 known.update(map(id, owned))

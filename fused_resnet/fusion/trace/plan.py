@@ -185,8 +185,8 @@ class TracedForward(FusedForward):
         groups = [g for planned in way.groups for g in _groups_of(self, planned)]
         return groups + [Group("", why, bn=path) for path, why in way.left]
 
-    def covered(self) -> list[nn.Module]:
-        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.covered`."""
+    def inlined_modules(self) -> list[nn.Module]:
+        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.inlined_modules`."""
         way = self.fused_resnet_plan.current(self)
         return [self.get_submodule(path) for path in way.entered] if way else []
 
