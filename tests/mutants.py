@@ -417,8 +417,8 @@ MUTANTS = [
         BACKWARD,
     ),
     Mutant(
-        "swapper ignores running statistics",
-        "fused_resnet/nn/groups.py",
+        "the running mean is ignored",
+        "fused_resnet/nn/group_calls.py",
         '"running_mean": bn.running_mean,',
         '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
         SWAP,
