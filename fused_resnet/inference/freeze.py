@@ -465,7 +465,7 @@ def _own_tensors(model: nn.Module, dtype: torch.dtype | None) -> None:
         if isinstance(module, FrozenConv):
             continue
         # Half-precision statistics would lose what PyTorch keeps: batch norm takes mixed dtypes.
-        keep = isinstance(module, nn.modules.batchnorm._BatchNorm) and dtype in (
+        keep = isinstance(module, nn.modules.batchnorm._NormBase) and dtype in (
             torch.bfloat16,
             torch.float16,
         )
