@@ -13,6 +13,7 @@ import copyreg
 import pickle
 import sys
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -151,8 +152,10 @@ MATCHERS: list[Callable[[nn.Module], ModuleDecision]] = [
 # Derived classes
 
 
-#: The classes that :func:`derive` has created.
-_DERIVED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+#: The classes that :func:`derive` has created. One that nothing else refers to any more is dropped.
+_DERIVED: weakref.WeakValueDictionary[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def derive(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
@@ -170,8 +173,9 @@ def derive(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
     """
     if issubclass(cls, mixin):
         return cls
-    if (cls, mixin) in _DERIVED:
-        return _DERIVED[cls, mixin]
+    known = _DERIVED.get((cls, mixin))
+    if known is not None:
+        return known
     base = getattr(cls, "fused_resnet_base", cls)
     mixins = (mixin, *getattr(cls, "fused_resnet_mixins", ()))
     name = getattr(mixin, "fused_resnet_prefix", "Fused") + base.__name__
@@ -185,10 +189,11 @@ def derive(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
     own = getattr(mixin, "fused_resnet_members", None)
     members |= own(base) if own else {}
     # new_class picks the metaclass as a class statement does.
-    _DERIVED[cls, mixin] = types.new_class(
+    derived = types.new_class(
         name, (*mixins, base), exec_body=lambda namespace: namespace.update(members)
     )
-    return _DERIVED[cls, mixin]
+    _DERIVED[cls, mixin] = derived
+    return derived
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:

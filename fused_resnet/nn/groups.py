@@ -250,7 +250,7 @@ def _sequence_groups(names: Sequence[str], members: Sequence[nn.Module]) -> Iter
             pool = names[at + length - 1] if has_pool else ""
             conv, bn = names[at : at + 2]
             yield Group(decision.operation, "", conv, bn, pool, decision.relu, length)
-        elif is_norm(first) and not hasattr(first, "fused_groups"):
+        elif is_norm(first):
             yield Group("", _unfused_norm_reason(members, at), bn=names[at])
         at += length
 

@@ -371,7 +371,9 @@ def _check_bn(
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # torch.jit.trace checks what it recorded by a second trace, and that one without gradients.
+    enabled = torch.is_grad_enabled() or torch.jit.is_tracing()
+    return enabled and any(t is not None and t.requires_grad for t in tensors)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch.library import Library, register_fake
 
 from .. import _C
 from ..backends import aten
+from . import flops
 from .autograd import register_formulas
 from .fakes import FAKES
 
@@ -63,6 +64,7 @@ for _namespace in ("fused_resnet", "fused_resnet_triton", "fused_resnet_library"
     for _name, _fake in FAKES.items():
         register_fake(f"{_namespace}::{_name}", _fake)
     register_formulas(_namespace)
+    flops.register(_namespace)
 
 #: Where the operators of a backend are.
 OPERATORS: dict[str, Any] = {

@@ -130,7 +130,8 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
         calls.append(Call(op, default, candidates, arguments[0].device, maps))
         return default
     x = arguments[0]
-    if type(x) not in _PLAIN:  # a fake or a proxy, whose sizes may be no numbers
+    # A fake tensor or a proxy, whose sizes may be no numbers; a meta tensor, which takes no time.
+    if type(x) not in _PLAIN or x.device.type not in ("cpu", "cuda"):
         return default
     # All that the longer way depends on, and much faster to make than what it looks up.
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +21,13 @@ from ...nn.fused_forward import BlockModules, FusedForward
 from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
 from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
 from ...nn.module_kinds import (
+    RELU,
     FoldedBatchNorm,
     PackedConv,
     is_hooked,
     original_class,
 )
 from .matching import FUNCTION, NOTHING_AROUND
-
-#: Passed as the activation where the module applies ReLU as a function. It has no state.
-RELU = nn.ReLU()
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ class GeneratedForward:
         exec(compile(self.source, name, "exec"), namespace)
         # Tracebacks then show the generated line.
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
+        weakref.finalize(self, linecache.cache.pop, name, None)
         object.__setattr__(self, "functions", namespace)
 
     def __deepcopy__(self, memo: Any) -> GeneratedForward:
