@@ -21,8 +21,8 @@ RELU = nn.ReLU()
 class PackedConv(nn.Module):
     """A group with packed weights, which :func:`fused_resnet.freeze` puts in a convolution's place.
 
-    It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution and
-    its batch norm.
+    It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution
+    and its batch norm.
 
     Attributes:
         operation: Name of the operation that it runs.
