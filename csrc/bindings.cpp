@@ -6,7 +6,7 @@
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
-#include "held_row.h"
+#include "residual_row.h"
 #include "schemas.h"
 #include "unchanged.h"
 #ifdef FR_WITH_CUDA
@@ -21,9 +21,9 @@ TORCH_LIBRARY(fused_resnet, m) {
 
 namespace {
 
-// Given its statistics, batch norm in training is batch norm in inference. It is an operator of its
-// own because its gradient is not: there the statistics depend on x.
-at::Tensor bn_add_relu_given(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+// With known batch statistics the forward of training is that of inference. It is an operator of
+// its own because the gradients differ: in training the statistics depend on x.
+at::Tensor bn_add_relu_apply(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const at::Tensor& mean,
                              const at::Tensor& var, const std::optional<at::Tensor>& residual,
                              double eps, bool relu) {
@@ -40,7 +40,7 @@ at::Tensor bn_add_relu_given(const at::Tensor& x, const std::optional<at::Tensor
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
-  m.impl("bn_add_relu_given", &bn_add_relu_given);
+  m.impl("bn_add_relu_apply", &bn_add_relu_apply);
 }
 
 namespace {
@@ -71,7 +71,7 @@ fr::ConvShape shape_of_weight(const std::vector<int64_t>& sizes, int64_t groups)
   return s;
 }
 
-// input_shape is x's (N, C, H, W); the rest as conv_bn_add_relu_packed has it.
+// input_shape is (N, C, H, W); the other arguments are those of conv_bn_add_relu_packed.
 std::string conv_algorithm(const std::vector<int64_t>& input_shape,
                            const std::vector<int64_t>& weight_shape,
                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -127,26 +127,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [] { return std::vector<std::string>(std::begin(fr::kSchemas), std::end(fr::kSchemas)); },
       "Every operator's schema.");
   m.def("cuda_device_problem", &cuda_device_problem,
-        "Empty if this build runs on that CUDA device, else why it does not.");
+        "Empty if this build runs on that CUDA device, else the reason why it does not.");
   m.def("packed_conv_weight_numel", &packed_conv_weight_numel,
-        "Elements of what pack_conv_weight returns.");
-  m.def("packed_conv_weight_dtype", &fr::packed_type, "Their dtype, for weights of this one.");
+        "Number of elements of what pack_conv_weight returns.");
+  m.def("packed_conv_weight_dtype", &fr::packed_type,
+        "Dtype of what pack_conv_weight returns for a weight of this dtype.");
   m.def("conv_algorithm", &conv_algorithm,
-        "What conv_bn_add_relu_packed runs on the CPU: direct or winograd.");
+        "The algorithm that conv_bn_add_relu_packed runs on the CPU.");
   m.def(
       "peak_flops", [](at::ScalarType dtype) { return fr::peak_flops(fr::dtype_of(dtype)); },
-      "Measured floating-point operations a second of the CPU, on PyTorch's threads.");
+      "Measured floating-point operations per second of the CPU, on PyTorch's threads.");
   m.def("memory_bandwidth", &memory_bandwidth,
-        "Measured bytes a second from memory, on PyTorch's threads: read, and copy.");
-  m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries are what they were.");
-  using Row = fr::HeldRow;
+        "Measured memory bandwidth in bytes per second, on PyTorch's threads: read and copy.");
+  m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries still hold the same objects.");
+  using Row = fr::ResidualRow;
   using Bools = std::vector<bool>;
-  py::class_<Row>(m, "ResidualRow", "residual_row with all arguments but its map.")
+  py::class_<Row>(m, "ResidualRow", "residual_row with all arguments bound but x.")
       .def(py::init<Row::Tensors, Row::Tensors, Row::Tensors, Row::Ints, const Bools&, Row::Ints,
                     Row::Ints, Row::Ints, Row::Ints, const Bools&>())
       .def("__call__", torch::wrap_pybind_function_no_gil(
                            [](const Row& row, const at::Tensor& x) { return row(x); }));
-  // The operators themselves, through the dispatcher, for those who want them bare.
+  // The operators themselves, through the dispatcher, without the checks of fused_resnet/checks.py.
   const py::object ops = py::module_::import("torch").attr("ops").attr("fused_resnet");
   for (const std::string schema : fr::kSchemas) {
     const std::string name = schema.substr(0, schema.find('('));

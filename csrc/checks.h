@@ -1,5 +1,6 @@
-// Argument checks of the compiled operators: operation, argument, expected, got. They are what
-// memory safety needs; fused_resnet/checks.py checks the same and more before a call comes here.
+// Argument checks of the compiled operators. Messages name the operation, the argument, what was
+// expected and what came. These checks cover memory safety; fused_resnet/checks.py checks the same
+// and more before it calls an operator.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,7 +27,7 @@ inline void check_device(const char* op, const char* name, const at::Tensor& t,
                     like.device(), ", got ", t.device());
 }
 
-// `v` has an element for each channel and lies where `like` does.
+// `v` has one element per channel and is on the device of `like`.
 inline void check_vector(const char* op, const char* name, const std::optional<at::Tensor>& v,
                          int64_t channels, const at::Tensor& like) {
   if (!v.has_value()) return;
@@ -37,7 +38,7 @@ inline void check_vector(const char* op, const char* name, const std::optional<a
   check_device(op, name, *v, like);
 }
 
-// `t` has the given shape, and the dtype and device of `like`.
+// `t` has shape `shape`, and the dtype and device of `like`.
 inline void check_same(const char* op, const char* name, const std::optional<at::Tensor>& t,
                        at::IntArrayRef shape, const at::Tensor& like) {
   if (!t.has_value()) return;
@@ -53,7 +54,7 @@ inline void check_pair(const char* op, const char* name, at::IntArrayRef v, int6
                     ": expected two ints >= ", least, ", got ", v);
 }
 
-// The sizes of a convolution of x by a weight of these sizes, all of them checked.
+// The checked sizes of a convolution of x with a weight of shape `weight`.
 inline ConvShape conv_shape(const char* op, const at::Tensor& x, at::IntArrayRef weight,
                             at::IntArrayRef stride, at::IntArrayRef padding,
                             at::IntArrayRef dilation, int64_t groups) {
@@ -79,7 +80,7 @@ inline ConvShape conv_shape(const char* op, const at::Tensor& x, at::IntArrayRef
   return s;
 }
 
-// Of a max-pool behind a convolution of these sizes.
+// Checks a max-pool that follows a convolution of shape `s`.
 inline void check_pool(const char* op, const ConvShape& s, at::IntArrayRef kernel,
                        at::IntArrayRef stride, at::IntArrayRef padding) {
   check_pair(op, "pool_kernel", kernel, 1);
@@ -94,7 +95,7 @@ inline void check_pool(const char* op, const ConvShape& s, at::IntArrayRef kerne
       kernel);
 }
 
-// The arguments of bn_add_relu, on any device.
+// Checks the arguments of bn_add_relu, on any device.
 inline void check_bn(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& weight,
                      const std::optional<at::Tensor>& bias,
                      const std::optional<at::Tensor>& running_mean,
@@ -111,7 +112,7 @@ inline void check_bn(const char* op, const at::Tensor& x, const std::optional<at
                     ": running_mean, running_var: expected tensors when not training, got None");
 }
 
-// The arguments of bn_add_relu_backward, on any device.
+// Checks the arguments of bn_add_relu_backward, on any device.
 inline void check_bn_backward(const char* op, const at::Tensor& grad, const at::Tensor& x,
                               const std::optional<at::Tensor>& y,
                               const std::optional<at::Tensor>& weight, const at::Tensor& mean,

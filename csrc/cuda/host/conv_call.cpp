@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int>::max();
 
-// Kernels count the pixels of a batch and the elements of one image in 32 bits, and find an image
-// in the batch in 64.
+// Kernels index the pixels of a batch and the elements of one image with 32 bits, and an image in
+// the batch with 64.
 void check_sizes(const char* op, const ConvShape& s) {
   TORCH_CHECK_VALUE(s.h * s.w * s.c <= kIntMax, op,
                     ": x: expected less than 2^31 elements in an image, got ", s.h * s.w * s.c);
@@ -184,7 +184,7 @@ at::Tensor ConvCall::run_then_1x1(const at::Tensor& packed, const at::Tensor& sc
   block.second.affine.bias = vector("shift", shift, k);
   block.second.residual = map(residual);
   block.second.relu = true;
-  // Operands that do not begin at multiples of 16 bytes are another kernel's.
+  // This kernel requires operands that begin at multiples of 16 bytes.
   if (!aligned_) return {};
   const at::Tensor y = empty_map(k);
   block.second.y = y.mutable_data_ptr();

@@ -1,5 +1,5 @@
-// On CUDA a packed weight is the weight in its own dtype, filter by filter in channels_last order:
-// what implicit matrix products read.
+// On CUDA a packed weight is the weight in its own dtype, flat in channels_last order, which the
+// implicit matrix products read.
 #include <ATen/ATen.h>
 
 #include "conv_call.h"
