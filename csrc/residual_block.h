@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
+
 namespace fr {
 
 // A packed convolution of the block and the affine step after it. References to elements of the
@@ -39,14 +41,17 @@ inline Block decompose(const at::Tensor& x, at::TensorList packed, at::TensorLis
                     own + 1, " tensors, got ", count);
   TORCH_CHECK_VALUE(scale.size() == count && shift.size() == count, op, ": scale, shift: expected ",
                     count, " tensors, got ", scale.size(), " and ", shift.size());
-  TORCH_CHECK_VALUE(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got ", x.sizes());
+  check_map(op, "x", x);
   TORCH_CHECK_VALUE(bottleneck || (dilation == 1 && groups == 1), op,
                     ": dilation, groups: expected 1 in a basic block, got ", dilation, " and ",
                     groups);
   const auto conv = [&](size_t i, int64_t in_channels, int64_t size, int64_t s, int64_t d,
                         int64_t g) -> BlockConv {
-    TORCH_CHECK_VALUE(g >= 1 && in_channels % g == 0, op, ": groups: expected a divisor of ",
-                      in_channels, " channels, got ", g);
+    check_size(op, "groups", g, 1);
+    TORCH_CHECK_VALUE(in_channels % g == 0, op, ": groups: expected a divisor of ", in_channels,
+                      " channels, got ", g);
+    check_storage(op, "scale", scale[i]);
+    check_size(op, "dilation", d, 1);
     const int64_t pad = size == 1 ? 0 : d;
     return {packed[i], scale[i],   shift[i], {scale[i].numel(), in_channels / g, size, size},
             {s, s},    {pad, pad}, {d, d},   g};

@@ -6,6 +6,10 @@
 
 namespace fr {
 
+inline void check_dictionary(const pybind11::handle& object) {
+  if (!PyDict_Check(object.ptr())) throw pybind11::type_error("unchanged: expected dictionaries");
+}
+
 // Whether the values of the dictionaries `members`, in order, are the objects `held`; the
 // dictionaries `empty` are empty; and the dictionaries `lacking` do not have `key`. The caller owns
 // the lists, so that the garbage collector sees them: a module holds its snapshot, which holds the
@@ -19,11 +23,15 @@ inline bool unchanged(const pybind11::list& members, const pybind11::tuple& held
     if (size > 0) return false;
   }
   for (const pybind11::handle dictionary : lacking) {
-    if (PyDict_Contains(dictionary.ptr(), key.ptr()) != 0) return false;
+    check_dictionary(dictionary);
+    const int contains = PyDict_Contains(dictionary.ptr(), key.ptr());
+    if (contains < 0) throw pybind11::error_already_set();
+    if (contains > 0) return false;
   }
   const size_t count = held.size();
   size_t at = 0;
   for (const pybind11::handle dictionary : members) {
+    check_dictionary(dictionary);
     Py_ssize_t place = 0;
     PyObject *name = nullptr, *value = nullptr;
     while (PyDict_Next(dictionary.ptr(), &place, &name, &value)) {

@@ -238,7 +238,7 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
   const int64_t per_image = ceil_div(pool.out_h(), rows);
   at::parallel_for(0, s.n * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch, rows_between;
-    const int64_t most_rows = (rows - 1) * pool.stride_h + pool.kernel_h;
+    const int64_t most_rows = std::min((rows - 1) * pool.stride_h + pool.kernel_h, pool.h);
     char* const map = rows_between.at_least(most_rows * row_bytes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / per_image;

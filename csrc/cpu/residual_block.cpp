@@ -51,7 +51,6 @@ class Step {
         shift_(c.shift.expect_contiguous()),
         dtype_(dtype_of(like.scalar_type())),
         winograd_(winograd) {
-    check_packed(kOp, shape, like, c.packed, c.scale, c.shift);
     args_.shape = shape;
     args_.packed = packed_->const_data_ptr();
     args_.scale = scale_->const_data_ptr();
@@ -77,13 +76,6 @@ class Step {
   DType dtype_;
   bool winograd_;
 };
-
-// The sizes of the convolution that follows `before` in the block.
-ConvShape next_shape(const ConvShape& before, const BlockConv& c) {
-  return {before.n,          before.out_h(),    before.out_w(), before.k,    c.weight_shape[0],
-          c.weight_shape[2], c.weight_shape[3], c.stride[0],    c.stride[1], c.padding[0],
-          c.padding[1],      c.dilation[0],     c.dilation[1],  c.groups};
-}
 
 // A shortcut without parameters: every `stride`-th pixel, with `channels` zero channels added
 // before and after those of x.
@@ -127,15 +119,12 @@ class BlockCall {
   BlockCall(const at::Tensor& x, const Block& block, bool winograd, const Padding& padding = {0, 1})
       : x_(x.expect_contiguous(kChannelsLast)), padding_(padding) {
     for (const BlockConv& c : block.convs) {
-      const ConvShape shape =
-          steps_.empty() ? shape_on(x, c) : next_shape(steps_.back().shape(), c);
-      TORCH_CHECK_VALUE(shape.k % shape.groups == 0, kOp, ": groups: expected a divisor of the ",
-                        shape.k, " output channels, got ", shape.groups);
-      steps_.emplace_back(c, shape, x, winograd);
+      const ConvShape shape = steps_.empty() ? shape_on(x.sizes(), c) : shape_on(result(), c);
+      steps_.push_back(checked_step(c, shape, x, winograd));
     }
     std::vector<int64_t> residual = padding.result(x);
     if (block.shortcut) {
-      shortcut_.emplace(*block.shortcut, shape_on(x, *block.shortcut), x, winograd);
+      shortcut_ = checked_step(*block.shortcut, shape_on(x.sizes(), *block.shortcut), x, winograd);
       residual = result_of(shortcut_->shape());
     }
     TORCH_CHECK_VALUE(residual == result(), kOp, ": residual: expected shape ",
@@ -165,8 +154,14 @@ class BlockCall {
   std::optional<Step> shortcut_;
   Padding padding_;
 
-  static ConvShape shape_on(const at::Tensor& x, const BlockConv& c) {
-    return conv_shape(kOp, x, c.weight_shape, c.stride, c.padding, c.dilation, c.groups);
+  static ConvShape shape_on(at::IntArrayRef input, const BlockConv& c) {
+    return conv_shape(kOp, input, c.weight_shape, c.stride, c.padding, c.dilation, c.groups);
+  }
+
+  static Step checked_step(const BlockConv& c, const ConvShape& shape, const at::Tensor& like,
+                           bool winograd) {
+    check_packed(kOp, shape, like, c.packed, c.scale, c.shift);
+    return {c, shape, like, winograd};
   }
 
   // Size of an image's largest map between two convolutions.
@@ -270,9 +265,10 @@ at::Tensor residual_row_cpu(const at::Tensor& x, at::TensorList packed, at::Tens
   for (size_t i = 0; i < blocks; ++i) {
     TORCH_CHECK_VALUE(convs[i] == 2 || convs[i] == 3, op, ": convs: expected 2 or 3, got ",
                       convs[i]);
-    TORCH_CHECK_VALUE(padding[i] >= 0 && (padding[i] == 0 || !projected[i]), op,
-                      ": padding: expected none beside a projection, and else at least 0, got ",
-                      padding[i]);
+    check_size(op, "stride", stride[i], 1);
+    check_size(op, "padding", padding[i], 0);
+    TORCH_CHECK_VALUE(padding[i] == 0 || !projected[i], op,
+                      ": padding: expected 0 beside a projection, got ", padding[i]);
     const size_t count = static_cast<size_t>(convs[i]) + projected[i];
     for (const at::TensorList& list : {packed, scale, shift}) {
       TORCH_CHECK_VALUE(at + count <= list.size(), op, ": expected at least ", at + count,

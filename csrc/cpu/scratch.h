@@ -4,6 +4,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -21,7 +22,11 @@ class Scratch {
     kept().pop_back();
   }
   ~Scratch() {
-    if (held_.bytes > 0 && held_.bytes <= kKeptBytes) kept().push_back(std::move(held_));
+    if (held_.bytes == 0 || held_.bytes > kKeptBytes) return;
+    try {
+      kept().push_back(std::move(held_));
+    } catch (const std::bad_alloc&) {  // then the block is freed, as a destructor must not throw
+    }
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -29,8 +34,9 @@ class Scratch {
   // At least `bytes` bytes, whose contents are undefined.
   char* at_least(int64_t bytes) {
     if (held_.bytes < bytes) {
-      held_.data.clear();  // before the allocation, so that both blocks never exist at once
-      held_ = {c10::GetCPUAllocator()->allocate(bytes), bytes};
+      held_ = Block();  // before the allocation, so that both blocks never exist at once
+      c10::DataPtr data = c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
+      held_ = {std::move(data), bytes};  // only now, as the allocation may throw
     }
     return static_cast<char*>(held_.data.get());
   }

@@ -41,16 +41,21 @@ bool paired(const StemParams& p) {
   return p.image.stride_w * p.image.c % 2 == 0 && (p.image.dilation_w == 1 || p.image.c % 2 == 0);
 }
 
+// Sizes beyond what fits are cut to a size that does not fit either, lest they overflow.
+int cut(int64_t size) { return static_cast<int>(std::min(size, kMostSharedBytes + 1)); }
+
 void set_tile(StemParams* p, int tile_h, int tile_w) {
   const ConvImage& m = p->image;
   p->tile_h = tile_h;
   p->tile_w = tile_w;
-  p->conv_rows = (tile_h - 1) * p->pool.stride_h + p->pool.kernel_h;
-  p->conv_cols = (tile_w - 1) * p->pool.stride_w + p->pool.kernel_w;
-  p->patch_rows = (p->conv_rows - 1) * m.stride_h + (m.kh - 1) * m.dilation_h + 1;
-  const int64_t patch_cols = (p->conv_cols - 1) * m.stride_w + (m.kw - 1) * m.dilation_w + 1;
+  p->conv_rows = cut(int64_t{tile_h - 1} * p->pool.stride_h + p->pool.kernel_h);
+  p->conv_cols = cut(int64_t{tile_w - 1} * p->pool.stride_w + p->pool.kernel_w);
+  p->patch_rows =
+      cut(int64_t{p->conv_rows - 1} * m.stride_h + int64_t{m.kh - 1} * m.dilation_h + 1);
+  const int64_t patch_cols =
+      cut(int64_t{p->conv_cols - 1} * m.stride_w + int64_t{m.kw - 1} * m.dilation_w + 1);
   // One more than its content, for the word that the last element shares with the padding.
-  p->patch_pitch = static_cast<int>(round_up(patch_cols * m.c + 1, 2));
+  p->patch_pitch = cut(round_up(patch_cols * m.c + 1, 2));
   p->tiles_y = static_cast<int>(ceil_div(p->out_h, tile_h));
   p->tiles_x = static_cast<int>(ceil_div(p->out_w, tile_w));
 }
@@ -86,7 +91,9 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, ConvPrecision precisi
   const bool fits =
       precision != ConvPrecision::kFloat32 && s.groups == 1 &&
       depth * kStemChannels * instance.bytes < kMostSharedBytes && s.k * depth < kMost &&
-      (s.h + 2 * s.pad_h) * (s.w + 2 * s.pad_w) * s.c < kMost && s.n * out_h * out_w < kMost;
+      (s.h + 2 * s.pad_h) * (s.w + 2 * s.pad_w) * s.c < kMost && s.n * out_h * out_w < kMost &&
+      (s.out_h() + 2 * pool.pad_h) * s.stride_h < kMost &&
+      (s.out_w() + 2 * pool.pad_w) * s.stride_w < kMost;
   if (!fits) return false;
   p->image = {nullptr,         as_int(s.h),     as_int(s.w),          as_int(s.c),
               as_int(s.kh),    as_int(s.kw),    as_int(s.stride_h),   as_int(s.stride_w),
