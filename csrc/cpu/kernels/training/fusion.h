@@ -1,7 +1,7 @@
 // What is fused before and behind the training convolutions, for maps of storage type T.
 //
-// A prologue makes an operand while it is loaded, so that it is never stored: batch norm and ReLU of
-// the convolution before, or the affine gradient of batch norm. An epilogue sees the result in
+// A prologue makes an operand while it is loaded, so that it is never stored: batch norm and ReLU
+// of the convolution before, or the affine gradient of batch norm. An epilogue sees the result in
 // registers: statistics of what is stored, or the ReLU mask and the two sums of batch norm's
 // backward.
 //
@@ -124,8 +124,8 @@ FR_INLINE void with_gradient(const TrainingBackward& f, Run run) {
 
 // --- Sums over a block. --------------------------------------------------------------------------
 
-// kRows sums per channel. Added in A over kSumRows pixels at most, as `fold` is called so often, and
-// in float64 from there.
+// kRows sums per channel. Added in A over kSumRows pixels at most, as `fold` is called so often,
+// and in float64 from there.
 template <class A, int kRows>
 struct BlockSums {
   A* near;        // [kRows][channels], in scratch
@@ -293,14 +293,15 @@ FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, 
   T* z = static_cast<T*>(f.z);
   if (f.sums) {
     const int64_t k = f.shape.k;
-    run(StoreStatistics<T>{
-        z, {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k}});
+    run(StoreStatistics<T>{z,
+                           {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k}});
   } else {
     run(Store<T>{z});
   }
 }
 
-// Calls run(epilogue) with the data gradient's; `near` is room for BlockSums<Acc<T>, kGradientRows>.
+// Calls run(epilogue) with the data gradient's; `near` is room for BlockSums<Acc<T>,
+// kGradientRows>.
 template <class T, class Run>
 FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near, Run run) {
   using A = Acc<T>;

@@ -4,8 +4,8 @@
 // Maps are channels-last, of the table's storage type T. Vectors per channel and the packed weights
 // are of the arithmetic type A: double for double, else float.
 //
-// Work is cut into blocks whose extent depends on the shape alone, and each block leaves its sums in
-// a place of its own, so a result has the same bits on any number of threads.
+// Work is cut into blocks whose extent depends on the shape alone, and each block leaves its sums
+// in a place of its own, so a result has the same bits on any number of threads.
 #pragma once
 
 #include "../table.h"
@@ -17,7 +17,7 @@ constexpr int64_t kSumRows = 512;
 
 // What the sums of a block consist of, one double per channel each.
 enum StatisticsRow { kPivot, kSumFromPivot, kSquaresFromPivot, kStatisticsRows };
-enum GradientRow { kSumG, kSumGXc, kGradientRows };
+enum GradientRow { kSumG, kSumGXc, kGradientRows, kSumGShortcutXc = kGradientRows, kBlockEndRows };
 
 // --- Passes over maps of `rows` pixels. ----------------------------------------------------------
 
@@ -35,11 +35,11 @@ struct BlockEnd {
 struct BlockEndBackward {
   int64_t channels;
   const void* dy;
-  const void* y;  // null: no ReLU
-  const void *z, *mean;
+  const void* y;                         // null: no ReLU
+  const void *z, *mean;                  // null without sums
   const void *shortcut, *shortcut_mean;  // null: no third sum
   void* g;                               // null: not wanted
-  double* sums;                          // [block][3][channels]; null: not wanted
+  double* sums;                          // [block][kBlockEndRows][channels]; null: not wanted
 };
 
 // Of the map as it is stored, about the block's first row.
@@ -133,15 +133,18 @@ struct TrainingConv {
 };
 
 struct TrainingKernels {
-  // Of rows [begin, end), which are block `block` where there are sums.
+  // Of rows [begin, end), which are block `block`, at most kSumRows. `scratch` has room for a
+  // vector of type A for each of the sums.
   void (*block_end)(const BlockEnd&, int64_t begin, int64_t end);
-  void (*block_end_backward)(const BlockEndBackward&, int64_t begin, int64_t end, int64_t block);
-  void (*statistics)(const Statistics&, int64_t begin, int64_t end, int64_t block);
+  void (*block_end_backward)(const BlockEndBackward&, int64_t begin, int64_t end, int64_t block,
+                             void* scratch);
+  void (*statistics)(const Statistics&, int64_t begin, int64_t end, int64_t block, void* scratch);
   void (*bn_gradient)(const BnGradient&, int64_t begin, int64_t end);
-  void (*masked_sums)(const MaskedSums&, int64_t begin, int64_t end, int64_t block);
+  void (*masked_sums)(const MaskedSums&, int64_t begin, int64_t end, int64_t block, void* scratch);
   // Of rows of the result (of its n * out_h) and of rows of the map (of its n * h).
   void (*stem_end)(const StemEnd&, int64_t begin, int64_t end);
-  void (*stem_end_backward)(const StemEndBackward&, int64_t begin, int64_t end, int64_t block);
+  void (*stem_end_backward)(const StemEndBackward&, int64_t begin, int64_t end, int64_t block,
+                            void* scratch);
   // to[i] = the sum of parts[part * numel + i], in order, for i in [begin, end); of type A.
   void (*add_parts)(const void* parts, int64_t count, int64_t numel, int64_t begin, int64_t end,
                     void* to);
