@@ -116,6 +116,8 @@ struct BlockKernel {
   // How many weight gradients the blocks make, to be added in order; each is written whole, whether
   // or not there are images. Null for directions without one.
   int64_t (*parts)(const ConvShape&);
+  // How many pixels a block's statistics are of. Null but for the forward.
+  int64_t (*pixels)(const ConvShape&, int64_t block);
   void (*run)(const Args&, int64_t block, void* scratch);
 };
 
