@@ -7,12 +7,16 @@
 #include <vector>
 
 #include "kernels/table.h"
+#include "kernels/training/table.h"
 
 namespace fr {
 
 // Chosen once, at the first call: the best that the machine has, or what FUSED_RESNET_ISA names.
 // Throws a ValueError where that names none that the machine supports.
 const KernelTable& kernels();
+
+// The training kernels of the same instruction set.
+const TrainingTable& training_kernels();
 
 // Names that this machine supports, best first; the last may be amx_emulated, which is for tests.
 std::vector<std::string> supported_isas();
