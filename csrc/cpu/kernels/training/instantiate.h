@@ -1,0 +1,33 @@
+// The training kernels of one instruction set, for every storage type. Each isa_*.cpp includes this
+// once.
+#pragma once
+
+#include "passes.h"
+#include "stem.h"
+
+namespace fr {
+namespace FR_ISA {
+
+template <class T>
+constexpr TrainingKernels training_kernels_of() {
+  return {block_end<T>,
+          block_end_backward<T>,
+          statistics<T>,
+          bn_gradient<T>,
+          masked_sums<T>,
+          stem_end<T>,
+          stem_end_backward<T>,
+          add_parts<Acc<T>>,
+          {},
+          {},
+          {}};
+}
+
+// In the order of DType.
+constexpr TrainingTable make_training_table() {
+  return {{training_kernels_of<float>(), training_kernels_of<double>(),
+           training_kernels_of<BFloat16>(), training_kernels_of<Half>()}};
+}
+
+}  // namespace FR_ISA
+}  // namespace fr
