@@ -108,10 +108,10 @@ def test_what_a_provider_prints_is_no_answer() -> None:
 
 def test_a_provider_that_hangs_is_ended() -> None:
     with Worker(threads=1) as worker:
-        worker.ask("build", target="bench_subjects:hangs_after", case={"calls": 1})
+        worker.request("build", target="bench_subjects:hangs_after", case={"calls": 1})
         worker.timeout = 0.2
         with pytest.raises(WorkerError, match=r"no answer within 0\.2 s"):
-            worker.ask("round", iterations=1)
+            worker.request("round", iterations=1)
 
 
 def test_an_interruption_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:

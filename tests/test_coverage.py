@@ -114,7 +114,7 @@ def test_families_and_missing_libraries(
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert ["torchvision, small", "2", "72", "72", ""] in cells
     for name in ("timm", "transformers", "segmentation_models_pytorch"):
-        line = f"left out: {name} is not installed; run: pip install 'fused_resnet[models]'"
+        line = f"skipped: {name} is not installed; run: pip install 'fused_resnet[models]'"
         assert out.splitlines().count(line) == 1
 
 
