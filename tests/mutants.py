@@ -156,8 +156,8 @@ MUTANTS = [
     Mutant(
         "a part of the batch takes the first part's residual",
         BLOCK,
-        "steps_.back().run(worker, images, h, identity ? x : y, y, true);",
-        "steps_.back().run(worker, images, h, identity ? x_->const_data_ptr() : y, y, true);",
+        "steps_.back().run(team, images, h, identity ? x : y, y, true);",
+        "steps_.back().run(team, images, h, identity ? x_->const_data_ptr() : y, y, true);",
         BLOCKS,
     ),
     Mutant(
@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "no ReLU between a block's convolutions",
         BLOCK,
-        "steps_[i].run(worker, images, h, nullptr, here, true);",
-        "steps_[i].run(worker, images, h, nullptr, here, i > 0);",
+        "steps_[i].run(team, images, h, nullptr, here, true);",
+        "steps_[i].run(team, images, h, nullptr, here, i > 0);",
         BLOCKS,
     ),
     Mutant(
@@ -292,14 +292,14 @@ MUTANTS = [
     ),
     Mutant(
         "threads do not wait for each other between two loops",
-        "csrc/cpu/team.h",
-        "if (loops_ > 0 && team_size_ > 1) barrier_.wait(loops_, team_size_);",
+        "csrc/cpu/thread_team.h",
+        "if (loops_ > 0 && size_ > 1) barrier_.wait(loops_, size_);",
         "",
         ROW,
     ),
     Mutant(
         "a loop loses its last share",
-        "csrc/cpu/team.h",
+        "csrc/cpu/thread_team.h",
         "if (begin >= count) return;",
         "if (begin + share >= count && rank_ > 0) return;",
         ROW,
@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant(
         "a dilated row's sums depend on the block",
         PAIRS,
-        "if (!joined && !straddling) {",
-        "if (!joined && !by_column) {",
+        "if (!adjacent && !straddling) {",
+        "if (!adjacent && !by_column) {",
         *TILED,
     ),
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),

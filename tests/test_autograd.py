@@ -46,7 +46,7 @@ def test_bn_add_relu_gradcheck(fmt, training, relu, residual):
 @pytest.mark.parametrize(
     ("relu", "residual"), [(True, True), (True, False), (False, True), (False, False)]
 )
-def test_bn_add_relu_given_gradcheck(fmt, relu, residual):
+def test_bn_add_relu_apply_gradcheck(fmt, relu, residual):
     """The statistics come from elsewhere, and the gradient knows that they depend on x."""
     x = normal(3, 5, 3, 2, dtype=torch.float64).contiguous(memory_format=FORMATS[fmt])
     weight, bias, _, _ = batch_norm(5, torch.float64)
@@ -54,7 +54,7 @@ def test_bn_add_relu_given_gradcheck(fmt, relu, residual):
 
     def call(x, weight, bias, r=None):
         mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), correction=0)
-        return compiled.bn_add_relu_given(x, weight, bias, mean, var, r, 1e-5, relu)
+        return compiled.bn_add_relu_apply(x, weight, bias, mean, var, r, 1e-5, relu)
 
     assert torch.autograd.gradcheck(call, inputs)
 

@@ -25,7 +25,7 @@ def register_formulas(library: str) -> None:
         register_autograd(f"{library}::{name}", backward, setup_context=setup)
 
     formula("bn_add_relu", partial(_bn_backward, operators), _bn_setup)
-    formula("bn_add_relu_given", partial(_given_backward, operators), _given_setup)
+    formula("bn_add_relu_apply", partial(_given_backward, operators), _given_setup)
     formula("bn_add_relu_backward", _bn_double_backward, _bn_backward_setup)
     formula("conv_bn_add_relu", _conv_backward, _conv_setup)
     formula("conv_statistics", _statistics_backward, _statistics_setup)
@@ -67,7 +67,7 @@ def _bn_backward(operators: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, 
     )
 
 
-# bn_add_relu_given: the forward of inference, the gradient of training
+# bn_add_relu_apply: the forward of inference, the gradient of training
 
 
 def _given_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -199,7 +199,7 @@ def _statistics_setup(
 
 
 def _statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    """That of the convolution: bn_add_relu_given's gradient holds the statistics' part."""
+    """That of the convolution: bn_add_relu_apply's gradient holds the statistics' part."""
     x, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.geometry
     dx, dweight, dbias = torch.ops.aten.convolution_backward(

@@ -16,16 +16,21 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: (height, width)
 Pair = tuple[int, int]
 
+#: Strides, paddings, dilations and windows are below 2^31, as in ``csrc/checks.h``.
+MOST = 2**31 - 1
+
 
 def pair(op: str, name: str, value: int | Pair, least: int) -> Pair:
-    """``value`` as ``(height, width)``, each at least ``least``."""
+    """``value`` as ``(height, width)``, each at least ``least`` and at most :data:`MOST`."""
     if type(value) is tuple and len(value) == 2:  # at every call of a module: the short way
         first, second = value
-        if type(first) is type(second) is int and first >= least and second >= least:
+        if type(first) is type(second) is int and least <= first <= MOST >= second >= least:
             return value
     result = (value, value) if isinstance(value, int) else tuple(value)
-    if len(result) != 2 or any(not isinstance(v, int) or v < least for v in result):
-        raise ValueError(f"{op}: {name}: expected an int >= {least} or a pair, got {value!r}")
+    if len(result) != 2 or any(not isinstance(v, int) or not least <= v <= MOST for v in result):
+        raise ValueError(
+            f"{op}: {name}: expected an int >= {least} and < 2**31 or a pair, got {value!r}"
+        )
     return result[0], result[1]
 
 

@@ -75,7 +75,7 @@ def _(grad, x, y, weight, mean, var, training, eps, relu, need_residual):  # typ
     return _map_like(x, x.shape), vector, torch.empty_like(vector), residual
 
 
-@fake("bn_add_relu_given")
+@fake("bn_add_relu_apply")
 def _(x, weight, bias, mean, var, residual, eps, relu):  # type: ignore[no-untyped-def]
     return _map_like(x, x.shape)
 

@@ -199,7 +199,7 @@ def conv_bn_add_relu(
         z, mean, var = operators.conv_statistics(
             x, conv_weight, conv_bias, stride, padding, dilation, groups
         )
-        y = operators.bn_add_relu_given(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        y = operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
         if running_mean is not None and running_var is not None:
             _update_running(running_mean, running_var, mean, var, momentum, count)
         return y

@@ -26,7 +26,7 @@ from .fakes import FAKES
 TRITON = (
     "bn_add_relu",
     "bn_add_relu_backward",
-    "bn_add_relu_given",
+    "bn_add_relu_apply",
     "conv_bn_add_relu",
     "conv_bn_add_relu_packed",
     "conv_bn_relu_maxpool",

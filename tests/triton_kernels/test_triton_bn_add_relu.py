@@ -117,7 +117,7 @@ def test_backward_sums_what_cancels(interpreted, fmt):
 def test_given_statistics(interpreted):
     x, r = normal(2, 2, 24, 5, 7, dtype=torch.float32)
     weight, bias, mean, var = batch_norm(24, torch.float32)
-    y = interpreted.ops.bn_add_relu_given(x, weight, bias, mean, var, r, EPS, True)
+    y = interpreted.ops.bn_add_relu_apply(x, weight, bias, mean, var, r, EPS, True)
     expected, _, _ = interpreted.ops.bn_add_relu(x, weight, bias, mean, var, r, False, EPS, True)
     assert torch.equal(y, expected)
 

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("fused_resnet.triton wants Triton (run: pip install triton)") from error
 
-from .bn_add_relu import bn_add_relu, bn_add_relu_backward, bn_add_relu_given
+from .bn_add_relu import bn_add_relu, bn_add_relu_apply, bn_add_relu_backward
 from .conv_bn_add_relu import (
     conv_bn_add_relu,
     conv_bn_add_relu_packed,
@@ -25,8 +25,8 @@ from .residual_block import residual_block
 
 __all__ = [
     "bn_add_relu",
+    "bn_add_relu_apply",
     "bn_add_relu_backward",
-    "bn_add_relu_given",
     "conv_bn_add_relu",
     "conv_bn_add_relu_packed",
     "conv_bn_relu_maxpool",

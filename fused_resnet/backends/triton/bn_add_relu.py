@@ -434,7 +434,7 @@ def bn_add_relu(
     return y, mean, var
 
 
-def bn_add_relu_given(
+def bn_add_relu_apply(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
