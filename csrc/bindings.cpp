@@ -7,7 +7,7 @@
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
-#include "residual_row.h"
+#include "residual_segment.h"
 #include "schemas.h"
 #include "unchanged.h"
 #ifdef FR_WITH_CUDA
@@ -140,20 +140,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("memory_bandwidth", &memory_bandwidth,
         "Measured memory bandwidth in bytes per second, on PyTorch's threads: read and copy.");
   m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries still hold the same objects.");
-  using Row = fr::ResidualRow;
+  using Segment = fr::ResidualSegment;
   using Bools = std::vector<bool>;
   const auto call_without_gil = torch::wrap_pybind_function_no_gil(
-      [](const Row& row, const at::Tensor& x) { return row(x); });
-  py::class_<Row>(m, "ResidualRow", "residual_row with all arguments bound but x.")
-      .def(py::init<Row::Tensors, Row::Tensors, Row::Tensors, Row::Ints, const Bools&, Row::Ints,
-                    Row::Ints, Row::Ints, Row::Ints, const Bools&>(),
+      [](const Segment& segment, const at::Tensor& x) { return segment(x); });
+  py::class_<Segment>(m, "ResidualSegment", "residual_segment with all arguments bound but x.")
+      .def(py::init<Segment::Tensors, Segment::Tensors, Segment::Tensors, Segment::Ints,
+                    const Bools&, Segment::Ints, Segment::Ints, Segment::Ints, Segment::Ints,
+                    const Bools&>(),
            py::arg("packed"), py::arg("scale"), py::arg("shift"), py::arg("convs"),
            py::arg("projected"), py::arg("padding"), py::arg("stride"), py::arg("dilation"),
            py::arg("groups"), py::arg("winograd"))
       .def("__call__", [call_without_gil](const py::object& self, const at::Tensor& x) {
-        return call_without_gil(initialized<Row>(self), x);
+        return call_without_gil(initialized<Segment>(self), x);
       });
-  // The operators themselves, through the dispatcher, without the checks of fused_resnet/checks.py.
+  // The operators themselves, through the dispatcher, without the checks of
+  // fused_resnet/ops/checks.py.
   const py::object ops = py::module_::import("torch").attr("ops").attr("fused_resnet");
   for (const std::string schema : fr::kSchemas) {
     const std::string name = schema.substr(0, schema.find('('));

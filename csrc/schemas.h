@@ -75,7 +75,7 @@ inline constexpr const char* kSchemas[] = {
     // order. The other lists have one element per block: the number of convolutions on its main
     // path, whether its shortcut is a 1x1 convolution, and the number of zero channels that a
     // shortcut without parameters adds on each side.
-    "residual_row(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, int[] convs, "
+    "residual_segment(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, int[] convs, "
     "bool[] projected, int[] padding, int[] stride, int[] dilation, int[] groups, bool[] winograd) "
     "-> Tensor",
 

@@ -30,7 +30,7 @@ def unchanged(
     key: str,
 ) -> bool: ...
 
-class ResidualRow:
+class ResidualSegment:
     def __init__(
         self,
         packed: list[torch.Tensor],
@@ -60,4 +60,4 @@ conv_statistics: Callable[..., Any]
 conv_bn_add_relu_planned: Callable[..., Any]
 conv_conv_add_relu_packed: Callable[..., Any]
 residual_block: Callable[..., Any]
-residual_row: Callable[..., Any]
+residual_segment: Callable[..., Any]

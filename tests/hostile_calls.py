@@ -298,15 +298,17 @@ def blocks() -> Iterator[Call]:
     least = {"convs": 2, "padding": 0, "stride": 1, "dilation": 1, "groups": 1}
     for images in (2, 0):
         arguments = {"x": _channels_last(images, 8, 9, 8), **both, **lists}
-        for call in _calls("residual_row", bare.residual_row, arguments, least, says="residual"):
+        for call in _calls(
+            "residual_segment", bare.residual_segment, arguments, least, says="residual"
+        ):
             yield Call(f"{images} images, {call.label}", call.run, call.says)
     # Through the Python object that holds all arguments but x.
-    for call in _calls("residual_row", _row, arguments, least, says="residual"):
-        yield Call(f"_C.ResidualRow, {call.label}", call.run, call.says)
+    for call in _calls("residual_segment", _row, arguments, least, says="residual"):
+        yield Call(f"_C.ResidualSegment, {call.label}", call.run, call.says)
 
 
 def _row(x: Tensor, **lists: Any) -> Tensor:
-    return _C.ResidualRow(**lists)(x)
+    return _C.ResidualSegment(**lists)(x)
 
 
 def functions() -> Iterator[Call]:
@@ -360,7 +362,7 @@ def _functions() -> Iterator[Call]:
 
 def objects() -> Iterator[Call]:
     """The functions and classes of ``_C`` with objects that are not what they take."""
-    row = _C.ResidualRow
+    row = _C.ResidualSegment
     made = row.__new__(row)
     x = torch.randn(1, 8, 4, 4)
     yield Call("an object without __init__", lambda: made(x), "__init__")

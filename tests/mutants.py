@@ -31,7 +31,7 @@ FORWARD = "tests/test_ops.py"
 BFLOAT16 = "tests/test_bfloat16.py"
 BACKWARD = "tests/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
-ROW = "tests/test_residual_row.py"
+ROW = "tests/test_residual_segment.py"
 SWAP = "tests/test_swap_semantics.py"
 ALIASING = "tests/test_swap_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.

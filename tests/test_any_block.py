@@ -1,4 +1,4 @@
-"""Blocks and stages of other libraries run as torchvision's do: known by what their code does."""
+"""Blocks and stages of other libraries run the same operations as torchvision's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fused_resnet as fr
 from fused_resnet.inference import micro_batches
 from fused_resnet.inference.frozen_block import FrozenBlock
 
-#: What a fused network should leave nothing for.
+#: Operators that a fused network should not call.
 PIECES = ("aten::convolution", "aten::add.Tensor", "aten::add_.Tensor", "aten::relu_")
 
 
@@ -78,7 +78,7 @@ def test_every_library_runs_the_same_operations(source, depth):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_library_runs_early_stages_in_parts(monkeypatch, source):
+def test_every_library_runs_early_stages_in_micro_batches(monkeypatch, source):
     # The largest maps of two images.
     monkeypatch.setattr(micro_batches, "MAP_BYTES", 2 * 64 * 64 * 16 * 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -86,7 +86,8 @@ def test_every_library_runs_early_stages_in_parts(monkeypatch, source):
     model = randomize(SOURCES[source](18)).double().eval()
     x = image(5, 3, 64, 64)
     y, calls = counted(fr.freeze(model), x)
-    # Three parts of four blocks, and four blocks whole. Transformers' stem is another module's.
+    # Three micro-batches of four blocks, and four blocks on the whole batch. Transformers' stem is
+    # outside of the encoder.
     assert calls["residual_block"] == 3 * 4 + 4
     assert calls["conv_bn_relu_maxpool_packed"] == (1 if "transformers" in source else 3)
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_fused_networks_run_the_same_operations(source, depth):
         assert_same({"y": y}, {"y": model(x)})
 
 
-def test_hidden_states_are_the_whole_batchs(monkeypatch):
+def test_hidden_states_are_of_the_whole_batch(monkeypatch):
     monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     torch.manual_seed(0)
     model = randomize(of_transformers(18).model).double().eval()
@@ -122,7 +123,7 @@ def conv(inputs, outputs, size, stride=1):
 
 
 class Block(nn.Module):
-    """A bottleneck written by nobody known, in pieces; what is in ``between`` is called, too."""
+    """A bottleneck of no known library, in replaceable pieces; ``between`` is called too."""
 
     def __init__(self, width=8, between=None, inputs=16, stride=1):
         super().__init__()
@@ -183,7 +184,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Two(nn.Module):
-    """A block's input is half of what its one parent gets, and so it stands inside a network."""
+    """A network around the block, which gets half of the input's channels."""
 
     def __init__(self, block):
         super().__init__()
@@ -200,7 +201,7 @@ def frozen_of(block):
 
 
 def blocks_run(model, frozen, x=None):
-    """How many blocks are one operation, where the results are the same."""
+    """The number of blocks that are one operation; checks the results."""
     x = image(2, 3, 12, 12) if x is None else x
     y, calls = counted(frozen, x)
     with torch.no_grad():
@@ -209,7 +210,7 @@ def blocks_run(model, frozen, x=None):
 
 
 @pytest.mark.parametrize("changed", [{}, {"stride": 2}, {"inputs": 24}], ids=str)
-def test_a_block_of_nobodys(changed):
+def test_a_block_of_no_library(changed):
     assert blocks_run(*frozen_of(Block(**changed))) == 1
 
 
@@ -221,7 +222,7 @@ LEFT = {
     "no ReLU at the end": NoLastReLU,
     "ReLU before the addition": ReLUBeforeTheAddition,
     "something behind it": TwoResults,
-    # PyTorch's addition stretches one channel to sixteen.
+    # PyTorch's addition broadcasts one channel to sixteen.
     "a shortcut that is stretched": lambda: stretched(Block(inputs=24)),
 }
 
@@ -232,13 +233,13 @@ def stretched(block):
 
 
 @pytest.mark.parametrize("name", RECOGNISED)
-def test_what_does_nothing_is_passed_over(name):
+def test_modules_without_effect_are_skipped(name):
     model, frozen = frozen_of(Block(between=RECOGNISED[name]()))
     assert blocks_run(model, frozen) == 1
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_no_block_is_left(name):
+def test_other_modules_are_not_blocks(name):
     assert blocks_run(*frozen_of(LEFT[name]())) == 0
 
 
@@ -253,7 +254,7 @@ def double(module, args, y):
 
 
 CHANGES = {
-    # That sees a frozen convolution's batch norm with it, and changes nothing here.
+    # The hook sees a frozen convolution together with its batch norm, and changes nothing.
     "hook on a child": lambda b: b.conv.register_forward_hook(lambda module, args, y: None),
     "hook on a list of children": lambda b: b.head.register_forward_hook(double),
     "hook on a placeholder": lambda b: b.between.register_forward_hook(double),
@@ -264,7 +265,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_after_the_first_call_counts(change):
+def test_a_change_after_the_first_call_has_an_effect(change):
     model, frozen = frozen_of(Block(between=DropPath()))
     assert blocks_run(model, frozen) == 1
     for changed in (model.block, frozen.block):
@@ -272,7 +273,7 @@ def test_a_change_after_the_first_call_counts(change):
     assert blocks_run(model, frozen) == 0
 
 
-def test_a_call_by_keyword_means_what_it_says():
+def test_a_call_by_keyword_runs_the_own_forward():
     model, frozen = frozen_of(Block())
     x = image(2, 16, 8, 8)
     with torch.no_grad():
@@ -282,7 +283,7 @@ def test_a_call_by_keyword_means_what_it_says():
 
 
 class Batchwise(Block):
-    """Not a function of each image alone."""
+    """Depends on the whole batch."""
 
     def end(self, y, side):
         return nn.functional.relu(y + side) - side.mean(0, keepdim=True)
@@ -301,7 +302,7 @@ class Staged(nn.Module):
 
 
 @pytest.mark.parametrize(("block", "count"), [(Block, 3 * 2 + 2), (Batchwise, 3)])
-def test_only_what_treats_images_apart_goes_in_parts(monkeypatch, block, count):
+def test_only_per_image_modules_run_in_micro_batches(monkeypatch, block, count):
     monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
@@ -309,7 +310,7 @@ def test_only_what_treats_images_apart_goes_in_parts(monkeypatch, block, count):
     assert blocks_run(model, fr.freeze(model), image(5, 3, 12, 12)) == count
 
 
-def test_statistics_of_the_batch_are_those_of_the_whole(monkeypatch):
+def test_batch_statistics_are_those_of_the_whole_batch(monkeypatch):
     monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     torch.manual_seed(0)
@@ -335,7 +336,7 @@ def test_a_frozen_block_exports_and_compiles():
 
 
 class Beside(nn.Module):
-    """Adds to a block's result: its trace goes into the block, and calls the block's shortcut."""
+    """Adds to a block's result: its trace includes the block, and calls the block's shortcut."""
 
     def __init__(self):
         super().__init__()

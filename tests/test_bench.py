@@ -1,4 +1,4 @@
-"""The benchmark's mechanism, its rows and files, and that every provider gives the right answer."""
+"""The benchmark harness, its rows and files, and the results of every provider."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_provider_computes_at_a_time_and_the_order_rotates() -> None:
         assert min(m.times) >= 1e-3
 
 
-def test_one_failure_leaves_the_others_alone() -> None:
+def test_one_failure_does_not_affect_the_others() -> None:
     measured = fast(
         [
             entry("wrong", "good", error=2e-3),
@@ -108,10 +108,10 @@ def test_what_a_provider_prints_is_no_answer() -> None:
 
 def test_a_provider_that_hangs_is_ended() -> None:
     with Worker(threads=1) as worker:
-        worker.ask("build", target="bench_subjects:hangs_after", case={"calls": 1})
+        worker.request("build", target="bench_subjects:hangs_after", case={"calls": 1})
         worker.timeout = 0.2
         with pytest.raises(WorkerError, match=r"no answer within 0\.2 s"):
-            worker.ask("round", iterations=1)
+            worker.request("round", iterations=1)
 
 
 def test_an_interruption_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_row_says_where_and_with_what() -> None:
     assert facts["versions"]["torch"] == torch.__version__
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_written_atomically(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     results.save(path, [{"a": 1}])
     with pytest.raises(TypeError):
@@ -306,7 +306,7 @@ def test_a_missing_runtime_says_what_to_install(
         inference.build(provider, "resnet18", "float32", str(problem))
 
 
-def test_runtimes_use_the_threads_that_they_are_given(problem: Path) -> None:
+def test_runtimes_use_their_number_of_threads(problem: Path) -> None:
     """Each in its process, where no other thread pool computes: one core, and no more."""
     measured = compare(
         inference.entries(tuple(RUNTIMES), "resnet18", "float32", problem),

@@ -1,4 +1,4 @@
-"""The command ``fused-resnet``: what each subcommand shows, and one clear line for each mistake."""
+"""The command ``fused-resnet``: the output of each subcommand, and one line for each error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command(*arguments: str) -> int:
 
 
 def complaint(capsys: Capture, *arguments: str) -> str:
-    """The one line that a mistake gives, after checking that there is no other output."""
+    """The one line of an error, after checking that there is no other output."""
     assert command(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""

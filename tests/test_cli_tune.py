@@ -39,7 +39,7 @@ def test_tune_keeps_what_it_times(capsys, monkeypatch):
     assert main(["tune", "resnet18", "--size", "32", "--threads", "1"]) == 0
     out = capsys.readouterr().out
     assert "library, ms" in out
-    assert "kept in" in out
+    assert "stored in" in out
     machine = tuner.machine_of(torch.device("cpu"))
     assert len(tuning_cache.load(machine)) > 5
     # A later process times nothing.

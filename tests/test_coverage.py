@@ -1,4 +1,4 @@
-"""``fused-resnet coverage``: what is counted, of which networks, and what is said of the rest."""
+"""``fused-resnet coverage``: the counts, the networks, and the reasons of the rest."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_batch_norm_is_counted_once_and_has_a_reason() -> None:
     ]
 
 
-def test_a_convolution_that_is_left_hides_no_batch_norm() -> None:
+def test_an_unfused_convolution_hides_no_batch_norm() -> None:
     """The batch norm behind a reflecting convolution still runs with its ReLU."""
     conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
     counts = count(nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU()).eval())
@@ -103,7 +103,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_families_and_missing_libraries(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A library that is missing is named once, with what installs it, and the others are shown."""
+    """A missing library is reported once, with the command that installs it."""
     for name in ("timm", "transformers", "segmentation_models_pytorch"):
         monkeypatch.setitem(sys.modules, name, None)
     small = zoo.Family("torchvision, small", "torchvision", lambda _: ["resnet18", "mnasnet0_5"])
@@ -114,7 +114,7 @@ def test_families_and_missing_libraries(
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert ["torchvision, small", "2", "72", "72", ""] in cells
     for name in ("timm", "transformers", "segmentation_models_pytorch"):
-        line = f"left out: {name} is not installed; run: pip install 'fused_resnet[models]'"
+        line = f"skipped: {name} is not installed; run: pip install 'fused_resnet[models]'"
         assert out.splitlines().count(line) == 1
 
 

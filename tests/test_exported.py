@@ -29,7 +29,7 @@ def network() -> nn.Module:
 def program_of(
     frozen: nn.Module, x: torch.Tensor, strict: bool = False
 ) -> torch.export.ExportedProgram:
-    """For any batch, by the name that the model's own forward gives its argument."""
+    """For any batch, by the name of the argument of the model's own forward."""
     batch = torch.export.Dim("batch", min=1, max=16)
     with torch.no_grad():
         return torch.export.export(frozen, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
@@ -51,9 +51,7 @@ with torch.inference_mode():
     "dtype", [F32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
-def test_another_process_gives_the_same_answers(
-    tmp_path: Path, isa: str, dtype: torch.dtype
-) -> None:
+def test_another_process_has_the_same_results(tmp_path: Path, isa: str, dtype: torch.dtype) -> None:
     """The same bits on this process's instruction set; within the usual error on another one."""
     if isa not in fr.build_info()["isa_supported"]:
         pytest.skip(f"this machine or build has no {isa} kernels")
@@ -82,7 +80,7 @@ def test_another_process_gives_the_same_answers(
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
-def test_a_program_holds_plain_weights_once(dtype: torch.dtype | None, strict: bool) -> None:
+def test_a_program_stores_plain_weights_once(dtype: torch.dtype | None, strict: bool) -> None:
     model, x = network(), image(2, 3, 48, 40, dtype=F32)
     frozen = fr.freeze(model, dtype)
     program = program_of(frozen, x, strict)

@@ -44,24 +44,30 @@ def agree(stub: str, module: str) -> bool:
     return stub == module or (module in ("dict", "list", "tuple") and stub.startswith(f"{module}["))
 
 
-def signature(docstring: str | None) -> tuple[list[str], str]:
-    """Types of the arguments and of the result, from pybind11's first line."""
+def signature(docstring: str | None) -> tuple[list[tuple[str, str]], str]:
+    """Names and types of the arguments, and the result's type, from pybind11's first line."""
     match = re.match(r"\w+\((.*)\) -> (.*)", (docstring or "").splitlines()[0])
     assert match, docstring
     # Commas inside brackets separate no arguments.
     arguments = re.split(r",\s*(?![^\[]*\])", match[1]) if match[1] else []
-    return [argument.partition(": ")[2] for argument in arguments], match[2]
+    pairs = [argument.partition(": ") for argument in arguments]
+    return [(name, type_) for name, _, type_ in pairs], match[2]
 
 
 def check(node: ast.FunctionDef, docstring: str | None) -> None:
-    types, result = signature(docstring)
+    known, result = signature(docstring)
     arguments = node.args.args
     if arguments and arguments[0].arg == "self":
-        arguments, types = arguments[1:], types[1:]
-    declared = [ast.unparse(argument.annotation) for argument in arguments if argument.annotation]
-    assert len(declared) == len(types)
+        arguments, known = arguments[1:], known[1:]
+    assert len(arguments) == len(known)
+    for argument, (name, _) in zip(arguments, known, strict=True):
+        # Arguments without a name in the bindings are arg0, arg1, ...
+        assert argument.arg == name or re.fullmatch(r"arg\d+", name), f"{node.name}: {name}"
     assert node.returns is not None
-    for stub, module in zip([*declared, ast.unparse(node.returns)], [*types, result], strict=True):
+    declared = [argument.annotation for argument in arguments] + [node.returns]
+    for annotation, module in zip(declared, [*(t for _, t in known), result], strict=True):
+        assert annotation is not None
+        stub = ast.unparse(annotation)
         assert agree(stub, module), f"{node.name}: {stub} in the stub, {module} in the module"
 
 

@@ -163,7 +163,7 @@ def test_it_refuses_to_train() -> None:
     assert not frozen(x).requires_grad
 
 
-def test_it_refuses_conversions_and_stays_whole() -> None:
+def test_it_refuses_conversions_and_stays_intact() -> None:
     frozen, x = fr.freeze(network()), image(1, 3, 16, 16, dtype=torch.float32)
     before = frozen(x)
     for convert in (lambda m: m.half(), lambda m: m.double(), lambda m: m.to("meta")):
@@ -205,7 +205,7 @@ def test_the_model_can_be_let_go() -> None:
     assert not any(reference() is not None for reference in weights)
 
 
-def test_weights_are_held_once() -> None:
+def test_weights_are_stored_once() -> None:
     model, frozen = network(), fr.freeze(network())
     layouts = [m.packed for m in frozen.modules() if isinstance(m, FrozenConv)]
     held = [*frozen.parameters(), *frozen.buffers(), *layouts]

@@ -1,4 +1,4 @@
-"""A frozen block runs as one operation, as long as nobody changes it or looks inside."""
+"""A frozen block runs as one operation, unless its modules are changed or observed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_block_is_one_operation(calls, depth, blocks):
     ids=str,
 )
 def test_blocks_for_small_images(calls, settings, blocks):
-    """All of nine, with parameters in the shortcut or without; none without a shortcut."""
+    """All nine blocks, whether the shortcut has parameters or not; none without a shortcut."""
     model, x = randomize(fr.cifar_resnet(20, **settings)).eval(), x_of(2, 32)
     y = fr.freeze(model)(x)
     assert len(calls) == blocks
@@ -54,7 +54,7 @@ def test_blocks_for_small_images(calls, settings, blocks):
         torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_shortcut_that_is_switched_off_is_left_out(calls):
+def test_a_disabled_shortcut_is_not_computed(calls):
     model, x = randomize(fr.cifar_resnet(20)).eval(), x_of(2, 32)
     frozen = fr.freeze(model)
     frozen(x)
@@ -68,7 +68,7 @@ def test_a_shortcut_that_is_switched_off_is_left_out(calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("depth", [18, 50])
-def test_the_network_equals_the_chain(calls, dtype, depth):
+def test_the_network_equals_its_separate_convolutions(calls, dtype, depth):
     frozen, x = fr.freeze(network(depth), dtype), x_of(3)
     y = frozen(x)
     calls.clear()
@@ -117,8 +117,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("depth", [18, 50])
-def test_a_change_after_the_first_call_counts(change, depth):
-    """Against the block's own forward, which reads its modules at every call."""
+def test_a_change_after_the_first_call_has_an_effect(change, depth):
+    """The truth is the block's own forward, which reads its modules at every call."""
     frozen, x = fr.freeze(network(depth)), x_of()
     before = frozen(x)
     CHANGES[change](frozen.layer2[0])
@@ -128,7 +128,7 @@ def test_a_change_after_the_first_call_counts(change, depth):
         torch.testing.assert_close(after, frozen(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_hook_that_is_removed_is_gone(calls):
+def test_a_removed_hook_has_no_effect(calls):
     frozen, x = fr.freeze(network()), x_of()
     before = frozen(x)
     handle = frozen.layer1[0].conv1.register_forward_hook(double)
@@ -150,7 +150,7 @@ def test_global_hooks_see_the_convolutions():
     assert frozen.layer3[1].conv2 in seen
 
 
-def test_a_plan_is_not_copied():
+def test_the_cache_is_not_copied():
     frozen, x = fr.freeze(network()), x_of()
     y = frozen(x)
     for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
@@ -163,7 +163,7 @@ def test_a_plan_is_not_copied():
 
 
 def test_a_replica_runs_its_own_modules():
-    """As ``nn.DataParallel`` makes it, of a block that has been called."""
+    """A replica of ``nn.DataParallel``, of a block that has been called."""
     block = fr.freeze(network()).layer1[0]
     x = image(2, 64, 8, 8, dtype=torch.float32)
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_compile_and_export(depth):
 
 
 def test_two_threads_at_once():
-    """One model, two Python threads, sizes of image and of batch that change: the same bits."""
+    """One model, two Python threads, changing image and batch sizes: the same bits."""
     frozen = fr.freeze(network())
     inputs = [x_of(batch, size) for batch, size in ((1, 64), (3, 96), (2, 33), (5, 64))]
     expected = [frozen(x) for x in inputs]

@@ -65,7 +65,7 @@ def test_a_wrong_answer_is_not_timed() -> None:
     assert "median_ms" not in rows["wrong"]
 
 
-def test_an_error_while_timed_blames_nobody_unless_there_is_but_one() -> None:
+def test_an_error_during_timing_fails_a_provider_only_if_there_is_one() -> None:
     def breaks() -> None:
         raise RuntimeError("CUDA error: an illegal memory access")
 

@@ -24,7 +24,7 @@ from fused_resnet.inference.cuda_graphs import Graphs, size_for
 
 
 class Recorder:
-    """As fused_resnet.graph_capture.Recorder: a replay computes anew, into the same output."""
+    """Replaces graph_capture.Recorder: a replay computes into the same output."""
 
     def __init__(self) -> None:
         self.recorded: list[tuple[int, ...]] = []
@@ -82,7 +82,7 @@ def images(batch: int = 1, seed: int = 0, size: int = 32) -> Tensor:
 
 
 def used(model: nn.Module, *calls: Tensor) -> tuple[int, int]:
-    """How many calls were recorded, and how many replayed; each answers as without graphs."""
+    """Numbers of captured and replayed calls; checks each result against that without graphs."""
     recorder = model.cuda_graphs._recorder
     before = len(recorder.recorded), recorder.replays
     for x in calls:
@@ -93,10 +93,10 @@ def used(model: nn.Module, *calls: Tensor) -> tuple[int, int]:
     return len(recorder.recorded) - before[0], recorder.replays - before[1]
 
 
-# What is recorded
+# Captures
 
 
-def test_the_second_call_of_a_shape_is_recorded_and_later_ones_replayed(frozen):
+def test_the_second_call_of_a_shape_is_captured_and_later_ones_replayed(frozen):
     assert used(frozen, images()) == (0, 0)
     assert used(frozen, images(seed=1)) == (1, 1)
     assert used(frozen, images(seed=2), images(seed=3)) == (0, 2)
@@ -117,7 +117,7 @@ def test_an_input_in_another_layout_or_dtype_shares_the_graph(network):
     assert frozen(x.bfloat16()).dtype is torch.bfloat16
 
 
-def test_the_least_recently_used_gives_way(frozen):
+def test_the_least_recently_used_is_evicted(frozen):
     a, b, c = images(1), images(2), images(3)
     assert used(frozen, a, a, b, b, a) == (2, 3)
     assert used(frozen, c, c) == (1, 1)  # in the place of b
@@ -126,7 +126,7 @@ def test_the_least_recently_used_gives_way(frozen):
     assert frozen.cuda_graphs._recorder.waits == 1, "the device may still be in it"
 
 
-def test_more_shapes_than_graphs_are_recorded_ever_more_seldom(frozen):
+def test_more_shapes_than_graphs_are_captured_less_and_less_often(frozen):
     rounds = [images(n) for n in (1, 2, 3)]
     recorder = frozen.cuda_graphs._recorder
     for _ in range(40):
@@ -135,7 +135,7 @@ def test_more_shapes_than_graphs_are_recorded_ever_more_seldom(frozen):
     assert len(recorder.recorded) < 20
 
 
-def test_a_smaller_size_is_kept_to(frozen):
+def test_a_smaller_size_is_respected(frozen):
     a, b = images(1), images(2)
     used(frozen, a, a, b, b)
     assert len(frozen.cuda_graphs) == 2
@@ -144,10 +144,10 @@ def test_a_smaller_size_is_kept_to(frozen):
     assert len(frozen.cuda_graphs) == 1
 
 
-# The answers
+# Results
 
 
-def test_an_answer_is_the_callers(frozen):
+def test_a_result_is_a_copy(frozen):
     first, second = images(seed=1), images(seed=2)
     frozen(first)
     one = frozen(first)
@@ -157,7 +157,7 @@ def test_an_answer_is_the_callers(frozen):
     assert torch.equal(one, kept)
 
 
-def test_an_answer_is_overwritten_if_that_was_asked_for(frozen):
+def test_a_result_is_overwritten_with_reuse_outputs(frozen):
     frozen.cuda_graphs.reuse_outputs = True
     frozen(images())
     one, two = frozen(images(seed=1)), frozen(images(seed=2))
@@ -207,11 +207,11 @@ def test_other_outputs_than_one_tensor(network):
     assert recorder.replays == 3
 
 
-# What is not
+# Calls that are not captured
 
 
 def never(frozen: nn.Module, call: Callable[[], Any]) -> None:
-    """``call`` is neither recorded nor replayed, before there is a graph and after."""
+    """``call`` is neither captured nor replayed, before there is a graph and after."""
     recorder = frozen.cuda_graphs._recorder
     for _ in range(2):
         before = len(recorder.recorded), recorder.replays
@@ -222,8 +222,8 @@ def never(frozen: nn.Module, call: Callable[[], Any]) -> None:
         assert len(frozen.cuda_graphs) == 1
 
 
-def test_not_where_the_recorder_does_not_take_it(frozen):
-    """On the CPU, or while the caller records a graph."""
+def test_not_where_the_recorder_cannot(frozen):
+    """On the CPU, or while the caller captures a graph."""
 
     def call():
         frozen.cuda_graphs._recorder.taken = False
@@ -243,7 +243,7 @@ def test_the_real_recorder_takes_nothing_on_a_cpu(network):
 
 
 class Map(Tensor):
-    """A tensor with a mind of its own."""
+    """A tensor subclass."""
 
 
 def test_not_for_other_inputs(frozen):
@@ -267,7 +267,7 @@ def test_not_with_more_than_one_argument(frozen):
     assert not recorder.recorded
 
 
-def test_not_while_a_hook_looks_in(frozen):
+def test_not_with_a_hook_inside(frozen):
     def call():
         seen = []
         handle = frozen.layer1[0].register_forward_hook(lambda *_: seen.append(1))
@@ -278,7 +278,7 @@ def test_not_while_a_hook_looks_in(frozen):
     never(frozen, call)
 
 
-def test_not_while_a_global_hook_looks_in(frozen):
+def test_not_with_a_global_hook(frozen):
     def call():
         handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
         frozen(images())
@@ -346,7 +346,7 @@ def test_another_setting_is_another_graph(frozen):
 
 
 def test_a_changed_model_drops_its_graphs(frozen, network):
-    """New weights lie elsewhere, and a graph would read the old ones."""
+    """New weights have other addresses, and a graph would read the old ones."""
     x = images()
     used(frozen, x, x)
     torch.manual_seed(7)
@@ -362,7 +362,7 @@ def test_a_changed_model_drops_its_graphs(frozen, network):
     assert used(frozen, x) == (0, 0)
 
 
-def test_a_forward_that_cannot_be_recorded_runs_without_a_graph(frozen):
+def test_a_forward_that_cannot_be_captured_runs_without_a_graph(frozen):
     frozen.cuda_graphs._recorder.fails = True
     x = images()
     frozen(x)
@@ -376,7 +376,7 @@ def test_a_forward_that_cannot_be_recorded_runs_without_a_graph(frozen):
 # Settings, copies, threads
 
 
-def test_how_many(network):
+def test_number_of_graphs(network):
     assert fr.freeze(network).cuda_graphs.size == policy.SIZE
     assert fr.freeze(network, graphs=True).cuda_graphs.size == policy.SIZE
     assert fr.freeze(network, graphs=3).cuda_graphs.size == 3
@@ -386,7 +386,7 @@ def test_how_many(network):
         assert used(frozen, images(), images()) == (0, 0)
 
 
-def test_a_forward_that_is_not_known_is_not_recorded_unasked(network):
+def test_an_unknown_forward_is_not_captured_by_default(network):
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -425,7 +425,7 @@ def test_the_report_shows_their_memory(frozen):
     assert str(frozen.cuda_graphs) == "0 of at most 2 CUDA graphs"
 
 
-def test_threads_get_their_own_answers(frozen):
+def test_threads_get_their_own_results(frozen):
     given = [images(seed=seed) for seed in range(4)]
     expected = [frozen(x) for x in given]
     wrong = []

@@ -1,4 +1,4 @@
-"""The per-layer view: what it counts, where it finds it, and that the algorithm it names ran."""
+"""The per-layer table: its counts, its paths, and that the named algorithms ran."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_bytes_are_the_least_that_must_move() -> None:
     # Batch 2 at 64x64: the stem leaves 16x16, stage 2 8x8.
     x, y, weight = 2 * 64 * 16 * 16, 2 * 256 * 16 * 16, 64 * 256
     assert by_path["layer1.0.conv3"].bytes == 4 * (x + y + y + weight)  # with its residual
-    # Every second pixel of every second row is all that a strided 1x1 reads.
+    # A strided 1x1 convolution reads every second pixel of every second row.
     x, y, weight = 2 * 256 * 8 * 8, 2 * 512 * 8 * 8, 256 * 512
     assert by_path["layer2.0.downsample.0"].bytes == 4 * (x + y + weight)
 
 
-def test_parts_of_a_batch_are_added_up() -> None:
+def test_micro_batches_are_summed() -> None:
     one, many = (
         {
             layer.path: layer

@@ -1,4 +1,4 @@
-"""A frozen ResNet takes a large batch through the early stages in parts, and nobody can tell."""
+"""A large batch goes through the early stages of a frozen ResNet in micro-batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sizes(frozen, monkeypatch, x):
         return frozen(x), seen
 
 
-def test_parts_give_what_the_whole_gives(frozen, monkeypatch):
+def test_micro_batches_have_the_result_of_the_whole_batch(frozen, monkeypatch):
     x = image(5, 3, 64, 64, dtype=torch.float32)
     y, seen = sizes(frozen, monkeypatch, x)
     assert seen == [2, 2, 1]
@@ -50,7 +50,7 @@ def test_a_hook_sees_the_whole_batch(frozen):
     assert seen == [5]
 
 
-def test_a_hook_that_comes_later_sees_the_whole_batch(frozen, monkeypatch):
+def test_a_hook_added_later_sees_the_whole_batch(frozen, monkeypatch):
     x = image(5, 3, 64, 64, dtype=torch.float32)
     assert sizes(frozen, monkeypatch, x)[1] == [2, 2, 1]
     seen: list[int] = []
@@ -63,15 +63,15 @@ def test_a_hook_that_comes_later_sees_the_whole_batch(frozen, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])
-def test_a_small_batch_is_one_part(frozen, monkeypatch, batch):
+def test_a_small_batch_is_one_micro_batch(frozen, monkeypatch, batch):
     y, seen = sizes(frozen, monkeypatch, image(batch, 3, 64, 64, dtype=torch.float32))
     assert seen == [batch]
     assert y.shape == (batch, 10)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
-def test_a_scripted_child_is_no_obstacle(monkeypatch):
-    """Its children and tensors are no dictionaries."""
+def test_a_scripted_child_is_supported(monkeypatch):
+    """Its children and tensors are not in dictionaries."""
     monkeypatch.setattr(micro_batches, "MAP_BYTES", 1)
     model = randomize(fr.resnet18(num_classes=10)).eval()
     x = image(5, 3, 64, 64, dtype=torch.float32)

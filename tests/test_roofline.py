@@ -1,4 +1,4 @@
-"""The roofline: single layers worked out by hand, the whole against the design's table."""
+"""The roofline: single layers against numbers by hand, networks against published totals."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_designs_table(fusion: str, thousand: float) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_shapes_and_flops_are_those_of_torchvision(model: str) -> None:
-    """Held against what hooks see in torchvision's own network, and torch's counter of flops."""
+    """Against the shapes that hooks see in torchvision's network, and torch's flop counter."""
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
         reference = getattr(torchvision.models, model)().eval()

@@ -1,4 +1,4 @@
-"""Frozen blocks in a row run without being called, as long as nobody could tell."""
+"""Consecutive frozen blocks run as one operator, with the results and hooks of separate calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def operators(model, x):
 
 @pytest.fixture
 def called(monkeypatch):
-    """Grows by the block at each call of a whole block as a module."""
+    """Collects the blocks whose modules are called."""
     blocks: list[nn.Module] = []
     forward = FrozenBlock.forward
 
@@ -47,7 +47,7 @@ def live(shortcut: str) -> nn.Module:
 
 
 def network(shortcut: str = "B", dtype: torch.dtype | None = None) -> nn.Module:
-    """The same, frozen."""
+    """The network, frozen."""
     return fr.freeze(live(shortcut), dtype)
 
 
@@ -56,38 +56,38 @@ def x_of(batch: int = 2, size: int = 16) -> torch.Tensor:
 
 
 def stage_and_map(shortcut: str = "B") -> tuple[nn.Module, torch.Tensor]:
-    """The second stage of a network, and what goes in."""
+    """The second stage of a network, and an input of it."""
     x = image(2, 16, 16, 16, dtype=torch.float32).relu()
     return network(shortcut).layer2, x.contiguous(memory_format=torch.channels_last)
 
 
-def child_by_child(row, x):
+def child_by_child(segment, x):
     with torch.no_grad():
-        for child in row:
+        for child in segment:
             x = child(x)
     return x
 
 
-# What a row runs
+# The operators of a segment
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_a_row_gives_the_bits_of_its_blocks(called, dtype, batch):
+def test_a_segment_has_the_bits_of_its_blocks(called, dtype, batch):
     frozen = network(dtype=dtype)
-    for row in (frozen.layer1, frozen.layer2, frozen.layer3):
-        x = image(batch, row[0].conv1.in_channels, 9, 7, dtype=dtype)
-        y, calls = operators(row, x)
+    for segment in (frozen.layer1, frozen.layer2, frozen.layer3):
+        x = image(batch, segment[0].conv1.in_channels, 9, 7, dtype=dtype)
+        y, calls = operators(segment, x)
         assert calls == {"residual_block": 3}
         assert called == []
-        assert torch.equal(y, child_by_child(row, x))
+        assert torch.equal(y, child_by_child(segment, x))
         assert len(called) == 3
         called.clear()
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 def test_a_stage_is_one_operation(called, shortcut):
-    """Shortcuts that pad with zeros among them."""
+    """Also with zero-padded shortcuts."""
     frozen, x = network(shortcut), x_of()
     with torch.no_grad(), OperatorCalls() as ran:
         y = frozen(x)
@@ -108,23 +108,23 @@ def test_a_stage_is_one_operation(called, shortcut):
     ],
     ids=["stride", "padding", "hook", "replaced"],
 )
-def test_a_change_of_a_shortcut_that_pads_counts(change):
+def test_a_change_of_a_padded_shortcut_has_an_effect(change):
     """Another size no longer fits the addition, as in the block's own forward."""
-    row, x = stage_and_map("A")
+    segment, x = stage_and_map("A")
     with torch.no_grad():
-        before = row(x)
-        change(row[0])
+        before = segment(x)
+        change(segment[0])
         try:
-            expected = child_by_child(row, x)
+            expected = child_by_child(segment, x)
         except RuntimeError:
             with pytest.raises(RuntimeError):
-                row(x)
+                segment(x)
         else:
-            torch.testing.assert_close(row(x), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(segment(x), expected, rtol=1e-5, atol=1e-5)
             assert not torch.equal(expected, before)
 
 
-def test_a_module_between_blocks_and_one_that_comes_twice(called):
+def test_another_module_between_blocks_and_a_repeated_block(called):
     frozen = network()
     block, relu6 = frozen.layer1[1], nn.ReLU6()
     frozen.layer1[1] = relu6
@@ -137,7 +137,7 @@ def test_a_module_between_blocks_and_one_that_comes_twice(called):
     assert torch.equal(y, child_by_child(frozen.layer1, x))
 
 
-def test_a_row_that_is_all_of_the_model(called):
+def test_a_model_that_is_one_segment(called):
     torch.manual_seed(0)
     model = randomize(nn.Sequential(fr.nn.BasicBlock(8, 8), fr.nn.BasicBlock(8, 8))).eval()
     frozen, x = fr.freeze(model), image(2, 8, 9, 9, dtype=torch.float32)
@@ -160,7 +160,7 @@ class Once(nn.Sequential):
 
 
 @pytest.mark.parametrize("kind", [Backwards, Once])
-def test_a_sequence_of_somebody_elses_is_none(kind):
+def test_a_subclass_of_sequential_is_no_segment(kind):
     torch.manual_seed(0)
     model = randomize(kind(*(fr.nn.BasicBlock(8, 8) for _ in range(3)))).eval()
     frozen, x = fr.freeze(model), image(2, 8, 9, 9, dtype=torch.float32)
@@ -176,9 +176,9 @@ def double(module, args, y):
     return y * 2
 
 
-def replace_conv(row):
-    row[1].conv2 = copy.deepcopy(row[1].conv2)
-    row[1].conv2.scale.mul_(2)
+def replace_conv(segment):
+    segment[1].conv2 = copy.deepcopy(segment[1].conv2)
+    segment[1].conv2.scale.mul_(2)
 
 
 def replace_forward(module):
@@ -186,168 +186,168 @@ def replace_forward(module):
     module.forward = lambda *arguments: forward(*arguments) * 2
 
 
-def load_weight(row):
-    state = row[1].conv1.state_dict()
-    row[1].conv1.load_state_dict({**state, "weight": state["weight"] * 2})
+def load_weight(segment):
+    state = segment[1].conv1.state_dict()
+    segment[1].conv1.load_state_dict({**state, "weight": state["weight"] * 2})
 
 
-def compile_in_place(row):
-    row[1]._compiled_call_impl = lambda x: x * 2  # what nn.Module.compile sets
+def compile_in_place(segment):
+    segment[1]._compiled_call_impl = lambda x: x * 2  # what nn.Module.compile sets
 
 
 CHANGES = {
-    "hook on a block": lambda row: row[1].register_forward_hook(double),
-    "pre-hook on a block": lambda row: row[1].register_forward_pre_hook(
+    "hook on a block": lambda segment: segment[1].register_forward_hook(double),
+    "pre-hook on a block": lambda segment: segment[1].register_forward_pre_hook(
         lambda module, args: (args[0] * 2,)
     ),
-    "hook on a convolution": lambda row: row[1].conv2.register_forward_hook(double),
-    "hook in a shortcut": lambda row: row[0].shortcut[0].register_forward_hook(double),
-    "hook on the row": lambda row: row.register_forward_hook(double),
+    "hook on a convolution": lambda segment: segment[1].conv2.register_forward_hook(double),
+    "hook in a shortcut": lambda segment: segment[0].shortcut[0].register_forward_hook(double),
+    "hook on the segment": lambda segment: segment.register_forward_hook(double),
     "convolution": replace_conv,
-    "scale": lambda row: setattr(row[2].conv2, "scale", row[2].conv2.scale * 2),
-    "scale in place": lambda row: row[2].conv2.scale.mul_(2),
-    "activation": lambda row: setattr(row[0], "relu", nn.Hardtanh(0.0, 0.1)),
-    "forward of a block": lambda row: replace_forward(row[1]),
-    "forward of a convolution": lambda row: replace_forward(row[1].conv1),
+    "scale": lambda segment: setattr(segment[2].conv2, "scale", segment[2].conv2.scale * 2),
+    "scale in place": lambda segment: segment[2].conv2.scale.mul_(2),
+    "activation": lambda segment: setattr(segment[0], "relu", nn.Hardtanh(0.0, 0.1)),
+    "forward of a block": lambda segment: replace_forward(segment[1]),
+    "forward of a convolution": lambda segment: replace_forward(segment[1].conv1),
     "weight": load_weight,
-    "shortcut": lambda row: setattr(row[1], "shortcut", nn.Hardtanh()),
-    "a setting of the block": lambda row: setattr(row[1], "residual", False),
+    "shortcut": lambda segment: setattr(segment[1], "shortcut", nn.Hardtanh()),
+    "a setting of the block": lambda segment: setattr(segment[1], "residual", False),
     "a block compiled": compile_in_place,
-    "child replaced": lambda row: row.__setitem__(1, nn.Sigmoid()),
-    "child replaced by a block": lambda row: row.__setitem__(1, copy.deepcopy(row[2])),
-    "child appended": lambda row: row.append(copy.deepcopy(row[2])),
-    "child deleted": lambda row: row.__delitem__(1),
+    "child replaced": lambda segment: segment.__setitem__(1, nn.Sigmoid()),
+    "child replaced by a block": lambda segment: segment.__setitem__(1, copy.deepcopy(segment[2])),
+    "child appended": lambda segment: segment.append(copy.deepcopy(segment[2])),
+    "child deleted": lambda segment: segment.__delitem__(1),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_after_the_first_call_counts(change):
-    """Against the blocks' own forwards, called one by one, which read their modules."""
-    row, x = stage_and_map()
+def test_a_change_after_the_first_call_has_an_effect(change):
+    """The truth is the blocks' own forwards, which read their modules at every call."""
+    segment, x = stage_and_map()
     with torch.no_grad():
-        before = row(x)
-        assert torch.equal(row(x), before)
-        CHANGES[change](row)
-        after = row(x)
+        before = segment(x)
+        assert torch.equal(segment(x), before)
+        CHANGES[change](segment)
+        after = segment(x)
         assert not torch.equal(after, before)
-        assert torch.equal(row(x), after)
-        with separate_convolutions(row):
-            torch.testing.assert_close(after, row(x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(segment(x), after)
+        with separate_convolutions(segment):
+            torch.testing.assert_close(after, segment(x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_block_frozen_by_itself_keeps_its_conversions(called):
-    row, x = stage_and_map()
-    row(x)
+def test_a_separately_frozen_block_converts_its_input(called):
+    segment, x = stage_and_map()
+    segment(x)
     torch.manual_seed(3)
     alone = fr.freeze(randomize(fr.nn.BasicBlock(32, 32)).eval(), torch.bfloat16)
-    row[1] = alone
-    y, calls = operators(row, x)
+    segment[1] = alone
+    y, calls = operators(segment, x)
     assert calls == {"residual_block": 3}
     assert called == [alone]
-    assert torch.equal(y, child_by_child(row, x))
+    assert torch.equal(y, child_by_child(segment, x))
 
 
-def test_a_hook_sees_what_its_block_takes_and_gives(called):
-    row, x = stage_and_map()
-    expected = row(x)
+def test_a_hook_sees_the_input_and_result_of_its_block(called):
+    segment, x = stage_and_map()
+    expected = segment(x)
     seen = []
-    handle = row[1].register_forward_hook(lambda module, args, y: seen.append((*args, y)))
-    assert torch.equal(row(x), expected)
+    handle = segment[1].register_forward_hook(lambda module, args, y: seen.append((*args, y)))
+    assert torch.equal(segment(x), expected)
     handle.remove()
     called.clear()
-    assert torch.equal(row(x), expected)
+    assert torch.equal(segment(x), expected)
     assert called == []
-    (given, result), first = seen[0], row[0](x)
+    (input, result), first = seen[0], segment[0](x)
     assert len(seen) == 1
-    assert torch.equal(given, first)
-    assert torch.equal(result, row[1](first))
+    assert torch.equal(input, first)
+    assert torch.equal(result, segment[1](first))
 
 
 def test_global_hooks_see_the_blocks():
-    row, x = stage_and_map()
-    row(x)
+    segment, x = stage_and_map()
+    segment(x)
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(m))
     try:
-        row(x)
+        segment(x)
     finally:
         handle.remove()
-    assert all(block in seen and block.conv2 in seen for block in row)
+    assert all(block in seen and block.conv2 in seen for block in segment)
 
 
-def test_one_block_by_its_convolutions(called):
-    """Asked for one block, or for all of a network."""
-    row, x = stage_and_map()
-    expected = row(x)
-    for inside, blocks in ((row[1], 2), (row, 0)):
+def test_a_block_with_separate_convolutions(called):
+    """For one block, or for all of a network."""
+    segment, x = stage_and_map()
+    expected = segment(x)
+    for inside, blocks in ((segment[1], 2), (segment, 0)):
         with separate_convolutions(inside):
-            y, calls = operators(row, x)
+            y, calls = operators(segment, x)
         assert calls.get("residual_block", 0) == blocks
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     called.clear()
-    assert torch.equal(row(x), expected)
+    assert torch.equal(segment(x), expected)
     assert called == []
 
 
-# What a row leaves to its blocks
+# Calls for which the blocks' modules run
 
 
 @pytest.mark.parametrize("backend", ["reference", "library"])
 def test_another_backend(called, backend):
-    row, x = stage_and_map()
-    expected = row(x)
+    segment, x = stage_and_map()
+    expected = segment(x)
     with fr.use_backend(backend):
-        y, calls = operators(row, x)
+        y, calls = operators(segment, x)
     assert "residual_block" not in calls
     assert len(called) == 3
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     called.clear()
     with fr.use_backend("cpu"):
-        assert torch.equal(row(x), expected)
+        assert torch.equal(segment(x), expected)
     assert called == []
 
 
-def test_each_block_chooses_where_there_is_a_choice(monkeypatch, called):
-    row, x = stage_and_map()
-    row(x)
+def test_each_block_is_tuned_with_several_candidates(monkeypatch, called):
+    segment, x = stage_and_map()
+    segment(x)
     operators_of = {"cpu": torch.ops.fused_resnet, "library": torch.ops.fused_resnet}
     monkeypatch.setattr(choice, "candidates", lambda op, backend: operators_of)
     with tuner.recording() as calls:
-        row(x)
+        segment(x)
     assert [call.op for call in calls] == ["residual_block"] * 3
     assert len(called) == 3
 
 
-def test_a_wrong_input_is_refused_as_by_a_block():
-    row, _ = stage_and_map()
+def test_a_wrong_input_raises_the_error_of_a_block():
+    segment, _ = stage_and_map()
     for wrong in (torch.zeros(1, 17, 8, 8), torch.zeros(16, 8, 8), torch.zeros(1, 16, 8, 8).long()):
         with pytest.raises((ValueError, TypeError)) as by_block:
-            child_by_child(row, wrong)
-        with pytest.raises(by_block.type) as by_row:
-            row(wrong)
-        assert str(by_row.value) == str(by_block.value)
+            child_by_child(segment, wrong)
+        with pytest.raises(by_block.type) as by_segment:
+            segment(wrong)
+        assert str(by_segment.value) == str(by_block.value)
     with pytest.raises(TypeError):
-        row()
+        segment()
 
 
 def test_a_torch_fx_trace_has_the_blocks():
-    row, x = stage_and_map()
-    expected = row(x)
+    segment, x = stage_and_map()
+    expected = segment(x)
 
     class Blocks(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
             return isinstance(module, FrozenBlock)
 
-    graph = Blocks().trace(row)
+    graph = Blocks().trace(segment)
     assert [n.target for n in graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
-    assert torch.equal(torch.fx.GraphModule(row, graph)(x), expected)
+    assert torch.equal(torch.fx.GraphModule(segment, graph)(x), expected)
 
 
 def test_a_jit_trace_calls_the_blocks(called):
-    row, x = stage_and_map()
-    expected = row(x)
-    traced = torch.jit.trace(row, x, check_trace=False)
-    assert called == list(row)
+    segment, x = stage_and_map()
+    expected = segment(x)
+    traced = torch.jit.trace(segment, x, check_trace=False)
+    assert called == list(segment)
     assert torch.equal(traced(x), expected)
 
 
@@ -357,9 +357,9 @@ def test_compile_and_export(called, first):
     if first == "called before":
         frozen(x)
     exported = torch.export.export(frozen, (x,))
-    # The part without a gradient is a graph inside of the graph.
-    parts = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-    targets = [str(node.target) for part in parts for node in part.graph.nodes]
+    # What runs without a gradient is a graph inside the graph.
+    graphs = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert sum("fused_resnet_export.residual_block" in target for target in targets) == 9
     assert ("_frozen_cache" in frozen.layer2.__dict__) == (first == "called before")
     torch.compiler.reset()
@@ -382,44 +382,44 @@ def test_compile_and_export(called, first):
 # Copies and threads
 
 
-def test_a_row_is_not_copied():
-    row, x = stage_and_map()
-    y = row(x)
-    assert "_frozen_cache" in row.__dict__
-    for other in (copy.deepcopy(row), pickle.loads(pickle.dumps(row))):
+def test_the_cache_is_not_copied():
+    segment, x = stage_and_map()
+    y = segment(x)
+    assert "_frozen_cache" in segment.__dict__
+    for other in (copy.deepcopy(segment), pickle.loads(pickle.dumps(segment))):
         assert isinstance(other, FrozenSegment)
         assert "_frozen_cache" not in other.__dict__
         assert torch.equal(other(x), y)
         other[1].conv1.scale.mul_(2)
         assert not torch.equal(other(x), y)
-        assert torch.equal(row(x), y)
+        assert torch.equal(segment(x), y)
 
 
 def test_a_replica_runs_its_own_blocks():
-    """As ``nn.DataParallel`` makes it, of a row that has been called."""
-    row, x = stage_and_map()
-    y = row(x)
-    replica = row._replicate_for_data_parallel()
+    """A replica of ``nn.DataParallel``, of a segment that has been called."""
+    segment, x = stage_and_map()
+    y = segment(x)
+    replica = segment._replicate_for_data_parallel()
     del replica[1]
-    assert torch.equal(replica(x), row[2](row[0](x)))
-    assert torch.equal(row(x), y)
+    assert torch.equal(replica(x), segment[2](segment[0](x)))
+    assert torch.equal(segment(x), y)
 
 
 def test_two_threads_at_once():
-    """One row, two threads, sizes that change, and a hook that one of them puts on and off."""
-    row, _ = stage_and_map()
+    """One segment, two threads, changing sizes, and a hook that one of them adds and removes."""
+    segment, _ = stage_and_map()
     maps = [image(n, 16, size, size, dtype=torch.float32) for n, size in ((1, 16), (3, 9), (2, 5))]
-    expected = [row(x) for x in maps]
+    expected = [segment(x) for x in maps]
     wrong: list[int] = []
 
     def work(first: int) -> None:
         for i in range(60):
             at = (first + i) % len(maps)
-            if not torch.equal(row(maps[at]), expected[at]):
+            if not torch.equal(segment(maps[at]), expected[at]):
                 wrong.append(at)
             if first:
-                row[1].register_forward_hook(lambda module, args, y: None).remove()
-                row.__dict__.pop("_frozen_cache", None)
+                segment[1].register_forward_hook(lambda module, args, y: None).remove()
+                segment.__dict__.pop("_frozen_cache", None)
 
     in_threads(work, 0, 1)
     assert wrong == []

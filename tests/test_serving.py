@@ -128,7 +128,7 @@ def test_a_file_is_for_every_instruction_set(tmp_path: Path, isa: str) -> None:
 
 
 def complaint(capsys: Capture, *arguments: str) -> str:
-    """The one line that a mistake gives."""
+    """The one line of an error."""
     capsys.readouterr()
     assert main(list(arguments)) == 2
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""``fused-resnet verify``: its rule, that it catches what it is for, and that it passes."""
+"""``fused-resnet verify``: its bound, the planted bugs that it must catch, and that it passes."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def test_an_error_passes_up_to_its_bound() -> None:
     assert compare("", 0.0, 0.0, torch.float32).bound == pytest.approx(ROUNDING * eps)
 
 
-def verdict(*comparisons: Comparison) -> Row:
+def row_of(*comparisons: Comparison) -> Row:
     return worst(comparisons, "op", "inference", torch.float32, "contiguous")
 
 
 def test_the_worst_comparison_makes_the_row() -> None:
     near, far = Comparison("near", 1.4, 1.0, 1.5), Comparison("far", 3.0, 10.0, 15.0)
-    assert verdict(far, near).what == "near"
-    assert verdict(far, near).ratio == pytest.approx(1.4)
-    assert verdict(far, near).passed
-    assert not verdict(Comparison("over", 1.6, 1.0, 1.5), far).passed
-    assert not verdict(near, Comparison("nan", math.nan, 1.0, 1.5), far).passed
-    assert verdict(Comparison("exact", 0.0, None, 1e-9)).ratio is None
+    assert row_of(far, near).what == "near"
+    assert row_of(far, near).ratio == pytest.approx(1.4)
+    assert row_of(far, near).passed
+    assert not row_of(Comparison("over", 1.6, 1.0, 1.5), far).passed
+    assert not row_of(near, Comparison("nan", math.nan, 1.0, 1.5), far).passed
+    assert row_of(Comparison("exact", 0.0, None, 1e-9)).ratio is None
 
 
 # Operations
@@ -79,7 +79,7 @@ def test_the_reference_backend_is_pytorch_itself() -> None:
 
 
 def _swapped(function: Any, **changes: Any) -> Any:
-    """The function with arguments replaced by what a planted bug would make of them."""
+    """The function with its arguments replaced, as a planted bug would."""
 
     def planted(*args: Any, **kwargs: Any) -> Tensor:
         for name, change in changes.items():

@@ -100,7 +100,7 @@ def _is_detector(name: str) -> bool:
 
 
 def run(model: nn.Module, name: str, x: Any) -> dict[str, Tensor]:
-    """Every tensor that the network gives, in order; of a detector its feature maps."""
+    """Every tensor of the network's result, in order; of a detector its feature maps."""
     if _is_detector(name):
         # Boxes are chosen by comparing scores, which nearly equal numbers may decide differently.
         x = torch.stack(x)

@@ -8,8 +8,9 @@
 // the convolutions are in scratch memory that the thread uses again. The map of a shortcut is
 // computed where the result will be, and the last convolution adds to it in place.
 //
-// residual_row runs a sequence of blocks. It is an operator of its own because a call costs 7 us,
-// where a block of a small network takes 40, and because its threads stay together for all blocks.
+// residual_segment runs a sequence of blocks. It is an operator of its own because a call costs 7
+// us, where a block of a small network takes 40, and because its threads stay together for all
+// blocks.
 #include "../residual_block.h"
 
 #include <ATen/ATen.h>
@@ -203,9 +204,9 @@ class BlockCall {
 };
 
 // A sequence of blocks. All are checked before the first one runs; one thread team runs them all.
-class RowCall {
+class SegmentCall {
  public:
-  explicit RowCall(const at::Tensor& x) : maps_{x} {}
+  explicit SegmentCall(const at::Tensor& x) : maps_{x} {}
 
   // The input of the next block.
   const at::Tensor& end() const { return maps_.back(); }
@@ -242,17 +243,17 @@ at::Tensor residual_block_cpu(const at::Tensor& x, at::TensorList packed, at::Te
                               bool bottleneck, int64_t stride, int64_t dilation, int64_t groups,
                               bool winograd) {
   const Block block = decompose(x, packed, scale, shift, bottleneck, stride, dilation, groups);
-  RowCall call(x);
+  SegmentCall call(x);
   call.add(block, winograd);
   return call.run();
 }
 
-at::Tensor residual_row_cpu(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
-                            at::TensorList shift, at::IntArrayRef convs,
-                            const c10::List<bool>& projected, at::IntArrayRef padding,
-                            at::IntArrayRef stride, at::IntArrayRef dilation,
-                            at::IntArrayRef groups, const c10::List<bool>& winograd) {
-  const char* op = "residual_row";
+at::Tensor residual_segment_cpu(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
+                                at::TensorList shift, at::IntArrayRef convs,
+                                const c10::List<bool>& projected, at::IntArrayRef padding,
+                                at::IntArrayRef stride, at::IntArrayRef dilation,
+                                at::IntArrayRef groups, const c10::List<bool>& winograd) {
+  const char* op = "residual_segment";
   const size_t blocks = convs.size();
   TORCH_CHECK_VALUE(blocks > 0, op, ": convs: expected at least one block");
   for (const size_t size : {projected.size(), padding.size(), stride.size(), dilation.size(),
@@ -260,7 +261,7 @@ at::Tensor residual_row_cpu(const at::Tensor& x, at::TensorList packed, at::Tens
     TORCH_CHECK_VALUE(size == blocks, op, ": expected an element for each of ", blocks,
                       " blocks in every list, got ", size);
   }
-  RowCall call(x);
+  SegmentCall call(x);
   size_t at = 0;
   for (size_t i = 0; i < blocks; ++i) {
     TORCH_CHECK_VALUE(convs[i] == 2 || convs[i] == 3, op, ": convs: expected 2 or 3, got ",
@@ -287,7 +288,7 @@ at::Tensor residual_row_cpu(const at::Tensor& x, at::TensorList packed, at::Tens
 
 TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
   m.impl("residual_block", &residual_block_cpu);
-  m.impl("residual_row", &residual_row_cpu);
+  m.impl("residual_segment", &residual_segment_cpu);
 }
 
 }  // namespace fr

@@ -162,7 +162,7 @@ def _(  # type: ignore[no-untyped-def]
     return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
 
 
-@fake("residual_row")
+@fake("residual_segment")
 def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, convs, projected, padding, stride, dilation, groups, winograd
 ):  # fmt: skip

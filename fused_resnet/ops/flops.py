@@ -109,7 +109,7 @@ def _(  # type: ignore[no-untyped-def]
     return _block_flops(x, scale, own, len(scale) > own, stride, dilation, groups)[0]
 
 
-@_formula("residual_row")
+@_formula("residual_segment")
 def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, convs, projected, padding, stride, dilation, groups, *_, **__
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""residual_row against float64: blocks of every kind one after another."""
+"""residual_segment against float64: blocks of every kind one after another."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Operands:
             "groups": [s.groups for s in self.steps],
             "winograd": [True] * len(self.steps),
         }
-        return torch.ops.fused_resnet.residual_row(x, *(arguments | changed).values())
+        return torch.ops.fused_resnet.residual_segment(x, *(arguments | changed).values())
 
     def truth(self, x: torch.Tensor) -> torch.Tensor:
         """The blocks in F.conv2d and F.pad, in float64."""
@@ -112,7 +112,7 @@ def operands(name: str, dtype: torch.dtype = torch.float32, batch: int = 2):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", ROWS)
-def test_residual_row(name, dtype):
+def test_residual_segment(name, dtype):
     row, x = operands(name, dtype)
     # Each block's result is rounded to the dtype, and the next one's error adds to its own.
     limit = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3}.get(dtype, 2e-2)

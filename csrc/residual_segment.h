@@ -1,5 +1,5 @@
-// The arguments of residual_row but x, stored in the types that the dispatcher takes: converting
-// three Python lists of 18 tensors at every call would cost 8 us.
+// The arguments of residual_segment but x, stored in the types that the dispatcher takes:
+// converting three Python lists of 18 tensors at every call would cost 8 us.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -10,15 +10,15 @@
 
 namespace fr {
 
-class ResidualRow {
+class ResidualSegment {
  public:
   using Tensors = std::vector<at::Tensor>;
   using Ints = std::vector<int64_t>;
 
   // The operator's arguments after x.
-  ResidualRow(Tensors packed, Tensors scale, Tensors shift, Ints convs,
-              const std::vector<bool>& projected, Ints padding, Ints stride, Ints dilation,
-              Ints groups, const std::vector<bool>& winograd)
+  ResidualSegment(Tensors packed, Tensors scale, Tensors shift, Ints convs,
+                  const std::vector<bool>& projected, Ints padding, Ints stride, Ints dilation,
+                  Ints groups, const std::vector<bool>& winograd)
       : packed_(std::move(packed)),
         scale_(std::move(scale)),
         shift_(std::move(shift)),
@@ -34,7 +34,7 @@ class ResidualRow {
   at::Tensor operator()(const at::Tensor& x) const {
     static const auto op =
         c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fused_resnet::residual_row", "")
+            .findSchemaOrThrow("fused_resnet::residual_segment", "")
             .typed<at::Tensor(const at::Tensor&, at::TensorList, at::TensorList, at::TensorList,
                               at::IntArrayRef, const c10::List<bool>&, at::IntArrayRef,
                               at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
