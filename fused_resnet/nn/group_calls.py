@@ -88,7 +88,9 @@ def norm_add_act(
     fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     if not decision.operation or is_observed(x) or x.dim() != 4 or not fits:
         return _one_by_one(bn, act, x, residual, add)
-    return _apply_unfused_activation(decision, bn, act, _bn_add_relu(bn, x, residual, decision.relu))
+    return _apply_unfused_activation(
+        decision, bn, act, _bn_add_relu(bn, x, residual, decision.relu)
+    )
 
 
 def _apply_unfused_activation(
@@ -163,7 +165,9 @@ def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _run_packed(conv: PackedConv, decision: Decision, following: list[nn.Module], x: Tensor) -> Tensor:
+def _run_packed(
+    conv: PackedConv, decision: Decision, following: list[nn.Module], x: Tensor
+) -> Tensor:
     if decision.operation == "conv_bn_relu_maxpool":
         return conv(x, None, True, True)
     act = following[1] if len(following) > 1 else None

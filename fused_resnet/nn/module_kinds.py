@@ -15,10 +15,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 class PackedConv(nn.Module):
-    """A group with packed weights, which :func:`fused_resnet.freeze` puts in a convolution's place.
+    """A group with packed weights; :func:`fused_resnet.freeze` replaces a convolution with it.
 
-    It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution and
-    its batch norm.
+    It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution
+    and its batch norm.
 
     Attributes:
         operation: Name of the operation that it runs.
