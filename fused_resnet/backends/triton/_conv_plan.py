@@ -39,8 +39,8 @@ class ConvConfig(NamedTuple):
 
 
 #: By the precision of products. A step is 128 bytes deep, as swizzled shared memory and one wgmma
-#: of each warp group need; the tiles for few channels are 64 bytes deep. The large tiles do 64 to 85
-#: flops for each byte loaded, so they are bound by the tensor cores; those of 64 pixels give enough
+#: of each warp group need; the tiles for few channels are 64 bytes deep. The large tiles do 64 to
+#: 85 flops per byte loaded, so they are bound by the tensor cores; those of 64 pixels give enough
 #: programs on small maps, and those of 16 filters are for narrow groups. Strict float32 runs on the
 #: CUDA cores, whose operands are in registers: they have room for 64 x 64.
 CONFIGS: dict[str, list[ConvConfig]] = {
