@@ -15,9 +15,9 @@ from networks import image, randomize
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.bench import sources
 from fused_resnet.cli import main
 from fused_resnet.inference import archive as frozen_file
+from fused_resnet.models import sources
 
 Capture = pytest.CaptureFixture[str]
 F32 = torch.float32

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet.bench import problem, sources
+from fused_resnet.bench import problem
 from fused_resnet.bench.calibration import last_batch_norms
 from fused_resnet.cli import main
+from fused_resnet.models import sources
 
 
 @pytest.mark.parametrize("name", ["resnet50", "hf:microsoft/resnet-50", "timm:resnet50"])
