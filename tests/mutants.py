@@ -27,13 +27,13 @@ BLOCK = "csrc/cpu/residual_block.cpp"
 POOL = "csrc/cpu/map_pool.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 TILES = "csrc/cpu/kernels/conv_amx.h"
-FORWARD = "tests/test_ops.py"
-BFLOAT16 = "tests/test_bfloat16.py"
-BACKWARD = "tests/test_autograd.py"
+FORWARD = "tests/ops/test_operations.py"
+BFLOAT16 = "tests/ops/test_bfloat16.py"
+BACKWARD = "tests/ops/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
 ROW = "tests/test_residual_segment.py"
-SWAP = "tests/test_swap_semantics.py"
-ALIASING = "tests/test_swap_aliasing.py"
+SWAP = "tests/fusion/test_traced_groups.py"
+ALIASING = "tests/fusion/test_traced_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
 PAIRED = (BFLOAT16, "avx512_bf16")
 #: And of AMX's.

@@ -19,7 +19,7 @@ RELU = nn.ReLU()
 
 
 class PackedConv(nn.Module):
-    """A group with packed weights, which :func:`fused_resnet.freeze` puts in a convolution's place.
+    """A group with packed weights; :func:`fused_resnet.freeze` replaces a convolution with it.
 
     It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution
     and its batch norm.
