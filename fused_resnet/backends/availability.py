@@ -176,7 +176,7 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
     if choice == "reference":
         return choice
     if choice == "library" and device in ("cpu", "cuda", "meta"):
-        return choice if op in aten.OPERATIONS else "reference"
+        return choice if op in (*aten.OPERATIONS, "training_unit") else "reference"
     if choice == "auto":
         if device in ("cpu", "meta"):
             return "cpu"

@@ -27,6 +27,12 @@ from .packed import (
     unpack_conv_weight,
 )
 from .registry import OPERATORS
+from .training_bn import training_bn_add_relu
+from .training_spec import Layer, LayerTensors, Unit
+from .training_unit import UNIT_BACKENDS, is_transformed, training_unit, update_running
+
+#: A max-pool's window in a unit: the place of its largest value is kept in a byte.
+_MOST_PLACES = 255
 
 __all__ = [
     "bn_add_relu",
@@ -92,7 +98,7 @@ def bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, tuple(x.shape))
     checks.residual(op, residual, tuple(x.shape), x)
 
-    backend = resolve_backend(op, x)
+    backend = _resolve(op, x, training)
     if backend == "reference":
         return reference.bn_add_relu(
             x,
@@ -110,10 +116,11 @@ def bn_add_relu(
         x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, relu,
     )  # fmt: skip
     backend = fastest_backend(op, backend, arguments)
-    y, mean, var = OPERATORS[backend].bn_add_relu(*arguments)
-    if training and running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, mean, var, momentum, count)
-    return y
+    if training:
+        return training_bn_add_relu(
+            x, bn_weight, bn_bias, running_mean, running_var, residual, momentum, eps, relu, backend
+        )
+    return OPERATORS[backend].bn_add_relu(*arguments)[0]
 
 
 def conv_bn_add_relu(
@@ -141,9 +148,10 @@ def conv_bn_add_relu(
 
     In inference one kernel does it all, with batch norm, residual and ReLU applied while the
     convolution's result is still in registers; that result is never stored, and the gradient does
-    not need it (see ``_registrations.py``). In training the batch statistics need all of it first:
-    the convolution is PyTorch's and what follows is :func:`bn_add_relu`. Where ``cuda`` or
-    ``triton`` was asked for by name it is that backend's, and leaves the statistics as it goes.
+    not need it (see ``ops/autograd.py``). In training, on the CPU, the convolution takes its batch
+    statistics in the same pass, and its gradient applies batch norm's while it reads. On CUDA the
+    convolution is PyTorch's and what follows is :func:`bn_add_relu`; where ``cuda`` or ``triton``
+    was asked for by name it is that backend's, with the statistics.
 
     Args:
         x: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
@@ -186,7 +194,7 @@ def conv_bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, shape)
     checks.residual(op, residual, shape, x)
 
-    backend = resolve_backend(op, x)
+    backend = _resolve(op, x, training)
     if backend != "reference" and not training:
         arguments = (
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, residual,
@@ -194,15 +202,21 @@ def conv_bn_add_relu(
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
         return OPERATORS[backend].conv_bn_add_relu(*arguments)
-    if current_backend() in ("cuda", "triton"):
+    if backend in UNIT_BACKENDS and conv_bias is None:
+        layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
+        shortcut = "none" if residual is None else "map"
+        unit = Unit((layer,), shortcut, relu=relu, backend=backend)
+        tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
+        return training_unit(unit, x, residual, [tensors])
+    if current_backend() in ("cuda", "triton") and backend != "reference":
         operators = OPERATORS[backend]
         z, mean, var = operators.conv_statistics(
             x, conv_weight, conv_bias, stride, padding, dilation, groups
         )
-        y = operators.bn_add_relu_given(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        # Before the next operator saves its tensors: checkpointing computes no further than that.
         if running_mean is not None and running_var is not None:
-            _update_running(running_mean, running_var, mean, var, momentum, count)
-        return y
+            update_running("library", mean, var, running_mean, running_var, momentum, count)
+        return operators.bn_add_relu_given(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
         z,
@@ -244,8 +258,9 @@ def conv_bn_relu_maxpool(
         \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta))
 
     In inference one kernel keeps the rows of the large map that a pooled row needs in the cache and
-    never writes the map; when a gradient is wanted, or in training, the pool follows
-    :func:`conv_bn_add_relu` as an operation of its own.
+    never writes the map. In training, on the CPU, the normalised map is not written either, and
+    the places of the maxima are kept in a byte each; else, when a gradient is wanted, the pool
+    follows :func:`conv_bn_add_relu` as an operation of its own.
 
     Args:
         x: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
@@ -286,7 +301,7 @@ def conv_bn_relu_maxpool(
     _check_bn(op, x, shape[1], bn_weight, bn_bias, running_mean, running_var)
     pool = checks.pool(op, shape, pool_kernel, pool_stride, pool_padding)
 
-    backend = resolve_backend(op, x)
+    backend = _resolve(op, x, training)
     one_pass = backend != "reference" and not training
     if one_pass and not _wants_grad(x, conv_weight, conv_bias, bn_weight, bn_bias):
         checks.statistics(op, running_mean, running_var, training, 0, shape)
@@ -296,6 +311,14 @@ def conv_bn_relu_maxpool(
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
         return OPERATORS[backend].conv_bn_relu_maxpool(*arguments)
+    fits_a_byte = pool[0][0] * pool[0][1] <= _MOST_PLACES
+    if training and backend in UNIT_BACKENDS and conv_bias is None and fits_a_byte:
+        count = shape[0] * shape[2] * shape[3]
+        checks.statistics(op, running_mean, running_var, training, count, shape)
+        layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
+        unit = Unit((layer,), pool=pool, backend=backend)
+        tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
+        return training_unit(unit, x, None, [tensors])
     y = conv_bn_add_relu(
         x,
         conv_weight,
@@ -360,22 +383,15 @@ def _check_bn(
     checks.channel_vector(op, "running_var", running_var, channels, x)
 
 
+def _resolve(op: str, x: Tensor, training: bool) -> str:
+    """The backend of a call; the reference where only PyTorch's own operators can answer it."""
+    if torch.compiler.is_compiling():
+        # An exported training step is made of PyTorch's operators: it needs no autograd function.
+        exported = training and torch.compiler.is_exporting()
+        return "reference" if exported else resolve_backend(op, x)
+    empty = training and x.numel() == 0
+    return "reference" if empty or is_transformed() else resolve_backend(op, x)
+
+
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-@torch.no_grad()
-def _update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
-    count: int,
-) -> None:
-    """``running = (1 - momentum) * running + momentum * batch``, the variance made unbiased."""
-    # Not seen by autograd, as in PyTorch: a call of the same batch norm that PyTorch ran before has
-    # saved these tensors for its backward, which does not use them.
-    running_mean, running_var = running_mean.data, running_var.data
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
