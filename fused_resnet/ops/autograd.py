@@ -50,23 +50,34 @@ def _bn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 
 def _bn_backward(operators: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    dx, dweight, dbias, dresidual = bn_backward(operators, ctx, grad, ctx.needs_input_grad[5])
+    return dx, dweight, dbias, None, None, dresidual, None, None, None
+
+
+def bn_backward(
+    operators: Any, ctx: Any, grad: Tensor, residual_wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of ``x``, weight, bias and residual, by ``bn_add_relu_backward``.
+
+    Args:
+        operators: The library that has the operator.
+        ctx: Of the forward: ``x``, ``y``, weight, mean and variance are saved; the attributes are
+            ``training``, ``eps``, ``relu``, ``bias_dtype`` and ``has_residual``.
+        grad: Gradient of the result.
+        residual_wanted: Whether the residual needs a gradient.
+    """
     x, y, weight, mean, var = ctx.saved_tensors
-    need_residual = ctx.has_residual and ctx.relu and ctx.needs_input_grad[5]
+    wanted = ctx.has_residual and residual_wanted
     dx, dweight, dbias, dresidual = operators.bn_add_relu_backward(
-        grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.relu, need_residual
+        grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.relu, wanted and ctx.relu
     )
-    if ctx.has_residual and not ctx.relu:
+    if not ctx.relu:
         dresidual = grad
     return (
         dx,
         None if weight is None else dweight.to(weight.dtype),
         None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-        None,
-        None,
-        dresidual if ctx.has_residual and ctx.needs_input_grad[5] else None,
-        None,
-        None,
-        None,
+        dresidual if wanted else None,
     )
 
 

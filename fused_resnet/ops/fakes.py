@@ -55,6 +55,7 @@ def _window(size: Any, kernel: Any, stride: int, padding: int, dilation: int) ->
 def conv_shape(
     x: Tensor, weight_shape: Any, stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[Any]:
+    """The sizes ``(N, K, OH, OW)`` of a convolution's result."""
     size = [
         _window(x.shape[i + 2], weight_shape[i + 2], stride[i], padding[i], dilation[i])
         for i in (0, 1)
@@ -65,6 +66,7 @@ def conv_shape(
 def pool_shape(
     shape: list[Any], kernel: list[int], stride: list[int], padding: list[int]
 ) -> list[Any]:
+    """The sizes of a max-pool's result."""
     size = [_window(shape[i + 2], kernel[i], stride[i], padding[i], 1) for i in (0, 1)]
     return [shape[0], shape[1], *size]
 

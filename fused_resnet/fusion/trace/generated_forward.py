@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
+from ...nn.block_calls import run_residual_block
 from ...nn.fused_forward import BlockModules, FusedForward
 from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
 from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
@@ -322,7 +323,36 @@ def _original_forward(module: nn.Module) -> Callable[..., Any]:
     return base.forward
 
 
+def _run_block(
+    owner: nn.Module,
+    x: Tensor,
+    groups: tuple[tuple[Any, Any, nn.Module | None], ...],
+    shortcut: tuple[Any, ...],
+    identities: tuple[nn.Module, ...],
+) -> Tensor | None:
+    """Run a residual block as one training operation.
+
+    Args:
+        owner: The block.
+        x: Its input.
+        groups: Convolution, batch norm and activation of each of its own groups, in order.
+        shortcut: Convolution and batch norm of its shortcut; empty for the identity.
+        identities: Placeholder modules among its children that it calls.
+
+    Returns:
+        The block's result; None where its groups must run one by one.
+    """
+    if any(original_class(module) is not nn.Identity for module in identities):
+        return None
+    convs, norms, acts = zip(*groups, strict=True)
+    others = (*identities, *(act for act in acts if act is not None))
+    return run_residual_block(
+        owner, x, (*convs, *shortcut[:1]), (*norms, *shortcut[1:]), acts, others
+    )
+
+
 _HELPERS: dict[str, Any] = {
+    "_run_block": _run_block,
     "_conv_bn": conv_bn,
     "_norm_add_act": norm_add_act,
     "_run_sequence": run_sequence,
