@@ -79,7 +79,8 @@ inline constexpr const char* kSchemas[] = {
     "bool[] projected, int[] padding, int[] stride, int[] dilation, int[] groups, bool[] winograd) "
     "-> Tensor",
 
-    // The primitives of a training step; fused_resnet/backends/reference_training.py has the meaning
+    // The primitives of a training step; fused_resnet/backends/reference_training.py has the
+    // meaning
     // of each. Vectors per channel are float64 for float64 maps, else float32.
 
     // z = conv(p(x), weight) with p(x) = relu(x * x_scale + x_shift) where these are given, and the

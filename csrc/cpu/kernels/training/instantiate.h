@@ -2,25 +2,25 @@
 // once.
 #pragma once
 
+#include "direct.h"
 #include "passes.h"
 #include "stem.h"
 
 namespace fr {
 namespace FR_ISA {
 
+// Double's convolutions are PyTorch's.
+template <class T>
+constexpr TrainingConv direct_or_none() {
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) return direct_of<T>();
+  return {};
+}
+
 template <class T>
 constexpr TrainingKernels training_kernels_of() {
-  return {block_end<T>,
-          block_end_backward<T>,
-          statistics<T>,
-          bn_gradient<T>,
-          masked_sums<T>,
-          stem_end<T>,
-          stem_end_backward<T>,
-          add_parts<Acc<T>>,
-          {},
-          {},
-          {}};
+  return {
+      block_end<T>, block_end_backward<T>, statistics<T>,     bn_gradient<T>,      masked_sums<T>,
+      stem_end<T>,  stem_end_backward<T>,  add_parts<Acc<T>>, direct_or_none<T>(), {}};
 }
 
 // In the order of DType.
