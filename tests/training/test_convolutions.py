@@ -136,7 +136,7 @@ def test_bits_do_not_depend_on_threads(case, dtype):
 
 @few
 def test_any_memory_format(case):
-    """Contiguous, sliced and expanded operands are copied; the weight's gradient has its strides."""
+    """Contiguous, sliced and expanded operands are copied; dw has the weight's strides."""
     operands, args = backward_of(case, torch.float32, "prologue"), geometry(case)
     expected = operands.run(**args)
     wide = torch.cat([operands.x, operands.x], 3)
