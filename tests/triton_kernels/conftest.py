@@ -22,7 +22,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 class Interpreted:
-    """The host functions of ``fused_resnet.triton`` on CPU tensors, by the names of operators."""
+    """The host functions of the Triton backend on CPU tensors, by the names of operators."""
 
     def __init__(self, interpreter) -> None:
         from fused_resnet.backends import triton as kernels

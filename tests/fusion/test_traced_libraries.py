@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 from networks import assert_same, image, randomize, results
-from test_swap_semantics import Between, Residual, Unit, check, fused_as, left_of, ready
+from test_traced_groups import Between, Residual, Unit, check, fused_as, left_of, ready
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

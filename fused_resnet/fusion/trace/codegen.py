@@ -1,4 +1,4 @@
-"""Python source of a fused forward, from traced graphs and the groups found in them."""
+"""Generates the Python source of a fused forward from traced graphs and their groups."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ...nn.module_kinds import original_class
+from .arguments import DEFAULT, SEQUENCE, TENSOR, UNUSED
+from .early_stages import early_stages
+from .generated_forward import BlockPaths, GeneratedForward, GroupPaths, Specialization
 from .matching import FUNCTION, Match, Matches
-from .plan import BlockPaths, Plan, PlannedGroup, Way
-from .stages import early_stages
-from .tracing import DEFAULT, SEQUENCE, TENSOR, UNUSED, Trace
+from .tracing import Trace
 
 
 @dataclass
-class Block:
-    """A residual block by its groups; see :class:`~fused_resnet.swap.plan.BlockPaths`."""
+class BlockMatch:
+    """The matches that make up one residual block.
+
+    Attributes:
+        groups: The matches of the main branch, in order.
+        shortcut: The match of the shortcut; None for an identity shortcut.
+        identities: Paths of the ``nn.Identity`` modules that the block calls.
+    """
 
     groups: list[Match]
     shortcut: Match | None
@@ -26,18 +33,28 @@ class Block:
 
 
 @dataclass
-class Traced:
-    """A trace, its groups, and the residual block that they are all of, if they are."""
+class MatchedTrace:
+    """A trace and the groups in its graph.
+
+    Attributes:
+        trace: The graph and its assumptions.
+        matches: The groups of the graph.
+        block: The residual block that the whole graph computes; None if it is not a block.
+    """
 
     trace: Trace
     matches: Matches
-    block: Block | None = None
+    block: BlockMatch | None = None
 
 
-def called_elsewhere(found: Iterable[Traced]) -> set[str]:
-    """Children that some way calls outside of the one kind of group that they are in."""
+def shared_modules(traces: Iterable[MatchedTrace]) -> set[str]:
+    """Paths of the modules that are called by different groups, or by a group and outside of it.
+
+    Args:
+        traces: All traces of one module.
+    """
     uses: dict[str, set[tuple[Any, ...]]] = {}
-    for traced in found:
+    for traced in traces:
         inside: dict[fx.Node, tuple[Any, ...]] = {}
         for match in traced.matches.groups:
             pool = match.pool.target if match.pool else None
@@ -49,59 +66,60 @@ def called_elsewhere(found: Iterable[Traced]) -> set[str]:
     return {path for path, kinds in uses.items() if len(kinds) > 1}
 
 
-def emit(module: nn.Module, found: Iterable[Traced], failure: str, shared: set[str]) -> Plan:
-    """The plan of a module.
+def generate_source(
+    module: nn.Module, traces: Iterable[MatchedTrace], failure: str, shared: set[str]
+) -> GeneratedForward:
+    """The generated forward of a module.
 
     Args:
-        module: That was traced.
-        found: One for each way to call it.
-        failure: Why another way was not traced; empty for none.
-        shared: Children that must stay what they are when the model is frozen.
+        module: The traced module.
+        traces: One for each specialization, in the order in which their guards are tried.
+        failure: Why a call of the module could not be traced; empty when all could.
+        shared: Paths of the modules that ``freeze`` must not fold, from :func:`shared_modules`.
     """
     constants = _Constants()
-    tests: list[str] = []
+    functions: list[str] = []
     bodies: list[str] = []
-    ways: list[Way] = []
+    specializations: list[Specialization] = []
     first: Trace | None = None
-    for traced in found:
+    for index, traced in enumerate(traces):
         first = first or traced.trace
-        way = _Way(module, traced, constants, shared)
-        index = len(ways)
-        test, body = way.test(index), way.body(index)
-        tests += [test, *way.early_source(index)]
+        writer = _SpecializationWriter(module, traced, constants, shared)
+        guard, body = writer.guard(index), writer.body(index)
+        functions += [guard, *writer.early_stages_source(index)]
         bodies.append(body)
-        ways.append(way.description())
+        specializations.append(writer.description())
     assert first is not None
     arguments = first.arguments
     passed = [f"{a.name}={a.name}" if a.keyword_only else a.name for a in arguments]
-    watched = ", ".join(a.name for a in arguments if a.given != UNUSED)
+    used = ", ".join(a.name for a in arguments if a.kind != UNUSED)
     lines = [
-        *tests,
+        *functions,
         f"def forward({_signature(first, constants)}):",
-        f"    if not _watched({watched}):",
+        f"    if not _observed({used}):",
         *bodies,
-        f"    return _unfused(self)({', '.join(['self', *passed])})",
+        f"    return _original_forward(self)({', '.join(['self', *passed])})",
         "",
     ]
-    return Plan("\n".join(lines), constants.values, tuple(ways), failure)
+    return GeneratedForward("\n".join(lines), constants.values, tuple(specializations), failure)
 
 
 def _signature(trace: Trace, constants: _Constants) -> str:
-    parts = ["self"]
+    declared = ["self"]
     starred = False
     for argument in trace.arguments:
         if argument.keyword_only and not starred:
-            parts.append("*")
+            declared.append("*")
             starred = True
         if argument.default is argument.__dataclass_fields__["default"].default:
-            parts.append(argument.name)
+            declared.append(argument.name)
         else:
-            parts.append(f"{argument.name}={constants.literal(argument.default)}")
-    return ", ".join(parts)
+            declared.append(f"{argument.name}={constants.literal(argument.default)}")
+    return ", ".join(declared)
 
 
 class _Constants:
-    """Values that have no literal, by the names they get."""
+    """Values that cannot be written as a literal, by their names in the source."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -127,7 +145,7 @@ class _Constants:
 
 
 class _Children:
-    """Expressions for the children by path; their parents are looked up once, at the beginning."""
+    """Expressions for submodules by path; their parents are looked up once, at the beginning."""
 
     def __init__(self) -> None:
         self.parents: dict[str, str] = {"": "_c"}
@@ -142,10 +160,10 @@ class _Children:
         return f"{self.parents[parent]}[{name!r}]"
 
     def lines(self, certain: bool = True) -> list[str]:
-        """Statements that look the parents up.
+        """Statements that look up the parents.
 
         Args:
-            certain: Whether it is known that they are there.
+            certain: Whether a guard has checked that the parents exist.
         """
         if certain:
             return [f"{name} = {self(path)}._modules" for path, name in self.parents.items()]
@@ -156,86 +174,97 @@ class _Children:
         return lines
 
 
-def _conjunction(name: str, tests: list[str], child: _Children) -> str:
+def _conjunction(name: str, conditions: list[str], child: _Children) -> str:
     lines = [f"def {name}(self):", *(f"    {line}" for line in child.lines(certain=False))]
-    lines += ["    return (", *(f"        {t} and" for t in tests), "        True", "    )"]
+    lines += ["    return (", *(f"        {c} and" for c in conditions), "        True", "    )"]
     return "\n".join(lines)
 
 
-#: What an attribute is compared with by value; anything else is the same object or is not.
+#: Types of attributes that guards compare by value; all others are compared by identity.
 _COMPARED = (int, float, str, tuple, list, dict, set, frozenset)
 
 
-class _Way:
+class _SpecializationWriter:
+    """Writes the source of one specialization."""
+
     def __init__(
-        self, module: nn.Module, traced: Traced, constants: _Constants, shared: set[str]
+        self, module: nn.Module, traced: MatchedTrace, constants: _Constants, shared: set[str]
     ) -> None:
         self.module, self.shared = module, shared
         self.trace, self.matches, self.block = traced.trace, traced.matches, traced.block
         self.constants = constants
-        tensors = {a.name for a in self.trace.arguments if a.given == TENSOR}
+        tensors = {a.name for a in self.trace.arguments if a.kind == TENSOR}
         self.early = early_stages(module, self.trace.graph, self.matches, tensors)
         self.names: dict[fx.Node, str] = {}
         for index, node in enumerate(self.trace.graph.nodes):
-            named = node.op == "placeholder"
-            self.names[node] = str(node.target) if named else f"_v{index}"
+            is_argument = node.op == "placeholder"
+            self.names[node] = str(node.target) if is_argument else f"_v{index}"
 
-    def description(self) -> Way:
-        groups = tuple(map(self._planned, self.matches.groups))
+    def description(self) -> Specialization:
+        groups = tuple(map(self._paths, self.matches.groups))
         block = None
         if self.block is not None:
             side = self.block.shortcut
-            shortcut = None if side is None else self._planned(side)
-            own = tuple(map(self._planned, self.block.groups))
-            block = BlockPaths(own, shortcut, tuple(self.block.identities))
+            shortcut = None if side is None else self._paths(side)
+            main = tuple(map(self._paths, self.block.groups))
+            block = BlockPaths(main, shortcut, tuple(self.block.identities))
         early = tuple(self.early[1]) if self.early else ()
-        return Way(groups, tuple(self.matches.left), self.trace.entered, block, early)
+        unfused = tuple(self.matches.unfused)
+        return Specialization(groups, unfused, self.trace.inlined, block, early)
 
-    def _planned(self, match: Match) -> PlannedGroup:
+    def _paths(self, match: Match) -> GroupPaths:
         conv = str(match.conv.target) if match.conv else ""
         pool = str(match.pool.target) if match.pool else ""
         bn, adds = str(match.bn.target), match.residual is not None
         foldable = not {conv, bn, pool} & self.shared
-        return PlannedGroup(conv, bn, match.act, pool, adds, foldable)
+        return GroupPaths(conv, bn, match.act, pool, adds, foldable)
 
-    # Whether the way may be gone
+    # The guard
 
-    def test(self, index: int) -> str:
-        """Two functions that ask for all that the trace assumed of the module."""
+    def guard(self, index: int) -> str:
+        """Two functions that check all that the trace assumed of the module.
+
+        Args:
+            index: Of the specialization; part of the functions' names.
+        """
         attributes = _Children()
-        reads = _conjunction(f"reads_{index}", self._attributes(attributes), attributes)
+        check_attributes = _conjunction(
+            f"check_attributes_{index}", self._attributes(attributes), attributes
+        )
         structure = _Children()
-        tests = self._structure(structure)
-        tests += [f"reads_{index}(self)"] if self.trace.reads else []
-        return f"{reads}\n{_conjunction(f'holds_{index}', tests, structure)}"
+        conditions = self._structure(structure)
+        conditions += [f"check_attributes_{index}(self)"] if self.trace.reads else []
+        return f"{check_attributes}\n{_conjunction(f'check_{index}', conditions, structure)}"
 
     def _structure(self, child: _Children) -> list[str]:
-        tests: list[str] = []
+        conditions: list[str] = []
         identities = {path for match in self.matches.groups for path in match.identities}
         called = {str(n.target) for n in self.trace.graph.nodes if n.op == "call_module"}
-        inside = {"", *self.trace.entered, *self.trace.looked_into}
+        traced = {"", *self.trace.inlined, *self.trace.examined}
         for path in self._parents():
             owner = self.module.get_submodule(path)
-            child(f"{path}.x" if path else "x")  # looks the children up
-            mine = child.parents[path]
-            tests.append(f"tuple({mine}) == {self.constants.literal(tuple(owner._modules))}")
+            child(f"{path}.x" if path else "x")  # registers the parent
+            children = child.parents[path]
+            conditions.append(
+                f"tuple({children}) == {self.constants.literal(tuple(owner._modules))}"
+            )
             for name, member in owner._modules.items():
                 at = f"{path}.{name}" if path else name
                 if member is None:
-                    tests.append(f"{mine}[{name!r}] is None")
-                elif at in inside or at in identities:
-                    tests.append(f"_plain({child(at)}, {self._class(member)})")
-                elif at in self.trace.asked:
-                    tests.append(f"_unwatched({child(at)}, {self._class(member)})")
-                elif self.trace.asks_types:
-                    tests.append(f"_is({child(at)}, {self._class(member)})")
+                    conditions.append(f"{children}[{name!r}] is None")
+                elif at in traced or at in identities:
+                    conditions.append(f"_is_original({child(at)}, {self._class(member)})")
+                elif at in self.trace.inspected_outputs:
+                    conditions.append(f"_is_unhooked({child(at)}, {self._class(member)})")
+                elif self.trace.inspects_types:
+                    conditions.append(f"_has_class({child(at)}, {self._class(member)})")
                 elif at in called:
-                    tests.append(f"{mine}[{name!r}] is not None")
-        tests += [f"{child(a)} is {child(b)}" for a, b in self._same()]
-        return tests
+                    conditions.append(f"{children}[{name!r}] is not None")
+        conditions += [f"{child(a)} is {child(b)}" for a, b in self._same()]
+        return conditions
 
     def _parents(self) -> list[str]:
-        """The module, the children whose code was read, and the lists among their children."""
+        """The module, the submodules that were traced, and the containers among their children."""
         paths = []
         pending = [("", self.module)]
         while pending:
@@ -243,14 +272,14 @@ class _Way:
             paths.append(path)
             for name, member in owner._modules.items():
                 at = f"{path}.{name}" if path else name
-                lists = isinstance(member, (nn.ModuleList, nn.ModuleDict))
-                read = at in self.trace.entered or at in self.trace.looked_into
-                if member is not None and (lists or read):
+                is_container = isinstance(member, (nn.ModuleList, nn.ModuleDict))
+                traced = at in self.trace.inlined or at in self.trace.examined
+                if member is not None and (is_container or traced):
                     pending.append((at, member))
         return paths
 
     def _same(self) -> list[tuple[str, str]]:
-        """Pairs of paths that led to one module."""
+        """Pairs of paths that lead to the same module."""
         first: dict[nn.Module, str] = {}
         pairs = []
         parents = set(self._parents())
@@ -265,48 +294,52 @@ class _Way:
         return self.constants.named(original_class(module))
 
     def _attributes(self, child: _Children) -> list[str]:
-        tests = []
+        conditions = []
         for (path, name), value in self.trace.reads.items():
             got = f"getattr({child(path)}, {name!r}, ...)" if path else f"self.{name}"
             if value is Tensor:
-                tests.append(f"{got} is not None")
+                conditions.append(f"{got} is not None")
             elif value is None or type(value) is bool:
-                tests.append(f"{got} is {value}")
+                conditions.append(f"{got} is {value}")
             elif callable(value) or not isinstance(value, _COMPARED):
-                tests.append(f"{got} is {self.constants.named(value)}")
+                conditions.append(f"{got} is {self.constants.named(value)}")
             else:
-                tests.append(f"{got} == {self.constants.literal(value)}")
-        return tests
+                conditions.append(f"{got} == {self.constants.literal(value)}")
+        return conditions
 
-    def _of_arguments(self) -> list[str]:
-        tests = []
+    def _argument_checks(self) -> list[str]:
+        conditions = []
         tensor = self.constants.named(Tensor)
         for argument in self.trace.arguments:
-            if argument.given == TENSOR:
-                tests.append(f"isinstance({argument.name}, {tensor})")
-            elif argument.given == SEQUENCE:
-                tests.append(f"isinstance({argument.name}, list)")
-            elif argument.given == DEFAULT:
+            if argument.kind == TENSOR:
+                conditions.append(f"isinstance({argument.name}, {tensor})")
+            elif argument.kind == SEQUENCE:
+                conditions.append(f"isinstance({argument.name}, list)")
+            elif argument.kind == DEFAULT:
                 default = argument.default
                 if default is None or type(default) is bool:
-                    tests.append(f"{argument.name} is {default}")
+                    conditions.append(f"{argument.name} is {default}")
                 else:
-                    tests.append(f"{argument.name} == {self.constants.literal(default)}")
+                    conditions.append(f"{argument.name} == {self.constants.literal(default)}")
         for node, answer in self.trace.conditions:
-            tests.append(self._expression(node) if answer else f"not {self._expression(node)}")
-        return tests
+            conditions.append(self._expression(node) if answer else f"not {self._expression(node)}")
+        return conditions
 
     def _expression(self, node: fx.Node) -> str:
-        """A question about shapes as one expression of the arguments."""
+        """A condition on shapes, as one expression of the arguments."""
         if node.op == "placeholder":
             return self.names[node]
-        parts = {source: self._expression(source) for source in node.all_input_nodes}
-        return self._call(node, parts, _Children())
+        inputs = {source: self._expression(source) for source in node.all_input_nodes}
+        return self._call(node, inputs, _Children())
 
     # The operations
 
     def body(self, index: int) -> str:
-        """The statements of the way, behind its test."""
+        """The statements of the specialization, under its guard.
+
+        Args:
+            index: Of the specialization; part of its functions' names.
+        """
         child = _Children()
         lines = self._statements(child)
         if self.early is not None:
@@ -315,13 +348,16 @@ class _Way:
             lines = self._statements(child, after=end)
             stages = f"self.run_early(early_{index}, {self.names[image]})"
             lines.insert(0, f"{self.names[end]} = {stages}")
-        tests = [f"holds_{index}(self)", *self._of_arguments()]
-        head = " and ".join(tests)
+        head = " and ".join([f"check_{index}(self)", *self._argument_checks()])
         block = [f"            {line}" for line in [*child.lines(), *lines]]
         return "\n".join([f"        if {head}:", *block])
 
-    def early_source(self, index: int) -> list[str]:
-        """A function of the stages before the last two; none where there are no stages."""
+    def early_stages_source(self, index: int) -> list[str]:
+        """A function that runs all stages but the last two; none where there are no stages.
+
+        Args:
+            index: Of the specialization; part of the function's name.
+        """
         if self.early is None:
             return []
         child = _Children()
@@ -343,7 +379,7 @@ class _Way:
             if not started:
                 started = node is after
                 continue
-            if node in inner or node.op == "placeholder" or self._is_idle(node):
+            if node in inner or node.op == "placeholder" or self._is_unused_query(node):
                 continue
             if node.op == "output":
                 lines.append(f"return {self._value(node.args[0], self.names)}")
@@ -359,7 +395,7 @@ class _Way:
         return lines
 
     def _readers(self, ends: dict[fx.Node, Match], inner: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """The last statement that reads each result: memory is let go as early as it was."""
+        """The last statement that reads each result, after which its memory can be freed."""
         last: dict[fx.Node, fx.Node] = {}
         for node in self.trace.graph.nodes:
             if node in inner:
@@ -371,11 +407,11 @@ class _Way:
                     last[source] = node
         return {s: n for s, n in last.items() if n.op != "output"}
 
-    def _is_idle(self, node: fx.Node) -> bool:
-        """Whether a node only asked for a shape that nobody uses any more."""
-        if node.op not in ("call_function", "call_method") or not _only_asks(node):
+    def _is_unused_query(self, node: fx.Node) -> bool:
+        """Whether a node only queries a shape, and its result is unused."""
+        if node.op not in ("call_function", "call_method") or not _is_shape_query(node):
             return False
-        return all(self._is_idle(user) for user in node.users)
+        return all(self._is_unused_query(user) for user in node.users)
 
     def _group(self, match: Match, child: _Children) -> str:
         bn = child(str(match.bn.target))
@@ -414,8 +450,8 @@ class _Way:
         if isinstance(value, fx.Node):
             return names[value]
         if isinstance(value, slice):
-            parts = (value.start, value.stop, value.step)
-            return f"slice({', '.join(self._value(v, names) for v in parts)})"
+            bounds = (value.start, value.stop, value.step)
+            return f"slice({', '.join(self._value(v, names) for v in bounds)})"
         if isinstance(value, dict):
             pairs = (f"{self._value(k, names)}: {self._value(v, names)}" for k, v in value.items())
             return f"{{{', '.join(pairs)}}}"
@@ -427,11 +463,11 @@ class _Way:
         return self.constants.literal(value)
 
 
-def _only_asks(node: fx.Node) -> bool:
+def _is_shape_query(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype")
     if node.op == "call_method":
         return node.target in ("size", "dim", "ndimension")
-    asking = (operator.getitem, operator.eq, operator.ne, operator.lt, operator.le, operator.gt,
+    queries = (operator.getitem, operator.eq, operator.ne, operator.lt, operator.le, operator.gt,
               operator.ge)  # fmt: skip
-    return node.target in asking and all(map(_only_asks, node.all_input_nodes))
+    return node.target in queries and all(map(_is_shape_query, node.all_input_nodes))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import assert_same, image, randomize, results
-from test_swap_semantics import BlurPool, DropPath
+from test_traced_groups import BlurPool, DropPath
 from torch import nn
 
 import fused_resnet as fr

@@ -350,7 +350,7 @@ def test_a_corrupt_file_is_ignored_with_one_warning_and_rewritten(text):
     file = tuning_cache.path()
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    with pytest.warns(UserWarning, match="ignored and will be written anew") as caught:
+    with pytest.warns(UserWarning, match="ignored and will be rewritten") as caught:
         assert choose(cpu=SLOW, library=FAST) == "library"
     assert len(caught) == 1
     assert list(read()["machines"]) == [MACHINE]
@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path):
     """A file stands where the folder should be: that no one can write to, root included."""
     (tmp_path / "home").write_text("")
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "home" / "tuning.json"))
-    with pytest.warns(UserWarning, match="choices are not kept"):
+    with pytest.warns(UserWarning, match="timings are not saved"):
         assert choose(cpu=SLOW, library=FAST) == "library"
     assert choose(cpu=SLOW, library=FAST) == "library"  # from memory
 

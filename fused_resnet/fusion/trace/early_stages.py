@@ -1,4 +1,8 @@
-"""A forward that calls stages one after another: where the last two of them begin."""
+"""Networks that call stages one after another: everything before the last two stages.
+
+In those stages the activations are larger than the weights, so a frozen model runs them in
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,20 @@ from .matching import Matches
 def early_stages(
     module: nn.Module, graph: fx.Graph, matches: Matches, tensors: set[str]
 ) -> tuple[fx.Node, list[str], fx.Node] | None:
-    """The row of calls from the input up to the last two stages, whose weights outweigh their maps.
+    """The sequence of calls from the input up to the last two stages.
 
-    A stage is a child with batch norms below. Every call of the row takes the result of the one
-    before, which nobody else reads.
+    A stage is a child that contains batch norms. Every call of the sequence takes the result of the
+    call before it and nothing else, and that result has no other reader.
 
     Args:
-        module: Whose graph it is.
-        graph: Of the module.
-        matches: The groups in it.
-        tensors: The arguments that are tensors.
+        module: The traced module.
+        graph: The graph of its forward.
+        matches: The groups of the graph.
+        tensors: Names of the arguments that are tensors.
 
     Returns:
-        The node of the result, the paths of all modules that are called until then, and the input;
-        None where there are no three stages.
+        The node of the result, the paths of all modules that are called up to it, and the node of
+        the input; None where there are fewer than three stages.
     """
     first = {match.members[0]: match for match in matches.groups}
     image = next(iter(graph.nodes))

@@ -14,7 +14,7 @@ import fused_resnet as fr
 from fused_resnet import ops, reference
 from fused_resnet.backends import aten as library
 
-pytestmark = pytest.mark.skipif(library.why_not() != "", reason=library.why_not())
+pytestmark = pytest.mark.skipif(library.reason() != "", reason=library.reason())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 formats = pytest.mark.parametrize("fmt", FORMATS)
 extras = pytest.mark.parametrize(
