@@ -79,7 +79,7 @@ def forced(backend: str, found: Any) -> Iterator[None]:
     registry.OPERATORS.update({"cuda": found, backend: found})
     availability.DEVICE_TYPES[backend] = (*types_before, "cpu")
     try:
-        with availability._chosen(backend):  # use_backend refuses one without a device
+        with availability._forced(backend):  # use_backend refuses one without a device
             yield
     finally:
         availability.DEVICE_TYPES[backend] = types_before

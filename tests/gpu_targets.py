@@ -1,4 +1,4 @@
-"""Cells that fail in every way, which tests/test_gpu_bench.py measures in child processes."""
+"""Cells that fail in every way, which tests/bench/test_gpu_bench.py measures in child processes."""
 
 from __future__ import annotations
 

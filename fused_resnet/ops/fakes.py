@@ -165,7 +165,8 @@ def _(  # type: ignore[no-untyped-def]
 
 @fake("residual_block")
 def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups, winograd
+    x, packed, scale, shift, concatenated, concatenated_shift, bottleneck, stride, dilation,
+    groups, winograd,
 ):  # fmt: skip
     channels = scale[2 if bottleneck else 1].shape[0]
     size = [_window(n, 1, stride, 0, 1) for n in x.shape[2:]]

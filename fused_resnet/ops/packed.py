@@ -190,8 +190,8 @@ def residual_block(
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
     *,
-    joined: Tensor | None = None,
-    joined_shift: Tensor | None = None,
+    concatenated: Tensor | None = None,
+    concatenated_shift: Tensor | None = None,
     bottleneck: bool,
     stride: int = 1,
     dilation: int = 1,
@@ -220,10 +220,11 @@ def residual_block(
             float32 (float64 for float64 ``x``).
         shift: Shift of each convolution's output channels, ``(K,)``, in the order of ``packed``;
             float32 (float64 for float64 ``x``).
-        joined: On CUDA, the filters of the last convolution and of the shortcut, multiplied by
-            their scales and concatenated along the input channels, so that both run as one GEMM;
-            None runs two convolutions.
-        joined_shift: The sum of the shifts of these two, ``(K,)``; None without ``joined``.
+        concatenated: On CUDA, the filters of the last convolution and of the shortcut, multiplied
+            by their scales and concatenated along the input channels, so that both run as one
+            GEMM; None runs two convolutions.
+        concatenated_shift: The sum of the shifts of these two, ``(K,)``; None without
+            ``concatenated``.
         bottleneck: Whether the block is a bottleneck rather than a basic block.
         stride: Stride of the block in both directions.
         dilation: Distance between the taps of a bottleneck's 3x3 filters.
@@ -249,8 +250,8 @@ def residual_block(
             _conv_reference, x, packed, scale, shift, bottleneck, stride, dilation, groups
         )
     operands = (
-        list(packed), list(scale), list(shift), joined, joined_shift, bottleneck, stride, dilation,
-        groups, winograd,
+        list(packed), list(scale), list(shift), concatenated, concatenated_shift,
+        bottleneck, stride, dilation, groups, winograd,
     )  # fmt: skip
     return run_residual_block(backend, x, operands)
 

@@ -125,21 +125,21 @@ def _fused(block: Block, **inputs: Tensor) -> Tensor:
     packed = [ops.pack_conv_weight(inputs[f"{conv.prefix}.weight"]) for conv in convs]
     affine = [folded(x.dtype, *_batch_norm(conv, inputs)) for conv in convs]
     scale, shift = [a[0] for a in affine], [a[1] for a in affine]
-    joined = joined_shift = None
+    concatenated = concatenated_shift = None
     if block.concatenated and resolve_backend("residual_block", x) in ("cuda", "triton"):
         scaled = [
             p.double().view(s.numel(), -1) * s.double().view(-1, 1)
             for p, s in zip(packed[-2:], scale[-2:], strict=True)
         ]
-        joined = torch.cat(scaled, 1).to(packed[-1].dtype).flatten()
-        joined_shift = shift[-2] + shift[-1]
+        concatenated = torch.cat(scaled, 1).to(packed[-1].dtype).flatten()
+        concatenated_shift = shift[-2] + shift[-1]
     return ops.residual_block(
         x,
         packed,
         scale,
         shift,
-        joined=joined,
-        joined_shift=joined_shift,
+        concatenated=concatenated,
+        concatenated_shift=concatenated_shift,
         bottleneck=block.bottleneck,
         stride=block.stride,
     )

@@ -16,8 +16,8 @@ import emulation
 import pytest
 import torch
 from cases import CONVS, Conv, batch_norm, conv_weight, doubled, normal
+from graph_recorder import Recorder
 from networks import image, randomize
-from test_graphs import Recorder
 from tolerances import RATIO, error
 from torch import Tensor, nn
 

@@ -220,8 +220,8 @@ def residual_block(
     packed: Sequence[Tensor],
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
-    joined: Tensor | None,
-    joined_shift: Tensor | None,
+    concatenated: Tensor | None,
+    concatenated_shift: Tensor | None,
     bottleneck: bool,
     stride: int,
     dilation: int,
@@ -238,9 +238,11 @@ def residual_block(
             the main branch's in order, followed by the shortcut's 1x1 if it has one.
         scale: Scale of each convolution's output channels, ``(K,)``, any float.
         shift: Shift of each convolution's output channels, ``(K,)``, any float.
-        joined: The filters of the last convolution and of the shortcut, multiplied by their scales
-            and concatenated for each output channel, so that both run as one GEMM; None for two.
-        joined_shift: The sum of the shifts of these two, ``(K,)``; None without ``joined``.
+        concatenated: The filters of the last convolution and of the shortcut, multiplied by their
+            scales and concatenated for each output channel, so that both run as one GEMM; None for
+            two.
+        concatenated_shift: The sum of the shifts of these two, ``(K,)``; None without
+            ``concatenated``.
         bottleneck: Whether the convolutions are 1x1, 3x3 and 1x1 rather than 3x3 and 3x3.
         stride: Stride of the bottleneck's 3x3, or of the basic block's first convolution, and of
             the shortcut, in both directions.
@@ -259,13 +261,13 @@ def residual_block(
     convs = _decompose(x, packed, scale, shift, bottleneck, stride, dilation, groups)
     own = 3 if bottleneck else 2
     shortcut = convs[own] if len(convs) > own else None
-    if joined is not None and joined_shift is not None and shortcut is not None:
+    if concatenated is not None and concatenated_shift is not None and shortcut is not None:
         h = x
         for conv in convs[: own - 1]:
             h = conv.run(h, None, True)
         last = convs[own - 1]
         return conv_conv_add_relu_packed(
-            h, x, joined, joined_shift, *last[3:7], shortcut.stride, True
+            h, x, concatenated, concatenated_shift, *last[3:7], shortcut.stride, True
         )
     residual = x if shortcut is None else shortcut.run(x, None, False)
     if bottleneck:

@@ -24,7 +24,7 @@ from fused_resnet.bench import environment, zoo
 from fused_resnet.bench.coverage import count_fused
 from fused_resnet.nn.module_kinds import is_norm
 
-RECORDED = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "coverage.json"
+RECORDED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "coverage.json"
 
 #: In ``make test``: every kind of block, nothing large.
 SLICE = (

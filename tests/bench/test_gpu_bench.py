@@ -15,7 +15,7 @@ from fused_resnet.bench.clock import Clock, alternating
 from fused_resnet.bench.gpu_session import measure_cells, with_ratios
 from fused_resnet.bench.subject import Subject, UnavailableError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

@@ -11,7 +11,7 @@ from gpu_documents import document, layer, network
 
 from fused_resnet.bench import gpu_layers, gpu_results
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_summary() -> None:

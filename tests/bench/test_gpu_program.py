@@ -15,7 +15,7 @@ from gpu_documents import document
 
 from fused_resnet.bench import gpu_results
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

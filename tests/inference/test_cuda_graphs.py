@@ -1,66 +1,26 @@
-"""Which calls of a frozen model are replayed from a CUDA graph: the policy, with a recorder that
-records on the CPU. What a device does with it is tests/gpu/test_gpu_graphs.py.
+"""Which calls of a frozen model are captured in a CUDA graph and replayed: the policy alone.
+
+The recorder works on the CPU; tests/gpu/test_gpu_graphs.py has the tests on a device.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import normal
+from graph_recorder import Recorder
 from networks import randomize
 from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.inference import cuda_graphs as policy
 from fused_resnet.inference.cuda_graphs import Graphs, size_for
-
-
-class Recorder:
-    """Replaces graph_capture.Recorder: a replay computes into the same output."""
-
-    def __init__(self) -> None:
-        self.recorded: list[tuple[int, ...]] = []
-        self.replays = self.waits = self.inside = 0
-        self.fails = False
-        self.taken = True
-
-    def takes(self, x: Tensor) -> bool:
-        return self.taken
-
-    def capture(self, forward: Callable[[Tensor], Any], x: Tensor) -> Any:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        with torch.inference_mode(False), torch.no_grad():
-            static = torch.empty_like(x)
-            output = forward(static)
-        self.recorded.append(tuple(x.shape))
-
-        def replay() -> None:
-            assert self.inside == 1, "two at once"
-            self.replays += 1
-            with torch.no_grad():
-                output.copy_(forward(static))
-
-        return SimpleNamespace(input=static, output=output, bytes=3 * 2**20, replay=replay)
-
-    @contextlib.contextmanager
-    def in_turn(self, device: torch.device) -> Iterator[None]:
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
-
-    def wait(self) -> None:
-        self.waits += 1
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,12 @@ from fused_resnet.bench.providers import NAMES
 from fused_resnet.bench.subject import Subject, UnavailableError
 from fused_resnet.models import sources
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _subjects_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
 
 
 def entry(name: str, function: str, limit: float = 1e-3, **case: Any) -> Entry:
