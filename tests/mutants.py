@@ -27,7 +27,10 @@ BLOCK = "csrc/cpu/residual_block.cpp"
 POOL = "csrc/cpu/map_pool.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 TILES = "csrc/cpu/kernels/conv_amx.h"
-FORWARD = "tests/ops/test_operations.py"
+FORWARD = " ".join(
+    f"tests/ops/test_{name}.py"
+    for name in ("operations", "packed", "inputs", "wrong_arguments", "winograd")
+)
 BFLOAT16 = "tests/ops/test_bfloat16.py"
 BACKWARD = "tests/ops/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
@@ -485,7 +488,7 @@ def caught_by(mutant: Mutant, folder: Path) -> str | None:
         if built.returncode != 0:
             raise SystemExit(f"{mutant.bug}: does not compile\n{built.stderr[-2000:]}")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
-        tested = run([*command, mutant.tests], folder)
+        tested = run([*command, *mutant.tests.split()], folder)
         if tested.returncode < 0:
             return f"the death of the tests' process, by signal {-tested.returncode}"
         failed = [line for line in tested.stdout.splitlines() if line.startswith("FAILED")]
@@ -504,7 +507,8 @@ def main() -> int:
         if built.returncode != 0:
             raise SystemExit(built.stderr[-2000:])
         clean = run(
-            [sys.executable, "-m", "pytest", "-q", FORWARD, BACKWARD, SWAP, ALIASING], folder
+            [sys.executable, "-m", "pytest", "-q", *FORWARD.split(), BACKWARD, SWAP, ALIASING],
+            folder,
         )
         if clean.returncode != 0:
             raise SystemExit(f"the tests fail without a bug:\n{clean.stdout[-2000:]}")
