@@ -35,7 +35,7 @@ BFLOAT16 = "tests/ops/test_bfloat16.py"
 BACKWARD = "tests/ops/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
 ROW = "tests/test_residual_row.py"
-SWAP = "tests/fusion/test_traced_groups.py"
+SWAP = "tests/fusion/test_traced_groups.py tests/fusion/test_traced_guards.py"
 ALIASING = "tests/fusion/test_traced_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
 PAIRED = (BFLOAT16, "avx512_bf16")
