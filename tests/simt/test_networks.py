@@ -87,7 +87,7 @@ def as_cuda(on_executor, monkeypatch) -> Any:
     """Frozen modules take the ways that they have for tensors on CUDA."""
     monkeypatch.setattr(freeze_module, "packed_dtype", lambda dtype, device: dtype)
     for module in (packed_ops, frozen_block, frozen_row):
-        monkeypatch.setattr(module, "select", lambda op, x: "cuda")
+        monkeypatch.setattr(module, "resolve_backend", lambda op, x: "cuda")
     return on_executor
 
 
