@@ -4,9 +4,17 @@
 
 #include "passes.h"
 #include "stem.h"
+#include "winograd_table.h"
 
 namespace fr {
 namespace FR_ISA {
+
+// Winograd's algorithm is in float32.
+template <class T>
+constexpr TrainingConv winograd_or_none() {
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) return winograd_training_of<T>();
+  return {};
+}
 
 template <class T>
 constexpr TrainingKernels training_kernels_of() {
@@ -20,7 +28,7 @@ constexpr TrainingKernels training_kernels_of() {
           add_parts<Acc<T>>,
           {},
           {},
-          {}};
+          winograd_or_none<T>()};
 }
 
 // In the order of DType.
