@@ -6,6 +6,7 @@
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
+#include "cpu/result_cache.h"
 #include "held_row.h"
 #include "schemas.h"
 #include "unchanged.h"
@@ -138,6 +139,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Measured floating-point operations a second of the CPU, on PyTorch's threads.");
   m.def("memory_bandwidth", &memory_bandwidth,
         "Measured bytes a second from memory, on PyTorch's threads: read, and copy.");
+  m.def("release_results", &fr::release_results,
+        "Gives the free memory that is kept for results on the CPU back to the system.");
+  m.def("kept_result_bytes", &fr::kept_result_bytes, "Bytes of it that are kept now.");
   m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries are what they were.");
   using Row = fr::HeldRow;
   using Bools = std::vector<bool>;

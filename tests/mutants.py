@@ -24,7 +24,7 @@ HOST = "csrc/cpu/bn_add_relu.cpp"
 AUTOGRAD = "fused_resnet/_autograd.py"
 OPS = "fused_resnet/ops.py"
 BLOCK = "csrc/cpu/residual_block.cpp"
-POOL = "csrc/cpu/map_pool.cpp"
+RESULTS = "csrc/cpu/result_cache.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 TILES = "csrc/cpu/kernels/conv_amx.h"
 FORWARD = "tests/test_ops.py"
@@ -176,17 +176,17 @@ MUTANTS = [
     ),
     Mutant(
         "memory handed out twice",
-        POOL,
+        RESULTS,
         "free_.erase(std::next(at).base());",
         "at->data = {data.get(), c10::DeviceType::CPU};",
-        "tests/test_map_pool.py",
+        "tests/test_result_cache.py",
     ),
     Mutant(
         "memory that never comes back",
-        POOL,
-        "while (held_ > kPooledBytes)",
+        RESULTS,
+        "while (kept_ > limit)",
         "while (!free_.empty())",
-        "tests/test_map_pool.py",
+        "tests/test_result_cache.py",
     ),
     Mutant(
         "a tile goes on in the wrong row",

@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "../conv_bn_add_relu.h"
-#include "../map_pool.h"
+#include "../result_cache.h"
 #include "conv_plan.h"
 #include "conv_run.h"
 #include "library_conv.h"

@@ -4,7 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "../conv_bn_add_relu.h"
-#include "../map_pool.h"
+#include "../result_cache.h"
 #include "passes.h"
 
 namespace fr {

@@ -38,6 +38,15 @@ FR_INLINE V bn_gradient_of(V g, V z, V a, V b, V c) {
 
 // --- Prologues. ----------------------------------------------------------------------------------
 
+// What a prologue reads from an element on, for a product that asks the memory for it meanwhile.
+struct Ahead {
+  const char *first, *second;
+};
+template <class T>
+FR_INLINE Ahead ahead_of(const T* first, const T* second) {
+  return {reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(second)};
+}
+
 template <class T>
 struct Plain {
   using A = Acc<T>;
@@ -47,6 +56,7 @@ struct Plain {
   FR_INLINE Vec<A> get(int64_t i, const Channel&) const { return load(x + i); }
   // Asks the processor for the cache line of element i.
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
 };
 
 template <class T>
@@ -62,6 +72,7 @@ struct BnRelu {
     return bn_relu(load(x + i), k.scale, k.shift);
   }
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
 };
 
 // dz = a * g + b * z + c.
@@ -81,6 +92,7 @@ struct BnGrad {
     __builtin_prefetch(g + i);
     __builtin_prefetch(z + i);
   }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(g + i, z + i); }
 };
 
 // dz = a * g, of a batch norm that does not depend on the batch.
@@ -95,6 +107,7 @@ struct Scaled {
   FR_INLINE Channel channel(int64_t k) const { return {load(a + k)}; }
   FR_INLINE Vec<A> get(int64_t i, const Channel& k) const { return k.a * load(g + i); }
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(g + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(g + i, g + i); }
 };
 
 // Calls run(prologue) with that of the forward's input.

@@ -2,6 +2,7 @@
 // once.
 #pragma once
 
+#include "direct.h"
 #include "passes.h"
 #include "stem.h"
 #include "winograd_table.h"
@@ -9,7 +10,12 @@
 namespace fr {
 namespace FR_ISA {
 
-// Winograd's algorithm is in float32.
+// Double's convolutions are PyTorch's.
+template <class T>
+constexpr TrainingConv direct_or_none() {
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) return direct_of<T>();
+  return {};
+}
 template <class T>
 constexpr TrainingConv winograd_or_none() {
   if constexpr (sizeof(Acc<T>) == sizeof(float)) return winograd_training_of<T>();
@@ -26,8 +32,7 @@ constexpr TrainingKernels training_kernels_of() {
           stem_end<T>,
           stem_end_backward<T>,
           add_parts<Acc<T>>,
-          {},
-          {},
+          direct_or_none<T>(),
           winograd_or_none<T>()};
 }
 
