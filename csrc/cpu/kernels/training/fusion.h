@@ -137,30 +137,42 @@ FR_INLINE void with_gradient(const TrainingBackward& f, Run run) {
 
 // --- Sums over a block. --------------------------------------------------------------------------
 
-// kRows sums per channel. Added in A over kSumRows pixels at most, as `fold` is called so often,
-// and in float64 from there.
+// Channels [begin, end) of a result, which one thread makes.
+struct ChannelRange {
+  int64_t begin, end;
+};
+
+// kRows sums per channel of `made`. Added in A over kSumRows pixels at most, as `fold` is called so
+// often, and in float64 from there.
 template <class A, int kRows>
 struct BlockSums {
   A* near;        // [kRows][channels], in scratch
   double* total;  // [kRows][channels], the block's place in the result
   int64_t channels;
+  ChannelRange made{0, channels};
 
   static int64_t scratch_bytes(int64_t channels) {
     return kRows * channels * static_cast<int64_t>(sizeof(A));
   }
 
   void clear() const {
-    for (int64_t i = 0; i < kRows * channels; ++i) {
-      near[i] = 0;
-      total[i] = 0;
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {
+        near[i] = 0;
+        total[i] = 0;
+      }
     }
   }
 
   // Row 0 is set instead of added to where `pivot`.
   void fold(bool pivot) const {
-    for (int64_t i = 0; i < channels; ++i) total[i] = pivot ? near[i] : total[i] + near[i];
-    for (int64_t i = channels; i < kRows * channels; ++i) total[i] += near[i];
-    for (int64_t i = pivot ? channels : 0; i < kRows * channels; ++i) near[i] = 0;
+    for (int64_t row = 0; row < kRows; ++row) {
+      const bool set = pivot && row == 0;
+      for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {
+        total[i] = set ? near[i] : total[i] + near[i];
+        if (!set) near[i] = 0;
+      }
+    }
   }
 };
 
@@ -302,21 +314,27 @@ struct StoreSum {
 
 // Calls run(epilogue) with the forward's; `near` is room for BlockSums<Acc<T>, kStatisticsRows>.
 template <class T, class Run>
-FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, Run run) {
+FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, ChannelRange made,
+                           Run run) {
   T* z = static_cast<T*>(f.z);
   if (f.sums) {
     const int64_t k = f.shape.k;
-    run(StoreStatistics<T>{z,
-                           {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k}});
+    run(StoreStatistics<T>{
+        z, {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k, made}});
   } else {
     run(Store<T>{z});
   }
+}
+template <class T, class Run>
+FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, Run run) {
+  with_result<T>(f, block, near, ChannelRange{0, f.shape.k}, run);
 }
 
 // Calls run(epilogue) with the data gradient's; `near` is room for BlockSums<Acc<T>,
 // kGradientRows>.
 template <class T, class Run>
-FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near, Run run) {
+FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near,
+                                   ChannelRange made, Run run) {
   using A = Acc<T>;
   T* g = static_cast<T*>(f.g_x);
   const T* x = static_cast<const T*>(f.x);
@@ -328,7 +346,7 @@ FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, voi
                            scale,
                            shift,
                            static_cast<const A*>(f.x_mean),
-                           {static_cast<A*>(near), f.sums + block * kGradientRows * c, c}});
+                           {static_cast<A*>(near), f.sums + block * kGradientRows * c, c, made}});
   } else if (scale) {
     run(StoreMasked<T>{g, x, scale, shift});
   } else if (f.add) {
@@ -336,6 +354,11 @@ FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, voi
   } else {
     run(Store<T>{g});
   }
+}
+
+template <class T, class Run>
+FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near, Run run) {
+  with_input_gradient<T>(f, block, near, ChannelRange{0, f.shape.c}, run);
 }
 
 }  // namespace FR_ISA

@@ -5,6 +5,7 @@
 #include "direct.h"
 #include "passes.h"
 #include "stem.h"
+#include "winograd_table.h"
 
 namespace fr {
 namespace FR_ISA {
@@ -15,12 +16,24 @@ constexpr TrainingConv direct_or_none() {
   if constexpr (sizeof(Acc<T>) == sizeof(float)) return direct_of<T>();
   return {};
 }
+template <class T>
+constexpr TrainingConv winograd_or_none() {
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) return winograd_training_of<T>();
+  return {};
+}
 
 template <class T>
 constexpr TrainingKernels training_kernels_of() {
-  return {
-      block_end<T>, block_end_backward<T>, statistics<T>,     bn_gradient<T>,      masked_sums<T>,
-      stem_end<T>,  stem_end_backward<T>,  add_parts<Acc<T>>, direct_or_none<T>(), {}};
+  return {block_end<T>,
+          block_end_backward<T>,
+          statistics<T>,
+          bn_gradient<T>,
+          masked_sums<T>,
+          stem_end<T>,
+          stem_end_backward<T>,
+          add_parts<Acc<T>>,
+          direct_or_none<T>(),
+          winograd_or_none<T>()};
 }
 
 // In the order of DType.
