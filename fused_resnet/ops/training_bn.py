@@ -105,6 +105,6 @@ class _TrainingBNAddReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradients = bn_backward(OPERATORS[ctx.backend], ctx, grad, ctx.needs_input_grad[3])
         return (*gradients, None, None, None, None, None)

@@ -141,7 +141,7 @@ class _TrainingUnit(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         unit: Unit = ctx.unit
         x, y, index, *rest = ctx.saved_tensors
         count = 3 * len(unit.layers)
@@ -341,7 +341,7 @@ class _Backward:
             return None, None, None
         first = i in (0, self.unit.length)
         before = None if first else self.saved[i - 1]
-        source = (self.x, None, None, None)
+        source: tuple[Tensor | None, ...] = (self.x, None, None, None)
         if before is not None:
             source = (before.z, before.scale, before.shift, before.mean)
         g, dw, sum_g, sum_g_xc = self.primitives.conv_backward(
