@@ -3,13 +3,14 @@
 # make test       what CI runs, with the CUDA simulator, Triton's interpreter and planted bugs: at most
 #                 12 minutes on 2 cores once all is built
 # make test-all   the slow ones too, and the libraries whose networks they run are installed
-# make lint       ruff, mypy, clang-format; make format puts right what they can
-# make verify     every operation and network against float64
+# make lint       ruff, mypy, clang-format, import-linter and the limit of 500 lines a file;
+#                 make format fixes what can be fixed
+# make verify     every operation and network, compared with float64
 # make bench      the benchmark results, their pictures and README's table (BENCH_ARGS=--quick)
 # make asan       the operations' tests under AddressSanitizer
 # make mutants    planted bugs, each of which a test must catch
 #
-# Every target works in a fresh clone: .venv is made when it is missing (PYTHON=python3.12 chooses).
+# Every target works in a fresh clone: .venv is created if it is missing (PYTHON=python3.12 chooses).
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,10 +25,10 @@ CHECKED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_CPU))
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Built without isolation, so that the extension is compiled against the torch that it will run with.
+# Built without isolation: the extension is compiled against the torch that it runs with.
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
-# CuTe's headers, which tests hold the simulator against. Without what its Python half requires: of
-# CUDA's bindings torch has brought its own.
+# CuTe's headers, with which tests compare the simulator. Without dependencies: they are for CuTe's
+# Python half, and torch has CUDA's bindings of its own.
 HEADERS := 'nvidia-cutlass>=4.2,<5'
 
 .DELETE_ON_ERROR:
@@ -51,6 +52,8 @@ lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(TEST_CPP)
+	$(VENV)/bin/lint-imports
+	$(PY) tests/check_file_lengths.py
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
@@ -66,7 +69,7 @@ bench: $(INSTALLED)
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/readme_table.py
 
-# On a machine with a GPU: no virtual environment and no network, what is installed is used.
+# On a machine with a GPU: with the installed packages, without a virtual environment or network.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
@@ -81,7 +84,7 @@ install: $(INSTALLED)
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-# The extension is compiled again when a source changes; Python files are used where they lie.
+# The extension is compiled again when a source changes; Python files are used in place.
 $(INSTALLED_CPU): export FUSED_RESNET_CUDA := 0
 $(INSTALLED) $(INSTALLED_CPU): setup.py pyproject.toml $(CPP) | $(PY)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)

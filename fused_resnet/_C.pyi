@@ -30,7 +30,7 @@ def unchanged(
     key: str,
 ) -> bool: ...
 
-class ResidualRow:
+class ResidualSegment:
     def __init__(
         self,
         packed: list[torch.Tensor],
@@ -46,7 +46,7 @@ class ResidualRow:
     ) -> None: ...
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
-# The operators of torch.ops.fused_resnet, through the dispatcher: unchecked by fused_resnet.checks.
+# The operators of torch.ops.fused_resnet, without the checks of fused_resnet.ops.checks.
 bn_add_relu: Callable[..., Any]
 bn_add_relu_backward: Callable[..., Any]
 conv_bn_add_relu: Callable[..., Any]
@@ -55,8 +55,9 @@ pack_conv_weight: Callable[..., Any]
 unpack_conv_weight: Callable[..., Any]
 conv_bn_add_relu_packed: Callable[..., Any]
 conv_bn_relu_maxpool_packed: Callable[..., Any]
-bn_add_relu_given: Callable[..., Any]
+bn_add_relu_apply: Callable[..., Any]
 conv_statistics: Callable[..., Any]
 conv_bn_add_relu_planned: Callable[..., Any]
 conv_conv_add_relu_packed: Callable[..., Any]
 residual_block: Callable[..., Any]
+residual_segment: Callable[..., Any]

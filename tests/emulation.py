@@ -79,7 +79,7 @@ def forced(backend: str, found: Any) -> Iterator[None]:
     registry.OPERATORS.update({"cuda": found, backend: found})
     availability.DEVICE_TYPES[backend] = (*types_before, "cpu")
     try:
-        with availability._chosen(backend):  # use_backend refuses one without a device
+        with availability._forced(backend):  # use_backend refuses one without a device
             yield
     finally:
         availability.DEVICE_TYPES[backend] = types_before
@@ -100,12 +100,12 @@ def _simulator() -> Any:
     """The simulator's library: compiled when its sources have changed, loaded once."""
     simt = _module("simt", "driver").Simt(_module("simt", "simulator").build(), "plain", 0)
 
-    def bn_add_relu_given(x, weight, bias, mean, var, residual, eps, relu):
+    def bn_add_relu_apply(x, weight, bias, mean, var, residual, eps, relu):
         """The definition of ``csrc/bindings.cpp``."""
         return simt.ops.bn_add_relu(x, weight, bias, mean, var, residual, False, eps, relu)[0]
 
     _kept.append(library := torch.library.Library("fused_resnet_simt", "IMPL"))
-    library.impl("bn_add_relu_given", bn_add_relu_given, "CPU")
+    library.impl("bn_add_relu_apply", bn_add_relu_apply, "CPU")
     register_formulas("fused_resnet_simt")
     return simt
 

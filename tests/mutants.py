@@ -27,13 +27,13 @@ BLOCK = "csrc/cpu/residual_block.cpp"
 POOL = "csrc/cpu/map_pool.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 TILES = "csrc/cpu/kernels/conv_amx.h"
-FORWARD = "tests/test_ops.py"
-BFLOAT16 = "tests/test_bfloat16.py"
-BACKWARD = "tests/test_autograd.py"
+FORWARD = "tests/ops/test_operations.py"
+BFLOAT16 = "tests/ops/test_bfloat16.py"
+BACKWARD = "tests/ops/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
-ROW = "tests/test_residual_row.py"
-SWAP = "tests/test_swap_semantics.py"
-ALIASING = "tests/test_swap_aliasing.py"
+ROW = "tests/test_residual_segment.py"
+SWAP = "tests/fusion/test_traced_groups.py"
+ALIASING = "tests/fusion/test_traced_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
 PAIRED = (BFLOAT16, "avx512_bf16")
 #: And of AMX's.
@@ -156,8 +156,8 @@ MUTANTS = [
     Mutant(
         "a part of the batch takes the first part's residual",
         BLOCK,
-        "steps_.back().run(worker, images, h, identity ? x : y, y, true);",
-        "steps_.back().run(worker, images, h, identity ? x_->const_data_ptr() : y, y, true);",
+        "steps_.back().run(team, images, h, identity ? x : y, y, true);",
+        "steps_.back().run(team, images, h, identity ? x_->const_data_ptr() : y, y, true);",
         BLOCKS,
     ),
     Mutant(
@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "no ReLU between a block's convolutions",
         BLOCK,
-        "steps_[i].run(worker, images, h, nullptr, here, true);",
-        "steps_[i].run(worker, images, h, nullptr, here, i > 0);",
+        "steps_[i].run(team, images, h, nullptr, here, true);",
+        "steps_[i].run(team, images, h, nullptr, here, i > 0);",
         BLOCKS,
     ),
     Mutant(
@@ -292,14 +292,14 @@ MUTANTS = [
     ),
     Mutant(
         "threads do not wait for each other between two loops",
-        "csrc/cpu/team.h",
-        "if (loops_ > 0 && team_size_ > 1) barrier_.wait(loops_, team_size_);",
+        "csrc/cpu/thread_team.h",
+        "if (loops_ > 0 && size_ > 1) barrier_.wait(loops_, size_);",
         "",
         ROW,
     ),
     Mutant(
         "a loop loses its last share",
-        "csrc/cpu/team.h",
+        "csrc/cpu/thread_team.h",
         "if (begin >= count) return;",
         "if (begin + share >= count && rank_ > 0) return;",
         ROW,
@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant(
         "a dilated row's sums depend on the block",
         PAIRS,
-        "if (!joined && !straddling) {",
-        "if (!joined && !by_column) {",
+        "if (!adjacent && !straddling) {",
+        "if (!adjacent && !by_column) {",
         *TILED,
     ),
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
@@ -417,42 +417,42 @@ MUTANTS = [
         BACKWARD,
     ),
     Mutant(
-        "swapper ignores running statistics",
-        "fused_resnet/nn/groups.py",
+        "the running mean is ignored",
+        "fused_resnet/nn/group_calls.py",
         '"running_mean": bn.running_mean,',
         '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
         SWAP,
     ),
     Mutant(
-        "swapper fuses conv, ReLU, batch norm",
+        "a group of convolution, ReLU and batch norm",
         "fused_resnet/fusion/trace/matching.py",
         "while is_identity(module, node) and len(node.users) == 1:",
         "while is_identity(module, node) or is_relu_module(module, node):",
         SWAP,
     ),
     Mutant(
-        "swapper drops aliasing in place",
+        "a group moves behind a write to its input",
         "fused_resnet/fusion/trace/matching.py",
-        "aliases.written(node) & read or",
-        "",
+        "aliases.written(node) & read",
+        "False",
         ALIASING,
     ),
     Mutant(
-        "swapper asks for no attribute again",
-        "fused_resnet/fusion/trace/emitting.py",
-        'reads = _conjunction(f"reads_{index}", self._attributes(attributes), attributes)',
-        'reads = _conjunction(f"reads_{index}", [], attributes)',
+        "guards check no attribute",
+        "fused_resnet/fusion/trace/codegen.py",
+        'f"check_attributes_{index}", self._attributes(attributes), attributes',
+        'f"check_attributes_{index}", [], attributes',
         SWAP,
     ),
     Mutant(
-        "swapper folds what is used twice",
-        "fused_resnet/fusion/trace/plan.py",
-        "*names, relu, length, planned.foldable)",
-        "*names, relu, length, True)",
+        "a batch norm that two groups share is folded",
+        "fused_resnet/fusion/trace/generated_forward.py",
+        '*names, "", relu, 3 if relu else 2, foldable)',
+        '*names, "", relu, 3 if relu else 2, True)',
         SWAP,
     ),
     Mutant(
-        "swapper traces y += x as y + x",
+        "y += x is traced as y + x",
         "fused_resnet/fusion/trace/tracing.py",
         'setattr(_Proxy, f"__i{_name}__",',
         'setattr(_Proxy, f"_i{_name}",',

@@ -11,7 +11,12 @@ import pytest
 
 import fused_resnet as fr
 
-OPERATIONS = ("test_ops.py", "test_bfloat16.py", "test_whole_blocks.py", "test_residual_row.py")
+OPERATIONS = (
+    "ops/test_operations.py",
+    "ops/test_bfloat16.py",
+    "test_whole_blocks.py",
+    "test_residual_segment.py",
+)
 
 
 @pytest.mark.parametrize(

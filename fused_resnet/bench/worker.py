@@ -1,12 +1,12 @@
-"""One provider in one process: builds its subject, checks its answer, runs a round when told.
+"""One provider in one process: builds its subject, checks its result and runs rounds.
 
-Run as ``python -m fused_resnet.bench.worker``. Requests come as JSON lines on stdin; for each, one
-answer goes back as a JSON line:
+Run as ``python -m fused_resnet.bench.worker``. Requests are JSON lines on stdin; the answer to each
+is one JSON line:
 
 ======================================= ======================================================
 ``{"do": "build", "target", "case"}``   imports ``module:function``, calls it with the case;
                                         answers ``error``, ``threads`` and ``seconds``
-``{"do": "warm_up", "seconds"}``        runs until times settle; answers ``seconds`` an iteration
+``{"do": "warm_up", "seconds"}``        runs that long; answers ``seconds`` an iteration
 ``{"do": "round", "iterations"}``       answers ``times``, in seconds, ``start`` and ``end``,
                                         ``cpu_seconds`` between them, ``peak_bytes`` of memory
                                         resident since building ended, and ``base_bytes`` before
@@ -14,7 +14,7 @@ answer goes back as a JSON line:
                                         answers what it returns
 ======================================= ======================================================
 
-An exception is answered as ``{"failed": "one line"}`` (``{"unavailable": ...}`` for a provider
+The answer to an exception is ``{"failed": "one line"}`` (``{"unavailable": ...}`` for a provider
 whose package is not installed). The process ends when stdin closes.
 """
 
@@ -33,7 +33,7 @@ import torch
 from .memory import peak_bytes, reset_peak
 from .subject import Subject, UnavailableError
 
-#: The longest call before which the caches are refilled by another one.
+#: Calls shorter than this are preceded by an untimed one that refills the caches.
 REFILL_SECONDS = 0.1
 
 
@@ -41,7 +41,7 @@ class _Worker:
     def __init__(self) -> None:
         self.call: Callable[[], Any] = lambda: None
         self.each = 0.0  # seconds of one call
-        self.base: int | None = None  # bytes that were resident before it was built
+        self.base: int | None = None  # bytes resident before the build
 
     def build(self, target: str, case: dict[str, Any]) -> dict[str, Any]:
         reset_peak()
@@ -49,7 +49,7 @@ class _Worker:
         start = time.perf_counter()
         subject: Subject = call(target, case)
         self.call = subject.call
-        # The first call compiles where a provider compiles, so it belongs to building.
+        # Counted as part of the build: the first call compiles.
         with torch.inference_mode():
             self.call()
             error = subject.error()
@@ -62,7 +62,7 @@ class _Worker:
         }
 
     def warm_up(self, seconds: float) -> dict[str, Any]:
-        """Run for ``seconds`` and at least twice; the fastest tells how long one takes."""
+        """Run for ``seconds``, at least twice; the fastest iteration is the estimate."""
         times: list[float] = []
         while len(times) < 2 or sum(times) < seconds:
             times += self._run(1)
@@ -70,8 +70,8 @@ class _Worker:
         return {"seconds": self.each}
 
     def round(self, iterations: int) -> dict[str, Any]:
-        # The other providers ran since: the first iteration refills the caches, untimed. That takes
-        # a few milliseconds, and so is not worth a second iteration of a call that takes long.
+        # Other providers ran since the last round: an untimed iteration refills the caches, which
+        # takes a few milliseconds and so is negligible for a long call.
         start, cpu = time.monotonic(), time.process_time()
         if self.each < REFILL_SECONDS:
             self._run(1)
@@ -96,13 +96,23 @@ class _Worker:
 
 
 def call(target: str, case: dict[str, Any]) -> Any:
-    """Import ``module:function`` and call it."""
+    """Import a function and call it.
+
+    Args:
+        target: ``module:function``.
+        case: Its keyword arguments.
+    """
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)(**case)
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends.
+
+    Args:
+        requests: JSON lines.
+        answers: Where the JSON lines of the answers go.
+    """
     worker = _Worker()
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         "build": worker.build,
@@ -127,7 +137,7 @@ def _first_line(error: Exception) -> str:
 
 
 def main() -> None:
-    """Serve on stdin and stdout; what anything else prints goes to stderr."""
+    """Serve on stdin and stdout; other output of the process goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, answers)

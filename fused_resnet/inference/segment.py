@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._C import ResidualRow
+from .._C import ResidualSegment
 from ..backends.availability import resolve_backend
 from ..nn.fused_forward import BlockModules
 from ..nn.module_kinds import is_hooked, is_observed
@@ -53,7 +53,7 @@ class LoweredSegment(NamedTuple):
 
     guard: Guard
     inlined: list[Inlined]
-    steps: list[ResidualRow | nn.Module]
+    steps: list[ResidualSegment | nn.Module]
 
     def check(self) -> bool:
         """Whether the steps still stand for the children."""
@@ -139,7 +139,7 @@ def _lower(owner: FrozenSegment) -> LoweredSegment | None:
     return LoweredSegment(Guard(dict.fromkeys(members), owner), inlined, lowered)
 
 
-def _operator_of(blocks: list[BlockModules]) -> ResidualRow:
+def _operator_of(blocks: list[BlockModules]) -> ResidualSegment:
     packed: list[Tensor] = []
     scale: list[Tensor] = []
     shift: list[Tensor] = []
@@ -151,7 +151,7 @@ def _operator_of(blocks: list[BlockModules]) -> ResidualRow:
         scale += a
         shift += b
         settings.append((own, convs > own, block.padding[0], stride, dilation, groups, winograd))
-    return ResidualRow(packed, scale, shift, *map(list, zip(*settings, strict=True)))
+    return ResidualSegment(packed, scale, shift, *map(list, zip(*settings, strict=True)))
 
 
 def _has_plain_call(block: FrozenBlock) -> bool:

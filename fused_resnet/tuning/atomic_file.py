@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write in place of ``path``, which it replaces when all went well.
+    """A temporary file that replaces ``path`` when the ``with`` block ends without an error.
 
-    Until then, and after any error, what was at ``path`` stays.
+    After an error the old file is unchanged.
 
     Args:
-        path: In a folder that exists.
+        path: The file to replace; its folder must exist.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     os.close(handle)
     try:
         yield Path(name)
-        # mkstemp's files are the user's alone; others get what the user gives to new files.
+        # mkstemp creates files that only the user can read; use the permissions of the umask.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)

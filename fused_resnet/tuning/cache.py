@@ -1,8 +1,8 @@
-"""What the tuner remembers between processes: one readable JSON file in the user's cache folder.
+"""The tuner's cache: one JSON file in the user's cache folder, shared by all processes.
 
-The file is replaced as a whole, never written in place, so that a process that is killed leaves the
-old one; and what other processes have added meanwhile is read again, under a lock, before it is
-replaced. Whatever cannot be read is ignored with one warning, and rewritten.
+The file is replaced atomically, so a process that is killed leaves the old one. Entries that other
+processes have added are read again, under a lock, before it is replaced. A file that cannot be read
+is ignored with one warning, and rewritten.
 """
 
 from __future__ import annotations
@@ -20,24 +20,33 @@ FORMAT = 1
 
 
 def path() -> Path:
-    """Where the file is: ``FUSED_RESNET_CACHE``, or the user's cache folder."""
-    given = os.environ.get("FUSED_RESNET_CACHE")
-    if given:
-        return Path(given)
+    """The cache file: ``FUSED_RESNET_CACHE``, or ``tuning.json`` in the user's cache folder."""
+    override = os.environ.get("FUSED_RESNET_CACHE")
+    if override:
+        return Path(override)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "fused_resnet" / "tuning.json"
 
 
 def load(machine: str) -> dict[str, dict[str, float]]:
-    """What is known of a machine: by the key of a call, milliseconds by candidate.
+    """The timings of a machine.
 
-    Entries of other machines, and of other versions, are under other names and stay as they are.
+    Args:
+        machine: From :func:`.tuner.machine_of`: device, versions and settings.
+
+    Returns:
+        Milliseconds of each candidate, by the key of the call.
     """
     return _valid(_read().get(machine, {}))
 
 
 def add(machine: str, entries: dict[str, dict[str, float]]) -> None:
-    """Add entries to those of a machine. A folder that cannot be written to costs one warning."""
+    """Add timings of a machine; warns once if the folder cannot be written to.
+
+    Args:
+        machine: From :func:`.tuner.machine_of`: device, versions and settings.
+        entries: Milliseconds of each candidate, by the key of the call.
+    """
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,11 +55,11 @@ def add(machine: str, entries: dict[str, dict[str, float]]) -> None:
             machines[machine] = {**_valid(machines.get(machine, {})), **entries}
             _replace(file, {"format": FORMAT, "machines": machines})
     except OSError as error:
-        _warn_once(f"the tuner's choices are not kept: {error}")
+        _warn_once(f"the tuner's timings are not saved: {error}")
 
 
 def _read() -> dict[str, Any]:
-    """All machines of the file; none if it is not there or not what this version writes."""
+    """The entries of all machines; none if there is no file or it has another format."""
     try:
         text = path().read_text()
     except (FileNotFoundError, NotADirectoryError):
@@ -64,13 +73,13 @@ def _read() -> dict[str, Any]:
             return document["machines"]
         reason = f"it has format {document['format']!r}"
     except (ValueError, KeyError, TypeError):
-        reason = "it is not what the tuner writes"
-    _warn_once(f"{path()} is ignored and will be written anew: {reason}")
+        reason = "it is not a file of the tuner"
+    _warn_once(f"{path()} is ignored and will be rewritten: {reason}")
     return {}
 
 
 def _valid(entries: Any) -> dict[str, dict[str, float]]:
-    """The entries that are what they should be."""
+    """The entries that have the right types."""
     if not isinstance(entries, dict):
         return {}
     return {
@@ -85,8 +94,8 @@ def _valid(entries: Any) -> dict[str, dict[str, float]]:
 def _replace(file: Path, document: dict[str, Any]) -> None:
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
     try:
-        with os.fdopen(handle, "w") as part:
-            json.dump(document, part, indent=1, sort_keys=True)
+        with os.fdopen(handle, "w") as temporary:
+            json.dump(document, temporary, indent=1, sort_keys=True)
         os.replace(name, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -96,7 +105,7 @@ def _replace(file: Path, document: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Alone among processes; where the system has no such locks, the last one to write wins."""
+    """Hold a lock between processes; on systems without such locks, the last writer wins."""
     try:
         import fcntl
     except ImportError:  # not on this system

@@ -92,7 +92,7 @@ def test_given_statistics(backend):
     """The simulator's library does not define this composite of bn_add_relu."""
     x, r = normal(2, 2, 24, 5, 7, dtype=torch.float32)
     weight, bias, mean, var = batch_norm(24, torch.float32)
-    y = backend.ops.bn_add_relu_given(x, weight, bias, mean, var, r, EPS, True)
+    y = backend.ops.bn_add_relu_apply(x, weight, bias, mean, var, r, EPS, True)
     expected, _, _ = forward(backend, x, (weight, bias, mean, var), r)
     assert torch.equal(y, expected)
 

@@ -52,7 +52,7 @@ MUTANTS = [
     Mutant(
         "pipeline: no group committed in the last steps",
         TILE,
-        "    // Also an empty group counts, so that the wait above always names the same one.\n",
+        "    // Commit empty groups too, so that the wait above always refers to the same one.\n",
         "    if (step + T::kStages - 1 < steps)\n",
         ALL_SHAPES,
     ),
@@ -320,7 +320,7 @@ MUTANTS = [
     Mutant(
         "on chip: no barrier before the slabs take the filters' place",
         BLOCK,
-        "    __syncthreads();  // the slabs take w2's place\n",
+        "    __syncthreads();  // the slabs reuse the memory of w2\n",
         "",
         ON_CHIP,
         RACE,

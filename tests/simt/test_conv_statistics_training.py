@@ -9,6 +9,7 @@ from precisions import PRECISIONS
 from tolerances import assert_as_exact_as_pytorch, error
 
 from fused_resnet import ops, reference
+from fused_resnet.ops import functional
 
 CASES = [
     Conv("3x3", (2, 16, 7, 6), 24, args={"padding": 1}),
@@ -21,8 +22,8 @@ def on_simulator(simt, monkeypatch):
     """The package's own operators, with the simulator in the place of a CUDA device."""
     library = torch.library.Library("fused_resnet", "IMPL")
     library.impl("conv_statistics", simt.ops.conv_statistics.default, "CPU")
-    monkeypatch.setattr(ops, "select", lambda op, x: "cuda")
-    monkeypatch.setattr(ops, "current_backend", lambda: "cuda")
+    monkeypatch.setattr(functional, "resolve_backend", lambda op, x: "cuda")
+    monkeypatch.setattr(functional, "current_backend", lambda: "cuda")
     yield simt
     library._destroy()
 

@@ -19,11 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path("fused_resnet/backends/triton")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug: in ``file`` of the Triton kernels, ``old``, which is there once, becomes ``new``.
+    """In ``file`` of the Triton backend, ``old``, which occurs once, is replaced by ``new``.
 
     Quick ones are planted in every `make test`.
     """
@@ -79,21 +80,21 @@ MUTANTS = [
     ),
     Mutant(
         "NCHW: an image's channels follow each other too closely",
-        "bn_add_relu.py",
+        "_bn_map.py",
         "(image.to(tl.int64) * C * P + r - image * P)",
         "(image.to(tl.int64) * C * P + r)",
         BN + "test_forward_of_awkward_shapes",
     ),
     Mutant(
         "backward: the gradient passes where y is 0",
-        "bn_add_relu.py",
+        "bn_add_relu_backward.py",
         "dz = tl.where(y <= 0.0, 0.0, dz)",
         "dz = tl.where(y < 0.0, 0.0, dz)",
         BN + "test_backward_flags",
     ),
     Mutant(
         "backward: sums lose their low part",
-        "bn_add_relu.py",
+        "bn_add_relu_backward.py",
         "low + ((high - (total - part)) + (v - part))",
         "low",
         BN + "test_backward_sums_what_cancels",
@@ -152,14 +153,14 @@ MUTANTS = [
     ),
     Mutant(
         "every group uses the first one's filters",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "first_filter = group * group_k + tile_n * BLOCK_N",
         "first_filter = tile_n * BLOCK_N",
         CONV + "test_awkward_shapes[interpreter-float16-groups-of-packs]",
     ),
     Mutant(
         "a column too many is stored",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "columns < group_k, split",
         "columns < group_k + 1, split",
         CONV + "test_awkward_shapes[interpreter-float16-no-packs]",
@@ -167,28 +168,28 @@ MUTANTS = [
     ),
     Mutant(
         "parts of a split overlap by a step",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "end = begin + steps_per_split",
         "end = begin + steps_per_split + 1",
         CONV_TILES + "test_split_of_awkward_shapes[packs-float16]",
     ),
     Mutant(
         "a split's first part is left out",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "for _ in range(0, splits)",
         "for _ in range(1, splits)",
         CONV_TILES + "test_split_of_awkward_shapes[packs-float16]",
     ),
     Mutant(
         "the added convolution uses the first one's filters",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "w_stride + (depth + c)[:, None]",
         "w_stride + c[:, None]",
         CONV_TILES + "test_a_second_convolution_in_the_same_sum[(24, 40, 16)-float16]",
     ),
     Mutant(
         "statistics of rows that are past the end",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "d = tl.where(row_valid[:, None], v - rough[None, :], 0.0)",
         "d = v - rough[None, :]",
         CONV + "test_statistics_are_those_of_the_rounded_result[interpreter-float32-packs]",
@@ -244,14 +245,14 @@ def plant(mutant: Mutant, root: Path) -> None:
     """Makes of ``root`` a copy of the project with the bug; what does not change is a link."""
     for name in ("tests", "pyproject.toml"):
         (root / name).symlink_to(ROOT / name)
-    kernels = Path("fused_resnet", "backends", "triton")
-    (root / kernels.parent).mkdir(parents=True)
-    for folder, copied in ((kernels.parents[1], "backends"), (kernels.parent, "triton")):
+    for folder, copied in (("fused_resnet", "backends"), ("fused_resnet/backends", "triton")):
+        (root / folder).mkdir()
         for path in (ROOT / folder).iterdir():
             if path.name not in (copied, "__pycache__"):
                 (root / folder / path.name).symlink_to(path)
-    shutil.copytree(ROOT / kernels, root / kernels, ignore=shutil.ignore_patterns("__pycache__"))
-    path = root / kernels / mutant.file
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / KERNELS, root / KERNELS, ignore=ignored)
+    path = root / KERNELS / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
         count = text.count(mutant.old)

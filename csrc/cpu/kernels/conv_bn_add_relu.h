@@ -35,21 +35,21 @@
 namespace fr {
 namespace FR_ISA {
 
-// Where the elements of a sum lie, as distances from an output pixel's first input element.
+// The elements of a sum, as offsets from an output pixel's first input element.
 struct Runs {
   int64_t rows, per_row;
   int64_t length;  // elements side by side
   int64_t row_step, col_step;
 };
 
-// Where a block of input lies: the pixel under output (n, oy, ox) begins at
-// base + n * image + oy * row + ox * pixel, from the block's own origin.
+// A block of input: the pixel under output (n, oy, ox), counted from the block's origin, begins at
+// base + n * image + oy * row + ox * pixel.
 struct Source {
   int64_t image, row, pixel;
   Runs runs;
 };
 
-// How a block's input is read, see above.
+// How the input of a block is read: see the comment at the head of this file.
 enum Reading { kInPlace, kPixels, kRows };
 
 template <class T>
@@ -63,18 +63,19 @@ Reading reading_of(const ConvShape& s) {
   return sizeof(T) == sizeof(Acc<T>) ? kInPlace : kRows;
 }
 
-// Elements from one copied pixel to the next: a vector beyond what could be a power of two.
+// Elements from one copied pixel to the next: a vector more than the channels, whose number may be
+// a power of two.
 template <class A>
 FR_INLINE int64_t pixel_step(const ConvShape& s) {
   return s.c + kLanes<A>;
 }
 
 inline Runs runs_of(const ConvShape& s, int64_t row_stride) {
-  const bool joined = s.dilation_w == 1 && s.groups == 1;
+  const bool adjacent = s.dilation_w == 1 && s.groups == 1;
   Runs runs;
-  runs.per_row = joined ? 1 : s.kw;
+  runs.per_row = adjacent ? 1 : s.kw;
   runs.rows = s.kh;
-  runs.length = joined ? s.kw * s.c : s.group_c();
+  runs.length = adjacent ? s.kw * s.c : s.group_c();
   runs.row_step = s.dilation_h * row_stride;
   runs.col_step = s.dilation_w * s.c;
   return runs;
@@ -88,8 +89,8 @@ inline int64_t block_cols(const ConvShape& s, const ConvBlock& b) {
   return (b.col1 - b.col0 - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1;
 }
 
-// Where a tile's pixels begin: at base + offset[i] where six pointers fit the registers, so that a
-// tile may go on in the next row; else at base + i * step.
+// The pixels of a tile: pixel i begins at base + offset[i] where six pointers fit the registers, so
+// that a tile may continue in the next row; else at base + i * step.
 constexpr bool kIndirect = FR_VECTOR_BYTES < 64;
 template <class A>
 struct Pixels {
@@ -98,14 +99,14 @@ struct Pixels {
   const int64_t* offset;
 };
 
-// Bytes at the head of a block's scratch that list_pixels fills; a copy of the input follows.
+// Bytes of the list of pixels at the head of a block's scratch, before the copy of the input.
 inline int64_t list_bytes(const ConvBlock& b) {
   const int64_t pixels = (b.n1 - b.n0) * (b.row1 - b.row0) * (b.col1 - b.col0);
   const int64_t bytes = pixels * static_cast<int64_t>(sizeof(int64_t));
   return kIndirect ? ceil_div(bytes, kLineBytes) * kLineBytes : 0;
 }
 
-// Where the block's output pixels find their input, in the order of the result.
+// Lists the offset of each output pixel's input, in the order of the result.
 inline void list_pixels(const ConvBlock& b, const Source& source, int64_t* to) {
   for (int64_t n = 0; n < b.n1 - b.n0; ++n) {
     for (int64_t oy = 0; oy < b.row1 - b.row0; ++oy) {
@@ -142,7 +143,7 @@ void fill_zero(A* to, int64_t count) {
   for (; i < count; ++i) to[i] = 0;
 }
 
-// Copies the input under the block into scratch, zeros where the padding is.
+// Copies the input under the block into scratch, with zeros for the padding.
 template <class T>
 void gather_block(const ConvShape& s, const ConvBlock& b, const T* x, Acc<T>* scratch) {
   const int64_t rows = block_rows(s, b), cols = block_cols(s, b);
@@ -188,8 +189,8 @@ struct Epilogue {
   bool relu;
 };
 
-// A whole panel. By value, and without a branch at each vector: what is stored could be any of the
-// epilogue's own fields, for all that the compiler knows, and it would read them again every time.
+// Stores a whole panel. The epilogue is passed by value and the branches are outside the loop:
+// otherwise the compiler assumes that a store may alias the epilogue's fields and reloads them.
 template <class T, bool kResidual, int kTile, int kVectors>
 FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T> e) {
   using A = Acc<T>;
@@ -238,8 +239,8 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
   }
 }
 
-// A panel's weights, and what to fetch into the cache meanwhile: at every step the line at `ahead`,
-// which then moves on.
+// The weights of a panel, and the address to prefetch: every step prefetches the line at `ahead`
+// and advances it by `ahead_step`.
 template <class A>
 struct Weights {
   const A* at;
@@ -247,15 +248,15 @@ struct Weights {
   int64_t ahead_step;
 };
 
-// Tells the compiler that the array has an address: else it would want registers for it, and keep
-// the loop's operands on the stack instead.
+// Forces the array into memory. Otherwise the compiler keeps it in registers and spills the
+// operands of the inner loop instead.
 template <class Array>
 FR_INLINE void keep_in_memory(Array& array) {
   __asm__ volatile("" : : "r"(&array) : "memory");
 }
 
-// acc = sum over the runs of pixel i's elements times the panel's weights. Puts finished chains
-// aside.
+// acc[i] = sum over the runs of pixel i's elements times the panel's weights. A chain of kChain
+// additions is moved to `total` when it is complete.
 template <class A, int kTile, int kVectors>
 FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weights<A>& weights,
                           Vec<A> (&acc)[kTile][kVectors]) {
@@ -264,7 +265,7 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
   const A* ahead = weights.ahead;
   Vec<A> total[kTile][kVectors];
   keep_in_memory(total);
-  // An initialiser would be a call that clears memory, which costs more than a short sum.
+  // An initialiser would compile to a call of memset, which costs more than a short sum.
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 2
@@ -289,7 +290,7 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
       }
     }
   };
-  // A 1x1 convolution of few channels would feel what the loops below cost.
+  // For 1x1 convolutions of few channels the loops below would be a measurable overhead.
   if (runs.rows * runs.per_row == 1 && runs.length <= kChain) return multiply(0, runs.length);
   int64_t chain = 0;
   bool spilled = false;
@@ -326,12 +327,12 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
   }
 }
 
-// The same for groups of kShare channels, side by side in a vector.
+// The same for groups of kShare channels, several of which share a vector.
 template <class A, int kTile, int kShare>
 FR_INLINE void accumulate_shared(const Pixels<A>& pixels, const Runs& runs,
                                  const Weights<A>& weights, Vec<A> (&acc)[kTile][1]) {
   constexpr int lanes = kLanes<A>;
-  LaneIndex<A> channel[kShare];  // c of each group, to all of its lanes
+  LaneIndex<A> channel[kShare];  // broadcasts channel c of each group to the lanes of the group
 #pragma GCC unroll 8
   for (int c = 0; c < kShare; ++c) {
 #pragma GCC unroll 16
@@ -354,13 +355,13 @@ FR_INLINE void accumulate_shared(const Pixels<A>& pixels, const Runs& runs,
   }
 }
 
-// kShare: channels of groups that share a vector; 0: they do not.
+// kShare: channels per group if several groups share a vector, else 0.
 template <class T, int kTile, int kVectors, int kShare>
 void conv_tile(const Pixels<Acc<T>>& pixels, const Runs& runs, const Weights<Acc<T>>& weights,
                const Epilogue<T>& e) {
   constexpr int64_t panel = kVectors * kLanes<Acc<T>>;
   constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-  // Asked for here, they come while the sum is computed.
+  // Prefetched here, the lines arrive while the sum is computed.
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
     for (int64_t k = 0; k < panel; k += line) {
@@ -398,7 +399,8 @@ ConvTile<T> tile_of(int64_t pixels) {
   return tiles[pixels - 1];
 }
 
-// For so many pixels of a panel that is so wide; `share`: see shared_channels.
+// The microkernel for a number of pixels and a panel of `width` channels; `share` is the result of
+// shared_channels.
 template <class T>
 ConvTile<T> tile_for(int64_t share, int64_t width, int64_t pixels) {
   using A = Acc<T>;
@@ -459,7 +461,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
       rows = 1;
     }
   }
-  // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
+  // Tiles of nearly equal width: 16 pixels are 8 + 8 rather than 14 + 2.
   const int64_t tiles = ceil_div(width, kMaxTile);
   const int64_t narrow = width / tiles, wider = width % tiles;
   const int64_t all_tiles = images * rows * tiles;
@@ -476,8 +478,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     const int64_t panel_size = panel_width<A>(s, k_in_group);
     Weights<A> weights;
     weights.at = static_cast<const A*>(f.packed) + panel_offset<A>(s, panel);
-    // Every tile fetches its share of the panel behind this one, of this one where that is the
-    // last.
+    // Every tile prefetches its share of the next panel, or of this one if it is the last.
     weights.ahead = weights.at + (panel + 1 < b.panel1 ? panel_size * s.depth() : 0);
     weights.ahead_step = ceil_div(panel_size, all_tiles);
     e.scale = static_cast<const A*>(f.scale) + k;

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int>::max();
 
-// Kernels count the pixels of a batch and the elements of one image in 32 bits, and find an image
-// in the batch in 64.
+// Kernels index the pixels of a batch and the elements of one image with 32 bits, and an image in
+// the batch with 64.
 void check_sizes(const char* op, const ConvShape& s) {
   TORCH_CHECK_VALUE(s.h * s.w * s.c <= kIntMax, op,
                     ": x: expected less than 2^31 elements in an image, got ", s.h * s.w * s.c);
@@ -74,16 +74,14 @@ void ConvCall::set_packed(const at::Tensor& packed) {
 
 void ConvCall::set_second(const at::Tensor& x, at::IntArrayRef stride) {
   check_map(op_, "x2", x);
-  check_pair(op_, "stride2", stride, 1);
-  const int64_t rows = (x.size(2) - 1) / stride[0] + 1, cols = (x.size(3) - 1) / stride[1] + 1;
   TORCH_CHECK_VALUE(shape_.groups == 1, op_, ": groups: expected 1, got ", shape_.groups);
-  TORCH_CHECK_VALUE(x.size(0) == shape_.n && rows == shape_.out_h() && cols == shape_.out_w(), op_,
-                    ": x2: expected ", shape_.n, " images with a pixel for each of ",
-                    shape_.out_h(), " x ", shape_.out_w(), " results, got ", x.sizes(),
-                    " with stride ", stride);
+  const ConvShape second =
+      conv_shape(op_, x, {shape_.k, x.size(1), 1, 1}, stride, {0, 0}, {1, 1}, 1);
+  TORCH_CHECK_VALUE(
+      second.n == shape_.n && second.out_h() == shape_.out_h() && second.out_w() == shape_.out_w(),
+      op_, ": x2: expected ", shape_.n, " images with a pixel for each of ", shape_.out_h(), " x ",
+      shape_.out_w(), " results, got ", x.sizes(), " with stride ", stride);
   check_same(op_, "x2", x, x.sizes(), x_);
-  const ConvShape second{x.size(0), x.size(2), x.size(3), x.size(1), shape_.k, 1, 1,
-                         stride[0], stride[1], 0,         0,         1,        1, 1};
   check_sizes(op_, second);
   params_.second = conv_params(second).image;
   params_.second.x = map(x);
@@ -184,7 +182,7 @@ at::Tensor ConvCall::run_then_1x1(const at::Tensor& packed, const at::Tensor& sc
   block.second.affine.bias = vector("shift", shift, k);
   block.second.residual = map(residual);
   block.second.relu = true;
-  // Operands that do not begin at multiples of 16 bytes are another kernel's.
+  // This kernel requires operands that begin at multiples of 16 bytes.
   if (!aligned_) return {};
   const at::Tensor y = empty_map(k);
   block.second.y = y.mutable_data_ptr();
