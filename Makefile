@@ -1,6 +1,8 @@
 # make demo       a photograph through ResNet-50, before and after (IMAGE=path WEIGHTS=path)
-# make test       the tests, 15 to 25 minutes on 2 cores; make test-all adds the slow ones and
-#                 installs the libraries whose networks they run
+# make check      the tests of the inner loop, on the CPU: at most 3 minutes on 2 cores
+# make test       what CI runs, with the CUDA simulator, Triton's interpreter and planted bugs: at most
+#                 12 minutes on 2 cores once all is built
+# make test-all   the slow ones too, and the libraries whose networks they run are installed
 # make lint       ruff, mypy, clang-format, import-linter and the limit of 500 lines a file;
 #                 make format fixes what can be fixed
 # make verify     every operation and network, compared with float64
@@ -14,6 +16,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# The same without CUDA's kernels, which take most of the time to compile: enough for `make check`,
+# which uses the full build where there is one.
+INSTALLED_CPU := $(VENV)/.installed-cpu
+CHECKED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_CPU))
+# A worker a core, and a thread a worker; a file's tests stay on one worker unless each is on its own
+# (tests/conftest.py). Tests that are about threads ask for as many as they need.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Built without isolation: the extension is compiled against the torch that it runs with.
@@ -23,17 +32,20 @@ BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
 HEADERS := 'nvidia-cutlass>=4.2,<5'
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format verify bench gpu asan mutants install clean
+.PHONY: demo check test test-all lint format verify bench gpu asan mutants install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fused-resnet demo $(if $(IMAGE),'$(IMAGE)') $(if $(WEIGHTS),--weights '$(WEIGHTS)')
 
+check: $(CHECKED)
+	$(PYTEST) -m 'not thorough and not slow'
+
 test: $(INSTALLED)
-	$(PY) -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: $(INSTALLED)
 	$(PY) -m pip install -q --no-build-isolation -e '.[test,models]'
-	$(PY) -m pytest -q
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -73,7 +85,8 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # The extension is compiled again when a source changes; Python files are used in place.
-$(INSTALLED): setup.py pyproject.toml $(CPP) | $(PY)
+$(INSTALLED_CPU): export FUSED_RESNET_CUDA := 0
+$(INSTALLED) $(INSTALLED_CPU): setup.py pyproject.toml $(CPP) | $(PY)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
 	$(PY) -m pip install -q --no-deps $(HEADERS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,dev]'

@@ -264,15 +264,17 @@ class Session:
         environment = {**self.environment, "OMP_NUM_THREADS": str(max(1, cores // TEST_JOBS))}
         # The slowest first, so that none of them runs alone at the end.
         slow = ("networks", "sanitizer", "backends", "conformance", "runtime", "compile")
+        tests = ROOT / "tests"
         files = sorted(
-            (ROOT / "tests" / "gpu").glob("test_gpu_*.py"),
+            [*(tests / "gpu").glob("test_gpu_*.py"), *(tests / "conformance").glob("test_*.py")],
             key=lambda path: (not any(word in path.stem for word in slow), path.stem),
         )
         end = time.monotonic() + limit
 
         def one(path: Path) -> tuple[Path, Run]:
             command = [sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short"]
-            command += ["-p", "no:cacheprovider", str(path.relative_to(ROOT))]
+            command += ["-p", "no:cacheprovider", "--backend", "device"]
+            command += [str(path.relative_to(ROOT))]
             return path, run(command, environment, max(1.0, end - time.monotonic()))
 
         with ThreadPoolExecutor(TEST_JOBS) as pool, ending_all():

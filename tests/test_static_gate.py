@@ -60,23 +60,17 @@ def test_every_instance_is_as_designed(instances: list[Instance]) -> None:
 
 
 def test_every_instance_is_executed() -> None:
-    """By the tests of the simulator, which ran before this one or in an earlier session."""
+    """By the small calls, which also run under compute-sanitizer and against a device."""
     if simulator.missing():
         pytest.skip(str(simulator.missing()))
-    record = launch_record.load(simulator.library())
-    hosts = (simulator.ROOT / "csrc/cuda/host").glob("*.cpp")
-    tests = {f"test_{path.stem}.py" for path in hosts}
-    tests &= {path.name for path in (simulator.ROOT / simulator.HERE).glob("test_*.py")}
-    assert len(tests) >= 4
-    if not tests <= record.files:
-        pytest.skip(f"these of tests/simt did not run: {sorted(tests - record.files)}")
+    launched = launch_record.of_small_calls()
     symbols = subprocess.run(
-        ["nm", "--defined-only", record.library], capture_output=True, text=True, check=True
+        ["nm", "--defined-only", simulator.build()], capture_output=True, text=True, check=True
     )
     names = demangled([line.split()[-1] for line in symbols.stdout.splitlines()])
     compiled = {mangled for mangled, name in names.items() if base_of(name) in bounds()}
     assert len(compiled) > 20
-    left = sorted(names[mangled] for mangled in compiled - set(record.kernels))
+    left = sorted(names[mangled] for mangled in compiled - set(launched))
     assert not left, "never executed:\n" + "\n".join(left)
 
 

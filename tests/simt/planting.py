@@ -68,6 +68,7 @@ def watch(mutant: Mutant, variant: str, library: Path) -> Catch | None:
     if variant == "asan":
         env |= simulator.sanitizer_environment()
     command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["--backend", "simulator"]
     command += ["--capture=sys"]  # what a sanitizer says as the process ends is seen
     command += [] if variant == "plain" else ["-m", "variants"]
     # A bug may also make a kernel run for ever.

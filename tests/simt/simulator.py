@@ -7,6 +7,8 @@ costs nothing, and a planted bug recompiles only what includes it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,12 +166,23 @@ def linked(name: str, units: list[Object], variant: str, root: Path, cache: Path
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-    with ThreadPoolExecutor(jobs) as pool:
-        files = list(pool.map(lambda unit: compiled(unit, root, cache), units))
-    command = [compiler(), *link_flags(variant), *map(str, files)]
-    command += link_libraries(units)
-    return atomically(command, "-o", target, root)
+    with locked(cache):
+        if target.exists():
+            return target
+        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+        with ThreadPoolExecutor(jobs) as pool:
+            files = list(pool.map(lambda unit: compiled(unit, root, cache), units))
+        command = [compiler(), *link_flags(variant), *map(str, files)]
+        command += link_libraries(units)
+        return atomically(command, "-o", target, root)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time: pytest-xdist's workers would compile the same objects side by side."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def library_name(name: str, units: list[Object], variant: str, root: Path) -> str:
@@ -185,11 +199,6 @@ def link_libraries(units: list[Object]) -> list[str]:
         return ["-pthread"]
     folders = [f"-L{path}" for path in cpp_extension.library_paths()]
     return [*folders, "-ltorch", "-ltorch_cpu", "-lc10", "-pthread"]
-
-
-def library(variant: str = "plain") -> Path:
-    """Where this checkout's library is or would be."""
-    return CACHE / library_name("simt", objects(variant, ROOT), variant, ROOT)
 
 
 def build(variant: str = "plain", sources_root: Path = ROOT, cache: Path = CACHE) -> Path:

@@ -1,4 +1,4 @@
-"""The ways in which CUDA's kernels multiply, and how far from float64 each may be."""
+"""How backends multiply, and how far from float64 each may be."""
 
 from __future__ import annotations
 
@@ -52,12 +52,15 @@ class Precision:
         assert error(result, truth) < 1e-6
 
 
-PRECISIONS = [
-    Precision("float16", torch.float16),
-    Precision("bfloat16", torch.bfloat16),
-    Precision("tf32", torch.float32, tf32=True),
-    Precision("float32", torch.float32),
-]
+FLOAT16 = Precision("float16", torch.float16)
+BFLOAT16 = Precision("bfloat16", torch.bfloat16)
+TF32 = Precision("tf32", torch.float32, tf32=True)
+FLOAT32 = Precision("float32", torch.float32)
+FLOAT64 = Precision("float64", torch.float64)
+#: Those of a GPU's kernels.
+PRECISIONS = [FLOAT16, BFLOAT16, TF32, FLOAT32]
+#: Those of the CPU's.
+CPU_PRECISIONS = [FLOAT16, BFLOAT16, FLOAT32, FLOAT64]
 
 precisions = pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 half_precisions = pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
