@@ -21,8 +21,12 @@ class Subject(NamedTuple):
         call: One iteration of what is timed.
         error: Relative L2 error of its answer; computed once, before anything is timed.
         threads: Of a pool of its own; None where it computes on PyTorch's.
+        training: Whether the call needs gradients; else it runs in inference mode.
+        details: More about the call, as numbers by name, measured after all rounds.
     """
 
     call: Callable[[], Any]
     error: Callable[[], float]
     threads: int | None = None
+    training: bool = False
+    details: Callable[[], dict[str, float]] | None = None
