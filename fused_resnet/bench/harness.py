@@ -287,7 +287,7 @@ def compare(
         for name in list(workers):
 
             def details(worker: Worker, name: str = name) -> None:
-                results[name].details = worker.ask("details")["details"]
+                results[name].details = worker.request("details")["details"]
 
             attempt(name, details)
     finally:

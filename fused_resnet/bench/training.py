@@ -40,8 +40,7 @@ LEARNING_RATE = 1e-4
 
 def channels_last(model: nn.Module) -> nn.Module:
     """PyTorch's own modules in channels_last: the baseline of the ratios."""
-    moved: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return moved
+    return model.to(memory_format=torch.channels_last)
 
 
 #: By name, what makes the module that is trained from a plain network in training mode.

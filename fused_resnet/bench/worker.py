@@ -10,7 +10,7 @@ is one JSON line:
 ``{"do": "round", "iterations"}``       answers ``times``, in seconds, ``start`` and ``end``,
                                         ``cpu_seconds`` between them, ``peak_bytes`` of memory
                                         resident since building ended, and ``base_bytes`` before
-``{"do": "details"}``                   answers what the subject tells about itself besides
+``{"do": "details"}``                   answers further numbers about the subject
 ``{"do": "call", "target", "case"}``    imports ``module:function``, calls it with the case, and
                                         answers what it returns
 ======================================= ======================================================
