@@ -373,6 +373,8 @@ def _update_running(
     count: int,
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, the variance made unbiased."""
+    if count == 0:  # an empty batch has no statistics
+        return
     # Not seen by autograd, as in PyTorch: a call of the same batch norm that PyTorch ran before has
     # saved these tensors for its backward, which does not use them.
     running_mean, running_var = running_mean.data, running_var.data

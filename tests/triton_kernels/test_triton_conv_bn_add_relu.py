@@ -89,6 +89,8 @@ def test_empty_batch(interpreted, precision):
     z, mean, var = statistics(interpreted, operands, None)
     assert z.shape == (0, 24, 6, 5)
     assert mean.shape == var.shape == (24,)
+    assert not mean.any()
+    assert not var.any()
     assert interpreted.launches() == []
 
 
