@@ -20,6 +20,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
+INPUT = "csrc/cpu/kernels/conv_input.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
 BLOCK = "csrc/cpu/residual_block.cpp"
@@ -59,7 +60,7 @@ MUTANTS = [
         "spilled ? total[i][v] + acc[i][v] : acc[i][v]",
         "acc[i][v]",
     ),
-    Mutant("padding column too few", CONV, "min_of(max_of(-x0, 0), cols)", "max_of(-x0 - 1, 0)"),
+    Mutant("padding column too few", INPUT, "min_of(max_of(-x0, 0), cols)", "max_of(-x0 - 1, 0)"),
     Mutant("wrong group's input", CONV, "group * s.group_c();", "0 * s.group_c();"),
     Mutant(
         "last tile one pixel short",
@@ -161,7 +162,7 @@ MUTANTS = [
     ),
     Mutant(
         "a tile goes on in the wrong row",
-        CONV,
+        INPUT,
         "const int64_t row = n * source.image + oy * source.row;",
         "const int64_t row = n * source.image + oy * (source.row - source.pixel);",
     ),
@@ -267,6 +268,13 @@ MUTANTS = [
         "if (loops_ > 0 && size_ > 1) barrier_.wait(loops_, size_);",
         "",
         ROW,
+    ),
+    Mutant(
+        "nobody wakes the threads that sleep in the barrier",
+        "csrc/cpu/thread_team.h",
+        "all_arrived_.notify_all();",
+        "",
+        "tests/test_thread_team.py",
     ),
     Mutant(
         "a loop loses its last share",

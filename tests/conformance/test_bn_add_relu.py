@@ -214,10 +214,13 @@ def test_empty_batch(backend, fmt, training):
     bn = batch_norm(8, torch.float32)
     y, mean, var = forward(backend, x, bn, training=training)
     assert y.shape == x.shape
+    statistics = (mean, var) if training else bn[2:4]
     dx, dweight, dbias, dr = backend.ops.bn_add_relu_backward(
-        x, x, y, bn[0], bn[2], bn[3], training, EPS, True, True
+        x, x, y, bn[0], *statistics, training, EPS, True, True
     )
     assert dx.shape == dr.shape == x.shape
+    assert not mean.any()
+    assert not var.any()
     assert not dweight.any()
     assert not dbias.any()
     assert mean.shape == var.shape == ((8,) if training else (0,))

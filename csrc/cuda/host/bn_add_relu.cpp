@@ -101,13 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(
   p.y = call.result(y);
   p.relu = relu;
   at::Tensor mean = call.floats(training ? channels : 0), var = at::empty_like(mean);
-  if (x.numel() == 0) {
-    if (training) {
-      mean.zero_();
-      var.fill_(std::numeric_limits<float>::quiet_NaN());
-    }
-    return {y, mean, var};
-  }
+  // An empty batch has no statistics; zeros are finite in the backward, whose sums are zero.
+  if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
 
   p.map = call.plan();
   const at::Tensor folded = call.floats(training ? 2 * channels : 0);

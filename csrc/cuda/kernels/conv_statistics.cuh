@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kStatisticsLanes* kStatisticsWays, 2)
   if (way != 0 || channel >= p.k) return;
   for (int w = 1; w < kStatisticsWays; ++w) moments.merge(parts[w * kStatisticsLanes + lane]);
   p.mean[channel] = moments.of[0].mean;
-  p.var[channel] = moments.of[0].m2 / moments.seen;
+  p.var[channel] = moments.seen > 0.0f ? moments.of[0].m2 / moments.seen : 0.0f;
 }
 
 }  // namespace fr
