@@ -1,4 +1,4 @@
-"""Which operators a call runs, whoever calls them."""
+"""Records the operators that run."""
 
 from __future__ import annotations
 

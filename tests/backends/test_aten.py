@@ -112,7 +112,7 @@ def test_gradients(training):
 def test_whole_network_and_compiled(onednn_calls):
     torch.manual_seed(0)
     model = fr.resnet18(num_classes=10).eval().to(memory_format=torch.channels_last)
-    # So large that no map is one pixel, of which both memory formats would be true.
+    # Large enough that no map has a single pixel, which is contiguous in both memory formats.
     x = normal(1, 3, 64, 64, dtype=torch.float32).to(memory_format=torch.channels_last)
     with torch.no_grad():
         with fr.use_backend("reference"):
@@ -128,7 +128,7 @@ def test_whole_network_and_compiled(onednn_calls):
         torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_frozen_networks_run_on_it_too():
+def test_frozen_networks_run_on_the_library_backend():
     torch.manual_seed(0)
     model = fr.resnet18(num_classes=10).eval()
     x = normal(1, 3, 32, 32, dtype=torch.float32)
@@ -151,7 +151,7 @@ def test_frozen_networks_run_on_it_too():
     ],
     ids=str,
 )
-def test_what_cudnn_is_asked_for(shape, dtype, taken, monkeypatch):
-    """Without a GPU: the decision alone; tests/gpu runs what was decided."""
+def test_which_filters_cudnn_runs(shape, dtype, taken, monkeypatch):
+    """The decision only, without a GPU; tests/gpu runs the convolutions."""
     monkeypatch.setattr(library, "_has_cudnn", lambda: True)
-    assert library._cudnn_takes(torch.empty(shape, dtype=dtype)) is taken
+    assert library._cudnn_supports(torch.empty(shape, dtype=dtype)) is taken

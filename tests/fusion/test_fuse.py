@@ -18,7 +18,7 @@ import fused_resnet as fr
 tv = pytest.importorskip("torchvision", reason="torchvision's networks are what is fused here")
 from torchvision.models import resnet as tv_resnet  # noqa: E402
 from torchvision.ops.misc import FrozenBatchNorm2d  # noqa: E402
-from torchvision_networks import PostAdd, assert_fused_means_the_same, small  # noqa: E402
+from torchvision_networks import PostAdd, assert_fused_equals_eager, small  # noqa: E402
 
 FAMILY = {
     "basic": dict(block=tv_resnet.BasicBlock),
@@ -36,7 +36,7 @@ FAMILY = {
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_torchvision_family(name: str) -> None:
-    fused = assert_fused_means_the_same(small(**FAMILY[name]), image(2, 3, 33, 29))
+    fused = assert_fused_equals_eager(small(**FAMILY[name]), image(2, 3, 33, 29))
     found = fr.report(fused)
     norms = [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)]
     assert len(found.fused) == len(norms)
@@ -44,7 +44,7 @@ def test_torchvision_family(name: str) -> None:
     assert found.counts["conv_bn_relu_maxpool"] == 1
 
 
-def test_fusing_shares_parameters_and_leaves_the_original_alone() -> None:
+def test_fusing_shares_parameters_and_does_not_change_the_original() -> None:
     model = small()
     classes = [type(m) for m in model.modules()]
     fused = fr.fuse(model)
@@ -75,7 +75,7 @@ def test_an_optimizer_built_before_trains_the_fused_model() -> None:
     assert not torch.allclose(before, after)
 
 
-def test_nothing_is_kept_from_call_to_call() -> None:
+def test_nothing_is_cached_between_calls() -> None:
     model = small()
     fused = fr.fuse(model)
     x = image(1, 3, 33, 29)
@@ -97,7 +97,7 @@ def test_fusing_twice_changes_nothing() -> None:
     assert fr.report(twice) == fr.report(once)
 
 
-def test_state_dicts_go_both_ways() -> None:
+def test_state_dicts_load_in_both_directions() -> None:
     fused, other = fr.fuse(small()), small()
     randomize(other, seed=9)
     x = image(1, 3, 33, 29)
@@ -129,14 +129,14 @@ def test_wrong_arguments() -> None:
         fr.fuse(fr.freeze(small(tv_resnet.BasicBlock, (1, 1, 1, 1))))
 
 
-def test_a_model_that_cannot_be_copied_is_refused_in_one_line() -> None:
+def test_a_model_that_cannot_be_copied_is_an_error_of_one_line() -> None:
     model = small()
     model.lock = threading.Lock()
     with pytest.raises(TypeError, match=r"fuse: model: expected a module that .* '_thread.lock'"):
         fr.fuse(model)
 
 
-def test_a_compiled_model_is_fused_inside() -> None:
+def test_the_module_inside_a_compiled_model_is_fused() -> None:
     model, x = small(), image(1, 3, 33, 29)
     fused = fr.fuse(torch.compile(model, backend="eager"))
     torch.testing.assert_close(fused(x), model(x))

@@ -20,7 +20,7 @@ def every_hook(module: nn.Module, seen: list[str], name: str) -> None:
 
 
 @pytest.mark.parametrize("child", ["conv1", "bn1", "conv2", "bn3", "relu", "downsample.1", ""])
-def test_hooks_on_any_child_see_what_they_saw(child: str) -> None:
+def test_hooks_on_any_child_see_the_same_values(child: str) -> None:
     model, fused = small(), fr.fuse(small())
     expected: list[str] = []
     seen: list[str] = []
@@ -72,7 +72,7 @@ def test_hooks_registered_before_are_shared_not_copied() -> None:
     assert seen == [id(recorder)]
 
 
-def test_a_hook_that_is_a_method_of_the_model_is_the_copys_own() -> None:
+def test_a_hook_that_is_a_method_of_the_model_becomes_the_copys_method() -> None:
     class Recording(nn.Sequential):
         def record(self, module: nn.Module, args: object, y: Tensor) -> None:
             self.seen = y

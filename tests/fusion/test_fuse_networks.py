@@ -14,7 +14,7 @@ from torchvision.models import resnet as tv_resnet  # noqa: E402
 from torchvision.models._utils import IntermediateLayerGetter  # noqa: E402
 from torchvision.models.feature_extraction import create_feature_extractor  # noqa: E402
 from torchvision.models.segmentation.fcn import FCN, FCNHead  # noqa: E402
-from torchvision_networks import assert_fused_means_the_same, small  # noqa: E402
+from torchvision_networks import assert_fused_equals_eager, small  # noqa: E402
 
 
 def test_segmentation_network() -> None:
@@ -24,7 +24,7 @@ def test_segmentation_network() -> None:
     model = FCN(backbone, FCNHead(256, 5).double(), FCNHead(128, 5).double())
     for head in (model.classifier, model.aux_classifier):
         head[3] = nn.Identity()  # dropout is random
-    fused = assert_fused_means_the_same(randomize(model), image(2, 3, 33, 32))
+    fused = assert_fused_equals_eager(randomize(model), image(2, 3, 33, 32))
     found = fr.report(fused)
     assert ("backbone.conv1", "conv_bn_relu_maxpool") in found.fused
     assert ("classifier.0", "conv_bn_add_relu") in found.fused
@@ -43,9 +43,9 @@ def test_torchvisions_segmentation_models_are_fused(build) -> None:
 
 
 @pytest.mark.parametrize("stop", ["conv1", "bn1", "relu", "maxpool"])
-def test_layer_getter_hands_out_every_intermediate(stop: str) -> None:
+def test_layer_getter_returns_every_intermediate(stop: str) -> None:
     getter = IntermediateLayerGetter(small(), {stop: "early", "layer1": "late"})
-    fused = assert_fused_means_the_same(getter, image(2, 3, 24, 20))
+    fused = assert_fused_equals_eager(getter, image(2, 3, 24, 20))
     y = fused(image(1, 3, 24, 20))
     assert list(y) == ["early", "late"]
     assert type(y) is type(getter(image(1, 3, 24, 20)))
@@ -97,7 +97,7 @@ def test_sequential_runs() -> None:
             kept = x + 0
             return self.body(kept).mean((2, 3)) + kept.mean((2, 3))[:, :1]
 
-    fused = assert_fused_means_the_same(Wrapped(), image(3, 4, 12, 12))
+    fused = assert_fused_equals_eager(Wrapped(), image(3, 4, 12, 12))
     found = fr.report(fused)
     assert found.fused == [
         ("body.1", "bn_add_relu"),
@@ -144,7 +144,7 @@ def test_fx_and_jit_trace_a_fused_network() -> None:
         torch.testing.assert_close(torch.jit.trace(fused, x)(x), model(x))
 
 
-def test_functional_call_uses_the_parameters_it_is_given() -> None:
+def test_functional_call_uses_its_parameters() -> None:
     model = small()
     other = {k: v * 0.9 for k, v in model.state_dict().items() if v.is_floating_point()}
     x = image(1, 3, 33, 29)
@@ -154,7 +154,7 @@ def test_functional_call_uses_the_parameters_it_is_given() -> None:
     )
 
 
-def test_every_available_backend_gives_the_same() -> None:
+def test_every_available_backend_gives_the_same_result() -> None:
     fused, model = fr.fuse(small()), small()
     x = image(1, 3, 33, 29)
     ran = []

@@ -13,7 +13,7 @@ import fused_resnet as fr
 
 tv = pytest.importorskip("torchvision", reason="torchvision's networks are what is fused here")
 from torchvision.models import resnet as tv_resnet  # noqa: E402
-from torchvision_networks import PostAdd, Slim, assert_fused_means_the_same, small  # noqa: E402
+from torchvision_networks import PostAdd, Slim, assert_fused_equals_eager, small  # noqa: E402
 
 
 class Named(tv_resnet.BasicBlock):
@@ -31,7 +31,7 @@ class Doubled(Slim):
 
 
 def test_a_subclass_that_keeps_the_forward_is_fused() -> None:
-    fused = assert_fused_means_the_same(small(Named), image(2, 3, 33, 29))
+    fused = assert_fused_equals_eager(small(Named), image(2, 3, 33, 29))
     assert isinstance(fused.layer1[0], Named)
     assert fused.layer1[0].name() == "named"
     assert fr.report(fused).left == []
@@ -39,11 +39,11 @@ def test_a_subclass_that_keeps_the_forward_is_fused() -> None:
 
 
 def test_a_subclass_with_its_own_forward_is_traced() -> None:
-    fused = assert_fused_means_the_same(small(PostAdd), image(2, 3, 33, 29))
+    fused = assert_fused_equals_eager(small(PostAdd), image(2, 3, 33, 29))
     found = fr.report(fused)
     assert dict(found.fused)["layer1.0.conv2"] == "conv_bn_add_relu"
     assert found.left == []
-    fused = assert_fused_means_the_same(small(kind=Doubled), image(2, 3, 33, 29))
+    fused = assert_fused_equals_eager(small(kind=Doubled), image(2, 3, 33, 29))
     found = fr.report(fused)
     assert found.counts["conv_bn_relu_maxpool"] == 1
     assert found.left == []
@@ -128,17 +128,17 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_changed_children_keep_their_meaning(change) -> None:
+def test_replaced_children_give_the_same_results(change) -> None:
     model = small(layers=(2, 1, 1, 1))
     change(model)
     fused = fr.fuse(model)
     torch.testing.assert_close(fused(image(1, 3, 33, 29)), model(image(1, 3, 33, 29)))
     assert CHANGES[change] <= dict(fr.report(fused).fused).keys()
     if change is not replace_norm:  # SyncBatchNorm does not train on a CPU, in PyTorch either
-        assert_fused_means_the_same(model, image(2, 3, 33, 29))
+        assert_fused_equals_eager(model, image(2, 3, 33, 29))
 
 
-def test_children_changed_after_fusing_are_noticed() -> None:
+def test_children_replaced_after_fusing_take_effect() -> None:
     for change in CHANGES:
         model, fused = small(layers=(2, 1, 1, 1)), fr.fuse(small(layers=(2, 1, 1, 1)))
         for target in (model, fused):

@@ -1,4 +1,4 @@
-"""In-place writes, views and shared modules: who else sees what a group's pieces touch."""
+"""In-place writes, views and shared modules around the operations of a group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fused_resnet as fr
 
 
 def ready(model: nn.Module) -> nn.Module:
-    """Random weights and statistics, the same at every call, float64, eval."""
+    """The model with random weights and statistics, equal at every call; float64, eval mode."""
     g = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=g) * 0.4
@@ -68,7 +68,7 @@ class ResidualWritten(Pieces):
 
 
 class AddsIntoTheOther(Pieces):
-    """The sum is written to the shortcut, which is handed out as well."""
+    """The sum is written to the shortcut, which is returned as well."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.conv2(x)
@@ -134,7 +134,7 @@ class PartAssigned(Pieces):
 
 
 class Holds(Pieces):
-    """What the convolution has read is put into a list, and written to through it."""
+    """The convolution's input is put into a list, and written to through the list."""
 
     def forward(self, xs: list[Tensor]) -> Tensor:
         kept = xs[1] * 1
@@ -152,7 +152,7 @@ class Puts(nn.Module):
 
 
 class HoldsByChild(Pieces):
-    """The same, by a child that is given the list."""
+    """The same, by a child that gets the list as an argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class HoldsByChild(Pieces):
 
 
 class ListHolds(nn.Module):
-    """Calls one of them on a list of its own, and looks at what became of it."""
+    """Calls one of them with a list of its own, and reads the list afterwards."""
 
     inner_class: type[nn.Module] = Holds
 
@@ -203,7 +203,7 @@ CASES = [
 
 
 def outcome(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Without a gradient where PyTorch refuses one: some of these write to what is saved."""
+    """Without gradients where PyTorch raises: some of these write to saved tensors."""
     try:
         return results(model, x)
     except RuntimeError:
@@ -213,7 +213,7 @@ def outcome(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("cls", CASES, ids=lambda c: c.__name__)
-def test_everyone_sees_what_they_saw(cls: type[nn.Module]) -> None:
+def test_every_reader_sees_the_same_values(cls: type[nn.Module]) -> None:
     model, x = ready(cls()), image(2, 4, 9, 7)
     fused, frozen = fr.fuse(model), fr.freeze(model)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_everyone_sees_what_they_saw(cls: type[nn.Module]) -> None:
 
 
 def test_in_place_at_the_head_of_the_next_child_across_modules() -> None:
-    """A block's result is kept by its parent and changed by the next block's first ReLU."""
+    """A block's result is kept by its parent and overwritten by the next block's first ReLU."""
 
     class Block(Pieces):
         def forward(self, x: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def test_in_place_at_the_head_of_the_next_child_across_modules() -> None:
 
 
 class Shared(nn.Module):
-    """Two blocks that are one, inside two parents: it is entered from neither."""
+    """One block with two parents, neither of which inlines it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ class Shared(nn.Module):
         return self.again(y) + F.relu(self.again(x))
 
 
-def test_a_chain_in_two_places() -> None:
+def test_a_sequential_in_two_places() -> None:
     model, x = ready(Shared()), image(2, 4, 9, 7)
     fused = fr.fuse(copy.deepcopy(model))
     torch.testing.assert_close(fr.freeze(model)(x), model(x))
@@ -274,7 +274,7 @@ def test_a_chain_in_two_places() -> None:
     assert_same(results(fused.train(), x), results(model.train(), x))
 
 
-def test_a_frozen_child_called_by_itself_gives_what_it_gave() -> None:
+def test_a_frozen_child_called_by_itself_gives_the_same_result() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()

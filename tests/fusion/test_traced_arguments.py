@@ -50,7 +50,7 @@ class Sized(Unit):
         return self.act(self.bn(self.conv(x)))
 
 
-def test_questions_about_shapes_are_asked_at_every_call() -> None:
+def test_conditions_on_shapes_are_evaluated_at_every_call() -> None:
     model = ready(Sized())
     fused = check(model)
     assert fused_as(fused) == {"conv": "conv_bn_add_relu"}

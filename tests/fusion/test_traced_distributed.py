@@ -17,7 +17,7 @@ import fused_resnet as fr
 
 
 class Block(nn.Module):
-    """A residual block that no library has."""
+    """A residual block of no library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def worker(rank: int, file: str) -> None:
     x = image(2, 4, 9, 7, seed=rank)
     eager = DistributedDataParallel(network())
     around = DistributedDataParallel(fr.fuse(network()))
-    # The swap shares the parameters, and with them the hooks that reduce their gradients.
+    # Fusing shares the parameters, and with them the hooks that reduce their gradients.
     wrapped = DistributedDataParallel(network())
     inside = fr.fuse(wrapped)
     assert isinstance(inside, DistributedDataParallel)
@@ -54,7 +54,7 @@ def worker(rank: int, file: str) -> None:
         assert_same(plain(results(inside, x)), expected)
     assert len(fr.report(inside).fused) == 4
 
-    # Both processes' batches in one: what a batch norm in step has normalised by.
+    # The batches of both processes as one, which is what SyncBatchNorm normalises by.
     whole = network()
     together = whole(torch.cat([image(2, 4, 9, 7, seed=0), image(2, 4, 9, 7, seed=1)]))
     step = fr.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(network()))
@@ -68,7 +68,7 @@ def worker(rank: int, file: str) -> None:
 
 
 class StandIn(nn.SyncBatchNorm):
-    """PyTorch synchronises on accelerators alone; this does what it does there, over gloo."""
+    """PyTorch synchronises on accelerators only; this does the same over gloo."""
 
     def forward(self, input: Tensor) -> Tensor:
         count = input.numel() // input.shape[1]

@@ -17,14 +17,14 @@ from traced_modules import (
     Unit,
     check,
     fused_as,
-    left_of,
     ready,
+    unfused_in,
 )
 
 import fused_resnet as fr
 
 
-def test_keys_paths_parameters_and_classes_stay() -> None:
+def test_keys_paths_parameters_and_classes_are_unchanged() -> None:
     model = ready(nn.ModuleDict({"a": Unit(), "b": Residual()})["b"])
     fused = fr.fuse(model)
     assert list(fused.state_dict()) == list(model.state_dict())
@@ -49,7 +49,7 @@ def test_every_form_of_relu(form: str) -> None:
     fused = check(ready(written(RELUS[form])))
     (group,) = fused.fused_groups()
     assert (group.operation, group.relu) == ("conv_bn_add_relu", True)
-    assert left_of(fused) == {}
+    assert unfused_in(fused) == {}
 
 
 def written(expression: str, base: type[nn.Module] = Unit) -> nn.Module:
@@ -115,20 +115,22 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("form", OTHERS)
-def test_what_is_no_group_keeps_its_meaning(form: str) -> None:
+def test_other_expressions_give_the_same_results(form: str) -> None:
     check(ready(written(OTHERS[form])))
 
 
-def test_conv_relu_bn_is_left_alone() -> None:
+def test_conv_relu_bn_is_not_fused() -> None:
     fused = check(ready(written("self.bn(self.act(self.conv(x)))")))
     assert fused_as(fused) == {}
-    assert left_of(fused) == {"bn": "no convolution before it, and no ReLU or addition behind it"}
+    assert unfused_in(fused) == {
+        "bn": "no convolution before it, and no ReLU or addition behind it"
+    }
     fused = check(ready(written("self.bn(F.max_pool2d(self.conv(x), 2))")))
     assert fused_as(fused) == {}
 
 
 def test_clamp_is_not_relu() -> None:
-    """At zero its gradient is not that of ReLU in every version of PyTorch."""
+    """Its gradient at zero differs from ReLU's in some versions of PyTorch."""
     model = ready(written("self.bn(self.conv(x)).clamp_min(0)"))
     nn.init.zeros_(model.bn.weight)
     nn.init.zeros_(model.bn.bias)
@@ -184,7 +186,7 @@ MIDDLES = {
 
 
 @pytest.mark.parametrize("name", MIDDLES)
-def test_between_the_pieces(name: str) -> None:
+def test_modules_inside_a_group(name: str) -> None:
     middle, joined = MIDDLES[name]
     model = ready(Between(middle()))
     fused = check(model)
@@ -194,7 +196,7 @@ def test_between_the_pieces(name: str) -> None:
     assert group.relu is joined
 
 
-def test_drop_path_draws_what_it_drew() -> None:
+def test_drop_path_draws_the_same_random_numbers() -> None:
     model = ready(Between(DropPath(0.5)))
     fused = fr.fuse(model)
     x = image(8, 4, 9, 7)
@@ -240,7 +242,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_settings_and_kinds_of_normalisation(name: str) -> None:
+def test_settings_and_classes_of_normalisation(name: str) -> None:
     model = Residual()
     model.bn = NORMS[name]()
     fused = check(ready(model))
@@ -254,11 +256,11 @@ class Centred(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
-def test_unknown_subclasses_are_left() -> None:
+def test_unknown_subclasses_are_not_fused() -> None:
     model = Residual()
     model.bn = Centred(4)
     fused = check(ready(model))
-    assert left_of(fused) == {"bn": "Centred is not a plain BatchNorm2d"}
+    assert unfused_in(fused) == {"bn": "Centred is not a plain BatchNorm2d"}
 
 
 def test_other_activations_are_called() -> None:

@@ -11,8 +11,8 @@ from traced_modules import (
     check,
     close,
     fused_as,
-    left_of,
     ready,
+    unfused_in,
 )
 
 import fused_resnet as fr
@@ -28,7 +28,7 @@ def test_hooks_on_any_child_of_a_group(child: str) -> None:
     torch.testing.assert_close(seen[1], seen[0])
     assert len(seen[0]) == 1
     if child:
-        assert any("hook" in why for why in left_of(fused).values())
+        assert any("hook" in why for why in unfused_in(fused).values())
 
 
 CHANGES = {
@@ -53,7 +53,7 @@ CHANGES = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_after_the_swap_are_noticed(change: str) -> None:
+def test_changes_after_fusing_take_effect(change: str) -> None:
     model, fused = both()
     CHANGES[change](model)
     CHANGES[change](fused)
@@ -61,7 +61,7 @@ def test_changes_after_the_swap_are_noticed(change: str) -> None:
 
 
 class Reads(Residual):
-    """A forward that asks for its own attributes."""
+    """A forward that reads its own attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Reads(Residual):
         return self.act(y) if "act" in self.names else y
 
 
-def test_attributes_that_a_forward_reads_are_asked_for_at_every_call() -> None:
+def test_attributes_that_a_forward_reads_are_checked_at_every_call() -> None:
     for change in (
         lambda m: None,
         lambda m: setattr(m, "skip", False),

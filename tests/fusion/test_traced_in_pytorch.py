@@ -24,7 +24,7 @@ from fused_resnet.inference.freeze import FrozenConv
 
 
 def network() -> nn.Module:
-    """Every kind of group, none of a class that the package knows."""
+    """Every kind of group, in classes of no library."""
     return ready(nn.Sequential(Stem(), Residual(), Between(DropPath(0.0)), TwoSides()))
 
 
@@ -81,7 +81,7 @@ def test_jit_trace(prepare) -> None:
         torch.testing.assert_close(traced(x), model(x))
 
 
-def test_fx_trace_sees_the_modules_that_were() -> None:
+def test_fx_trace_sees_the_original_modules() -> None:
     model, x = network(), image(2, 4, 17, 15)
     graph = torch.fx.symbolic_trace(fr.fuse(model))
     torch.testing.assert_close(graph(x), model(x))
@@ -114,7 +114,7 @@ def test_a_moving_average_of_a_fused_model() -> None:
     assert fr.report(average.module) == fr.report(fused)
 
 
-def test_checkpoints_go_both_ways() -> None:
+def test_checkpoints_load_in_both_directions() -> None:
     old, fused = network(), fr.fuse(network())
     randomize(old, seed=9)
     x = image(2, 4, 17, 15)
@@ -126,7 +126,7 @@ def test_checkpoints_go_both_ways() -> None:
     torch.testing.assert_close(fresh(x), old(x))
 
 
-def test_an_optimizer_built_before_goes_on() -> None:
+def test_an_optimizer_built_before_fusing_still_trains() -> None:
     model = network().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     fused, x = fr.fuse(model), image(2, 4, 17, 15)
@@ -137,7 +137,7 @@ def test_an_optimizer_built_before_goes_on() -> None:
     assert model[1].conv.weight is fused[1].conv.weight
 
 
-def test_a_frozen_model_still_notices_what_changes() -> None:
+def test_hooks_on_a_frozen_model_take_effect() -> None:
     model, x = ready(Between(nn.Identity())), image(2, 4, 9, 7)
     frozen = fr.freeze(model)
     assert isinstance(frozen.conv, FrozenConv)

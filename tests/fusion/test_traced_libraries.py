@@ -1,4 +1,4 @@
-"""The general swapper and what libraries put between, inside and around the pieces of a group."""
+"""Traced modules of libraries: what they have between, inside and around a group's modules."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from networks import assert_same, image, randomize, results
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from traced_modules import Between, Residual, Unit, check, fused_as, left_of, ready
+from traced_modules import Between, Residual, Unit, check, fused_as, ready, unfused_in
 
 import fused_resnet as fr
 from fused_resnet.inference.frozen_conv import FrozenConv
 
-# What draws at random: the same numbers from the same state of the generator
+# Random numbers: the same ones from the same state of the generator
 
 
 def check_draws(model: nn.Module, *inputs: Tensor, steps: int = 2) -> nn.Module:
@@ -34,7 +34,7 @@ def check_draws(model: nn.Module, *inputs: Tensor, steps: int = 2) -> nn.Module:
         assert torch.equal(after[0][1], after[1][1])
         assert_same(after[1][0], after[0][0])
         outputs.append(next(iter(after[0][0].values())))
-    # It did draw: another state gives another result.
+    # Random numbers were drawn: another state gives another result.
     assert not torch.equal(outputs[0], outputs[1])
     with torch.no_grad():
         expected = eager.eval()(*inputs)
@@ -54,7 +54,7 @@ def drop_block() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [drop_path, drop_block, lambda: nn.Dropout2d(0.5)])
-def test_between_the_pieces_in_training(make) -> None:
+def test_modules_inside_a_group_in_training(make) -> None:
     torch.manual_seed(0)
     model = ready(Between(make()))
     fused = check_draws(model, image(4, 4, 9, 7))
@@ -64,7 +64,7 @@ def test_between_the_pieces_in_training(make) -> None:
 @pytest.mark.parametrize(
     "rates", [{"drop_path_rate": 0.5}, {"drop_block_rate": 0.5}, {"aa_layer": "blur"}], ids=str
 )
-def test_timms_networks_with_what_they_drop_and_blur(rates) -> None:
+def test_timms_networks_with_dropout_and_blur(rates) -> None:
     timm = pytest.importorskip("timm", reason="timm's ResNet")
     torch.manual_seed(0)
     options = {"layers": (1, 2, 1, 1), "block": timm.models.resnet.BasicBlock, "num_classes": 3}
@@ -114,8 +114,8 @@ def test_timms_norms_with_an_activation_inside(name: str, kwargs, group: bool) -
     assert isinstance(fr.freeze(model).conv, FrozenConv) is group
 
 
-def test_subclasses_of_timms_norms_are_left() -> None:
-    """One that does something else before the activation, and timm's own synchronised one."""
+def test_subclasses_of_timms_norms_are_not_fused() -> None:
+    """One with an operation before the activation, and timm's own synchronised one."""
     base = type(timm_norm("BatchNormAct2d"))
 
     class Doubled(base):
@@ -124,11 +124,11 @@ def test_subclasses_of_timms_norms_are_left() -> None:
 
     fused = check(ready(Normed(Doubled(4))))
     assert fused_as(fused) == {}
-    assert left_of(fused) == {"bn": "Doubled is not a plain BatchNorm2d"}
+    assert unfused_in(fused) == {"bn": "Doubled is not a plain BatchNorm2d"}
     layers = pytest.importorskip("timm.layers", reason="timm's batch norms")
     model = layers.convert_sync_batchnorm(ready(Normed(timm_norm("BatchNormAct2d"))))
     assert type(model.bn).__name__ == "SyncBatchNormAct"
-    assert left_of(fr.fuse(model)) == {"bn": "SyncBatchNormAct is not a plain BatchNorm2d"}
+    assert unfused_in(fr.fuse(model)) == {"bn": "SyncBatchNormAct is not a plain BatchNorm2d"}
 
 
 def frozen_norm(home: str) -> type[nn.Module]:
@@ -148,14 +148,14 @@ def test_frozen_batch_norms(home: str) -> None:
     model.bn = norm(4)
     fused = check(ready(model))
     assert fused_as(fused) == {"conv": "conv_bn_add_relu"}
-    # In training too its statistics are the running ones, which stay as they are.
+    # In training too it uses the running statistics, which do not change.
     before = fused.bn.running_mean.clone()
     fused.train()(image(2, 4, 9, 7))
     assert torch.equal(fused.bn.running_mean, before)
 
 
-def test_the_detr_backbone_of_torchvisions_recipe() -> None:
-    """DETR's own: torchvision's ResNet with frozen batch norms, its last map alone."""
+def test_the_detr_backbone_with_torchvisions_resnet() -> None:
+    """torchvision's ResNet with frozen batch norms, of which DETR uses the last map."""
     models = pytest.importorskip("torchvision.models", reason="torchvision's ResNet")
     utils = pytest.importorskip("torchvision.models._utils", reason="its IntermediateLayerGetter")
     torch.manual_seed(0)
@@ -265,8 +265,8 @@ def scriptable() -> nn.Module:
     return ready(nn.Sequential(Unit(), Residual()))
 
 
-def test_scripted_parts_of_a_model_are_left() -> None:
-    """A ``ScriptModule`` inside runs as it was, in a fused model and in a frozen one."""
+def test_scripted_modules_inside_a_model_are_not_fused() -> None:
+    """A ``ScriptModule`` inside a fused or frozen model runs unchanged."""
     inner = torch.jit.script(scriptable())
     model = nn.Sequential(ready(Unit()), inner).eval()
     x = image(2, 4, 9, 7)
@@ -278,7 +278,7 @@ def test_scripted_parts_of_a_model_are_left() -> None:
 
 
 @pytest.mark.parametrize("prepare", [fr.fuse, fr.freeze])
-def test_torch_jit_script_is_refused_in_one_line(prepare) -> None:
+def test_torch_jit_script_is_an_error_of_one_line(prepare) -> None:
     """Its compiler reads source, and a swapped forward has none that it could compile.
 
     The model that was swapped is scripted as ever.
@@ -290,7 +290,7 @@ def test_torch_jit_script_is_refused_in_one_line(prepare) -> None:
 
 @pytest.mark.parametrize("prepare", [fr.fuse, fr.freeze])
 def test_torch_jit_trace_freeze_and_files(prepare) -> None:
-    """A trace holds for its shape and mode, and goes through a file; ``torch.jit.freeze`` too."""
+    """A trace is valid for its shape and mode, and can be saved and frozen by ``torch.jit``."""
     model, x, other = scriptable(), image(2, 4, 9, 7), image(3, 4, 9, 7, seed=8)
     with torch.no_grad():
         traced = torch.jit.trace(prepare(model), x)

@@ -12,15 +12,15 @@ from traced_modules import (
     check,
     close,
     fused_as,
-    left_of,
     ready,
+    unfused_in,
 )
 
 import fused_resnet as fr
 
 
 class Stage(nn.Module):
-    """A child with code of its own, which gives a tensor, or a tuple where it is told to."""
+    """A child with a forward of its own that returns a tensor, or a tuple if ``both`` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Stage(nn.Module):
 
 
 class Taps(Unit):
-    """Asks for the class of what its children give, as timm's feature extractors do."""
+    """Inspects the class of its children's results, as timm's feature extractors do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Taps(Unit):
 
 
 class Summed(nn.Module):
-    """The sum of what a child gives, so that it can be compared and has a gradient."""
+    """Sums a child's results, so that there is one result with a gradient."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -59,15 +59,15 @@ class Summed(nn.Module):
 
 
 class Pair(nn.Module):
-    """Gives a tensor and a number, whatever it is called on."""
+    """Returns two tensors."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x * 5, x
 
 
-def test_a_forward_may_ask_for_the_class_of_a_result() -> None:
+def test_a_forward_may_inspect_the_class_of_a_result() -> None:
     fused = check(ready(Summed(Taps())))
-    assert left_of(fused) == {}
+    assert unfused_in(fused) == {}
     paths = [f"inner.{path}" for path in ("conv", "stage.0.conv", "stage.1.unit.conv")]
     assert list(fused_as(fused)) == paths
     assert fused_as(fr.freeze(ready(Summed(Taps())))).keys() == fused_as(fused).keys()
@@ -88,8 +88,8 @@ RESULT_CHANGES = {
 
 
 @pytest.mark.parametrize("change", RESULT_CHANGES)
-def test_what_a_child_gives_may_change(change: str) -> None:
-    """The class that was found is asked for at every call, and before anything is computed."""
+def test_the_class_of_a_childs_result_may_change(change: str) -> None:
+    """The guard checks that class at every call, before anything is computed."""
     if change in ("a hook on a layer", "another activation"):
         change_both = RESULT_CHANGES[change]
         models = [ready(Summed(Tapped())), fr.fuse(ready(Summed(Tapped())))]
@@ -105,38 +105,38 @@ def test_what_a_child_gives_may_change(change: str) -> None:
 
 
 class Tapped(Taps):
-    """The class of the stem's result alone decides."""
+    """Depends on the class of the stem's result only."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.act(self.bn(self.conv(x)))
         return [x[0] * 2 if isinstance(x, (tuple, list)) else x]
 
 
-class GivesEither(nn.Module):
-    """What it gives depends on what it gets."""
+class ReturnsEither(nn.Module):
+    """The class of its result depends on the shape of its input."""
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         return [x, x] if x.shape[1] > 100 else x
 
 
-class AsksEither(Unit):
-    """Nobody can know before the call what it gets."""
+class InspectsEither(Unit):
+    """Inspects a result whose class is unknown before the call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.child = GivesEither()
+        self.child = ReturnsEither()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.child(self.act(self.bn(self.conv(x))))
         return y[0] if isinstance(y, list) else y
 
 
-def test_a_result_whose_class_depends_on_values_is_not_guessed() -> None:
-    assert list(left_of(check(ready(AsksEither())))) == ["AsksEither"]
+def test_a_result_whose_class_depends_on_a_shape_is_not_fused() -> None:
+    assert list(unfused_in(check(ready(InspectsEither())))) == ["InspectsEither"]
 
 
 class Branches(nn.Module):
-    """Writes into the list it is given, as HRNet's modules do."""
+    """Writes to the list that it is called with, as HRNet's modules do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Branches(nn.Module):
 
 
 class Two(nn.Module):
-    """Gives the list, and looks at it afterwards."""
+    """Passes a list to its child and reads it afterwards."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -163,10 +163,10 @@ class Two(nn.Module):
         return sum(part * (index + 2) for index, part in enumerate([*ys, *xs]))
 
 
-def test_the_callers_list_is_written_to() -> None:
+def test_writes_to_the_callers_list_are_kept() -> None:
     fused = check(ready(Two(Branches())))
     assert fused_as(fused)["inner.conv"] == "conv_bn_add_relu"
-    assert left_of(fused) == {}
+    assert unfused_in(fused) == {}
     given = [image(2, 4, 9, 7), image(2, 4, 9, 7, seed=3)]
     eager, mine = list(given), list(given)
     expected, got = ready(Two(Branches())).inner(eager), fr.fuse(ready(Two(Branches()))).inner(mine)
@@ -188,13 +188,13 @@ class ListReadAgain(Unit):
 
 def test_a_list_that_a_child_may_have_changed_is_not_read() -> None:
     fused = check(ready(ListReadAgain()))
-    assert left_of(fused) == {
+    assert unfused_in(fused) == {
         "ListReadAgain": "its forward reads a list that a child may have changed"
     }
 
 
 class Loops(Unit):
-    """Goes through a list that a child gives."""
+    """Iterates over a list that a child returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,13 +206,13 @@ class Loops(Unit):
 
 
 class Longer(Branches):
-    """Gives three."""
+    """Returns three tensors."""
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
         return [*super().forward(x), x[0] * 4]
 
 
-def test_a_list_that_a_child_gives_can_be_gone_through() -> None:
+def test_a_list_that_a_child_returns_can_be_iterated_over() -> None:
     fused = check(ready(Loops()))
     assert fused_as(fused)["conv"] == "conv_bn_add_relu"
     model, fused = ready(Loops()), fr.fuse(ready(Loops()))
@@ -221,8 +221,8 @@ def test_a_list_that_a_child_gives_can_be_gone_through() -> None:
     close(fused, model)
 
 
-class OwnChain(nn.Sequential):
-    """A chain with a forward of its own, as torchvision's pooling that upsamples."""
+class OwnSequential(nn.Sequential):
+    """An nn.Sequential with a forward of its own, as torchvision's pooling that upsamples."""
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[-2:]
@@ -231,14 +231,14 @@ class OwnChain(nn.Sequential):
         return F.interpolate(x, size=size, mode="nearest")
 
 
-def test_a_chain_with_a_forward_of_its_own_is_traced() -> None:
-    fused = check(ready(OwnChain(nn.Conv2d(4, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())))
+def test_a_sequential_with_a_forward_of_its_own_is_traced() -> None:
+    fused = check(ready(OwnSequential(nn.Conv2d(4, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())))
     assert fused_as(fused) == {"0": "conv_bn_add_relu"}
-    assert left_of(fused) == {}
+    assert unfused_in(fused) == {}
 
 
 class Nested(nn.Module):
-    """Its shortcut's batch norm is two levels down, and part of its own group."""
+    """The batch norm of its shortcut is two levels down and part of its own group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Nested(nn.Module):
 
 
 @pytest.mark.parametrize("path", ["short", "short.0"])
-def test_children_that_were_traced_may_go(path: str) -> None:
+def test_inlined_children_may_be_replaced(path: str) -> None:
     model, fused = ready(Nested()), fr.fuse(ready(Nested()))
     for each in (model, fused):
         parent, _, name = path.rpartition(".")

@@ -23,7 +23,7 @@ CHANNELS = 4
 
 
 def norm_with_activation() -> nn.Module:
-    """timm's, where timm is."""
+    """timm's, if timm is installed."""
     try:
         from timm.layers import BatchNormAct2d
     except ImportError:
@@ -32,7 +32,7 @@ def norm_with_activation() -> nn.Module:
 
 
 def frozen_norm() -> nn.Module:
-    """torchvision's, where torchvision is."""
+    """torchvision's, if torchvision is installed."""
     try:
         from torchvision.ops.misc import FrozenBatchNorm2d
     except ImportError:
@@ -87,7 +87,7 @@ LINES = (
     "{a}.add({b}).relu()",
     "self.relu({a} * 1)",
 )
-#: Statements in place, on a fresh result so that autograd has nothing against them.
+#: In-place statements on a new result, which autograd allows.
 STATEMENTS = (
     "{v} = self.norm{n}(self.conv{c}({a})); {v} += {b}",
     "{v} = self.norm{n}(self.conv{c}({a})); {v} += {b}; {v} = F.relu({v}, inplace=True)",

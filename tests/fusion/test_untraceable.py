@@ -12,8 +12,8 @@ from traced_modules import (
     Between,
     DropPath,
     Unit,
-    left_of,
     ready,
+    unfused_in,
 )
 
 import fused_resnet as fr
@@ -101,12 +101,12 @@ UNTRACEABLE = {
 
 
 @pytest.mark.parametrize("cls", UNTRACEABLE, ids=lambda c: c.__name__)
-def test_what_cannot_be_traced_is_left_with_the_reason(cls: type[nn.Module]) -> None:
+def test_untraceable_modules_are_reported_with_the_reason(cls: type[nn.Module]) -> None:
     model = ready(cls())
     before = copy.deepcopy(vars(model))
     fused = fr.fuse(model)
     assert type(fused) is cls
-    (why,) = left_of(fused).values()
+    (why,) = unfused_in(fused).values()
     assert UNTRACEABLE[cls] in why
     assert vars(model).keys() == before.keys()
     x = image(2, 4, 9, 7)
@@ -116,7 +116,7 @@ def test_what_cannot_be_traced_is_left_with_the_reason(cls: type[nn.Module]) -> 
     torch.testing.assert_close(fused(x), expected)
 
 
-def test_tracing_leaves_the_model_as_it_was() -> None:
+def test_tracing_does_not_change_the_model() -> None:
     model = ready(nn.Sequential(ChangesList(), Between(DropPath(0.5)))).train()
     model[1].middle.eval()
     fr.fuse(model)

@@ -37,8 +37,8 @@ def small(
     return randomize(kind(block, list(layers), **kwargs)).double().eval()
 
 
-def assert_fused_means_the_same(model: nn.Module, x: Tensor, limit: float = 1e-9) -> nn.Module:
-    """One call in eval and two in training; returns the fused model."""
+def assert_fused_equals_eager(model: nn.Module, x: Tensor, limit: float = 1e-9) -> nn.Module:
+    """Compare one call in eval mode and two in training; returns the fused model."""
     untouched = copy.deepcopy(model)
     fused = fr.fuse(copy.deepcopy(model))
     assert_same(results(fused.eval(), x), results(untouched.eval(), x), limit)

@@ -13,7 +13,7 @@ import fused_resnet as fr
 
 
 class Unit(nn.Module):
-    """Convolution, batch norm and ReLU as children, and whatever follows."""
+    """Convolution, batch norm and ReLU as children."""
 
     def __init__(self, channels: int = 4, **conv) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Residual(Unit):
 
 
 def ready(model: nn.Module) -> nn.Module:
-    """Random weights and statistics, the same at every call, float64, eval."""
+    """The model with random weights and statistics, equal at every call; float64, eval mode."""
     g = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=g) * 0.4
@@ -59,7 +59,7 @@ def fused_as(model: nn.Module) -> dict[str, str]:
     return dict(fr.report(model).fused)
 
 
-def left_of(model: nn.Module) -> dict[str, str]:
+def unfused_in(model: nn.Module) -> dict[str, str]:
     return dict(fr.report(model).left)
 
 
@@ -89,7 +89,7 @@ class Stem(Unit):
 
 
 class Between(Residual):
-    """Something between the batch norm and the addition, or before the activation."""
+    """A module between the batch norm and the addition."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()

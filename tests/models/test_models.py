@@ -107,7 +107,7 @@ def test_cifar_parameters_are_the_papers(depth: int, millions: float) -> None:
 
 
 def plain_cifar(model: fr.CifarResNet, x: Tensor, residual: bool, option: str) -> Tensor:
-    """The network written out with functions of PyTorch."""
+    """The network in functions of PyTorch."""
 
     def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tensor:
         z = F.conv2d(x, conv.weight, None, conv.stride, conv.kernel_size[0] // 2)
@@ -133,7 +133,7 @@ def plain_cifar(model: fr.CifarResNet, x: Tensor, residual: bool, option: str) -
 @pytest.mark.parametrize(
     ("residual", "option"), [(True, "A"), (True, "B"), (False, "A")], ids=["A", "B", "plain"]
 )
-def test_cifar_networks_mean_what_the_paper_says(residual: bool, option: str) -> None:
+def test_cifar_networks_equal_the_papers_formula(residual: bool, option: str) -> None:
     model = randomize(fr.cifar_resnet(20, residual, option)).double().eval()
     x = image(2, 3, 32, 30)
     torch.testing.assert_close(model(x), plain_cifar(model, x, residual, option))

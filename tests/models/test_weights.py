@@ -1,4 +1,4 @@
-"""Weights from files and names: what is read, what is refused, and with which words."""
+"""Weights from files and names: what is accepted, what is an error, and its message."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_files_without_counters_load(source: fr.CifarResNet) -> None:
 
 
 class Payload:
-    """Unpickling this would make a file."""
+    """Unpickling an instance creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -173,7 +173,7 @@ def test_wrong_sources() -> None:
 
 @pytest.mark.parametrize("spelling", ["IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1", "enum"])
 def test_torchvisions_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
-    """The file that torchvision would download is put where torchvision looks for it."""
+    """The file that torchvision would download is put into its cache."""
     models = pytest.importorskip("torchvision.models")
     entry = models.ResNet18_Weights.IMAGENET1K_V1
     torch.manual_seed(6)

@@ -16,7 +16,7 @@ import fused_resnet as fr
 tv = pytest.importorskip("torchvision", reason="torchvision's blocks are the truth here")
 from torchvision.models import resnet as tv_resnet  # noqa: E402
 
-# Each is one way in which a call of nn.BatchNorm2d or nn.Conv2d differs from the plain one.
+# Each setting of nn.BatchNorm2d or nn.Conv2d that differs from its default.
 SETTINGS = {
     "1x1": dict(kernel_size=1),
     "3x3 stride 2": dict(kernel_size=3, stride=2, padding=1),
@@ -49,7 +49,7 @@ class Unfused(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_conv_modules_mean_what_their_children_mean(name: str, training: bool) -> None:
+def test_conv_modules_equal_their_children(name: str, training: bool) -> None:
     settings = SETTINGS[name] | {"dtype": torch.float64}
     x = image(2, 6, 9, 8)
     plain = randomize(fr.nn.ConvBNReLU2d(6, 9, **settings)).train(training)
@@ -174,7 +174,7 @@ def test_residual_that_pytorch_would_broadcast_still_broadcasts(shape: tuple[int
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_values_go_where_pytorch_lets_them_go(bad: float) -> None:
+def test_non_finite_values_propagate_as_in_pytorch(bad: float) -> None:
     x = image(1, 16, 8, 8, dtype=torch.float32)
     x[0, 3, 4, 4] = bad
     ours, theirs = build(fr.nn, "bottleneck").eval(), build(tv_resnet, "bottleneck").eval()

@@ -47,7 +47,7 @@ def test_bn_add_relu_gradcheck(fmt, training, relu, residual):
     ("relu", "residual"), [(True, True), (True, False), (False, True), (False, False)]
 )
 def test_bn_add_relu_apply_gradcheck(fmt, relu, residual):
-    """The statistics come from elsewhere, and the gradient knows that they depend on x."""
+    """The statistics are arguments, but the gradient treats them as functions of x."""
     x = normal(3, 5, 3, 2, dtype=torch.float64).contiguous(memory_format=FORMATS[fmt])
     weight, bias, _, _ = batch_norm(5, torch.float64)
     inputs = leaves(x, weight, bias, *([normal(3, 5, 3, 2, dtype=torch.float64)] * residual))
@@ -105,7 +105,7 @@ def test_bn_add_relu_gradients(dtype, fmt, training, shape):
     x = normal(*shape, dtype=dtype, shift=0.5).contiguous(memory_format=FORMATS[fmt])
     r, grad = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)
     weight, bias, mean, var = batch_norm(shape[1], dtype)
-    # Keep every result away from zero, or rounding decides whether it is masked.
+    # Keep all results away from zero, where rounding would decide whether ReLU masks them.
     y = reference.bn_add_relu(
         doubled(x), *doubled((weight, bias, mean, var)), doubled(r), training=training, relu=False
     )
@@ -127,7 +127,7 @@ def test_bn_add_relu_gradients(dtype, fmt, training, shape):
 @formats
 @pytest.mark.parametrize("case", [c for c in CONVS if "many" not in c.why], ids=str)
 def test_conv_gradients_without_the_stored_convolution(case, fmt):
-    """Frozen batch norm: the result of the convolution was never stored."""
+    """Frozen batch norm, where the result of the convolution is not stored."""
     dtype = torch.float64
     x = normal(*case.x, dtype=dtype).contiguous(memory_format=FORMATS[fmt])
     w, (weight, bias, mean, var) = conv_weight(case, dtype), batch_norm(case.k, dtype)
@@ -142,7 +142,7 @@ def test_conv_gradients_without_the_stored_convolution(case, fmt):
     torch.testing.assert_close(result, truth, rtol=1e-10, atol=1e-10)
 
 
-def test_only_what_is_wanted_is_differentiated():
+def test_only_required_gradients_are_computed():
     x = normal(2, 4, 5, 5, dtype=torch.float64)
     w, (weight, bias, mean, var) = normal(4, 4, 3, 3, dtype=x.dtype), batch_norm(4, x.dtype)
     (w,) = leaves(w)

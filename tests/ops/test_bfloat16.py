@@ -1,4 +1,4 @@
-"""bfloat16 convolutions on the CPU: shapes that their own kernel treats apart, and its numbers."""
+"""bfloat16 convolutions on the CPU: shapes that their kernel handles specially, and its errors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_bfloat16_conv(case, relu):
 
 @cases
 def test_bfloat16_result_is_rounded_once(case):
-    """Nearly all elements are the bfloat16 next to the truth; a second rounding moves a sixth."""
+    """Nearly all elements are the nearest bfloat16; a second rounding would change a sixth."""
     x, w, *bn = operands(case)
     truth = reference.conv_bn_add_relu(doubled(x), doubled(w), *doubled(bn), **case.args)
     result = ops.conv_bn_add_relu(x, w, *bn, **case.args)
@@ -105,7 +105,7 @@ def test_bfloat16_weights_are_half_the_memory():
     assert packed.numel() * packed.element_size() == w.numel() * (2 if NATIVE else 4)
 
 
-def test_a_weight_packed_for_another_type_is_refused():
+def test_a_weight_packed_for_another_type_is_an_error():
     x, w, one = torch.ones(1, 8, 2, 2), torch.ones(32, 8, 1, 1), torch.ones(32)
     pairs = [(torch.bfloat16, torch.float64), (torch.float32, torch.float64)]
     if NATIVE:
@@ -121,8 +121,8 @@ def test_a_weight_packed_for_another_type_is_refused():
 
 @pytest.mark.parametrize("channels", [1, 3, 5, 33, 35])
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_pair_that_is_cut_in_half_reads_no_neighbour(channels, size):
-    """The element behind an odd run is another pixel's: a NaN there must not come in by 0 * NaN."""
+def test_half_a_pair_does_not_read_its_neighbour(channels, size):
+    """The element after an odd number of channels is another pixel's: 0 * NaN must not occur."""
     x = normal(1, channels, 5, 40, dtype=torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
     x[0, :, :, 20] = float("nan")
@@ -152,7 +152,7 @@ def test_bfloat16_non_finite_values_pass_through(value):
 
 @pytest.mark.skipif(not NATIVE, reason="float32 arithmetic knows them")
 def test_subnormal_elements_are_zeros():
-    """In tiles and in the pairs behind them; taken as they are their products would be 0.125."""
+    """In tiles and in the pairs after them; without flushing to zero, products would be 0.125."""
     x, w = normal(1, 43, 5, 7, dtype=torch.bfloat16), normal(18, 43, 1, 1, dtype=torch.bfloat16)
     bn = batch_norm(18, torch.bfloat16)
     zeros = [doubled(x), doubled(w)]
@@ -185,7 +185,7 @@ def test_dilated_rows_have_the_same_bits_in_any_block(channels):
 @pytest.mark.parametrize("channels", [16, 33, 64])
 @pytest.mark.parametrize("pool", [{}, {"pool_kernel": (3, 2), "pool_stride": 1}], ids=str)
 def test_bfloat16_stem(channels, pool):
-    """Zeros of either sign, what ReLU cut, and a NaN that wins wherever its window is."""
+    """Zeros of both signs, values that ReLU cuts off, and NaN, which is propagated."""
     x = normal(2, 3, 21, 18, dtype=torch.bfloat16)
     x[0, 1, 9, 9:11] = float("inf")  # inf - inf is a NaN with its sign bit set
     x[1] = -0.0
@@ -198,8 +198,8 @@ def test_bfloat16_stem(channels, pool):
     torch.testing.assert_close(result, truth.to(torch.bfloat16), rtol=8e-3, atol=0, equal_nan=True)
 
 
-def test_nothing_is_written_beside_a_partial_panel():
-    """33 channels: the second panel has one; the 31 that it lacks are other pixels' channels."""
+def test_nothing_outside_a_partial_panel_is_written():
+    """33 channels: the second panel has one channel; the next 31 elements are other pixels'."""
     x = normal(1, 8, 6, 15, dtype=torch.bfloat16)
     w, bn = normal(33, 8, 3, 3, dtype=torch.bfloat16), batch_norm(33, torch.bfloat16)
     y = ops.conv_bn_add_relu(x, w, *bn, padding=1)

@@ -51,7 +51,7 @@ CALLS = [call_bn, call_conv, call_stem]
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_equals_eager(call, fmt, training):
-    """Result, gradients and running statistics; the compiled function itself is what is called."""
+    """Result, gradients and running statistics of the compiled function."""
     x, w, bn = operands(fmt, grad=True)
     outcomes = []
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
@@ -78,7 +78,7 @@ def test_inductor_on_a_training_step():
 
 
 def test_the_backend_choice_is_guarded():
-    """A function compiled under one backend must not run that one's graph under another."""
+    """A function compiled under one backend is recompiled under another."""
     x, w, bn = operands()
     targets: list[set[str]] = []
 

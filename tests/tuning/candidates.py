@@ -13,7 +13,7 @@ MACHINE = tuner.machine_of(torch.device("cpu"))
 
 
 def runs_for(seconds: float, value: float = 0.0) -> SimpleNamespace:
-    """Operators of which ``op`` takes so long."""
+    """Operators whose ``op`` takes this long."""
 
     def op(x):
         time.sleep(seconds)

@@ -21,7 +21,7 @@ def test_the_faster_one_is_chosen():
     assert choose(cpu=SLOW, library=FAST) == "library"
 
 
-def test_the_devices_own_kernels_win_a_draw(monkeypatch):
+def test_the_devices_own_kernels_win_a_tie(monkeypatch):
     times = iter([10.0, 9.9] * 3)
     monkeypatch.setattr(tuner, "_clock", lambda call: next(times))
     assert choose(cpu=FAST, library=FAST) == "cpu"
@@ -52,7 +52,7 @@ def test_more_rounds_when_exhaustive(monkeypatch):
     assert len(calls) == 1 + tuner.ROUNDS["exhaustive"]
 
 
-def test_nothing_is_timed_when_it_may_not_be(monkeypatch):
+def test_nothing_is_timed_when_timing_is_off(monkeypatch):
     never = SimpleNamespace(op=lambda x: pytest.fail("timed"))
     monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
     assert choose(cpu=never, library=never) == "cpu"
@@ -65,7 +65,7 @@ def test_nothing_is_timed_when_it_may_not_be(monkeypatch):
     assert not tuning_cache.path().exists()
 
 
-def test_what_was_timed_is_used_when_nothing_may_be(monkeypatch):
+def test_cached_timings_are_used_when_timing_is_off(monkeypatch):
     choose(cpu=SLOW, library=FAST)
     tuner.forget()
     monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
@@ -99,7 +99,7 @@ def test_a_candidate_that_fails_is_dropped_with_a_warning():
         assert choose(cpu=SLOW, library=broken) == "cpu"
 
 
-def test_a_decision_is_looked_up_and_not_made_again(monkeypatch):
+def test_a_decision_is_made_once(monkeypatch):
     candidates = {"cpu": SLOW, "library": FAST}
     x = torch.zeros(2, 3)
     assert tuner.choose("op", "cpu", candidates, (x,)) == "library"
@@ -107,8 +107,8 @@ def test_a_decision_is_looked_up_and_not_made_again(monkeypatch):
     assert tuner.choose("op", "cpu", candidates, (x + 1,)) == "library"
 
 
-def test_the_environment_is_read_when_a_call_is_first_met(monkeypatch):
-    """And anew after forget()."""
+def test_the_environment_is_read_at_the_first_call(monkeypatch):
+    """It is read again after forget()."""
     candidates = {"cpu": SLOW, "library": FAST}
     monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
     x = torch.zeros(2, 3)
@@ -120,8 +120,8 @@ def test_the_environment_is_read_when_a_call_is_first_met(monkeypatch):
     assert tuner.choose("op", "cpu", candidates, (x,)) == "library"
 
 
-def test_what_tells_calls_apart_is_as_fine_as_their_names():
-    """The fast look-up must not take two calls for one that key_of holds apart."""
+def test_fingerprints_distinguish_calls_as_keys_do():
+    """Calls with different keys must have different fingerprints."""
     x = torch.zeros(2, 3, 4, 4)
     v = torch.zeros(3)
     calls = [
@@ -136,8 +136,8 @@ def test_what_tells_calls_apart_is_as_fine_as_their_names():
 
 
 @pytest.mark.parametrize("winner", ["cpu", "library"])
-def test_an_operation_runs_on_what_was_chosen(winner, monkeypatch):
-    """And is as right whichever it is."""
+def test_an_operation_runs_on_the_chosen_backend(winner, monkeypatch):
+    """The result is equally exact with each of them."""
     case = CONVS[3]
     x = normal(*case.x, dtype=torch.float32).to(memory_format=torch.channels_last)
     w, bn = conv_weight(case, torch.float32), batch_norm(case.k, torch.float32)
@@ -165,8 +165,8 @@ def test_compiled_code_does_not_time(monkeypatch):
         torch.compile(model, fullgraph=True, backend="eager")(x)
 
 
-def test_what_a_card_is_known_by(monkeypatch):
-    """Another card, driver, library, kernel or arithmetic is another machine."""
+def test_a_gpus_name_in_the_cache(monkeypatch):
+    """Another GPU, driver, library, kernel or arithmetic is another machine."""
     card = SimpleNamespace(name="Card", major=9, minor=0, multi_processor_count=132)
     cuda = torch.device("cuda", 0)
 
@@ -198,7 +198,7 @@ def test_what_a_card_is_known_by(monkeypatch):
     tuner._cuda_machine.cache_clear()
 
 
-def test_threads_share_what_is_known():
+def test_threads_share_decisions():
     chosen = []
 
     def run() -> None:

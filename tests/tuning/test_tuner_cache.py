@@ -20,7 +20,7 @@ def read() -> dict:
     return json.loads(tuning_cache.path().read_text())
 
 
-def test_the_file_can_be_read_by_people():
+def test_the_file_is_readable_json():
     choose(cpu=SLOW, library=FAST)
     entries = read()["machines"][MACHINE]
     (key,) = entries
@@ -51,20 +51,20 @@ def test_corrupt_entries_are_ignored():
     assert choose(cpu=SLOW, library=FAST) == "library"
 
 
-def test_another_machines_entries_are_kept_and_not_believed():
+def test_another_machines_entries_are_kept_and_not_used():
     other = MACHINE.replace("threads", "threads of another card")
     tuning_cache.add(other, {"op(2x3 float32)": {"cpu": 1.0, "library": 2.0}})
     assert choose(cpu=SLOW, library=FAST) == "library"
     assert read()["machines"][other] == {"op(2x3 float32)": {"cpu": 1.0, "library": 2.0}}
 
 
-def test_choices_of_candidates_that_are_not_there_are_not_believed():
+def test_timings_of_missing_candidates_are_not_used():
     tuning_cache.add(MACHINE, {"op(2x3 float32)": {"triton": 0.1, "cpu": 1.0, "library": 2.0}})
     assert choose(cpu=FAST, library=FAST) == "cpu"
 
 
 def test_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path):
-    """A file stands where the folder should be: that no one can write to, root included."""
+    """The folder's path is a file, so even root cannot create it."""
     (tmp_path / "home").write_text("")
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "home" / "tuning.json"))
     with pytest.warns(UserWarning, match="timings are not saved"):
@@ -95,7 +95,7 @@ for i in range(1, 31):
 
 
 def writer(width: int, before: str = "") -> subprocess.Popen[bytes]:
-    """A process that tunes: 30 calls that all of them meet, and 30 of its own."""
+    """A process that tunes 30 calls that all writers have, and 30 of its own."""
     return subprocess.Popen([sys.executable, "-c", before + WRITER, str(width)])
 
 
@@ -105,12 +105,12 @@ def kept_by(width: int) -> set[str]:
 
 
 def one_machine() -> dict[str, dict[str, float]]:
-    """Of the only one in the file: the processes' numbers of threads are alike."""
+    """The entries of the one machine in the file: all processes have as many threads."""
     (entries,) = read()["machines"].values()
     return entries
 
 
-def test_two_processes_at_once_lose_nothing():
+def test_two_concurrent_processes_lose_no_entries():
     writers = [writer(width) for width in (5, 7)]
     assert [w.wait(120) for w in writers] == [0, 0]
     entries = one_machine()
@@ -119,7 +119,7 @@ def test_two_processes_at_once_lose_nothing():
 
 
 KILLED = {
-    # The new file half written, or whole and not yet in the old one's place.
+    # The new file is half written, or complete but not yet renamed.
     "while it writes": """
 import json
 def dump(document, part, **options):
@@ -142,8 +142,8 @@ os.replace = replaced
 
 
 @pytest.mark.parametrize("when", KILLED)
-def test_a_process_that_is_killed_in_mid_write_leaves_a_whole_file(when):
-    """That of its third write; and what it left behind does not stop the next one."""
+def test_a_process_killed_while_writing_leaves_the_old_file(when):
+    """The file of its third write; its temporary file does not disturb the next process."""
     killed = writer(5, f"import os, signal\nwrites = []\n{KILLED[when]}")
     assert killed.wait(120) == -signal.SIGKILL
     assert set(one_machine()) == {"op(1x3 float32)", "own(1x5 float32)", "op(2x3 float32)"}

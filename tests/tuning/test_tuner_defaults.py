@@ -19,7 +19,7 @@ CONV = (
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """One entry, of an instruction set of its own."""
+    """A table with one entry, of a separate instruction set."""
     file = tmp_path / "defaults.json"
     some = {"calls": {CONV: {"cpu": 2.0, "library": 1.0}}}
     file.write_text(json.dumps({"devices": {"cpu": {"some": some}, "cuda": {}}}))
@@ -71,7 +71,7 @@ def test_a_nearer_entry_wins(table, monkeypatch):
         assert tuning_defaults.nearest("cpu", "some", CONV) == {"cpu": 1.0}
 
 
-def test_the_shipped_table_is_what_it_says():
+def test_the_shipped_table_agrees_with_its_description():
     document = json.loads(tuning_defaults.FILE.read_text())
     assert document["made by"] == "python benchmarks/tuning_defaults.py"
     assert "at most 1." in document["rule"]
@@ -86,7 +86,7 @@ def test_the_shipped_table_is_what_it_says():
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx512_bf16", "amx", "avx2"])
-def test_a_table_holds_for_what_computes_alike(isa):
+def test_instruction_sets_with_the_same_kernels_share_a_table(isa):
     assert tuning_defaults.table_of(isa, "bfloat16") == isa
     assert tuning_defaults.table_of(isa, "float32") == ("avx2" if isa == "avx2" else "avx512")
 
@@ -112,7 +112,7 @@ def test_the_table_decides_where_nothing_is_timed(off, monkeypatch):
     assert asked == [("cpu", "op(2x3 float32)")]
 
 
-def test_no_table_for_what_is_empty_or_traced(monkeypatch):
+def test_no_table_for_empty_or_traced_calls(monkeypatch):
     monkeypatch.setattr(tuning_defaults, "nearest", lambda *arguments: pytest.fail("asked"))
     monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
     candidates = {"cpu": FAST, "library": FAST}

@@ -83,7 +83,7 @@ def real(monkeypatch) -> Iterator[list[tuple[str, str]]]:
 
 @pytest.fixture
 def fakes(monkeypatch) -> Iterator[list[tuple[str, str]]]:
-    """Three names for the CPU's kernels: whichever is chosen, the answer is the same."""
+    """Three names for the CPU's kernels, so that all choices give the same result."""
     with monkeypatch.context() as patch:
         yield stand_in(patch, dict.fromkeys(NAMES, torch.ops.fused_resnet))
     registry.candidates.cache_clear()
@@ -91,7 +91,7 @@ def fakes(monkeypatch) -> Iterator[list[tuple[str, str]]]:
 
 @pytest.fixture
 def timed(monkeypatch) -> dict[str, Any]:
-    """Each candidate runs as often as it would, but its time is what ``times`` says."""
+    """Candidates run as usual, but their measured times come from ``times``."""
     state: dict[str, Any] = {"times": {}, "calls": []}
     measure = tuner.measure
 
@@ -166,11 +166,11 @@ CALLS = {
 @pytest.mark.parametrize("winner", NAMES)
 @pytest.mark.parametrize("op", CALLS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_each_candidate_runs_and_what_is_chosen_is_right(real, timed, op, winner, dtype):
+def test_each_candidate_runs_and_the_chosen_result_is_right(real, timed, op, winner, dtype):
     timed["times"] = {winner: 1.0}
     y, own, truth = CALLS[op](dtype)
     assert timed["calls"] == [(op, NAMES)]
-    # Each once to be timed, and then the one that won.
+    # Each once for the timing, and then the fastest.
     assert [name for name, ran in real if ran == op] == [*NAMES, winner]
     assert y.dtype is dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -190,8 +190,8 @@ def test_a_candidate_that_fails_is_dropped(real, timed, monkeypatch):
     assert error(y, truth) <= RATIO * error(own, truth)
 
 
-def test_they_read_one_packed_weight(real):
-    """What CUDA's packer and Triton's lay out is the same; PyTorch's calls read that as a view."""
+def test_candidates_read_the_same_packed_weight(real):
+    """CUDA's and Triton's packed layouts are equal; PyTorch's calls read them as a view."""
     w = conv_weight(CONVS[3], torch.float16)
     cuda, triton = (OPERATORS[name].pack_conv_weight(w, 1) for name in ("cuda", "triton"))
     assert torch.equal(cuda, triton)
@@ -199,8 +199,8 @@ def test_they_read_one_packed_weight(real):
     assert torch.equal(view, w)
 
 
-def test_cudnn_runs_where_it_is_not_refused(monkeypatch):
-    """By a stand-in, as its operator is there on CUDA only. Not for 7x7, nor without ReLU."""
+def test_cudnn_runs_what_it_supports(monkeypatch):
+    """With a stub, since its operator exists on CUDA only. Not for 7x7, nor without ReLU."""
     fused: list[bool] = []
 
     def cudnn(x, weight, bias, residual, *geometry):
@@ -254,7 +254,7 @@ def answer(model: nn.Module, batch: int = 1) -> Tensor:
         return model(image(batch, 3, 32, 32, dtype=torch.float32))
 
 
-def test_all_of_a_frozen_network_is_chosen_once(fakes, timed, frozen):
+def test_each_operation_of_a_frozen_network_is_decided_once(fakes, timed, frozen):
     timed["times"] = {"triton": 1.0}
     expected = answer(frozen)
     assert {op for op, _ in timed["calls"]} == BLOCK_OPS
@@ -270,7 +270,7 @@ def test_all_of_a_frozen_network_is_chosen_once(fakes, timed, frozen):
 
 
 @pytest.mark.parametrize("why", ["FUSED_RESNET_TUNE=0", "deterministic", "asked for", "compiled"])
-def test_nothing_is_timed_when_it_may_not_be(fakes, timed, frozen, monkeypatch, why):
+def test_nothing_is_timed_when_timing_is_off(fakes, timed, frozen, monkeypatch, why):
     context: Any = contextlib.nullcontext()
     model: Any = frozen
     x = image(1, 3, 32, 32, dtype=torch.float32)
@@ -296,7 +296,7 @@ def test_nothing_is_timed_when_it_may_not_be(fakes, timed, frozen, monkeypatch, 
 
 
 def test_the_choice_is_made_before_a_graph_is_recorded(fakes, timed, network, monkeypatch):
-    """At a shape's first call; its second is recorded, and meanwhile nothing may be timed."""
+    """At a shape's first call; its second is captured, when nothing may be timed."""
     timed["times"] = {"triton": 1.0}
     inside: list[int] = []
 
@@ -319,7 +319,7 @@ def test_the_choice_is_made_before_a_graph_is_recorded(fakes, timed, network, mo
     assert len(timed["calls"]) == known
     assert {name for name, _ in fakes} == {"triton"}
     torch.testing.assert_close(second, first, rtol=0, atol=0)
-    # A graph that somebody else records of a new shape: the device's own kernels, not remembered.
+    # A new shape during the capture of the user's own graph: the device's kernels, not cached.
     inside.append(1)
     frozen.cuda_graphs.size = 0
     del fakes[:]
@@ -342,7 +342,7 @@ def test_calls_of_a_frozen_network_in_words(fakes, frozen):
 
 
 def test_a_decision_holds_no_weights(fakes, timed, frozen):
-    """A key of shapes: else weights would live as long as the process."""
+    """Keys have shapes only; otherwise weights would never be freed."""
     answer(frozen)
     held = [part for call in tuner._decided for part in call[-1]]
     assert not any(isinstance(part, Tensor) for part in held)
