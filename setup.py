@@ -51,12 +51,14 @@ def with_cuda() -> bool:
 
 
 def kernel_libraries() -> list:
-    # -Wno-maybe-uninitialized: GCC 12 warns about its own AVX-512 headers.
-    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-maybe-uninitialized"]
-    headers = [*sources("csrc/cpu/kernels/*.h"), "csrc/conv_shape.h"]
+    # -Wno-...: GCC 12 warns about its own AVX-512 headers.
+    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall"]
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    headers = [*sources("csrc/cpu/kernels/**/*.h"), "csrc/conv_shape.h"]
     libraries = []
     for isa, extra in ISAS.items() if IS_X86 else [("portable", "")]:
-        build = {"sources": [f"csrc/cpu/kernels/isa_{isa}.cpp"], "cflags": flags + extra.split()}
+        files = sources(f"csrc/cpu/kernels/**/isa_{isa}.cpp")
+        build = {"sources": files, "cflags": flags + extra.split()}
         libraries.append((f"fused_resnet_{isa}", {**build, "obj_deps": {"": headers}}))
     return libraries
 
@@ -100,7 +102,7 @@ class BuildExtension(cpp_extension.BuildExtension):
 def extension(cuda: bool):
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     macros = [("FR_HAVE_X86_KERNELS", None)] * IS_X86 + [("FR_WITH_CUDA", None)] * cuda
-    files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
+    files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp"), *sources("csrc/cpu/training/*.cpp")]
     files += sources("csrc/cuda/host/*.cpp") + sources("csrc/cuda/*.cu") if cuda else []
     # Without -fopenmp at::parallel_for is serial. The linker does not get it: the runtime is the
     # one that torch brought, never a second one with threads of its own.

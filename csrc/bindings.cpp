@@ -7,6 +7,7 @@
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
+#include "cpu/result_cache.h"
 #include "residual_segment.h"
 #include "schemas.h"
 #include "unchanged.h"
@@ -139,6 +140,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Measured floating-point operations per second of the CPU, on PyTorch's threads.");
   m.def("memory_bandwidth", &memory_bandwidth,
         "Measured memory bandwidth in bytes per second, on PyTorch's threads: read and copy.");
+  m.def("release_results", &fr::release_results,
+        "Returns the unused memory that is cached for results on the CPU to the system.");
+  m.def("kept_result_bytes", &fr::kept_result_bytes,
+        "Bytes of unused memory that are cached for results on the CPU.");
   m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries still hold the same objects.");
   using Segment = fr::ResidualSegment;
   using Bools = std::vector<bool>;

@@ -1,6 +1,5 @@
-// Every operator's schema. All operators are functional, as autograd requires: none writes to an
-// argument. fused_resnet/ops/functional.py updates the running statistics from the batch statistics
-// that bn_add_relu returns.
+// Every operator's schema. All but bn_update_running are functional: they write to no argument.
+// bn_add_relu returns the batch's statistics, from which fused_resnet/ops updates the running ones.
 #pragma once
 
 namespace fr {
@@ -79,6 +78,49 @@ inline constexpr const char* kSchemas[] = {
     "residual_segment(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, int[] convs, "
     "bool[] projected, int[] padding, int[] stride, int[] dilation, int[] groups, bool[] winograd) "
     "-> Tensor",
+
+    // The primitives of a training step; fused_resnet/backends/reference_training.py has the
+    // meaning
+    // of each. Vectors per channel are float64 for float64 maps, else float32.
+
+    // z = conv(p(x), weight) with p(x) = relu(x * x_scale + x_shift) where these are given, and the
+    // mean and the biased variance of each channel of z, or nothing.
+    "conv_forward(Tensor x, Tensor? x_scale, Tensor? x_shift, Tensor weight, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, bool statistics, bool winograd) "
+    "-> (Tensor, Tensor, Tensor)",
+
+    // With dz = a * g + b * z + c, or a * g: the gradient of x, masked by the ReLU of p or plus
+    // `add`; that of weight; and the sums of the first alone and times x - x_mean.
+    "conv_backward(Tensor g, Tensor? z, Tensor a, Tensor? b, Tensor? c, Tensor x, Tensor? x_scale, "
+    "Tensor? x_shift, Tensor? x_mean, Tensor weight, Tensor? add, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, bool need_input, bool need_weight, bool sums, bool winograd) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+
+    // relu(z * scale + shift + the shortcut, alone or by its own scale and shift).
+    "block_end(Tensor z, Tensor scale, Tensor shift, Tensor? shortcut, Tensor? shortcut_scale, "
+    "Tensor? shortcut_shift, bool relu) -> Tensor",
+
+    // g, dy where y > 0, or nothing without y; its sums alone, times z - mean, and times shortcut -
+    // shortcut_mean.
+    "block_end_backward(Tensor dy, Tensor? y, Tensor z, Tensor mean, Tensor? shortcut, "
+    "Tensor? shortcut_mean, bool sums) -> (Tensor, Tensor, Tensor, Tensor)",
+
+    // Scale and shift of a batch norm; weight / sqrt(var + eps) and bias - mean * that.
+    "bn_coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor)",
+    "bn_update_running(Tensor mean, Tensor var, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "float momentum, SymInt count) -> ()",
+
+    // a, b and c of conv_backward, and the gradients of batch norm's weight and bias.
+    "bn_backward_coefficients(Tensor sum_g, Tensor sum_g_xc, Tensor mean, Tensor var, "
+    "Tensor? weight, float eps, SymInt count) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+
+    // maxpool(relu(z * scale + shift)), and for each element of it where in its window the first
+    // largest lies, row-major, in a byte.
+    "stem_end(Tensor z, Tensor scale, Tensor shift, int[2] kernel, int[2] stride, int[2] padding) "
+    "-> (Tensor, Tensor)",
+    "stem_end_backward(Tensor dy, Tensor index, Tensor z, Tensor scale, Tensor shift, Tensor mean, "
+    "int[2] kernel, int[2] stride, int[2] padding, bool sums) -> (Tensor, Tensor, Tensor)",
 };
 
 }  // namespace fr

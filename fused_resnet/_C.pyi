@@ -22,6 +22,8 @@ def conv_algorithm(
 ) -> str: ...
 def peak_flops(dtype: torch.dtype) -> float: ...
 def memory_bandwidth() -> dict[str, float]: ...
+def release_results() -> None: ...
+def kept_result_bytes() -> int: ...
 def unchanged(
     members: list[dict[str, Any]],
     held: tuple[Any, ...],
@@ -61,3 +63,12 @@ conv_bn_add_relu_planned: Callable[..., Any]
 conv_conv_add_relu_packed: Callable[..., Any]
 residual_block: Callable[..., Any]
 residual_segment: Callable[..., Any]
+conv_forward: Callable[..., Any]
+conv_backward: Callable[..., Any]
+block_end: Callable[..., Any]
+block_end_backward: Callable[..., Any]
+bn_coefficients: Callable[..., Any]
+bn_update_running: Callable[..., Any]
+bn_backward_coefficients: Callable[..., Any]
+stem_end: Callable[..., Any]
+stem_end_backward: Callable[..., Any]

@@ -1,7 +1,7 @@
-"""Plants bugs, one at a time, and sees whether a test fails: ``python tests/mutants.py``.
+"""Plants bugs, one at a time, and checks that a test fails: ``python tests/mutants.py``.
 
-Works on a copy in a scratch folder, builds each mutant there and runs the tests named for it. A
-mutant that no test catches is a hole in the tests: it is printed, and the exit code is 1.
+It copies the sources to a temporary folder, builds each mutant there and runs its tests. A mutant
+that no test catches is a gap in the tests: it is printed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+import mutants_python
+from mutant import ALIASING, BACKWARD, BFLOAT16, BLOCKS, FORWARD, ROW, SWAP, Mutant
 from rich.console import Console
 from rich.table import Table
 
@@ -21,35 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
-AUTOGRAD = "fused_resnet/ops/autograd.py"
-OPS = "fused_resnet/ops/functional.py"
 BLOCK = "csrc/cpu/residual_block.cpp"
-POOL = "csrc/cpu/map_pool.cpp"
+RESULTS = "csrc/cpu/result_cache.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 TILES = "csrc/cpu/kernels/conv_amx.h"
-FORWARD = "tests/ops/test_operations.py"
-BFLOAT16 = "tests/ops/test_bfloat16.py"
-BACKWARD = "tests/ops/test_autograd.py"
-BLOCKS = "tests/test_whole_blocks.py"
-ROW = "tests/test_residual_segment.py"
-SWAP = "tests/fusion/test_traced_groups.py"
-ALIASING = "tests/fusion/test_traced_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
 PAIRED = (BFLOAT16, "avx512_bf16")
 #: And of AMX's.
 TILED = (BFLOAT16, "amx_emulated")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A bug: in ``file``, ``old`` becomes ``new``; ``tests`` must notice, where ``isa`` runs."""
-
-    bug: str
-    file: str
-    old: str
-    new: str
-    tests: str = FORWARD
-    isa: str = "portable"
 
 
 MUTANTS = [
@@ -112,15 +92,6 @@ MUTANTS = [
         "p.x_first = row0 - (row0 > 0);",
     ),
     Mutant(
-        "momentum reversed", OPS, "running_mean.mul_(1 - momentum)", "running_mean.mul_(momentum)"
-    ),
-    Mutant(
-        "running variance biased",
-        OPS,
-        "add_(var, alpha=momentum * count / (count - 1))",
-        "add_(var, alpha=momentum)",
-    ),
-    Mutant(
         "batch normalised by the unbiased variance", HOST, "var.div_(total)", "var.div_(total - 1)"
     ),
     Mutant(
@@ -176,17 +147,17 @@ MUTANTS = [
     ),
     Mutant(
         "memory handed out twice",
-        POOL,
+        RESULTS,
         "free_.erase(std::next(at).base());",
         "at->data = {data.get(), c10::DeviceType::CPU};",
-        "tests/test_map_pool.py",
+        "tests/test_result_cache.py",
     ),
     Mutant(
         "memory that never comes back",
-        POOL,
-        "while (held_ > kPooledBytes)",
+        RESULTS,
+        "while (kept_ > limit)",
         "while (!free_.empty())",
-        "tests/test_map_pool.py",
+        "tests/test_result_cache.py",
     ),
     Mutant(
         "a tile goes on in the wrong row",
@@ -402,62 +373,7 @@ MUTANTS = [
         "store(Load<A>::from(dz.grad + i), to + i);",
         BACKWARD,
     ),
-    Mutant(
-        "weight's gradient without batch norm's scale",
-        AUTOGRAD,
-        "dweight = (d.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)",
-        "dweight = d.to(weight.dtype)",
-        BACKWARD,
-    ),
-    Mutant(
-        "batch-norm weight's gradient without the mean",
-        AUTOGRAD,
-        "(inner + offset * total)",
-        "inner",
-        BACKWARD,
-    ),
-    Mutant(
-        "the running mean is ignored",
-        "fused_resnet/nn/group_calls.py",
-        '"running_mean": bn.running_mean,',
-        '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
-        SWAP,
-    ),
-    Mutant(
-        "a group of convolution, ReLU and batch norm",
-        "fused_resnet/fusion/trace/matching.py",
-        "while is_identity(module, node) and len(node.users) == 1:",
-        "while is_identity(module, node) or is_relu_module(module, node):",
-        SWAP,
-    ),
-    Mutant(
-        "a group moves behind a write to its input",
-        "fused_resnet/fusion/trace/matching.py",
-        "aliases.written(node) & read",
-        "False",
-        ALIASING,
-    ),
-    Mutant(
-        "guards check no attribute",
-        "fused_resnet/fusion/trace/codegen.py",
-        'f"check_attributes_{index}", self._attributes(attributes), attributes',
-        'f"check_attributes_{index}", [], attributes',
-        SWAP,
-    ),
-    Mutant(
-        "a batch norm that two groups share is folded",
-        "fused_resnet/fusion/trace/generated_forward.py",
-        '*names, "", relu, 3 if relu else 2, foldable)',
-        '*names, "", relu, 3 if relu else 2, True)',
-        SWAP,
-    ),
-    Mutant(
-        "y += x is traced as y + x",
-        "fused_resnet/fusion/trace/tracing.py",
-        'setattr(_Proxy, f"__i{_name}__",',
-        'setattr(_Proxy, f"_i{_name}",',
-        ALIASING,
-    ),
+    *mutants_python.MUTANTS,
 ]
 
 ISAS = "import fused_resnet as fr; print(*fr.build_info()['isa_supported'])"
@@ -480,12 +396,12 @@ def caught_by(mutant: Mutant, folder: Path) -> str | None:
         raise SystemExit(f"{mutant.bug}: expected {mutant.old!r} once in {mutant.file}")
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        # Also for a bug in Python: the extension may still hold the bug before it.
+        # Also for a bug in Python: the extension may still have the previous bug.
         built = build(folder)
         if built.returncode != 0:
             raise SystemExit(f"{mutant.bug}: does not compile\n{built.stderr[-2000:]}")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
-        tested = run([*command, mutant.tests], folder)
+        tested = run([*command, *mutant.tests.split()], folder)
         if tested.returncode < 0:
             return f"the death of the tests' process, by signal {-tested.returncode}"
         failed = [line for line in tested.stdout.splitlines() if line.startswith("FAILED")]
@@ -504,7 +420,8 @@ def main() -> int:
         if built.returncode != 0:
             raise SystemExit(built.stderr[-2000:])
         clean = run(
-            [sys.executable, "-m", "pytest", "-q", FORWARD, BACKWARD, SWAP, ALIASING], folder
+            [sys.executable, "-m", "pytest", "-q", *FORWARD.split(), BACKWARD, SWAP, ALIASING],
+            folder,
         )
         if clean.returncode != 0:
             raise SystemExit(f"the tests fail without a bug:\n{clean.stdout[-2000:]}")

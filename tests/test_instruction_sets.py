@@ -13,6 +13,10 @@ import fused_resnet as fr
 
 OPERATIONS = (
     "ops/test_operations.py",
+    "ops/test_packed.py",
+    "ops/test_inputs.py",
+    "ops/test_wrong_arguments.py",
+    "ops/test_winograd.py",
     "ops/test_bfloat16.py",
     "test_whole_blocks.py",
     "test_residual_segment.py",

@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "map_pool.h"
+#include "result_cache.h"
 #include "pack_conv_weight.h"
 
 namespace fr {

@@ -5,7 +5,7 @@
 
 #include "../checks.h"
 #include "conv_bn_add_relu.h"
-#include "map_pool.h"
+#include "result_cache.h"
 
 namespace fr {
 namespace {

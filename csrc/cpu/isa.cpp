@@ -102,6 +102,18 @@ const KernelTable& kernels() {
   return table;
 }
 
+const TrainingTable& training_kernels() {
+  static const TrainingTable& table = []() -> const TrainingTable& {
+#ifdef FR_HAVE_X86_KERNELS
+    const std::string isa = kernels().isa;
+    if (isa == "avx2") return training_table_avx2();
+    if (isa != "portable") return training_table_avx512();
+#endif
+    return training_table_portable();
+  }();
+  return table;
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const auto* table : supported_tables()) names.emplace_back(table->isa);

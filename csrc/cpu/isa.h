@@ -7,12 +7,16 @@
 #include <vector>
 
 #include "kernels/table.h"
+#include "kernels/training/table.h"
 
 namespace fr {
 
 // Chosen at the first call: the best that the machine supports, or the one that FUSED_RESNET_ISA
 // names. Throws a ValueError if the machine does not support that.
 const KernelTable& kernels();
+
+// The training kernels of the same instruction set.
+const TrainingTable& training_kernels();
 
 // The names that this machine supports, best first. The last may be amx_emulated, which is for
 // tests.

@@ -22,7 +22,7 @@
 
 #include "../checks.h"
 #include "conv_bn_add_relu.h"
-#include "map_pool.h"
+#include "result_cache.h"
 #include "scratch.h"
 
 namespace fr {

@@ -181,7 +181,7 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
         raise BackendUnavailable(
             f"{op}: backend {choice!r} is forced, but the input is on {device!r}"
         )
-    if choice == "library" and op not in aten.OPERATIONS:
+    if choice == "library" and op not in (*aten.OPERATIONS, "training_unit"):
         return "reference"
     return choice
 

@@ -70,7 +70,7 @@ def describe() -> dict[str, Any]:
     build = build_info()
     return {
         "device": processor.name(),
-        "cores": cores(),
+        "processors": cores(),
         "isa": build["isa"],
         "os": platform.platform(aliased=True, terse=True),
         "versions": versions(),

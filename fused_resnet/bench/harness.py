@@ -64,6 +64,7 @@ class Measurement:
         build_seconds: Time from import to the first result.
         times: Seconds of each timed iteration.
         rounds: Begin and end of each round, on the clock that all processes share.
+        details: Further numbers about the subject, by name.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Measurement:
     build_seconds: float | None = None
     times: list[float] = field(default_factory=list)
     rounds: list[tuple[float, float]] = field(default_factory=list)
+    details: dict[str, float] = field(default_factory=dict)
 
 
 class WorkerError(Exception):
@@ -282,6 +284,12 @@ def compare(
                     results[name].base_bytes = answer["base_bytes"]
 
                 attempt(name, one_round)
+        for name in list(workers):
+
+            def details(worker: Worker, name: str = name) -> None:
+                results[name].details = worker.request("details")["details"]
+
+            attempt(name, details)
     finally:
         for worker in list(workers.values()):
             worker.close()

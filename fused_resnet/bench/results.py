@@ -84,15 +84,24 @@ def rows(
                 "cores": m.cpu_seconds / passed if passed else None,
                 "peak_mib": _mib(m.peak_bytes),
                 "base_mib": _mib(m.base_bytes),
+                "added_mib": _added(m),
                 "rounds": len(m.rounds),
                 "samples": len(m.times),
             }
-        result.append(row | environment)
+        # The row's own numbers last: `cores` is what was measured.
+        result.append({**environment, **row, **m.details})
     return result
 
 
 def _mib(value: int | None) -> float | None:
     return None if value is None else value / 2**20
+
+
+def _added(m: Measurement) -> float | None:
+    """The most memory that was resident beyond PyTorch's own libraries."""
+    if m.peak_bytes is None or m.base_bytes is None:
+        return None
+    return (m.peak_bytes - m.base_bytes) / 2**20
 
 
 def quantile(values: Iterable[float], q: float) -> float:

@@ -21,8 +21,12 @@ class Subject(NamedTuple):
         call: One timed iteration.
         error: Computes the relative L2 error of its result; called once, before the timing.
         threads: Number of threads of its own pool; None if it runs on PyTorch's.
+        training: Whether the call needs gradients; otherwise it runs in inference mode.
+        details: Measures further numbers about the call, by name; called once, after the rounds.
     """
 
     call: Callable[[], Any]
     error: Callable[[], float]
     threads: int | None = None
+    training: bool = False
+    details: Callable[[], dict[str, float]] | None = None

@@ -10,6 +10,7 @@ is one JSON line:
 ``{"do": "round", "iterations"}``       answers ``times``, in seconds, ``start`` and ``end``,
                                         ``cpu_seconds`` between them, ``peak_bytes`` of memory
                                         resident since building ended, and ``base_bytes`` before
+``{"do": "details"}``                   answers further numbers about the subject
 ``{"do": "call", "target", "case"}``    imports ``module:function``, calls it with the case, and
                                         answers what it returns
 ======================================= ======================================================
@@ -40,6 +41,7 @@ REFILL_SECONDS = 0.1
 class _Worker:
     def __init__(self) -> None:
         self.call: Callable[[], Any] = lambda: None
+        self.subject: Subject | None = None
         self.each = 0.0  # seconds of one call
         self.base: int | None = None  # bytes resident before the build
 
@@ -48,11 +50,14 @@ class _Worker:
         self.base = peak_bytes()
         start = time.perf_counter()
         subject: Subject = call(target, case)
-        self.call = subject.call
-        # Counted as part of the build: the first call compiles.
-        with torch.inference_mode():
-            self.call()
+        self.call, self.subject = subject.call, subject
+        # Counted as part of the build: the first call compiles. A training step is checked before
+        # it is called, since each call changes the parameters.
+        if subject.training:
             error = subject.error()
+            self.call()
+        else:
+            error = self._check(subject)
         seconds = time.perf_counter() - start
         reset_peak()
         return {
@@ -60,6 +65,15 @@ class _Worker:
             "threads": subject.threads or torch.get_num_threads(),
             "seconds": seconds,
         }
+
+    @torch.inference_mode()
+    def _check(self, subject: Subject) -> float:
+        self.call()
+        return subject.error()
+
+    def details(self) -> dict[str, Any]:
+        assert self.subject is not None
+        return {"details": self.subject.details() if self.subject.details else {}}
 
     def warm_up(self, seconds: float) -> dict[str, Any]:
         """Run for ``seconds``, at least twice; the fastest iteration is the estimate."""
@@ -87,7 +101,8 @@ class _Worker:
 
     def _run(self, iterations: int) -> list[float]:
         times = []
-        with torch.inference_mode():
+        training = self.subject is not None and self.subject.training
+        with torch.inference_mode(not training):
             for _ in range(iterations):
                 start = time.perf_counter()
                 self.call()
@@ -118,6 +133,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         "build": worker.build,
         "warm_up": worker.warm_up,
         "round": worker.round,
+        "details": worker.details,
         "call": call,
     }
     for line in requests:

@@ -14,10 +14,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..bench import environment, harness, inference, plot, problem, results
+from ..bench import environment, harness, inference, plot, problem, results, training
 from ..bench.providers import NAMES, OURS, PEERS
 from ..models import sources
 from ..tuning import processor
+from . import _training, _training_layers
 from ._choices import network_calls, table_of
 from ._common import (
     DTYPES,
@@ -40,7 +41,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "bench",
-        help="compare the speed of a network's inference with PyTorch's and other runtimes'",
+        help="compare the speed of a network's inference or training with PyTorch's and others'",
         description="Each provider runs in a separate process, its result is compared with float64 "
         "before it is timed, and rounds alternate. Ratios are those of medians in the same run, to "
         f"{results.BASELINE}. Exit code 1 if a provider fails or its result is wrong.",
@@ -65,6 +66,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "those whose packages are missing are reported and skipped",
     )
     add_measurement(parser)
+    parser.add_argument(
+        "--training",
+        action="store_true",
+        help="time training steps: forward, backward and SGD, with the share of each and the peak "
+        "memory; half precision by autocast. With --layers: every convolution's three directions "
+        "beside PyTorch's, with its share of the measured peak. Providers: "
+        f"{', '.join(training.NAMES)} (default: {','.join(training.DEFAULT)})",
+    )
     parser.add_argument(
         "--explain",
         action="store_true",
@@ -113,7 +122,9 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
 
 def providers_of(text: str) -> list[str]:
     """An argparse type: ``all``, or a list of providers."""
-    return list(NAMES) if text == "all" else listed(one_of("provider", NAMES))(text)
+    if text == "all":
+        return list(NAMES)
+    return listed(one_of("provider", _training.provider_names(NAMES)))(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -126,6 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"bench: --explain: expected one of {', '.join(sources.MODELS)}")
     if arguments.size < 32:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
+    if arguments.training:
+        return run_training(arguments)
     if arguments.layers:
         return view_layers(arguments)
     command = shlex.join(["fused-resnet", *arguments.typed])
@@ -154,11 +167,35 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         results.save(arguments.json, rows)
     if arguments.plot:
-        try:
-            plot.save(arguments.plot, rows)
-        except ValueError as error:
-            raise UsageError(f"bench: --plot: {error}") from None
+        _plot(arguments.plot, rows)
     return complain(rows)
+
+
+def run_training(arguments: argparse.Namespace) -> int:
+    """Measure and show training steps, or a network's convolutions in their three directions."""
+    if arguments.explain:
+        raise UsageError("bench: --training: does not go with --explain")
+    out = console()
+    size = f"{arguments.size}x{arguments.size}"
+    title = f"training {arguments.model}, {size}, {arguments.dtype}, {arguments.threads} threads, "
+    title += processor.name()
+    if arguments.layers:
+        return _training_layers.run(arguments, title, out)
+    providers = _training.providers_of(arguments.providers, DEFAULT_PROVIDERS)
+    rows = _training.measure(arguments, providers)
+    out.print(_training.table_of(rows, title))
+    if arguments.json:
+        results.save(arguments.json, rows)
+    if arguments.plot:
+        _plot(arguments.plot, rows)
+    return complain(rows)
+
+
+def _plot(path: Path, rows: list[results.Row]) -> None:
+    try:
+        plot.save(path, rows)
+    except ValueError as error:
+        raise UsageError(f"bench: --plot: {error}") from None
 
 
 def view_layers(arguments: argparse.Namespace) -> int:

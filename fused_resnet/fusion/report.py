@@ -26,12 +26,16 @@ class Report:
     Attributes:
         fused: ``(module path, operation)`` of every group that runs as one operation.
         left: ``(module path, reason)`` of every module that is not fused but might have been.
+        blocks: ``(module path, reason)`` of every residual block in training mode; the reason is
+            empty where forward and backward of the whole block are one operation, else it says why
+            the block's groups run one by one.
         graphs: Memory of each CUDA graph of a frozen model in bytes, by the shape and dtype of its
             input.
     """
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
+    blocks: list[tuple[str, str]] = field(default_factory=list)
     graphs: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -44,6 +48,9 @@ class Report:
         kinds = ", ".join(f"{count} {operation}" for operation, count in self.counts.items())
         line = f"{len(self.fused)} groups fused{f' ({kinds})' if kinds else ''}"
         line += f", {len(self.left)} left"
+        if self.blocks:
+            whole = sum(not reason for _, reason in self.blocks)
+            line += f"; {whole} of {len(self.blocks)} residual blocks train as one operation"
         graphs = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.graphs.items()]
         return line + (f"; CUDA graphs: {', '.join(graphs)}" if graphs else "")
 
@@ -51,6 +58,7 @@ class Report:
         rows = [("module", "fused as", "left because")]
         rows += [(path, operation, "") for path, operation in self.fused]
         rows += [(path, "", reason) for path, reason in self.left]
+        rows += self._block_rows()
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines = [f"{path:{widths[0]}}  {op:{widths[1]}}  {why}".rstrip() for path, op, why in rows]
         return "\n".join([*lines, self.summary()])
@@ -65,7 +73,15 @@ class Report:
             table.add_row(path, operation, "")
         for path, reason in self.left:
             table.add_row(path, "", reason)
+        for row in self._block_rows():
+            table.add_row(*row)
         return table
+
+    def _block_rows(self) -> list[tuple[str, str, str]]:
+        return [
+            (path, "" if reason else "residual_block (training)", reason)
+            for path, reason in self.blocks
+        ]
 
 
 def report(model: nn.Module) -> Report:
@@ -90,6 +106,10 @@ def report(model: nn.Module) -> Report:
             result.fused.append((name, group.operation))
         else:
             result.left.append((name, group.reason))
+    for path, module in model.named_modules():
+        decision = module.training_decision() if isinstance(module, FusedForward) else None
+        if decision is not None:
+            result.blocks.append((path or type(module).__name__, decision.reason))
     return result
 
 

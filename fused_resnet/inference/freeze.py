@@ -172,7 +172,7 @@ def _own_tensors(model: nn.Module, dtype: torch.dtype | None) -> None:
         if isinstance(module, FrozenConv):
             continue
         # Statistics stay float32, as PyTorch's batch norm allows: half precision loses digits.
-        keep = isinstance(module, nn.modules.batchnorm._BatchNorm) and dtype in (
+        keep = isinstance(module, nn.modules.batchnorm._NormBase) and dtype in (
             torch.bfloat16,
             torch.float16,
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..nn.blocks import conv1x1, conv3x3
 from ..nn.fused_forward import BlockModules, FusedForward, block_modules_of
 from ..nn.group_calls import conv_bn, run_sequence
-from ..nn.groups import Group, residual_block_groups, sequence_groups
+from ..nn.groups import Decision, Group, residual_block_groups, sequence_groups
 from ..nn.layers import FusedSequential
 from ..nn.module_kinds import original_class
 from .weights import Source, load_into
@@ -93,6 +93,10 @@ class CifarBlock(FusedForward):
         Returns:
             ``(N, planes, H / stride, W / stride)``.
         """
+        block = self.block_modules() if self.residual else self._plain_block()
+        whole = None if block is None else block.run_in_training(self, x)
+        if whole is not None:
+            return whole
         y = conv_bn(self.conv1, self.bn1, self.relu, x)
         identity = self.shortcut(x) if self.residual else None
         return conv_bn(self.conv2, self.bn2, self.relu, y, identity)
@@ -100,6 +104,16 @@ class CifarBlock(FusedForward):
     def fused_groups(self) -> list[Group]:
         """The groups of both convolutions."""
         return residual_block_groups(self, 2)
+
+    def training_decision(self) -> Decision | None:
+        """How the block, residual or plain, runs in training; None without batch statistics."""
+        block = self.block_modules() if self.residual else self._plain_block()
+        return None if block is None else block.training_decision()
+
+    def _plain_block(self) -> BlockModules:
+        block = block_modules_of(self, 2, None)
+        assert block is not None
+        return replace(block, shortcut="none")
 
     def block_modules(self) -> BlockModules | None:
         """The block's convolutions and its shortcut; None without a shortcut."""
@@ -111,7 +125,8 @@ class CifarBlock(FusedForward):
         block = block_modules_of(self, 2, None, lambda m: _padding_of(m) == padding)
         assert block is not None
         assert padding is not None
-        return replace(block, members=[*block.members, self.shortcut], padding=padding)
+        members = [*block.members, self.shortcut]
+        return replace(block, members=members, padding=padding, shortcut="zeros")
 
 
 def _padding_of(block: Any) -> tuple[int, int] | None:

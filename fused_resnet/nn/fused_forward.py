@@ -13,13 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block_calls import run_residual_block, uses_batch_statistics
 from .group_calls import conv_bn, run_sequence
-from .groups import Group, residual_block_groups, sequence_groups
+from .groups import (
+    Decision,
+    Group,
+    decide_residual_block,
+    residual_block_groups,
+    sequence_groups,
+)
 from .module_kinds import original_class
 
 
 class FusedForward(nn.Module):
-    """A module whose forward runs groups as operations."""
+    """A module whose forward runs groups as operations.
+
+    Attributes:
+        fused_resnet_recompute: Whether a bottleneck computes its last convolution again in
+            backward; see :func:`fused_resnet.fuse`.
+        fused_resnet_winograd: Whether Winograd's algorithm may run in training; see
+            :func:`fused_resnet.fuse`.
+    """
+
+    fused_resnet_recompute: bool = False
+    fused_resnet_winograd: bool = True
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script calls this first; it would otherwise fail later, on an unsupported type.
@@ -43,6 +60,11 @@ class FusedForward(nn.Module):
         """
         return None
 
+    def training_decision(self) -> Decision | None:
+        """How the residual block that this module is runs in training; None for no block."""
+        block = self.block_modules()
+        return None if block is None else block.training_decision()
+
 
 #: :attr:`BlockModules.padding` of a shortcut that is the identity or a convolution.
 NO_PADDING = (0, 1)
@@ -62,6 +84,7 @@ class BlockModules:
         reads: Called with the block, checks that the attributes that this description depends on
             have not changed; None when there are none.
         padding: Of a shortcut without parameters: channels of zeros on each side, and its stride.
+        shortcut: Of a block without a projection: ``"identity"``, ``"zeros"``, or ``"none"``.
     """
 
     convs: list[nn.Module]
@@ -70,6 +93,24 @@ class BlockModules:
     members: list[nn.Module]
     reads: Callable[[nn.Module], bool] | None = None
     padding: tuple[int, int] = NO_PADDING
+    shortcut: str = "identity"
+
+    def run_in_training(self, owner: nn.Module, x: Tensor) -> Tensor | None:
+        """The block's result, if it runs as one training unit.
+
+        Args:
+            owner: The block.
+            x: Its input.
+        """
+        return run_residual_block(
+            owner, x, self.convs, self.norms, self.acts, self.members, self.shortcut, self.padding
+        )
+
+    def training_decision(self) -> Decision | None:
+        """How the block runs in training; None where no batch statistics are wanted."""
+        if not any(map(uses_batch_statistics, self.norms)):
+            return None
+        return decide_residual_block(self.convs, self.norms, self.acts, self.members)
 
 
 def block_modules_of(
@@ -120,6 +161,10 @@ class BasicBlockForward(FusedForward):
             x: Input, ``(N, C, H, W)``.
         """
         m: Any = self
+        block = self.block_modules()
+        whole = None if block is None else block.run_in_training(self, x)
+        if whole is not None:
+            return whole
         y = conv_bn(m.conv1, m.bn1, m.relu, x)
         identity = x if m.downsample is None else m.downsample(x)
         return conv_bn(m.conv2, m.bn2, m.relu, y, identity)
@@ -148,6 +193,10 @@ class BottleneckForward(FusedForward):
             x: Input, ``(N, C, H, W)``.
         """
         m: Any = self
+        block = self.block_modules()
+        whole = None if block is None else block.run_in_training(self, x)
+        if whole is not None:
+            return whole
         y = conv_bn(m.conv1, m.bn1, m.relu, x)
         y = conv_bn(m.conv2, m.bn2, m.relu, y)
         identity = x if m.downsample is None else m.downsample(x)

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .. import ops
 from .groups import Decision, decide_conv_bn, decide_norm, decide_run
 from .module_kinds import (
     PackedConv,
+    activate,
     eps_of,
     inner_activation,
     is_observed,
@@ -100,7 +102,7 @@ def _apply_unfused_activation(
     if decision.relu:
         return y
     unfused = act if act is not None else inner_activation(bn)
-    return y if unfused is None else unfused(y)
+    return activate(unfused, y)
 
 
 def _call_packed(
@@ -116,9 +118,9 @@ def _call_packed(
     relu = is_relu(act)
     if residual is not None and not result_fits(conv, x, residual):
         y = add(conv(x, None, False), residual)
-        return y if act is None else act(y)
+        return activate(act, y)
     y = conv(x, residual, relu)
-    return y if relu or act is None else act(y)
+    return y if relu else activate(act, y)
 
 
 def _one_by_one(
@@ -127,7 +129,7 @@ def _one_by_one(
     y: Tensor = bn(z)
     if residual is not None:
         y = add(y, residual)
-    return y if act is None else act(y)
+    return activate(act, y)
 
 
 def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def _run_packed(
 # The arguments of an operation, taken from modules
 
 
-def bn_add_relu(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def bn_add_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``relu(bn(x) [+ residual])`` with the parameters, statistics and mode of ``bn``.
 
     Args:
@@ -205,7 +207,7 @@ def norm_arguments(bn: Any) -> dict[str, Any]:
         "training": False,
         "eps": eps_of(bn),
     }
-    if not isinstance(bn, nn.BatchNorm2d):  # a FrozenBatchNorm2d has no training mode
+    if not isinstance(bn, _NormBase):  # a FrozenBatchNorm2d has no training mode
         return arguments
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:

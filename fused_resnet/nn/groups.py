@@ -173,6 +173,53 @@ def _decide_packed(conv: PackedConv, members: Sequence[nn.Module], start: int) -
     return Decision("conv_bn_add_relu", "", relu, 3 if relu else 2)
 
 
+def decide_residual_block(
+    convs: Sequence[nn.Module],
+    norms: Sequence[nn.Module],
+    acts: Sequence[nn.Module | None],
+    others: Sequence[nn.Module] = (),
+) -> Decision:
+    """How a residual block is computed in training, as far as its modules decide.
+
+    Args:
+        convs: The block's own convolutions in order, and then the shortcut's, if it has one.
+        norms: The normalisation behind each convolution.
+        acts: The activation behind each of the block's own convolutions, the last one's behind the
+            addition; None where it is inside the normalisation.
+        others: Further modules that the block calls.
+
+    Returns:
+        ``residual_block`` for forward and backward of the whole block; else no operation, and the
+        reason why its groups run one by one.
+    """
+    for module in others:
+        if is_hooked(module):
+            return Decision("", f"a hook or a replaced forward on the {_name(module)}")
+    for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+        if isinstance(conv, PackedConv):
+            return Decision("", "its convolutions are packed")
+        reason = conv_reason(conv) or norm_reason(norm)
+        if not reason and conv.bias is not None:
+            reason = "a Conv2d with a bias"
+        if reason:
+            return Decision("", reason)
+        inner = inner_activation(norm)
+        last = i >= len(acts) - 1  # the last one's activation is behind the addition
+        act = acts[i] if i < len(acts) else None
+        if inner is not None and (last or act is not None):
+            return Decision("", "an activation inside the batch norm in front of the addition")
+        if i < len(acts) and not is_relu(act if inner is None else inner):
+            kind = act if inner is None else inner
+            if kind is not None and is_hooked(kind):
+                return Decision("", f"a hook or a replaced forward on the {_name(kind)}")
+            return Decision("", f"its activation is {'missing' if kind is None else _name(kind)}")
+    return Decision("residual_block", "", True)
+
+
+def _name(module: nn.Module) -> str:
+    return original_class(module).__name__
+
+
 # The groups that follow from the decisions, by name
 
 
@@ -250,7 +297,7 @@ def _sequence_groups(names: Sequence[str], members: Sequence[nn.Module]) -> Iter
             pool = names[at + length - 1] if has_pool else ""
             conv, bn = names[at : at + 2]
             yield Group(decision.operation, "", conv, bn, pool, decision.relu, length)
-        elif is_norm(first) and not hasattr(first, "fused_groups"):
+        elif is_norm(first):
             yield Group("", _unfused_norm_reason(members, at), bn=names[at])
         at += length
 

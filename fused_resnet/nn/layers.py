@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _NormBase
 
 from .fused_forward import FusedForward, SequentialForward
 from .group_calls import bn_add_relu, conv_bn, run_sequence
 from .groups import Group, conv_bn_groups, sequence_groups
+from .module_kinds import RELU
 
 IntOrPair = int | tuple[int, int]
 NormLayer = Callable[..., nn.Module]
-
-#: The activation of modules without a child for it. It has no state.
-_RELU = nn.ReLU()
 
 
 class _ConvBN(FusedForward):
@@ -58,7 +60,7 @@ class _ConvBN(FusedForward):
 
     def fused_groups(self) -> list[Group]:
         """The group of the convolution and the batch norm."""
-        return conv_bn_groups(self, "conv", "bn", _RELU)
+        return conv_bn_groups(self, "conv", "bn", RELU)
 
 
 class ConvBNReLU2d(_ConvBN):
@@ -94,7 +96,7 @@ class ConvBNReLU2d(_ConvBN):
         Returns:
             ``(N, out_channels, OH, OW)``, dtype and memory format of ``x``.
         """
-        return conv_bn(self.conv, self.bn, _RELU, x)
+        return conv_bn(self.conv, self.bn, RELU, x)
 
 
 class ConvBNAddReLU2d(_ConvBN):
@@ -131,13 +133,16 @@ class ConvBNAddReLU2d(_ConvBN):
         Returns:
             ``(N, out_channels, OH, OW)``, dtype and memory format of ``x``.
         """
-        return conv_bn(self.conv, self.bn, _RELU, x, residual)
+        return conv_bn(self.conv, self.bn, RELU, x, residual)
 
 
-class BNAddReLU2d(nn.BatchNorm2d, FusedForward):
+class BNAddReLU2d(_NormBase, FusedForward):
     r"""Batch norm, an optional residual and ReLU: :math:`y = \max(0, \mathrm{bn}(x) [+ r])`.
 
-    Parameters and buffers are those of :class:`torch.nn.BatchNorm2d`.
+    Parameters, buffers and ``state_dict`` keys are those of :class:`torch.nn.BatchNorm2d`. It is no
+    subclass of it: converters that replace every ``BatchNorm2d`` by another normalisation, such as
+    ``nn.SyncBatchNorm.convert_sync_batchnorm``, would drop the residual and the ReLU. They leave
+    this module as it is.
 
     Args:
         num_features: Number of channels.
@@ -160,7 +165,25 @@ class BNAddReLU2d(nn.BatchNorm2d, FusedForward):
         Returns:
             ``(N, C, H, W)``, dtype and memory format of ``x``.
         """
+        if isinstance(x, Proxy):
+            return self._traced(x, residual)
         return bn_add_relu(self, x, residual)
+
+    def _traced(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """By PyTorch's functions, which ``torch.fx`` records; a trace counts no batches."""
+        by_batch = self.training or self.running_mean is None
+        tracked = not self.training or self.track_running_stats
+        y = F.batch_norm(
+            x,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            by_batch,
+            self.momentum or 0.0,
+            self.eps,
+        )
+        return torch.relu(y if residual is None else y + residual)
 
     def fused_groups(self) -> list[Group]:
         """The group of the module itself."""

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
+#: Stands for a ReLU that a forward applies as a function. It keeps no state, and is no child of any
+#: module, so that a trace must record the function in its place: see :func:`activate`.
+RELU = nn.ReLU()
+
 
 class PackedConv(nn.Module):
     """A group with packed weights; :func:`fused_resnet.freeze` replaces a convolution with it.
@@ -48,6 +52,19 @@ class FoldedBatchNorm(nn.Identity):
         return input if act is None else act(input)
 
 
+#: Methods that decide what PyTorch's layers compute, as PyTorch defines them. Libraries replace
+#: them on an instance or on the class itself, for example to pad circularly.
+_METHODS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
+    cls: tuple((name, getattr(cls, name)) for name in names)
+    for cls, names in (
+        (nn.Conv2d, ("forward", "_conv_forward")),
+        (nn.BatchNorm2d, ("forward", "_check_input_dim")),
+        (nn.ReLU, ("forward",)),
+        (nn.MaxPool2d, ("forward",)),
+    )
+}
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before this package derived another one from it."""
     cls = type(module)
@@ -55,14 +72,29 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than its class's ``forward``, such as a hook."""
+    """Whether a call of the module runs more than its class's own methods, such as a hook."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or has_replaced_method(module)
     )
+
+
+def has_replaced_method(module: nn.Module) -> bool:
+    """Whether a method that decides what the module computes was replaced.
+
+    On the instance, or for the layers of PyTorch that the operations stand for on the class.
+    """
+    members = module.__dict__
+    if "forward" in members:
+        return True
+    cls = original_class(module)
+    for name, method in _METHODS.get(cls, ()):
+        if name in members or getattr(cls, name) is not method:
+            return True
+    return False
 
 
 def is_observed(x: Any) -> bool:
@@ -153,6 +185,18 @@ def inner_activation(bn: nn.Module) -> nn.Module | None:
 def is_relu(act: nn.Module | None) -> bool:
     """Whether the module is a plain ReLU without hooks."""
     return act is not None and original_class(act) is nn.ReLU and not is_hooked(act)
+
+
+def activate(act: nn.Module | None, y: Tensor) -> Tensor:
+    """Apply an activation; None for none.
+
+    Args:
+        act: A child of the module that runs, or :data:`RELU`.
+        y: Any shape.
+    """
+    if act is None:
+        return y
+    return torch.relu(y) if act is RELU else act(y)
 
 
 def is_max_pool(pool: nn.Module) -> bool:

@@ -28,7 +28,7 @@ def register_formulas(library: str) -> None:
         register_autograd(f"{library}::{name}", backward, setup_context=setup)
 
     formula("bn_add_relu", partial(_bn_backward, operators), _bn_setup)
-    formula("bn_add_relu_apply", partial(_given_backward, operators), _given_setup)
+    formula("bn_add_relu_apply", partial(_apply_backward, operators), _apply_setup)
     formula("bn_add_relu_backward", _bn_double_backward, _bn_backward_setup)
     formula("conv_bn_add_relu", _conv_backward, _conv_setup)
     formula("conv_statistics", _statistics_backward, _statistics_setup)
@@ -50,30 +50,41 @@ def _bn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 
 def _bn_backward(operators: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    dx, dweight, dbias, dresidual = bn_backward(operators, ctx, grad, ctx.needs_input_grad[5])
+    return dx, dweight, dbias, None, None, dresidual, None, None, None
+
+
+def bn_backward(
+    operators: Any, ctx: Any, grad: Tensor, residual_wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of ``x``, weight, bias and residual, by ``bn_add_relu_backward``.
+
+    Args:
+        operators: The library that has the operator.
+        ctx: Of the forward: ``x``, ``y``, weight, mean and variance are saved; the attributes are
+            ``training``, ``eps``, ``relu``, ``bias_dtype`` and ``has_residual``.
+        grad: Gradient of the result.
+        residual_wanted: Whether the residual needs a gradient.
+    """
     x, y, weight, mean, var = ctx.saved_tensors
-    need_residual = ctx.has_residual and ctx.relu and ctx.needs_input_grad[5]
+    wanted = ctx.has_residual and residual_wanted
     dx, dweight, dbias, dresidual = operators.bn_add_relu_backward(
-        grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.relu, need_residual
+        grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.relu, wanted and ctx.relu
     )
-    if ctx.has_residual and not ctx.relu:
+    if not ctx.relu:
         dresidual = grad
     return (
         dx,
         None if weight is None else dweight.to(weight.dtype),
         None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-        None,
-        None,
-        dresidual if ctx.has_residual and ctx.needs_input_grad[5] else None,
-        None,
-        None,
-        None,
+        dresidual if wanted else None,
     )
 
 
 # bn_add_relu_apply: the statistics are arguments, but the gradient treats them as those of x
 
 
-def _given_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _apply_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, mean, var, residual, eps, relu = inputs
     ctx.save_for_backward(x, output if relu else None, weight, mean, var)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -81,7 +92,7 @@ def _given_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.training, ctx.eps, ctx.relu = True, eps, relu
 
 
-def _given_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _apply_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx, dweight, dbias, _, _, dresidual, *rest = _bn_backward(operators, ctx, grad)
     return dx, dweight, dbias, None, None, dresidual, *rest[:-1]
 

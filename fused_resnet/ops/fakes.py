@@ -52,9 +52,10 @@ def _window(size: Any, kernel: Any, stride: int, padding: int, dilation: int) ->
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _conv_shape(
+def conv_shape(
     x: Tensor, weight_shape: Any, stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[Any]:
+    """The sizes ``(N, K, OH, OW)`` of a convolution's result."""
     size = [
         _window(x.shape[i + 2], weight_shape[i + 2], stride[i], padding[i], dilation[i])
         for i in (0, 1)
@@ -62,9 +63,10 @@ def _conv_shape(
     return [x.shape[0], weight_shape[0], *size]
 
 
-def _pool_shape(
+def pool_shape(
     shape: list[Any], kernel: list[int], stride: list[int], padding: list[int]
 ) -> list[Any]:
+    """The sizes of a max-pool's result."""
     size = [_window(shape[i + 2], kernel[i], stride[i], padding[i], 1) for i in (0, 1)]
     return [shape[0], shape[1], *size]
 
@@ -93,12 +95,12 @@ def _(  # type: ignore[no-untyped-def]
     x, weight, conv_bias, bn_weight, bn_bias, mean, var, residual, stride, padding, dilation,
     groups, eps, relu,
 ):  # fmt: skip
-    return _map_like(x, _conv_shape(x, weight.shape, stride, padding, dilation))
+    return _map_like(x, conv_shape(x, weight.shape, stride, padding, dilation))
 
 
 @fake("conv_statistics")
 def _(x, weight, conv_bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    z = _map_like(x, _conv_shape(x, weight.shape, stride, padding, dilation))
+    z = _map_like(x, conv_shape(x, weight.shape, stride, padding, dilation))
     statistic = x.new_empty((weight.shape[0],), dtype=accumulator(x))
     return z, statistic, torch.empty_like(statistic)
 
@@ -108,8 +110,8 @@ def _(  # type: ignore[no-untyped-def]
     x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, groups, eps,
     pool_kernel, pool_stride, pool_padding,
 ):  # fmt: skip
-    shape = _conv_shape(x, weight.shape, stride, padding, dilation)
-    return _map_like(x, _pool_shape(shape, pool_kernel, pool_stride, pool_padding))
+    shape = conv_shape(x, weight.shape, stride, padding, dilation)
+    return _map_like(x, pool_shape(shape, pool_kernel, pool_stride, pool_padding))
 
 
 @fake("pack_conv_weight")
@@ -130,7 +132,7 @@ def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, residual, weight_shape, stride, padding, dilation, groups, relu,
     winograd=False,
 ):  # fmt: skip
-    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    shape = conv_shape(x, weight_shape, stride, padding, dilation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
@@ -139,8 +141,8 @@ def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, weight_shape, stride, padding, dilation, groups, pool_kernel,
     pool_stride, pool_padding,
 ):  # fmt: skip
-    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
-    shape = _pool_shape(shape, pool_kernel, pool_stride, pool_padding)
+    shape = conv_shape(x, weight_shape, stride, padding, dilation)
+    shape = pool_shape(shape, pool_kernel, pool_stride, pool_padding)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
@@ -149,7 +151,7 @@ def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, residual, residual_scale, residual_shift, weight_shape, stride,
     padding, dilation, groups, relu, tile, split_k,
 ):  # fmt: skip
-    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    shape = conv_shape(x, weight_shape, stride, padding, dilation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
@@ -157,7 +159,7 @@ def _(  # type: ignore[no-untyped-def]
 def _(  # type: ignore[no-untyped-def]
     x, x2, packed, shift, weight_shape, stride, padding, dilation, stride2, relu
 ):  # fmt: skip
-    shape = _conv_shape(x, weight_shape, stride, padding, dilation)
+    shape = conv_shape(x, weight_shape, stride, padding, dilation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 

@@ -27,6 +27,12 @@ from .packed import (
     unpack_conv_weight,
 )
 from .registry import OPERATORS
+from .training_bn import training_bn_add_relu
+from .training_spec import Layer, LayerTensors, Unit
+from .training_unit import UNIT_BACKENDS, is_transformed, training_unit, update_running
+
+#: A max-pool's window in a unit: the place of its largest value is kept in a byte.
+_MOST_PLACES = 255
 
 __all__ = [
     "bn_add_relu",
@@ -94,7 +100,7 @@ def bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, tuple(x.shape))
     checks.residual(op, residual, tuple(x.shape), x)
 
-    backend = resolve_backend(op, x)
+    backend = _resolve(op, x, training)
     if backend == "reference":
         return reference.bn_add_relu(
             x,
@@ -112,10 +118,11 @@ def bn_add_relu(
         x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, relu,
     )  # fmt: skip
     backend = fastest_backend(op, backend, arguments)
-    y, mean, var = OPERATORS[backend].bn_add_relu(*arguments)
-    if training and running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, mean, var, momentum, count)
-    return y
+    if training:
+        return training_bn_add_relu(
+            x, bn_weight, bn_bias, running_mean, running_var, residual, momentum, eps, relu, backend
+        )
+    return OPERATORS[backend].bn_add_relu(*arguments)[0]
 
 
 def conv_bn_add_relu(
@@ -143,10 +150,11 @@ def conv_bn_add_relu(
 
     In inference one kernel computes all of it: batch norm, residual and ReLU are applied while the
     convolution's result is still in registers. That result is never stored, and the backward pass
-    does not need it (:mod:`fused_resnet.ops.autograd`). In training the statistics of the batch
-    need the whole convolution first, so PyTorch's convolution runs, followed by
-    :func:`bn_add_relu`. With the backends ``cuda`` and ``triton``, when forced by name, their own
-    convolution runs instead and computes the statistics in its epilogue.
+    does not need it (:mod:`fused_resnet.ops.autograd`). In training on the CPU, the convolution
+    computes the batch's statistics in the same pass, and its backward applies batch norm's gradient
+    while it reads. On CUDA, PyTorch's convolution runs in training, followed by
+    :func:`bn_add_relu`; with the backends ``cuda`` and ``triton``, when forced by name, their own
+    convolution, which computes the statistics in its epilogue.
 
     Args:
         x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
@@ -192,7 +200,7 @@ def conv_bn_add_relu(
     checks.statistics(op, running_mean, running_var, training, count, shape)
     checks.residual(op, residual, shape, x)
 
-    backend = resolve_backend(op, x)
+    backend = _resolve(op, x, training)
     if backend != "reference" and not training:
         arguments = (
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, residual,
@@ -200,15 +208,21 @@ def conv_bn_add_relu(
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
         return OPERATORS[backend].conv_bn_add_relu(*arguments)
-    if current_backend() in ("cuda", "triton"):
+    if backend in UNIT_BACKENDS and conv_bias is None:
+        layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
+        shortcut = "none" if residual is None else "map"
+        unit = Unit((layer,), shortcut, relu=relu, backend=backend)
+        tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
+        return training_unit(unit, x, residual, [tensors])
+    if current_backend() in ("cuda", "triton") and backend != "reference":
         operators = OPERATORS[backend]
         z, mean, var = operators.conv_statistics(
             x, conv_weight, conv_bias, stride, padding, dilation, groups
         )
-        y = operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        # Before the next operator saves its tensors: checkpointing recomputes no further than that.
         if running_mean is not None and running_var is not None:
-            _update_running(running_mean, running_var, mean, var, momentum, count)
-        return y
+            update_running("library", mean, var, running_mean, running_var, momentum, count)
+        return operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
         z,
@@ -250,8 +264,9 @@ def conv_bn_relu_maxpool(
         \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta))
 
     In inference one kernel keeps only the rows of the convolution's map that a pooled row needs,
-    in the cache, and never writes the whole map. In training, or when a gradient is required,
-    :func:`conv_bn_add_relu` runs, followed by PyTorch's max-pool.
+    in the cache, and never writes the whole map. In training on the CPU, the normalised map is not
+    written either, and the positions of the maxima are saved in a byte each. Otherwise, when a
+    gradient is required, :func:`conv_bn_add_relu` runs, followed by PyTorch's max-pool.
 
     Args:
         x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
@@ -296,7 +311,7 @@ def conv_bn_relu_maxpool(
     _check_bn(op, x, shape[1], bn_weight, bn_bias, running_mean, running_var)
     pool = checks.pool(op, shape, pool_kernel, pool_stride, pool_padding)
 
-    backend = resolve_backend(op, x)
+    backend = _resolve(op, x, training)
     one_pass = backend != "reference" and not training
     if one_pass and not _wants_grad(x, conv_weight, conv_bias, bn_weight, bn_bias):
         checks.statistics(op, running_mean, running_var, training, 0, shape)
@@ -306,6 +321,14 @@ def conv_bn_relu_maxpool(
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
         return OPERATORS[backend].conv_bn_relu_maxpool(*arguments)
+    fits_a_byte = pool[0][0] * pool[0][1] <= _MOST_PLACES
+    if training and backend in UNIT_BACKENDS and conv_bias is None and fits_a_byte:
+        count = shape[0] * shape[2] * shape[3]
+        checks.statistics(op, running_mean, running_var, training, count, shape)
+        layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
+        unit = Unit((layer,), pool=pool, backend=backend)
+        tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
+        return training_unit(unit, x, None, [tensors])
     y = conv_bn_add_relu(
         x,
         conv_weight,
@@ -370,22 +393,17 @@ def _check_bn(
     checks.channel_vector(op, "running_var", running_var, channels, x)
 
 
+def _resolve(op: str, x: Tensor, training: bool) -> str:
+    """The backend of a call; the reference where only PyTorch's own operators can answer it."""
+    if torch.compiler.is_compiling():
+        # An exported training step is made of PyTorch's operators: it needs no autograd function.
+        exported = training and torch.compiler.is_exporting()
+        return "reference" if exported else resolve_backend(op, x)
+    empty = training and x.numel() == 0
+    return "reference" if empty or is_transformed() else resolve_backend(op, x)
+
+
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-@torch.no_grad()
-def _update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
-    count: int,
-) -> None:
-    """``running = (1 - momentum) * running + momentum * batch``, the variance made unbiased."""
-    # .data leaves the version counters alone, as PyTorch's batch norm does: it saves these tensors
-    # for its backward, which does not use them, and would otherwise report them as modified.
-    running_mean, running_var = running_mean.data, running_var.data
-    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+    # torch.jit.trace checks what it recorded by a second trace, and that one without gradients.
+    enabled = torch.is_grad_enabled() or torch.jit.is_tracing()
+    return enabled and any(t is not None and t.requires_grad for t in tensors)

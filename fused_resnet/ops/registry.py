@@ -12,13 +12,18 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.library import Library, register_fake
 
 from .. import _C
-from ..backends import aten
+from ..backends import aten, aten_training
+from . import (
+    fakes_training,  # noqa: F401  (enters its functions into FAKES)
+    flops,
+)
 from .autograd import register_formulas
 from .fakes import FAKES
 
@@ -62,11 +67,14 @@ for _name in TRITON:
 for _key in ("CPU", "CUDA"):
     for _name in aten.operators(_key.lower()):
         _pytorch_library.impl(_name, getattr(aten, _name), _key)
+    for _name in aten_training.OPERATIONS:
+        _pytorch_library.impl(_name, getattr(aten_training, _name), _key)
 
 for _namespace in ("fused_resnet", "fused_resnet_triton", "fused_resnet_library"):
     for _name, _fake in FAKES.items():
         register_fake(f"{_namespace}::{_name}", _fake)
     register_formulas(_namespace)
+    flops.register(_namespace)
 
 #: The operators of each backend.
 OPERATORS: dict[str, Any] = {
@@ -75,6 +83,19 @@ OPERATORS: dict[str, Any] = {
     "triton": torch.ops.fused_resnet_triton,
     "library": torch.ops.fused_resnet_library,
 }
+
+
+@functools.cache
+def primitives_of(backend: str) -> Any:
+    """The training primitives of a backend, each as the one overload that it has.
+
+    Args:
+        backend: ``"cpu"`` or ``"library"``.
+    """
+    operators = OPERATORS[backend]
+    return SimpleNamespace(
+        **{name: getattr(operators, name).default for name in aten_training.OPERATIONS}
+    )
 
 
 #: Whether the extension was built with CUDA. If not, Triton's operators pack weights for CUDA, in

@@ -130,7 +130,8 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
         calls.append(Call(op, default, candidates, arguments[0].device, maps))
         return default
     x = arguments[0]
-    if type(x) not in _PLAIN:  # a fake tensor or a proxy, whose sizes may be symbolic
+    # A fake tensor or a proxy, whose sizes may be symbolic; a meta tensor, which takes no time.
+    if type(x) not in _PLAIN or x.device.type not in ("cpu", "cuda"):
         return default
     # Everything that the decision depends on; much faster to make than the key of the cache.
     deterministic = torch.are_deterministic_algorithms_enabled()

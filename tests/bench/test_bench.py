@@ -215,7 +215,7 @@ def test_without_a_baseline_there_is_no_ratio() -> None:
 
 def test_a_row_says_where_and_with_what() -> None:
     facts = environment.describe()
-    assert set(facts) == {"device", "cores", "isa", "os", "versions", "commit", "load"}
+    assert set(facts) == {"device", "processors", "isa", "os", "versions", "commit", "load"}
     assert facts["device"]
     assert facts["versions"]["torch"] == torch.__version__
 

@@ -8,9 +8,9 @@ import io
 import pytest
 import torch
 from networks import assert_same, image, randomize, results
-from test_traced_groups import Between, Residual, Unit, check, fused_as, left_of, ready
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from traced_modules import Between, Residual, Unit, check, fused_as, left_of, ready
 
 import fused_resnet as fr
 from fused_resnet.inference.frozen_conv import FrozenConv

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import assert_same, image, randomize, results
-from test_traced_groups import BlurPool, DropPath
 from torch import nn
+from traced_modules import BlurPool, DropPath
 
 import fused_resnet as fr
 

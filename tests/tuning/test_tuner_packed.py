@@ -1,8 +1,9 @@
-"""The tuner and frozen networks: which backend runs an operation whose weights are packed.
+"""The tuner and frozen networks: which backend runs an operation on packed weights.
 
-There is a choice on CUDA alone, where all candidates read one layout. Tensors here are on the CPU
-and take the paths of tensors on CUDA; the candidates are CUDA's kernels in the simulator, Triton's
-in the interpreter and PyTorch's own calls, or stand-ins where a test checks only the choice.
+Only on CUDA is there a choice, since all candidates read the same layout there. Here tensors are on
+the CPU and are dispatched as if they were on CUDA; the candidates are CUDA's kernels in the
+simulator, Triton's in the interpreter and PyTorch's own calls, or stubs where only the choice
+matters.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fused_resnet.cli._choices import calls_of, describe
 from fused_resnet.inference import frozen_block, frozen_conv, segment
 from fused_resnet.inference.cuda_graphs import Graphs
 from fused_resnet.ops import packed as packed_ops
-from fused_resnet.ops import registry as _registrations
+from fused_resnet.ops import registry
 from fused_resnet.ops.registry import OPERATORS
 from fused_resnet.tuning import cache as tuning_cache
 from fused_resnet.tuning import tuner
@@ -38,7 +39,7 @@ NAMES = ["cuda", "library", "triton"]
 
 
 class Counted:
-    """A backend's operators, which note what runs."""
+    """A backend's operators; records the calls."""
 
     def __init__(self, name: str, operators: Any, ran: list[tuple[str, str]]) -> None:
         self._name, self._operators, self._ran = name, operators, ran
@@ -54,24 +55,14 @@ class Counted:
         return call
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "tuning.json"))
-    monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
-    monkeypatch.setattr(tuning_cache, "_warned", set())
-    tuner.forget()
-    yield
-    tuner.forget()
-
-
 def stand_in(monkeypatch, operators: dict[str, Any]) -> list[tuple[str, str]]:
-    """Calls take the way of CUDA, to these operators. What ran: backend and operator."""
+    """Dispatch calls to these operators as if on CUDA; returns the calls: backend and operator."""
     ran: list[tuple[str, str]] = []
     for name, own in operators.items():
         monkeypatch.setitem(OPERATORS, name, Counted(name, own, ran))
     for module in (packed_ops, frozen_block, segment):
         monkeypatch.setattr(module, "resolve_backend", lambda op, x: "cuda")
-    _registrations.candidates.cache_clear()
+    registry.candidates.cache_clear()
     return ran
 
 
@@ -87,7 +78,7 @@ def real(monkeypatch) -> Iterator[list[tuple[str, str]]]:
         with monkeypatch.context() as patch:
             patch.setattr(frozen_conv, "packed_dtype", lambda dtype, device: dtype)
             yield stand_in(patch, {"cuda": cuda, "library": library, "triton": triton})
-    _registrations.candidates.cache_clear()
+    registry.candidates.cache_clear()
 
 
 @pytest.fixture
@@ -95,7 +86,7 @@ def fakes(monkeypatch) -> Iterator[list[tuple[str, str]]]:
     """Three names for the CPU's kernels: whichever is chosen, the answer is the same."""
     with monkeypatch.context() as patch:
         yield stand_in(patch, dict.fromkeys(NAMES, torch.ops.fused_resnet))
-    _registrations.candidates.cache_clear()
+    registry.candidates.cache_clear()
 
 
 @pytest.fixture

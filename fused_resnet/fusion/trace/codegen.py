@@ -348,9 +348,27 @@ class _SpecializationWriter:
             lines = self._statements(child, after=end)
             stages = f"self.run_early(early_{index}, {self.names[image]})"
             lines.insert(0, f"{self.names[end]} = {stages}")
+        lines = self._whole_block(child) + lines
         head = " and ".join([f"check_{index}(self)", *self._argument_checks()])
         block = [f"            {line}" for line in [*child.lines(), *lines]]
         return "\n".join([f"        if {head}:", *block])
+
+    def _whole_block(self, child: _Children) -> list[str]:
+        """Statements that train a residual block as one operation; none for another forward.
+
+        Args:
+            child: Names of the children in the source.
+        """
+        if self.block is None:
+            return []
+        own = [self._modules(match, child) for match in self.block.groups]
+        groups = ", ".join(f"({', '.join(names)})" for names in own)
+        side = self.block.shortcut
+        shortcut = "()" if side is None else f"({', '.join(self._modules(side, child)[:2])})"
+        identities = "".join(f"{child(path)}, " for path in self.block.identities)
+        image = next(iter(self.names.values()))
+        call = f"_run_block(self, {image}, ({groups}), {shortcut}, ({identities}))"
+        return [f"_whole = {call}", "if _whole is not None: return _whole"]
 
     def early_stages_source(self, index: int) -> list[str]:
         """A function that runs all stages but the last two; none where there are no stages.
@@ -414,11 +432,7 @@ class _SpecializationWriter:
         return all(self._is_unused_query(user) for user in node.users)
 
     def _group(self, match: Match, child: _Children) -> str:
-        bn = child(str(match.bn.target))
-        inside = match.act == f"{match.bn.target}.act"
-        act = "None" if inside or not match.act else child(match.act)
-        if match.act == FUNCTION:
-            act = "_RELU"
+        conv, bn, act = self._modules(match, child)
         x = self.names[match.source]
         rest = ""
         if match.residual is not None:
@@ -427,10 +441,17 @@ class _SpecializationWriter:
                 rest += f", {self.constants.named(operator.add)}"
         if match.conv is None:
             return f"_norm_add_act({bn}, {act}, {x}{rest})"
-        conv = child(str(match.conv.target))
         if match.pool is not None:
             return f"_run_sequence(({conv}, {bn}, {act}, {child(str(match.pool.target))}), {x})"
         return f"_conv_bn({conv}, {bn}, {act}, {x}{rest})"
+
+    def _modules(self, match: Match, child: _Children) -> tuple[str, str, str]:
+        """Expressions for the convolution, the batch norm and the activation of a group."""
+        conv = "None" if match.conv is None else child(str(match.conv.target))
+        bn = child(str(match.bn.target))
+        inside = match.act == f"{match.bn.target}.act"
+        act = "None" if inside or not match.act else child(match.act)
+        return conv, bn, "_RELU" if match.act == FUNCTION else act
 
     def _call(self, node: fx.Node, names: dict[fx.Node, str], child: _Children) -> str:
         if node.op == "get_attr":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,19 +17,18 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
+from ...nn.block_calls import run_residual_block
 from ...nn.fused_forward import BlockModules, FusedForward
 from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
 from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
 from ...nn.module_kinds import (
+    RELU,
     FoldedBatchNorm,
     PackedConv,
     is_hooked,
     original_class,
 )
 from .matching import FUNCTION, NOTHING_AROUND
-
-#: Passed as the activation where the module applies ReLU as a function. It has no state.
-RELU = nn.ReLU()
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class GeneratedForward:
         exec(compile(self.source, name, "exec"), namespace)
         # Tracebacks then show the generated line.
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
+        weakref.finalize(self, linecache.cache.pop, name, None)
         object.__setattr__(self, "functions", namespace)
 
     def __deepcopy__(self, memo: Any) -> GeneratedForward:
@@ -322,7 +323,36 @@ def _original_forward(module: nn.Module) -> Callable[..., Any]:
     return base.forward
 
 
+def _run_block(
+    owner: nn.Module,
+    x: Tensor,
+    groups: tuple[tuple[Any, Any, nn.Module | None], ...],
+    shortcut: tuple[Any, ...],
+    identities: tuple[nn.Module, ...],
+) -> Tensor | None:
+    """Run a residual block as one training operation.
+
+    Args:
+        owner: The block.
+        x: Its input.
+        groups: Convolution, batch norm and activation of each of its own groups, in order.
+        shortcut: Convolution and batch norm of its shortcut; empty for the identity.
+        identities: Placeholder modules among its children that it calls.
+
+    Returns:
+        The block's result; None where its groups must run one by one.
+    """
+    if any(original_class(module) is not nn.Identity for module in identities):
+        return None
+    convs, norms, acts = zip(*groups, strict=True)
+    others = (*identities, *(act for act in acts if act is not None))
+    return run_residual_block(
+        owner, x, (*convs, *shortcut[:1]), (*norms, *shortcut[1:]), acts, others
+    )
+
+
 _HELPERS: dict[str, Any] = {
+    "_run_block": _run_block,
     "_conv_bn": conv_bn,
     "_norm_add_act": norm_add_act,
     "_run_sequence": run_sequence,

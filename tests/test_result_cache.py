@@ -8,9 +8,9 @@ import pytest
 import torch
 from cases import normal
 
-from fused_resnet import ops
+from fused_resnet import _C, ops
 
-# A result of 512 KiB: large enough to come from the pool, see csrc/cpu/map_pool.cpp.
+# A result of 512 KiB: large enough to be kept, see csrc/cpu/result_cache.cpp.
 SHAPE = (2, 16, 64, 64)
 
 
@@ -66,3 +66,31 @@ def test_results_outlive_the_thread_that_made_them(x):
     with ThreadPoolExecutor(1) as thread:
         y = thread.submit(block, x).result()
     assert torch.equal(y, torch.relu(x + 1))
+
+
+def test_no_more_is_kept_than_was_in_use(x):
+    _C.release_results()
+    assert _C.kept_result_bytes() == 0
+    size = x.numel() * 4
+    results = [block(x) for _ in range(8)]
+    del results
+    kept = _C.kept_result_bytes()
+    assert kept >= 8 * size
+    # Others of another size take the place of these, and are not kept beside them.
+    results = [block(x[:1].contiguous()) for _ in range(16)]
+    assert _C.kept_result_bytes() <= kept - 8 * size + size
+    del results
+    _C.release_results()
+    assert _C.kept_result_bytes() == 0
+
+
+def test_a_peak_is_forgotten(x):
+    """Two thousand results later what one step needed is no longer kept."""
+    _C.release_results()
+    results = [block(x) for _ in range(64)]
+    del results
+    assert _C.kept_result_bytes() >= 64 * x.numel() * 4
+    small = x[:1].contiguous()
+    for _ in range(1100 * 2):
+        block(small)
+    assert _C.kept_result_bytes() <= 8 * x.numel() * 4

@@ -1,0 +1,365 @@
+// What is fused before and behind the training convolutions, for maps of storage type T.
+//
+// A prologue makes an operand while it is loaded, so that it is never stored: batch norm and ReLU
+// of the convolution before, or the affine gradient of batch norm. An epilogue sees the result in
+// registers: statistics of what is stored, or the ReLU mask and the two sums of batch norm's
+// backward.
+//
+// A kernel takes `channel(c)` once for a vector of channels c.., and with it any number of pixels,
+// each by the element i at which its vector begins. Everything is whole vectors: kernels are for
+// channels that are multiples of them.
+#pragma once
+
+#include "../vec.h"
+#include "table.h"
+
+namespace fr {
+namespace FR_ISA {
+
+// --- Arithmetic. ---------------------------------------------------------------------------------
+
+// relu(x * scale + shift), by which the forward normalises; NaN passes.
+template <class V>
+FR_INLINE V bn_relu(V x, V scale, V shift) {
+  const V v = x * scale + shift;
+  return V{} > v ? V{} : v;
+}
+
+// v where that ReLU was open: the same multiply-add decides, and NaN passes.
+template <class V>
+FR_INLINE V bn_relu_mask(V v, V x, V scale, V shift) {
+  return x * scale + shift <= 0 ? V{} : v;
+}
+
+template <class V>
+FR_INLINE V bn_gradient_of(V g, V z, V a, V b, V c) {
+  return a * g + (b * z + c);
+}
+
+// --- Prologues. ----------------------------------------------------------------------------------
+
+// What a prologue reads from an element on, for a product that asks the memory for it meanwhile.
+struct Ahead {
+  const char *first, *second;
+};
+template <class T>
+FR_INLINE Ahead ahead_of(const T* first, const T* second) {
+  return {reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(second)};
+}
+
+template <class T>
+struct Plain {
+  using A = Acc<T>;
+  const T* x;
+  struct Channel {};
+  FR_INLINE Channel channel(int64_t) const { return {}; }
+  FR_INLINE Vec<A> get(int64_t i, const Channel&) const { return load(x + i); }
+  // Asks the processor for the cache line of element i.
+  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
+};
+
+template <class T>
+struct BnRelu {
+  using A = Acc<T>;
+  const T* x;
+  const A *scale, *shift;
+  struct Channel {
+    Vec<A> scale, shift;
+  };
+  FR_INLINE Channel channel(int64_t c) const { return {load(scale + c), load(shift + c)}; }
+  FR_INLINE Vec<A> get(int64_t i, const Channel& k) const {
+    return bn_relu(load(x + i), k.scale, k.shift);
+  }
+  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
+};
+
+// dz = a * g + b * z + c.
+template <class T>
+struct BnGrad {
+  using A = Acc<T>;
+  const T *g, *z;
+  const A *a, *b, *c;
+  struct Channel {
+    Vec<A> a, b, c;
+  };
+  FR_INLINE Channel channel(int64_t k) const { return {load(a + k), load(b + k), load(c + k)}; }
+  FR_INLINE Vec<A> get(int64_t i, const Channel& k) const {
+    return bn_gradient_of(load(g + i), load(z + i), k.a, k.b, k.c);
+  }
+  FR_INLINE void ask(int64_t i) const {
+    __builtin_prefetch(g + i);
+    __builtin_prefetch(z + i);
+  }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(g + i, z + i); }
+};
+
+// dz = a * g, of a batch norm that does not depend on the batch.
+template <class T>
+struct Scaled {
+  using A = Acc<T>;
+  const T* g;
+  const A* a;
+  struct Channel {
+    Vec<A> a;
+  };
+  FR_INLINE Channel channel(int64_t k) const { return {load(a + k)}; }
+  FR_INLINE Vec<A> get(int64_t i, const Channel& k) const { return k.a * load(g + i); }
+  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(g + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(g + i, g + i); }
+};
+
+// Calls run(prologue) with that of the forward's input.
+template <class T, class Args, class Run>
+FR_INLINE void with_input(const Args& f, Run run) {
+  using A = Acc<T>;
+  const T* x = static_cast<const T*>(f.x);
+  if (f.x_scale) {
+    run(BnRelu<T>{x, static_cast<const A*>(f.x_scale), static_cast<const A*>(f.x_shift)});
+  } else {
+    run(Plain<T>{x});
+  }
+}
+
+// Calls run(prologue) with that of dz.
+template <class T, class Run>
+FR_INLINE void with_gradient(const TrainingBackward& f, Run run) {
+  using A = Acc<T>;
+  const T *g = static_cast<const T*>(f.g), *z = static_cast<const T*>(f.z);
+  const A* a = static_cast<const A*>(f.a);
+  if (z) {
+    run(BnGrad<T>{g, z, a, static_cast<const A*>(f.b), static_cast<const A*>(f.c)});
+  } else {
+    run(Scaled<T>{g, a});
+  }
+}
+
+// --- Sums over a block. --------------------------------------------------------------------------
+
+// Channels [begin, end) of a result, which one thread makes.
+struct ChannelRange {
+  int64_t begin, end;
+};
+
+// kRows sums per channel of `made`. Added in A over kSumRows pixels at most, as `fold` is called so
+// often, and in float64 from there.
+template <class A, int kRows>
+struct BlockSums {
+  A* near;        // [kRows][channels], in scratch
+  double* total;  // [kRows][channels], the block's place in the result
+  int64_t channels;
+  ChannelRange made{0, channels};
+
+  static int64_t scratch_bytes(int64_t channels) {
+    return kRows * channels * static_cast<int64_t>(sizeof(A));
+  }
+
+  void clear() const {
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {
+        near[i] = 0;
+        total[i] = 0;
+      }
+    }
+  }
+
+  // Row 0 is set instead of added to where `pivot`.
+  void fold(bool pivot) const {
+    for (int64_t row = 0; row < kRows; ++row) {
+      const bool set = pivot && row == 0;
+      for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {
+        total[i] = set ? near[i] : total[i] + near[i];
+        if (!set) near[i] = 0;
+      }
+    }
+  }
+};
+
+// --- Epilogues. ----------------------------------------------------------------------------------
+//
+// begin()                    before a block
+// channel(c)                 before a vector of channels
+// pivot(v, channel)          once a block and vector of channels, with any value near its mean
+// put(v, i, channel)         for a pixel
+// done(channel, c)           when `channel` goes
+// fold()                     after kSumRows pixels at most, and at the end of a block
+//
+// `v` is what is to be stored; `i` the element of the result where its vector begins.
+
+template <class T>
+struct Store {
+  using A = Acc<T>;
+  T* y;
+  struct Channel {};
+  FR_INLINE void begin() const {}
+  FR_INLINE Channel channel(int64_t) const { return {}; }
+  FR_INLINE void pivot(Vec<A>, Channel&) const {}
+  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(y + i, 1); }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { store(v, y + i); }
+  FR_INLINE void done(const Channel&, int64_t) const {}
+  FR_INLINE void fold() const {}
+};
+
+// Sums of v - pivot and of its square: with a pivot near the mean the second does not cancel.
+template <class T>
+struct StoreStatistics {
+  using A = Acc<T>;
+  T* y;
+  BlockSums<A, kStatisticsRows> sums;
+  struct Channel {
+    Vec<A> pivot, sum, squares;
+  };
+  FR_INLINE void begin() const { sums.clear(); }
+  FR_INLINE Channel channel(int64_t c) const {
+    return {load(sums.near + kPivot * sums.channels + c), Vec<A>{}, Vec<A>{}};
+  }
+  FR_INLINE void pivot(Vec<A> v, Channel& k) const { k.pivot = v; }
+  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(y + i, 1); }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
+    store(v, y + i);
+    const Vec<A> d = (sizeof(T) == sizeof(A) ? v : load(y + i)) - k.pivot;  // of what is stored
+    k.sum += d;
+    k.squares += d * d;
+  }
+  FR_INLINE void done(const Channel& k, int64_t c) const {
+    A *sum = sums.near + kSumFromPivot * sums.channels + c,
+      *squares = sums.near + kSquaresFromPivot * sums.channels + c;
+    store(k.pivot, sums.near + kPivot * sums.channels + c);
+    store(load(sum) + k.sum, sum);
+    store(load(squares) + k.squares, squares);
+  }
+  FR_INLINE void fold() const { sums.fold(true); }
+};
+
+// The gradient behind the ReLU of the convolution before.
+template <class T>
+struct StoreMasked {
+  using A = Acc<T>;
+  T* g;
+  const T* x;
+  const A *scale, *shift;
+  struct Channel {
+    Vec<A> scale, shift;
+  };
+  FR_INLINE void begin() const {}
+  FR_INLINE Channel channel(int64_t c) const { return {load(scale + c), load(shift + c)}; }
+  FR_INLINE void pivot(Vec<A>, Channel&) const {}
+  FR_INLINE void ask(int64_t i) const {
+    __builtin_prefetch(g + i, 1);
+    __builtin_prefetch(x + i);
+  }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
+    store(bn_relu_mask(v, load(x + i), k.scale, k.shift), g + i);
+  }
+  FR_INLINE void done(const Channel&, int64_t) const {}
+  FR_INLINE void fold() const {}
+};
+
+// That, and the sums that its batch norm needs.
+template <class T>
+struct StoreMaskedSums {
+  using A = Acc<T>;
+  T* g;
+  const T* x;
+  const A *scale, *shift, *mean;
+  BlockSums<A, kGradientRows> sums;
+  struct Channel {
+    Vec<A> scale, shift, mean, sum, sum_xc;
+  };
+  FR_INLINE void begin() const { sums.clear(); }
+  FR_INLINE Channel channel(int64_t c) const {
+    return {load(scale + c), load(shift + c), load(mean + c), Vec<A>{}, Vec<A>{}};
+  }
+  FR_INLINE void pivot(Vec<A>, Channel&) const {}
+  FR_INLINE void ask(int64_t i) const {
+    __builtin_prefetch(g + i, 1);
+    __builtin_prefetch(x + i);
+  }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
+    const Vec<A> at = load(x + i);
+    Vec<A> d = bn_relu_mask(v, at, k.scale, k.shift);
+    store(d, g + i);
+    if (sizeof(T) != sizeof(A)) d = load(g + i);  // of what is stored
+    k.sum += d;
+    k.sum_xc += d * (at - k.mean);
+  }
+  FR_INLINE void done(const Channel& k, int64_t c) const {
+    A *sum = sums.near + kSumG * sums.channels + c,
+      *sum_xc = sums.near + kSumGXc * sums.channels + c;
+    store(load(sum) + k.sum, sum);
+    store(load(sum_xc) + k.sum_xc, sum_xc);
+  }
+  FR_INLINE void fold() const { sums.fold(false); }
+};
+
+// The shortcut's gradient is added: the gradient of a block's input.
+template <class T>
+struct StoreSum {
+  using A = Acc<T>;
+  T* g;
+  const T* add;
+  struct Channel {};
+  FR_INLINE void begin() const {}
+  FR_INLINE Channel channel(int64_t) const { return {}; }
+  FR_INLINE void pivot(Vec<A>, Channel&) const {}
+  FR_INLINE void ask(int64_t i) const {
+    __builtin_prefetch(g + i, 1);
+    __builtin_prefetch(add + i);
+  }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { store(v + load(add + i), g + i); }
+  FR_INLINE void done(const Channel&, int64_t) const {}
+  FR_INLINE void fold() const {}
+};
+
+// Calls run(epilogue) with the forward's; `near` is room for BlockSums<Acc<T>, kStatisticsRows>.
+template <class T, class Run>
+FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, ChannelRange made,
+                           Run run) {
+  T* z = static_cast<T*>(f.z);
+  if (f.sums) {
+    const int64_t k = f.shape.k;
+    run(StoreStatistics<T>{
+        z, {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k, made}});
+  } else {
+    run(Store<T>{z});
+  }
+}
+template <class T, class Run>
+FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, Run run) {
+  with_result<T>(f, block, near, ChannelRange{0, f.shape.k}, run);
+}
+
+// Calls run(epilogue) with the data gradient's; `near` is room for BlockSums<Acc<T>,
+// kGradientRows>.
+template <class T, class Run>
+FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near,
+                                   ChannelRange made, Run run) {
+  using A = Acc<T>;
+  T* g = static_cast<T*>(f.g_x);
+  const T* x = static_cast<const T*>(f.x);
+  const A *scale = static_cast<const A*>(f.x_scale), *shift = static_cast<const A*>(f.x_shift);
+  const int64_t c = f.shape.c;
+  if (f.sums) {
+    run(StoreMaskedSums<T>{g,
+                           x,
+                           scale,
+                           shift,
+                           static_cast<const A*>(f.x_mean),
+                           {static_cast<A*>(near), f.sums + block * kGradientRows * c, c, made}});
+  } else if (scale) {
+    run(StoreMasked<T>{g, x, scale, shift});
+  } else if (f.add) {
+    run(StoreSum<T>{g, static_cast<const T*>(f.add)});
+  } else {
+    run(Store<T>{g});
+  }
+}
+
+template <class T, class Run>
+FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near, Run run) {
+  with_input_gradient<T>(f, block, near, ChannelRange{0, f.shape.c}, run);
+}
+
+}  // namespace FR_ISA
+}  // namespace fr

@@ -1,0 +1,99 @@
+// The end of a residual block, and its backward.
+#include <torch/library.h>
+
+#include "../conv_bn_add_relu.h"
+#include "../result_cache.h"
+#include "blocks.h"
+#include "operands.h"
+#include "passes.h"
+
+namespace fr {
+namespace {
+
+at::Tensor block_end_cpu(const at::Tensor& z, const at::Tensor& scale, const at::Tensor& shift,
+                         const OptionalTensor& shortcut, const OptionalTensor& shortcut_scale,
+                         const OptionalTensor& shortcut_shift, bool relu) {
+  const char* op = "block_end";
+  const at::Tensor map = map_operand(op, "z", z);
+  const int64_t c = map.size(1);
+  const at::Tensor k = vector_operand(op, "scale", scale, c, map);
+  const at::Tensor b = vector_operand(op, "shift", shift, c, map);
+  check_together(op, "shortcut_scale", shortcut_scale, "shortcut_shift", shortcut_shift);
+  TORCH_CHECK_VALUE(shortcut || !shortcut_scale, op,
+                    ": shortcut: expected a tensor with shortcut_scale, got None");
+  at::Tensor s, s_scale, s_shift;
+  if (shortcut) s = map_operand(op, "shortcut", *shortcut, z.sizes(), z);
+  if (shortcut_scale) {
+    s_scale = vector_operand(op, "shortcut_scale", *shortcut_scale, c, map);
+    s_shift = vector_operand(op, "shortcut_shift", *shortcut_shift, c, map);
+  }
+  const at::Tensor y = empty_map(z.sizes(), map.options());
+  const BlockEnd args{c,
+                      map.const_data_ptr(),
+                      k.const_data_ptr(),
+                      b.const_data_ptr(),
+                      data_or_null(s),
+                      data_or_null(s_scale),
+                      data_or_null(s_shift),
+                      y.mutable_data_ptr(),
+                      relu};
+  const auto kernel = training_kernels_of(map).block_end;
+  for_rows(map, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return y;
+}
+
+using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+FourTensors block_end_backward_cpu(const at::Tensor& dy, const OptionalTensor& y,
+                                   const at::Tensor& z, const at::Tensor& mean,
+                                   const OptionalTensor& shortcut,
+                                   const OptionalTensor& shortcut_mean, bool sums) {
+  const char* op = "block_end_backward";
+  const at::Tensor map = map_operand(op, "z", z);
+  const int64_t c = map.size(1);
+  const at::Tensor gradient = map_operand(op, "dy", dy, z.sizes(), z);
+  const at::Tensor center = vector_operand(op, "mean", mean, c, map);
+  check_together(op, "shortcut", shortcut, "shortcut_mean", shortcut_mean);
+  at::Tensor output, s, s_mean;
+  if (y) output = map_operand(op, "y", *y, z.sizes(), z);
+  if (shortcut) {
+    s = map_operand(op, "shortcut", *shortcut, z.sizes(), z);
+    s_mean = vector_operand(op, "shortcut_mean", *shortcut_mean, c, map);
+  }
+
+  const at::Tensor none = at::empty({0}, map.options());
+  const at::Tensor g = y ? empty_map(z.sizes(), map.options()) : none;
+  const auto type = accumulator(map.scalar_type());
+  const RowBlocks blocks(rows_of(map), c);
+  PartialSums partial(sums ? blocks.count() : 0, kBlockEndRows, c);
+  const BlockEndBackward args{c,
+                              gradient.const_data_ptr(),
+                              data_or_null(output),
+                              map.const_data_ptr(),
+                              center.const_data_ptr(),
+                              data_or_null(s),
+                              data_or_null(s_mean),
+                              y ? g.mutable_data_ptr() : nullptr,
+                              sums ? partial.data() : nullptr};
+  const auto kernel = training_kernels_of(map).block_end_backward;
+  if (y || sums) {
+    for_row_blocks(map, kBlockEndRows, [&](int64_t begin, int64_t end, int64_t block, void* near) {
+      kernel(args, begin, end, block, near);
+    });
+  }
+  if (!sums) {
+    const at::Tensor no_sum = at::empty({0}, type);
+    return {g, no_sum, no_sum, no_sum};
+  }
+  return {g, partial.total(kSumG, type), partial.total(kSumGXc, type),
+          s.defined() ? partial.total(kSumGShortcutXc, type) : at::empty({0}, type)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("block_end", &block_end_cpu);
+  m.impl("block_end_backward", &block_end_backward_cpu);
+}
+
+}  // namespace fr

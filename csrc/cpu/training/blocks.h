@@ -1,0 +1,74 @@
+// How the passes are cut into blocks, how blocks are spread over threads, and how their sums meet.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../isa.h"
+#include "../scratch.h"
+
+namespace fr {
+
+// Blocks of rows of a channels-last map. Their extent depends on the map alone.
+struct RowBlocks {
+  int64_t rows, each;
+
+  // So many that a block's partial sums are few beside what it reads, and that a row's terms may be
+  // added in float32.
+  RowBlocks(int64_t rows, int64_t channels)
+      : rows(rows),
+        each(std::clamp<int64_t>(64 * 1024 / std::max<int64_t>(channels, 1), 64, kSumRows)) {}
+
+  int64_t count() const { return (rows + each - 1) / each; }
+  int64_t begin(int64_t block) const { return block * each; }
+  int64_t end(int64_t block) const { return std::min(begin(block) + each, rows); }
+  int64_t size(int64_t block) const { return end(block) - begin(block); }
+};
+
+// Calls run(block, scratch) for all blocks, from several threads. A thread gets `grain` at least.
+template <class Run>
+void for_blocks(int64_t count, int64_t grain, int64_t scratch_bytes, const Run& run) {
+  if (count == 0) return;
+  at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    Scratch memory;
+    char* const scratch = memory.at_least(std::max<int64_t>(scratch_bytes, 1));
+    for (int64_t block = first; block < last; ++block) run(block, scratch);
+  });
+}
+
+// Sums of blocks, [block][row][channel] in float64, and what they come to.
+class PartialSums {
+ public:
+  PartialSums(int64_t blocks, int64_t rows, int64_t channels)
+      : blocks_(blocks), rows_(rows), channels_(channels) {
+    data_ = memory_.at_least(std::max<int64_t>(blocks * rows * channels, 1) * 8);
+  }
+
+  double* data() { return reinterpret_cast<double*>(data_); }
+
+  // The sum over all blocks, in their order.
+  at::Tensor total(int64_t row, at::ScalarType type) const;
+
+  // Mean and biased variance from rows as StatisticsRow has them, where block i has size(i) rows:
+  // by Chan's formula in the blocks' order. Zeros where there are none.
+  template <class Size>
+  std::tuple<at::Tensor, at::Tensor> statistics(const Size& size, at::ScalarType type) const {
+    std::vector<double> sizes(static_cast<size_t>(blocks_));
+    for (int64_t i = 0; i < blocks_; ++i) sizes[i] = static_cast<double>(size(i));
+    return merge(sizes, type);
+  }
+
+ private:
+  Scratch memory_;
+  char* data_;
+  int64_t blocks_, rows_, channels_;
+
+  std::tuple<at::Tensor, at::Tensor> merge(const std::vector<double>& sizes,
+                                           at::ScalarType type) const;
+};
+
+}  // namespace fr

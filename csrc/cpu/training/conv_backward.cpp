@@ -1,0 +1,195 @@
+// The gradients of z = conv(p(x), weight) from that of the batch norm behind it.
+#include <torch/library.h>
+
+#include "conv_plan.h"
+#include "conv_run.h"
+#include "library_conv.h"
+#include "operands.h"
+
+namespace fr {
+namespace {
+
+using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// The arguments of one call, checked.
+struct Operands {
+  ConvShape shape;
+  at::Tensor g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add;
+
+  at::ScalarType vectors() const { return accumulator(x.scalar_type()); }
+
+  TrainingBackward args() const {
+    TrainingBackward f{};
+    f.shape = shape;
+    f.g = g.const_data_ptr();
+    f.z = data_or_null(z);
+    f.a = a.const_data_ptr();
+    f.b = data_or_null(b);
+    f.c = data_or_null(c);
+    f.x = x.const_data_ptr();
+    f.x_scale = data_or_null(x_scale);
+    f.x_shift = data_or_null(x_shift);
+    f.x_mean = data_or_null(x_mean);
+    f.add = data_or_null(add);
+    return f;
+  }
+};
+
+// dz = a * g + b * z + c, as a map.
+at::Tensor gradient_map(const Operands& o) {
+  const at::Tensor dz = empty_map(o.g.sizes(), o.g.options());
+  const BnGradient args{o.g.size(1),          o.g.const_data_ptr(), data_or_null(o.z),
+                        data_or_null(o.a),    data_or_null(o.b),    data_or_null(o.c),
+                        dz.mutable_data_ptr()};
+  const auto kernel = training_kernels_of(o.g).bn_gradient;
+  for_rows(o.g, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return dz;
+}
+
+// Behind PyTorch's data gradient: the mask and its sums, or the shortcut's gradient, in place.
+void finish_data_gradient(const Operands& o, const at::Tensor& g_x, double* sums) {
+  if (o.add.defined()) g_x.add_(o.add);
+  if (!o.x_scale.defined()) return;
+  const MaskedSums args{o.shape.c,
+                        g_x.mutable_data_ptr(),
+                        o.x.const_data_ptr(),
+                        o.x_scale.const_data_ptr(),
+                        o.x_shift.const_data_ptr(),
+                        data_or_null(o.x_mean),
+                        sums};
+  const auto kernel = training_kernels_of(g_x).masked_sums;
+  for_row_blocks(g_x, kGradientRows, [&](int64_t begin, int64_t end, int64_t block, void* near) {
+    kernel(args, begin, end, block, near);
+  });
+}
+
+// dw in the weight's own type and strides. A single part is written where it stays.
+template <class Kernel>
+at::Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
+  const at::Tensor& w = o.weight;
+  const at::Tensor dw = at::empty_like(w);
+  const bool direct = w.scalar_type() == o.vectors() && dw.is_contiguous(kChannelsLast);
+  const at::Tensor sum =
+      direct ? dw : at::empty(w.sizes(), w.options().dtype(o.vectors()), kChannelsLast);
+  const int64_t parts = kernel.parts(o.shape), numel = w.numel();
+  if (parts == 1) {
+    args.dw = sum.mutable_data_ptr();
+    run_kernel(kernel, args);
+  } else {
+    Scratch memory;
+    const int64_t bytes = parts * numel * static_cast<int64_t>(sum.element_size());
+    args.dw = memory.at_least(std::max<int64_t>(bytes, 1));
+    run_kernel(kernel, args);
+    const auto add_parts = training_kernels_of(o.x).add_parts;
+    at::parallel_for(0, numel, 16 * 1024, [&](int64_t begin, int64_t end) {
+      add_parts(args.dw, parts, numel, begin, end, sum.mutable_data_ptr());
+    });
+  }
+  if (!direct) dw.copy_(sum);
+  return dw;
+}
+
+struct Result {
+  at::Tensor g_x, dw;
+};
+
+// What no kernel makes, by PyTorch's convolution.
+Result run_library(const Operands& o, bool need_input, bool need_weight) {
+  const at::Tensor dz = gradient_map(o);
+  const at::Tensor input =
+      need_weight && o.x_scale.defined() ? normalized(o.x, o.x_scale, o.x_shift) : o.x;
+  const ConvShape& s = o.shape;
+  const BelowAutograd guard;
+  const auto [g_x, dw, db] = at::convolution_backward(
+      dz, input, o.weight, at::OptionalIntArrayRef(), {s.stride_h, s.stride_w}, {s.pad_h, s.pad_w},
+      {s.dilation_h, s.dilation_w}, false, {0, 0}, s.groups, {need_input, need_weight, false});
+  Result result;
+  if (need_input) result.g_x = g_x.contiguous(kChannelsLast);
+  if (need_weight) {
+    result.dw = at::empty_like(o.weight);
+    result.dw = dw.strides() == result.dw.strides() ? dw : result.dw.copy_(dw);
+  }
+  return result;
+}
+
+FourTensors conv_backward_cpu(const at::Tensor& g, const OptionalTensor& z, const at::Tensor& a,
+                              const OptionalTensor& b, const OptionalTensor& c, const at::Tensor& x,
+                              const OptionalTensor& x_scale, const OptionalTensor& x_shift,
+                              const OptionalTensor& x_mean, const at::Tensor& weight,
+                              const OptionalTensor& add, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                              bool need_input, bool need_weight, bool sums, bool winograd) {
+  const char* op = "conv_backward";
+  Operands o;
+  o.x = map_operand(op, "x", x);
+  o.shape = training_shape(op, o.x, weight, stride, padding, dilation, groups);
+  const ConvShape& s = o.shape;
+  o.weight = weight;
+  const std::array<int64_t, 4> result{s.n, s.k, s.out_h(), s.out_w()};
+  o.g = map_operand(op, "g", g, result, o.x);
+  o.a = vector_operand(op, "a", a, s.k, o.x);
+  check_together(op, "z", z, "b", b);
+  check_together(op, "z", z, "c", c);
+  if (z) {
+    o.z = map_operand(op, "z", *z, result, o.x);
+    o.b = vector_operand(op, "b", *b, s.k, o.x);
+    o.c = vector_operand(op, "c", *c, s.k, o.x);
+  }
+  check_together(op, "x_scale", x_scale, "x_shift", x_shift);
+  if (x_scale) {
+    o.x_scale = vector_operand(op, "x_scale", *x_scale, s.c, o.x);
+    o.x_shift = vector_operand(op, "x_shift", *x_shift, s.c, o.x);
+  }
+  if (x_mean) o.x_mean = vector_operand(op, "x_mean", *x_mean, s.c, o.x);
+  TORCH_CHECK_VALUE(!sums || (x_scale && x_mean), op,
+                    ": x_scale, x_mean: expected tensors with sums=True, got None");
+  TORCH_CHECK_VALUE(!add || !x_scale, op, ": add: expected None with x_scale, got a tensor");
+  if (add) o.add = map_operand(op, "add", *add, o.x.sizes(), o.x);
+  sums = sums && need_input;
+
+  const BackwardPlan plan =
+      plan_backward(dtype_of(o.x.scalar_type()), s, need_input, need_weight, winograd);
+  const RowBlocks rows(rows_of(o.x), s.c);
+  const int64_t blocks = plan.one_pass ? plan.data->both_gradients.blocks(s)
+                         : plan.data   ? plan.data->data_gradient.blocks(s)
+                                       : rows.count();
+  PartialSums partial(sums ? blocks : 0, kGradientRows, s.c);
+
+  at::Tensor g_x = at::empty({0}, o.x.options()), dw = at::empty({0}, weight.options());
+  if (plan.data) {
+    const PackedWeight packed(s, weight, plan.data->packed_bytes, plan.data->pack_units,
+                              plan.data->pack_backward);
+    g_x = empty_map(o.x.sizes(), o.x.options());
+    TrainingBackward args = o.args();
+    args.weight = packed.data();
+    args.filter = packed.source();
+    args.g_x = g_x.mutable_data_ptr();
+    args.sums = sums ? partial.data() : nullptr;
+    if (plan.one_pass) {
+      dw = run_weight_gradient(o, plan.data->both_gradients, args);
+    } else {
+      run_kernel(plan.data->data_gradient, args);
+    }
+  }
+  if (plan.weight && !plan.one_pass) {
+    dw = run_weight_gradient(o, plan.weight->weight_gradient, o.args());
+  }
+  const bool library_input = need_input && !plan.data, library_weight = need_weight && !plan.weight;
+  if (library_input || library_weight) {
+    const Result rest = run_library(o, library_input, library_weight);
+    if (library_weight) dw = rest.dw;
+    if (library_input) {
+      g_x = rest.g_x;
+      finish_data_gradient(o, g_x, sums ? partial.data() : nullptr);
+    }
+  }
+  const at::Tensor none = at::empty({0}, o.vectors());
+  return {g_x, dw, sums ? partial.total(kSumG, o.vectors()) : none,
+          sums ? partial.total(kSumGXc, o.vectors()) : none};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) { m.impl("conv_backward", &conv_backward_cpu); }
+
+}  // namespace fr

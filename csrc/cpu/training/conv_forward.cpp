@@ -1,0 +1,88 @@
+// z = conv(p(x), weight) and the batch statistics of z.
+#include <torch/library.h>
+
+#include "../conv_bn_add_relu.h"
+#include "../result_cache.h"
+#include "conv_plan.h"
+#include "conv_run.h"
+#include "library_conv.h"
+#include "operands.h"
+#include "passes.h"
+
+namespace fr {
+namespace {
+
+using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+ThreeTensors with_statistics(const at::Tensor& z) {
+  const int64_t c = z.size(1);
+  const RowBlocks blocks(rows_of(z), c);
+  PartialSums partial(blocks.count(), kStatisticsRows, c);
+  const Statistics args{c, z.const_data_ptr(), partial.data()};
+  const auto kernel = training_kernels_of(z).statistics;
+  for_row_blocks(z, kStatisticsRows, [&](int64_t begin, int64_t end, int64_t block, void* near) {
+    kernel(args, begin, end, block, near);
+  });
+  const auto [mean, var] =
+      partial.statistics([&](int64_t i) { return blocks.size(i); }, accumulator(z.scalar_type()));
+  return {z, mean, var};
+}
+
+ThreeTensors without_statistics(const at::Tensor& z) {
+  const at::Tensor none = at::empty({0}, accumulator(z.scalar_type()));
+  return {z, none, none};
+}
+
+ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const at::Tensor& x,
+                       const at::Tensor& weight, bool statistics) {
+  const ConvShape& s = args.shape;
+  const PackedWeight packed(s, weight, conv.packed_bytes, conv.pack_units, conv.pack_forward);
+  const at::Tensor z = empty_map({s.n, s.k, s.out_h(), s.out_w()}, x.options());
+  args.weight = packed.data();
+  args.filter = packed.source();
+  args.z = z.mutable_data_ptr();
+  PartialSums partial(statistics ? conv.forward.blocks(s) : 0, kStatisticsRows, s.k);
+  if (statistics) args.sums = partial.data();
+  run_kernel(conv.forward, args);
+  if (!statistics) return without_statistics(z);
+  const auto [mean, var] = partial.statistics([&](int64_t i) { return conv.forward.pixels(s, i); },
+                                              accumulator(x.scalar_type()));
+  return {z, mean, var};
+}
+
+ThreeTensors conv_forward_cpu(const at::Tensor& x, const OptionalTensor& x_scale,
+                              const OptionalTensor& x_shift, const at::Tensor& weight,
+                              at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation, int64_t groups, bool statistics,
+                              bool winograd) {
+  const char* op = "conv_forward";
+  const at::Tensor map = map_operand(op, "x", x);
+  const ConvShape s = training_shape(op, map, weight, stride, padding, dilation, groups);
+  check_together(op, "x_scale", x_scale, "x_shift", x_shift);
+  at::Tensor scale, shift;
+  if (x_scale) {
+    scale = vector_operand(op, "x_scale", *x_scale, s.c, map);
+    shift = vector_operand(op, "x_shift", *x_shift, s.c, map);
+  }
+  if (const TrainingConv* conv = plan_forward(dtype_of(map.scalar_type()), s, winograd)) {
+    TrainingForward args{};
+    args.shape = s;
+    args.x = map.const_data_ptr();
+    args.x_scale = data_or_null(scale);
+    args.x_shift = data_or_null(shift);
+    return by_kernel(*conv, args, map, weight, statistics);
+  }
+  const at::Tensor input = scale.defined() ? normalized(map, scale, shift) : map;
+  at::Tensor z;
+  {
+    const BelowAutograd guard;
+    z = at::conv2d(input, weight, {}, stride, padding, dilation, groups).contiguous(kChannelsLast);
+  }
+  return statistics ? with_statistics(z) : without_statistics(z);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) { m.impl("conv_forward", &conv_forward_cpu); }
+
+}  // namespace fr

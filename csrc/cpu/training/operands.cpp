@@ -1,0 +1,80 @@
+#include "operands.h"
+
+#include "../conv_bn_add_relu.h"
+
+namespace fr {
+namespace {
+
+// Of a size, and of a stride, padding or dilation: below it nothing that is computed from them
+// overflows.
+constexpr int64_t kMostSize = int64_t{1} << 31;
+
+void check_sizes(const char* op, const char* name, at::IntArrayRef sizes) {
+  for (const int64_t size : sizes) {
+    TORCH_CHECK_VALUE(size < kMostSize, op, ": ", name, ": expected sizes below 2^31, got ", sizes);
+  }
+}
+
+}  // namespace
+
+void check_storage(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name,
+                    ": expected a dense tensor, got layout ", t.layout());
+  if (t.numel() == 0) return;
+  int64_t last = t.storage_offset();
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const size_t bytes = static_cast<size_t>(last + 1) * t.itemsize();
+  TORCH_CHECK_VALUE(bytes <= t.storage().nbytes(), op, ": ", name, ": expected a storage of ",
+                    bytes, " bytes for sizes ", t.sizes(), " and strides ", t.strides(), ", got ",
+                    t.storage().nbytes());
+}
+
+at::Tensor map_operand(const char* op, const char* name, const at::Tensor& t) {
+  check_map(op, name, t);
+  check_sizes(op, name, t.sizes());
+  TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, ": expected device cpu, got ", t.device());
+  check_storage(op, name, t);
+  return t.contiguous(kChannelsLast);
+}
+
+at::Tensor map_operand(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
+                       const at::Tensor& like) {
+  check_same(op, name, t, shape, like);
+  check_storage(op, name, t);
+  return t.contiguous(kChannelsLast);
+}
+
+at::Tensor vector_operand(const char* op, const char* name, const at::Tensor& t, int64_t channels,
+                          const at::Tensor& map) {
+  check_vector(op, name, t, channels, map);
+  const at::ScalarType type = accumulator(map.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type,
+                   " for maps of ", map.scalar_type(), ", got ", t.scalar_type());
+  check_storage(op, name, t);
+  return t.contiguous();
+}
+
+void check_together(const char* op, const char* first, const OptionalTensor& a, const char* second,
+                    const OptionalTensor& b) {
+  TORCH_CHECK_VALUE(a.has_value() == b.has_value(), op, ": ", first, ", ", second,
+                    ": expected both or neither, got ", a ? first : second, " alone");
+}
+
+ConvShape training_shape(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                         int64_t groups) {
+  check_sizes(op, "stride", stride);
+  check_sizes(op, "padding", padding);
+  check_sizes(op, "dilation", dilation);
+  check_sizes(op, "weight", weight.sizes());
+  const ConvShape s = conv_shape(op, x, weight.sizes(), stride, padding, dilation, groups);
+  check_same(op, "weight", weight, weight.sizes(), x);
+  check_storage(op, "weight", weight);
+  const double pixels = static_cast<double>(s.out_h()) * static_cast<double>(s.out_w());
+  TORCH_CHECK_VALUE(pixels * static_cast<double>(s.n) * static_cast<double>(s.k) < 0x1p47, op,
+                    ": padding: expected a result of less than 2^47 elements, got ", s.n, " x ",
+                    s.k, " x ", s.out_h(), " x ", s.out_w());
+  return s;
+}
+
+}  // namespace fr

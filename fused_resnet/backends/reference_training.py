@@ -1,0 +1,389 @@
+r"""The training primitives in plain PyTorch: what each of them means, exact in float64.
+
+A training step of a residual block is made of four maps between feature maps (``conv_forward``,
+``block_end``, ``block_end_backward``, ``conv_backward``), their two counterparts for the stem, and
+three small functions of per-channel vectors. Every backend implements these formulas; the tests
+compare with this file. Signatures equal the operators' schemas (``csrc/schemas.h``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_AXES = (0, 2, 3)
+
+
+def _per_channel(v: Tensor) -> Tensor:
+    return v.view(-1, 1, 1)
+
+
+def _prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``relu(x * scale + shift)``; ``x`` itself without a scale."""
+    if scale is None or shift is None:
+        return x
+    return F.relu(x * _per_channel(scale) + _per_channel(shift))
+
+
+def conv_forward(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    statistics: bool,
+    winograd: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""A convolution of a map that is normalised while it is read, and its batch statistics.
+
+    .. math:: z = w * p(x), \quad p(x) = \max(0,\; x \cdot \mathrm{scale} + \mathrm{shift})
+
+    Args:
+        x: ``(N, C, H, W)``.
+        x_scale: ``(C,)``; None means :math:`p(x) = x`.
+        x_shift: ``(C,)``, there when ``x_scale`` is.
+        weight: :math:`w`, ``(K, C / groups, kh, kw)``.
+        stride: Step of the convolution, ``(height, width)``.
+        padding: Zeros on each side of :math:`p(x)`, ``(height, width)``.
+        dilation: Distance between taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+        statistics: Whether mean and variance are wanted.
+        winograd: Not used: which algorithm computes the sums is a backend's choice.
+
+    Returns:
+        :math:`z`, ``(N, K, OH, OW)``; its mean and its biased variance, ``(K,)``, empty when they
+        are not wanted.
+    """
+    p = _prologue(x, x_scale, x_shift)
+    z = F.conv2d(p, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+    if not statistics:
+        return z, z.new_empty(0), z.new_empty(0)
+    mean = z.mean(_AXES)
+    return z, mean, (z - _per_channel(mean)).square().mean(_AXES)
+
+
+def block_end(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    shortcut: Tensor | None,
+    shortcut_scale: Tensor | None,
+    shortcut_shift: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    r"""The last batch norm of a block, the shortcut and ReLU.
+
+    .. math:: y = \max(0,\; z \cdot \mathrm{scale} + \mathrm{shift} + s)
+
+    Args:
+        z: ``(N, K, H, W)``, the result of the last convolution.
+        scale: ``(K,)``, of its batch norm.
+        shift: ``(K,)``, of its batch norm.
+        shortcut: Shape of ``z``; None means :math:`s = 0`.
+        shortcut_scale: ``(K,)``: then :math:`s` is the shortcut times this plus its shift, the
+            batch norm of a projection; None means the shortcut as it is.
+        shortcut_shift: ``(K,)``, there when ``shortcut_scale`` is.
+        relu: False leaves the maximum out.
+
+    Returns:
+        :math:`y`, shape of ``z``.
+    """
+    y = z * _per_channel(scale) + _per_channel(shift)
+    if shortcut is not None:
+        if shortcut_scale is not None and shortcut_shift is not None:
+            shortcut = shortcut * _per_channel(shortcut_scale) + _per_channel(shortcut_shift)
+        y = y + shortcut
+    return F.relu(y) if relu else y
+
+
+def block_end_backward(
+    dy: Tensor,
+    y: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    shortcut: Tensor | None,
+    shortcut_mean: Tensor | None,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""The gradient behind the block's ReLU and the sums that the batch norms' gradients need.
+
+    .. math:: g = dy \cdot [y > 0], \quad \sum g, \quad \sum g\,(z - \mu), \quad
+        \sum g\,(s - \mu_s)
+
+    Args:
+        dy: Gradient of ``y``, ``(N, K, H, W)``.
+        y: The block's result; None where it has no ReLU, and then :math:`g` is ``dy``.
+        z: Result of the last convolution, shape of ``dy``.
+        mean: :math:`\mu`, ``(K,)``, of ``z``.
+        shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no such sum.
+        shortcut_mean: :math:`\mu_s`, ``(K,)``, there when ``shortcut`` is.
+        sums: Whether the sums are wanted.
+
+    Returns:
+        :math:`g` (empty without ``y``) and the three sums over ``(N, H, W)``, ``(K,)`` each, empty
+        when they are not wanted.
+    """
+    g = dy if y is None else dy.masked_fill(y <= 0, 0)
+    none = mean.new_empty(0)
+    totals = [none, none, none]
+    if sums:
+        totals[0] = g.sum(_AXES)
+        totals[1] = (g * (z - _per_channel(mean))).sum(_AXES)
+        if shortcut is not None and shortcut_mean is not None:
+            totals[2] = (g * (shortcut - _per_channel(shortcut_mean))).sum(_AXES)
+    return (dy.new_empty(0) if y is None else g, *totals)  # type: ignore[return-value]
+
+
+def conv_backward(
+    g: Tensor,
+    z: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    x_mean: Tensor | None,
+    weight: Tensor,
+    add: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    need_input: bool,
+    need_weight: bool,
+    sums: bool,
+    winograd: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Both gradients of :func:`conv_forward`, with the batch norm behind it and the ReLU before.
+
+    .. math:: dz = a \cdot g + b \cdot z + c, \quad
+        dw = \partial \langle dz,\, w * p(x) \rangle / \partial w, \quad
+        g_x = \partial \langle dz,\, w * p(x) \rangle / \partial p(x) \cdot
+        [x \cdot \mathrm{scale} + \mathrm{shift} > 0]
+
+    Args:
+        g: Gradient behind the batch norm of this convolution, ``(N, K, OH, OW)``.
+        z: Result of the convolution; None for a batch norm whose statistics do not depend on it:
+            then :math:`dz = a \cdot g`.
+        a: ``(K,)``, from :func:`bn_backward_coefficients`.
+        b: ``(K,)``, there when ``z`` is.
+        c: ``(K,)``, there when ``z`` is.
+        x: Input of the convolution, ``(N, C, H, W)``.
+        x_scale: ``(C,)``, of :math:`p`; None means :math:`p(x) = x`, and no mask.
+        x_shift: ``(C,)``, there when ``x_scale`` is.
+        x_mean: ``(C,)``, mean of ``x``, for the sums.
+        weight: :math:`w`, ``(K, C / groups, kh, kw)``.
+        add: Shape of ``x``, added to :math:`g_x`: the gradient of the shortcut. Only without
+            ``x_scale``.
+        stride: Step of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+        need_input: Whether :math:`g_x` is wanted.
+        need_weight: Whether :math:`dw` is wanted.
+        sums: Whether the sums are wanted; only with ``x_scale``.
+        winograd: Not used: which algorithm computes the sums is a backend's choice.
+
+    Returns:
+        :math:`g_x`, :math:`dw` in the strides of ``weight``, :math:`\sum g_x` and
+        :math:`\sum g_x (x - \mu_x)`, ``(C,)``; empty what is not wanted.
+    """
+    dz = g * _per_channel(a)
+    if z is not None and b is not None and c is not None:
+        dz = dz + z * _per_channel(b) + _per_channel(c)
+    with torch.enable_grad():
+        p = _prologue(x, x_scale, x_shift).detach().requires_grad_()
+        w = weight.detach().requires_grad_()
+        out = F.conv2d(p, w, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+        g_x, dw = torch.autograd.grad(out, (p, w), dz)
+    if x_scale is not None and x_shift is not None:
+        v = x * _per_channel(x_scale) + _per_channel(x_shift)
+        g_x = g_x.masked_fill(v <= 0, 0)
+    if add is not None:
+        g_x = g_x + add
+    none = a.new_empty(0)
+    sum_g = sum_g_xc = none
+    if sums and need_input and x_mean is not None:
+        sum_g = g_x.sum(_AXES)
+        sum_g_xc = (g_x * (x - _per_channel(x_mean))).sum(_AXES)
+    strided = torch.empty_like(weight).copy_(dw)
+    return (
+        g_x if need_input else x.new_empty(0),
+        strided if need_weight else weight.new_empty(0),
+        sum_g,
+        sum_g_xc,
+    )
+
+
+def bn_coefficients(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    r"""A batch norm of known statistics as one multiply-add.
+
+    .. math:: \mathrm{scale} = \gamma / \sqrt{\sigma^2 + \epsilon}, \quad
+        \mathrm{shift} = \beta - \mu \cdot \mathrm{scale}
+
+    Args:
+        mean: :math:`\mu`, ``(K,)``.
+        var: :math:`\sigma^2`, ``(K,)``, biased.
+        weight: :math:`\gamma`, ``(K,)``; None means 1.
+        bias: :math:`\beta`, ``(K,)``; None means 0.
+        eps: :math:`\epsilon`.
+
+    Returns:
+        Scale and shift, ``(K,)`` each, dtype of ``mean``; the arithmetic is float64.
+    """
+    scale = (var.double() + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    shift = -mean.double() * scale
+    if bias is not None:
+        shift = shift + bias.double()
+    return scale.to(mean.dtype), shift.to(mean.dtype)
+
+
+def bn_update_running(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    """Move the running statistics, with the unbiased variance; an empty batch leaves them.
+
+    ``running = (1 - momentum) * running + momentum * batch``
+
+    Args:
+        mean: ``(K,)``, of the batch.
+        var: ``(K,)``, of the batch, biased.
+        running_mean: ``(K,)``, written to.
+        running_var: ``(K,)``, written to.
+        momentum: Weight of the batch.
+        count: Values per channel.
+    """
+    if count == 0:
+        return
+    running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+
+
+def bn_backward_coefficients(
+    sum_g: Tensor,
+    sum_g_xc: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""The gradient of a batch norm of batch statistics as one affine function.
+
+    .. math:: dz = a g + b z + c, \quad a = \gamma / \sigma, \quad
+        b = -a \textstyle\sum g (z - \mu) / (m \sigma^2), \quad
+        c = -a \textstyle\sum g / m - b \mu, \quad \sigma = \sqrt{\mathrm{var} + \epsilon}
+
+    Args:
+        sum_g: :math:`\sum g`, ``(K,)``.
+        sum_g_xc: :math:`\sum g (z - \mu)`, ``(K,)``.
+        mean: :math:`\mu`, ``(K,)``.
+        var: ``(K,)``, biased.
+        weight: :math:`\gamma`, ``(K,)``; None means 1.
+        eps: :math:`\epsilon`.
+        count: :math:`m`, values per channel.
+
+    Returns:
+        :math:`a`, :math:`b`, :math:`c`, and the gradients of weight and bias, ``(K,)`` each, dtype
+        of ``mean``; the arithmetic is float64.
+    """
+    g, g_xc, center = sum_g.double(), sum_g_xc.double(), mean.double()
+    invstd = (var.double() + eps).rsqrt()
+    a = invstd if weight is None else invstd * weight.double()
+    b = -a * invstd.square() * g_xc / max(count, 1)
+    c = -a * g / max(count, 1) - b * center
+    dtype = mean.dtype
+    return a.to(dtype), b.to(dtype), c.to(dtype), (g_xc * invstd).to(dtype), g.to(dtype)
+
+
+def stem_end(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    r"""Batch norm, ReLU and max-pool behind the stem's convolution.
+
+    .. math:: y = \mathrm{maxpool}(\max(0,\; z \cdot \mathrm{scale} + \mathrm{shift}))
+
+    Args:
+        z: ``(N, K, H, W)``.
+        scale: ``(K,)``.
+        shift: ``(K,)``.
+        kernel: Window of the pool, ``(height, width)``, at most 255 places.
+        stride: Step of the pool, ``(height, width)``.
+        padding: Border of the pool, ``(height, width)``.
+
+    Returns:
+        :math:`y`, ``(N, K, PH, PW)``, and as ``uint8`` the place of the first largest value in its
+        window, row by row.
+    """
+    v = F.relu(z * _per_channel(scale) + _per_channel(shift))
+    y, flat = F.max_pool2d(v, tuple(kernel), tuple(stride), tuple(padding), return_indices=True)
+    row, column = flat // z.shape[3], flat % z.shape[3]
+    top = torch.arange(y.shape[2], device=z.device).view(-1, 1) * stride[0] - padding[0]
+    left = torch.arange(y.shape[3], device=z.device) * stride[1] - padding[1]
+    return y, ((row - top) * kernel[1] + column - left).to(torch.uint8)
+
+
+def stem_end_backward(
+    dy: Tensor,
+    index: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The gradient of :func:`stem_end` behind its batch norm, and that batch norm's sums.
+
+    Args:
+        dy: Gradient of the result, ``(N, K, PH, PW)``.
+        index: ``uint8``, shape of ``dy``, from :func:`stem_end`.
+        z: ``(N, K, H, W)``.
+        scale: ``(K,)``.
+        shift: ``(K,)``.
+        mean: :math:`\mu`, ``(K,)``, of ``z``.
+        kernel: Window of the pool, ``(height, width)``.
+        stride: Step of the pool, ``(height, width)``.
+        padding: Border of the pool, ``(height, width)``.
+        sums: Whether the sums are wanted.
+
+    Returns:
+        :math:`g`, shape of ``z``; :math:`\sum g` and :math:`\sum g (z - \mu)`, ``(K,)`` each, empty
+        when they are not wanted.
+    """
+    n, k, height, width = z.shape
+    top = torch.arange(dy.shape[2], device=z.device).view(-1, 1) * stride[0] - padding[0]
+    left = torch.arange(dy.shape[3], device=z.device) * stride[1] - padding[1]
+    place = index.long()
+    flat = (place // kernel[1] + top) * width + place % kernel[1] + left
+    g = dy.new_zeros(n, k, height * width)
+    g = g.scatter_add(2, flat.flatten(2), dy.flatten(2)).view(n, k, height, width)
+    v = z * _per_channel(scale) + _per_channel(shift)
+    g = g.masked_fill(v <= 0, 0)
+    none = mean.new_empty(0)
+    if not sums:
+        return g, none, none
+    return g, g.sum(_AXES), (g * (z - _per_channel(mean))).sum(_AXES)

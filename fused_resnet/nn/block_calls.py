@@ -1,0 +1,186 @@
+"""Running a residual block as one training unit: forward and backward of the block in one node.
+
+Which blocks can is decided in :mod:`.groups` by the modules; here by the tensors of a call. As in
+:mod:`.group_calls` the live modules are read at every call and nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.availability import resolve_backend
+from ..ops.checks import DTYPES
+from ..ops.training_spec import Layer, LayerTensors, Unit
+from ..ops.training_unit import UNIT_BACKENDS, is_transformed, training_unit
+from .groups import decide_residual_block
+from .module_kinds import PackedConv, eps_of, is_observed, padding_of
+
+
+def run_residual_block(
+    owner: nn.Module,
+    x: Tensor,
+    convs: Sequence[Any],
+    norms: Sequence[Any],
+    acts: Sequence[nn.Module | None],
+    others: Sequence[nn.Module] = (),
+    shortcut: str = "identity",
+    zeros: tuple[int, int] = (0, 1),
+) -> Tensor | None:
+    """A block's result, if the block runs as one training unit.
+
+    Args:
+        owner: The block; has the settings of :func:`fused_resnet.fuse`.
+        x: Its input.
+        convs: Its own convolutions in order, and then the shortcut's, if that is a projection.
+        norms: The normalisation behind each convolution.
+        acts: The activation behind each of its own convolutions; None where it is inside the
+            normalisation.
+        others: Further modules that the block calls.
+        shortcut: One of :data:`fused_resnet.ops.training_spec.SHORTCUTS`; a block with one
+            convolution more than activations has a projection whatever is said here.
+        zeros: Of the shortcut ``"zeros"``: channels on each side, and the stride.
+
+    Returns:
+        None where no gradient and no batch statistics are wanted, or the block's groups must run
+        one by one.
+    """
+    if is_observed(x) or not isinstance(x, Tensor) or isinstance(convs[0], PackedConv):
+        return None
+    if not (any(map(uses_batch_statistics, norms)) or _wants_grad(x, convs, norms)):
+        return None
+    if not decide_residual_block(convs, norms, acts, others).operation:
+        return None
+    if len(convs) > len(acts):
+        shortcut = "projection"
+    backend = _backend(x)
+    if not backend or not _fits(x, convs, norms, len(acts), shortcut, zeros):
+        return None
+    layers, tensors = [], []
+    for conv, norm in zip(convs, norms, strict=True):
+        layers.append(_layer(conv, norm))
+        tensors.append(_tensors(conv, norm))
+    unit = Unit(
+        tuple(layers),
+        shortcut,
+        zeros,
+        recompute=getattr(owner, "fused_resnet_recompute", False),
+        winograd=getattr(owner, "fused_resnet_winograd", True),
+        backend=backend,
+    )
+    return training_unit(unit, x, None, tensors)
+
+
+def uses_batch_statistics(norm: Any) -> bool:
+    """Whether the next call of a normalisation takes the statistics of its batch.
+
+    Args:
+        norm: A batch norm, frozen or not.
+    """
+    if not isinstance(norm, nn.BatchNorm2d):  # a FrozenBatchNorm2d has no mode
+        return False
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _wants_grad(x: Tensor, convs: Sequence[Any], norms: Sequence[Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or any(conv.weight.requires_grad for conv in convs):
+        return True
+    affine = (p for norm in norms for p in (norm.weight, norm.bias))
+    return any(p is not None and p.requires_grad for p in affine)
+
+
+def _backend(x: Tensor) -> str:
+    """The backend of a unit; empty where the block's groups run one by one."""
+    if not torch.compiler.is_compiling() and is_transformed():
+        return ""
+    backend = resolve_backend("training_unit", x)
+    return backend if backend in UNIT_BACKENDS else ""
+
+
+def _fits(
+    x: Tensor,
+    convs: Sequence[Any],
+    norms: Sequence[Any],
+    length: int,
+    shortcut: str,
+    zeros: tuple[int, int],
+) -> bool:
+    """Whether the tensors of a call are what a unit takes: it neither casts nor broadcasts.
+
+    Where they are not, PyTorch's operators cast, broadcast or say what is wrong.
+    """
+    if x.dim() != 4 or x.dtype not in DTYPES or type(x) not in (Tensor, nn.Parameter):
+        return False
+    device = x.device
+    cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if cast and x.dtype is not torch.float64:
+        if x.dtype is not torch.get_autocast_dtype(device.type):
+            return False
+    elif any(conv.weight.dtype is not x.dtype for conv in convs):
+        return False
+    for conv, norm in zip(convs, norms, strict=True):
+        if conv.weight.device != device or type(conv.weight) not in (Tensor, nn.Parameter):
+            return False
+        for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            if vector is not None and vector.dtype not in (x.dtype, _vectors(x)):
+                return False
+    size = _size_behind(convs[:length], x)
+    if shortcut == "projection":
+        side = _size_behind(convs[length:], x)
+    elif shortcut == "zeros":
+        pixels = [(n - 1) // zeros[1] + 1 for n in x.shape[2:]]
+        side = [x.shape[1] + 2 * zeros[0], *pixels]
+    else:
+        side = list(x.shape[1:])
+    return size is not None and (shortcut == "none" or size == side)
+
+
+def _vectors(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _size_behind(convs: Sequence[Any], x: Tensor) -> list[int] | None:
+    """``[K, H, W]`` behind a chain of convolutions; None where one does not take its input."""
+    channels, *size = x.shape[1:]
+    for conv in convs:
+        if conv.weight.shape[1] * conv.groups != channels:
+            return None
+        padding = padding_of(conv)
+        assert padding is not None
+        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)]
+        size = [
+            (n + 2 * p - r - 1) // s + 1
+            for n, p, r, s in zip(size, padding, reach, conv.stride, strict=True)
+        ]
+        if size[0] < 1 or size[1] < 1:
+            return None
+        channels = conv.weight.shape[0]
+    return [channels, *size]
+
+
+def _layer(conv: Any, norm: Any) -> Layer:
+    padding = padding_of(conv)
+    assert padding is not None
+    batch = uses_batch_statistics(norm)
+    momentum = norm.momentum if batch else None
+    return Layer(conv.stride, padding, conv.dilation, conv.groups, eps_of(norm), momentum, batch)
+
+
+def _tensors(conv: Any, norm: Any) -> LayerTensors:
+    """The tensors of a call, as ``nn.BatchNorm2d`` chooses and counts them.
+
+    Source:
+        ``torch.nn.modules.batchnorm._BatchNorm.forward``.
+    """
+    mean, var, batches = norm.running_mean, norm.running_var, None
+    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+        if norm.track_running_stats:
+            batches = norm.num_batches_tracked
+        else:
+            mean = var = None
+    return LayerTensors(conv.weight, norm.weight, norm.bias, mean, var, batches)

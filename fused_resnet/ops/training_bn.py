@@ -1,0 +1,110 @@
+"""``bn_add_relu`` in training as one node of autograd, which moves the running statistics.
+
+They are moved before anything is saved for backward: activation checkpointing computes a forward
+again up to its last saved tensor and no further, and must repeat the move as it repeats PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from .autograd import bn_backward
+from .registry import OPERATORS
+from .training_unit import UNIT_BACKENDS, update_running
+
+
+def training_bn_add_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    """``relu(bn(x) [+ residual])`` by the statistics of the batch.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        weight: ``(C,)``; None means 1.
+        bias: ``(C,)``; None means 0.
+        running_mean: ``(C,)``, moved; None for none.
+        running_var: ``(C,)``, moved; there when ``running_mean`` is.
+        residual: Shape and dtype of ``x``; None for none.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+        relu: Whether ReLU is applied.
+        backend: Whose operators compute it.
+    """
+    arguments = (
+        x, weight, bias, running_mean, running_var, residual, momentum, eps, relu, backend,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.fused_resnet.training_bn_add_relu(*arguments)
+    return _operator(*arguments)
+
+
+# The operator is what compilers see of it; they trace through.
+_library = Library("fused_resnet", "FRAGMENT")
+_library.define(
+    "training_bn_add_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+    "Tensor? running_var, Tensor? residual, float momentum, float eps, bool relu, str backend) "
+    "-> Tensor"
+)
+
+
+def _operator(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    *settings: Any,
+) -> Tensor:
+    running = (running_mean, running_var)
+    return _TrainingBNAddReLU.apply(x, weight, bias, residual, running, *settings)
+
+
+_library.impl("training_bn_add_relu", _operator, "CompositeImplicitAutograd")
+
+
+class _TrainingBNAddReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        momentum: float,
+        eps: float,
+        relu: bool,
+        backend: str,
+    ) -> Tensor:
+        y, mean, var = OPERATORS[backend].bn_add_relu(
+            x, weight, bias, None, None, residual, True, eps, relu
+        )
+        running_mean, running_var = running
+        if running_mean is not None and running_var is not None:
+            mover = backend if backend in UNIT_BACKENDS else "library"
+            count = x.shape[0] * x.shape[2] * x.shape[3]
+            update_running(mover, mean, var, running_mean, running_var, momentum, count)
+        ctx.save_for_backward(x, y if relu else None, weight, mean, var)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.has_residual = residual is not None
+        ctx.training, ctx.eps, ctx.relu, ctx.backend = True, eps, relu, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradients = bn_backward(OPERATORS[ctx.backend], ctx, grad, ctx.needs_input_grad[3])
+        return (*gradients, None, None, None, None, None)

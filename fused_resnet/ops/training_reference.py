@@ -1,0 +1,92 @@
+"""A training unit by the operators that an unfused model calls.
+
+It is the truth for the units' tests, and what runs where a unit of its own formulas cannot: under
+``torch.func`` transforms, forward-mode AD, ``torch.export`` and ``torch.jit.trace``, for an empty
+batch, and for second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .training_spec import Layer, LayerTensors, Unit
+
+
+def run_reference(
+    unit: Unit, x: Tensor, shortcut: Tensor | None, tensors: Sequence[LayerTensors]
+) -> Tensor:
+    """A unit's result; counters and running statistics are moved.
+
+    Args:
+        unit: The settings.
+        x: ``(N, C, H, W)``.
+        shortcut: The map that is added where the unit's shortcut is ``"map"``; else None.
+        tensors: One for each layer.
+    """
+    y = before_relu(unit, x, shortcut, tensors, update=True)
+    if unit.relu:
+        y = F.relu(y)
+    return y if unit.pool is None else F.max_pool2d(y, *unit.pool)
+
+
+def before_relu(
+    unit: Unit,
+    x: Tensor,
+    shortcut: Tensor | None,
+    tensors: Sequence[LayerTensors],
+    *,
+    update: bool,
+) -> Tensor:
+    """A unit up to its last ReLU, which is not applied.
+
+    Args:
+        unit: The settings.
+        x: ``(N, C, H, W)``.
+        shortcut: The map that is added where the unit's shortcut is ``"map"``; None adds nothing.
+        tensors: One for each layer.
+        update: Whether counters and running statistics are moved.
+    """
+    y = x
+    for i in range(unit.length):
+        y = _layer(unit.layers[i], F.relu(y) if i else y, tensors[i], update)
+    if unit.shortcut == "identity":
+        shortcut = x
+    elif unit.shortcut == "zeros":
+        shortcut = pad_with_zeros(x, *unit.zeros)
+    elif unit.shortcut == "projection":
+        shortcut = _layer(unit.layers[-1], x, tensors[-1], update)
+    return y if shortcut is None else y + shortcut
+
+
+def pad_with_zeros(x: Tensor, channels: int, stride: int) -> Tensor:
+    """Every ``stride``-th pixel, with channels of zeros on both sides: CIFAR's option A.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        channels: Of zeros, on each side.
+        stride: Step in both directions.
+    """
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, channels, channels))
+
+
+def _layer(layer: Layer, x: Tensor, t: LayerTensors, update: bool) -> Tensor:
+    z = F.conv2d(x, t.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    mean, var, momentum = t.running_mean, t.running_var, 0.0
+    if layer.batch:
+        if not update:
+            mean = var = None
+        else:
+            momentum = count_batch(layer, t)
+    return F.batch_norm(z, mean, var, t.bn_weight, t.bn_bias, layer.batch, momentum, layer.eps)
+
+
+def count_batch(layer: Layer, t: LayerTensors) -> float:
+    """Count a batch, and return its weight in the running statistics."""
+    if t.batches is not None:
+        t.batches.add_(1)
+        if layer.momentum is None:
+            return 1.0 / float(t.batches)
+    return 0.0 if layer.momentum is None else layer.momentum

@@ -1,0 +1,146 @@
+"""What a training unit computes: its settings and its tensors, and both as a flat list.
+
+A *training unit* is the piece of a network that is one node for autograd: a residual block, the
+stem with its pool, or a convolution with its batch norm. It is described by a :class:`Unit`, which
+has no tensors, and a :class:`LayerTensors` for each convolution. ``torch.compile`` calls units
+through an operator, whose arguments are lists of numbers and of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .checks import Pair
+
+
+class Layer(NamedTuple):
+    """The settings of a convolution without a bias and of the batch norm behind it.
+
+    Attributes:
+        stride: Step of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics; None averages all batches.
+        batch: Whether the statistics are those of the batch; else they are the running ones.
+    """
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    eps: float
+    momentum: float | None
+    batch: bool
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of a convolution and its batch norm.
+
+    Attributes:
+        weight: Of the convolution, ``(K, C / groups, kh, kw)``.
+        bn_weight: ``(K,)``; None means 1.
+        bn_bias: ``(K,)``; None means 0.
+        running_mean: ``(K,)``, moved where the statistics are the batch's; None for none.
+        running_var: ``(K,)``, there when ``running_mean`` is.
+        batches: The number of batches that the running statistics have seen, counted up with them;
+            None for no such counter.
+    """
+
+    weight: Tensor
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+
+
+#: Of a shortcut: there is none; the input; the input with a stride and with channels of zeros on
+#: both sides; the input through a convolution and a batch norm; a map that the caller passes.
+SHORTCUTS = ("none", "identity", "zeros", "projection", "map")
+
+
+class Unit(NamedTuple):
+    """A chain of convolutions, a shortcut that is added at its end, and ReLU.
+
+    Attributes:
+        layers: The chain, with ReLU between two layers; behind it the projection's layer, if the
+            shortcut is one.
+        shortcut: One of :data:`SHORTCUTS`.
+        zeros: Of the shortcut ``"zeros"``: channels of zeros on each side, and the stride.
+        relu: Whether ReLU is behind the addition.
+        pool: Kernel, stride and padding of the max-pool at the end; None for none. Only without a
+            shortcut and with ReLU.
+        recompute: Whether a bottleneck's last convolution is computed again in backward, so that
+            its result need not be kept.
+        winograd: Whether Winograd's algorithm may run.
+        backend: Whose primitives compute it, ``"cpu"`` or ``"library"``.
+    """
+
+    layers: tuple[Layer, ...]
+    shortcut: str = "none"
+    zeros: Pair = (0, 1)
+    relu: bool = True
+    pool: tuple[Pair, Pair, Pair] | None = None
+    recompute: bool = False
+    winograd: bool = True
+    backend: str = "cpu"
+
+    @property
+    def length(self) -> int:
+        """Number of layers in the chain."""
+        return len(self.layers) - (self.shortcut == "projection")
+
+
+#: Integers of a layer in the flat list, behind the unit's own.
+_OF_LAYER = 8
+_OF_UNIT = 5
+
+
+def flatten(unit: Unit) -> tuple[list[int], list[float]]:
+    """The integers and the numbers of a unit, its backend excepted."""
+    integers = [SHORTCUTS.index(unit.shortcut), *unit.zeros, int(unit.relu)]
+    integers.append(int(unit.recompute) + 2 * int(unit.winograd) + 4 * (unit.pool is not None))
+    for kernel, stride, padding in [] if unit.pool is None else [unit.pool]:
+        integers += [*kernel, *stride, *padding]
+    numbers: list[float] = []
+    for layer in unit.layers:
+        integers += [*layer.stride, *layer.padding, *layer.dilation, layer.groups, int(layer.batch)]
+        numbers += [layer.eps, -1.0 if layer.momentum is None else layer.momentum]
+    return integers, numbers
+
+
+def unflatten(integers: Sequence[int], numbers: Sequence[float], backend: str) -> Unit:
+    """The unit of a flat list.
+
+    Args:
+        integers: From :func:`flatten`.
+        numbers: From :func:`flatten`.
+        backend: The unit's backend.
+    """
+    shortcut, channels, step, relu, flags = integers[:_OF_UNIT]
+    rest = list(integers[_OF_UNIT:])
+    pool = None
+    if flags & 4:
+        pool = ((rest[0], rest[1]), (rest[2], rest[3]), (rest[4], rest[5]))
+        rest = rest[6:]
+    layers = []
+    for i in range(len(numbers) // 2):
+        s0, s1, p0, p1, d0, d1, groups, batch = rest[_OF_LAYER * i : _OF_LAYER * (i + 1)]
+        eps, momentum = numbers[2 * i : 2 * i + 2]
+        average = None if momentum < 0 else momentum
+        layers.append(Layer((s0, s1), (p0, p1), (d0, d1), groups, eps, average, bool(batch)))
+    return Unit(
+        tuple(layers),
+        SHORTCUTS[shortcut],
+        (channels, step),
+        bool(relu),
+        pool,
+        bool(flags & 1),
+        bool(flags & 2),
+        backend,
+    )

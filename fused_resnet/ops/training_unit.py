@@ -1,0 +1,424 @@
+"""A training unit as one node of autograd: forward and backward from the training primitives.
+
+Inside a unit the normalised maps are never stored: each convolution applies the batch norm and the
+ReLU before it while it reads. Kept for backward are the convolutions' results, the unit's input
+and its result. Running statistics are moved in the forward, before anything is saved, so that
+activation checkpointing repeats them as it repeats PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+from torch.library import Library
+
+from .fakes import accumulator
+from .registry import primitives_of
+from .training_reference import before_relu, pad_with_zeros, run_reference
+from .training_spec import LayerTensors, Unit, flatten, unflatten
+
+#: Those that have the training primitives.
+UNIT_BACKENDS = ("cpu", "library")
+
+_CHANNELS_LAST = torch.channels_last
+
+
+def training_unit(
+    unit: Unit, x: Tensor, shortcut: Tensor | None, tensors: Sequence[LayerTensors]
+) -> Tensor:
+    """Compute a unit; its gradient is of the first order by the primitives, of any by PyTorch.
+
+    Args:
+        unit: The settings.
+        x: ``(N, C, H, W)``, in the dtype in which the convolutions run.
+        shortcut: The map that is added where the unit's shortcut is ``"map"``, shape and dtype of
+            the result; else None.
+        tensors: One for each layer. Running statistics and counters are moved.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``; channels_last where ``x`` or a weight is, as PyTorch's
+        convolutions have it.
+
+    Raises:
+        ValueError: A single value per channel, where the statistics are the batch's.
+    """
+    if not torch.compiler.is_compiling():
+        return _run(unit, x, shortcut, tensors)
+    if torch.compiler.is_exporting():
+        return run_reference(unit, x, shortcut, tensors)
+    integers, numbers = flatten(unit)
+    flat = [t for layer in tensors for t in layer]
+    return torch.ops.fused_resnet.training_unit(x, shortcut, flat, integers, numbers, unit.backend)
+
+
+# Compilers see a unit as this operator and trace through it below: what they differentiate is the
+# autograd function, and what they compile are the primitives. The buffers among the tensors are
+# written to, which functionalisation finds in the trace.
+_library = Library("fused_resnet", "FRAGMENT")
+_library.define(
+    "training_unit(Tensor x, Tensor? shortcut, Tensor?[] tensors, int[] integers, "
+    "float[] numbers, str backend) -> Tensor"
+)
+
+
+def _operator(
+    x: Tensor,
+    shortcut: Tensor | None,
+    tensors: Sequence[Any],
+    integers: Sequence[int],
+    numbers: Sequence[float],
+    backend: str,
+) -> Tensor:
+    size = len(LayerTensors._fields)
+    layers = [LayerTensors(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
+    return _run(unflatten(integers, numbers, backend), x, shortcut, layers)
+
+
+_library.impl("training_unit", _operator, "CompositeImplicitAutograd")
+
+
+def _run(unit: Unit, x: Tensor, shortcut: Tensor | None, tensors: Sequence[LayerTensors]) -> Tensor:
+    if is_transformed() or torch.jit.is_tracing() or x.numel() == 0:
+        return run_reference(unit, x, shortcut, tensors)
+    parameters = [p for t in tensors for p in t[:3]]
+    return _TrainingUnit.apply(unit, tensors, x, shortcut, *parameters)
+
+
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode AD runs.
+
+    They differentiate PyTorch's own operators, and nothing that hides them.
+    """
+    transforms = torch._C._functorch.peek_interpreter_stack() is not None
+    return transforms or forward_ad._current_level >= 0
+
+
+class _Saved(NamedTuple):
+    """What the forward keeps of a layer."""
+
+    z: Tensor | None
+    mean: Tensor
+    var: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class _TrainingUnit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Unit,
+        tensors: Sequence[LayerTensors],
+        x: Tensor,
+        shortcut: Tensor | None,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        primitives = primitives_of(unit.backend)
+        map_ = x.contiguous(memory_format=_CHANNELS_LAST)
+        saved = _chain(unit, primitives, map_, tensors)
+        last = saved[unit.length - 1]
+        index = None
+        if unit.pool is not None:
+            y, index = primitives.stem_end(last.z, last.scale, last.shift, *unit.pool)
+        else:
+            side, side_scale, side_shift = _side(unit, map_, shortcut, saved)
+            y = primitives.block_end(
+                last.z, last.scale, last.shift, side, side_scale, side_shift, unit.relu
+            )
+        if suggest_memory_format(x) is not _CHANNELS_LAST and not _any_channels_last(tensors):
+            y = y.contiguous()
+        _update_running(unit, tensors, saved)
+        if unit.recompute and unit.length == 3:
+            saved[2] = saved[2]._replace(z=None)
+        ctx.unit = unit
+        kept = y if unit.relu and unit.pool is None else None
+        ctx.save_for_backward(x, kept, index, *parameters, *(t for layer in saved for t in layer))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        unit: Unit = ctx.unit
+        x, y, index, *rest = ctx.saved_tensors
+        count = 3 * len(unit.layers)
+        parameters, flat = rest[:count], rest[count:]
+        saved = [_Saved(*flat[i : i + 5]) for i in range(0, len(flat), 5)]
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _differentiable(unit, ctx.needs_input_grad[2:], dy, x, y, parameters, saved)
+        else:
+            found = _Backward(unit, ctx.needs_input_grad[2:], x, parameters, saved).run(
+                dy, y, index
+            )
+        return (None, None, *found)
+
+
+# Forward
+
+
+def _chain(unit: Unit, primitives: Any, x: Tensor, tensors: Sequence[LayerTensors]) -> list[_Saved]:
+    """The convolutions, each with its statistics and its batch norm's scale and shift."""
+    vectors = accumulator(x)
+    saved: list[_Saved] = []
+    source, scale, shift = x, None, None
+    for i, (layer, t) in enumerate(zip(unit.layers, tensors, strict=True)):
+        if i == unit.length:  # the projection
+            source, scale, shift = x, None, None
+        z, mean, var = primitives.conv_forward(
+            source, scale, shift, t.weight.to(x.dtype), layer.stride, layer.padding,
+            layer.dilation, layer.groups, layer.batch, unit.winograd,
+        )  # fmt: skip
+        if layer.batch:
+            if _count(z) == 1:
+                raise ValueError(
+                    "residual_block: x: expected more than 1 value per channel when training, got "
+                    f"{tuple(z.shape)}"
+                )
+        else:
+            mean, var = _as(t.running_mean, vectors), _as(t.running_var, vectors)
+        scale, shift = primitives.bn_coefficients(
+            mean, var, _as(t.bn_weight, vectors), _as(t.bn_bias, vectors), layer.eps
+        )
+        saved.append(_Saved(z, mean, var, scale, shift))
+        source = z
+    return saved
+
+
+def _side(
+    unit: Unit, x: Tensor, shortcut: Tensor | None, saved: list[_Saved]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The shortcut's map, and the scale and shift that are applied to it."""
+    if unit.shortcut == "projection":
+        return saved[-1].z, saved[-1].scale, saved[-1].shift
+    if unit.shortcut == "identity":
+        return x, None, None
+    if unit.shortcut == "zeros":
+        return pad_with_zeros(x, *unit.zeros), None, None
+    return shortcut, None, None
+
+
+def _update_running(unit: Unit, tensors: Sequence[LayerTensors], saved: list[_Saved]) -> None:
+    for layer, t, found in zip(unit.layers, tensors, saved, strict=True):
+        if not layer.batch:
+            continue
+        if t.batches is not None:
+            t.batches.add_(1)
+        if t.running_mean is None or t.running_var is None:
+            continue
+        momentum = layer.momentum
+        if momentum is None:
+            momentum = 0.0 if t.batches is None else 1.0 / float(t.batches)
+        update_running(
+            unit.backend, found.mean, found.var, t.running_mean, t.running_var, momentum,
+            _count(found.z),
+        )  # fmt: skip
+
+
+def update_running(
+    backend: str,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    """Move running statistics of any floating-point dtype; see ``bn_update_running``.
+
+    Args:
+        backend: Whose primitive does it.
+        mean: ``(K,)``, of the batch.
+        var: ``(K,)``, of the batch, biased.
+        running_mean: ``(K,)``, written to.
+        running_var: ``(K,)``, written to.
+        momentum: Weight of the batch.
+        count: Values per channel.
+    """
+    if running_mean.dtype is not mean.dtype or running_var.dtype is not mean.dtype:
+        backend = "library"  # which converts
+    primitives_of(backend).bn_update_running(mean, var, running_mean, running_var, momentum, count)
+
+
+def _count(z: Tensor | None) -> int:
+    assert z is not None
+    return z.shape[0] * z.shape[2] * z.shape[3]
+
+
+def _as(t: Any, dtype: torch.dtype) -> Any:
+    return t if t is None or t.dtype is dtype else t.to(dtype)
+
+
+def _any_channels_last(tensors: Sequence[LayerTensors]) -> bool:
+    return any(suggest_memory_format(t.weight) is _CHANNELS_LAST for t in tensors)
+
+
+# Backward
+
+
+class _Backward:
+    """The gradients of a unit, from its end to its input, as far as any is wanted."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        needed: Sequence[bool],
+        x: Tensor,
+        parameters: Sequence[Tensor | None],
+        saved: list[_Saved],
+    ) -> None:
+        self.unit, self.saved, self.parameters = unit, saved, parameters
+        self.primitives = primitives_of(unit.backend)
+        self.x = x.contiguous(memory_format=_CHANNELS_LAST)
+        self.need_x, self.need_shortcut = needed[0], needed[1]
+        self.needed = needed[2:]
+        self.gradients: list[Tensor | None] = [None] * len(parameters)
+        last = unit.length - 1
+        if saved[last].z is None:
+            self._compute_again(last)
+
+    def _compute_again(self, i: int) -> None:
+        layer, before = self.unit.layers[i], self.saved[i - 1]
+        z, _, _ = self.primitives.conv_forward(
+            before.z, before.scale, before.shift, self._weight(i), layer.stride, layer.padding,
+            layer.dilation, layer.groups, False, self.unit.winograd,
+        )  # fmt: skip
+        self.saved[i] = self.saved[i]._replace(z=z)
+
+    def run(self, dy: Tensor, y: Tensor | None, index: Tensor | None) -> list[Tensor | None]:
+        unit, last = self.unit, self.unit.length - 1
+        end = self.saved[last]
+        projection = self.saved[-1] if unit.shortcut == "projection" else None
+        sums = self._needs_sums(last) or (projection is not None and self._needs_sums(last + 1))
+        if unit.pool is not None:
+            g, sum_g, sum_g_xc = self.primitives.stem_end_backward(
+                dy, index, end.z, end.scale, end.shift, end.mean, *unit.pool, sums
+            )
+            sum_g_side = None
+        else:
+            side = (None, None) if projection is None else (projection.z, projection.mean)
+            g, sum_g, sum_g_xc, sum_g_side = self.primitives.block_end_backward(
+                dy, y, end.z, end.mean, *side, sums
+            )
+            if y is None:
+                g = dy
+        add = None
+        if projection is not None:
+            add = self._layer(last + 1, g, sum_g, sum_g_side, None)[0]
+        elif self.need_x and unit.shortcut == "identity":
+            add = g
+        elif self.need_x and unit.shortcut == "zeros":
+            add = _without_zeros(g, self.x, *unit.zeros)
+        of_shortcut = g if self.need_shortcut else None
+        for i in range(last, -1, -1):
+            g, sum_g, sum_g_xc = self._layer(i, g, sum_g, sum_g_xc, None if i else add)
+            if g is None:
+                break
+        return [g if self.need_x else None, of_shortcut, *self.gradients]
+
+    def _layer(
+        self, i: int, g: Tensor, sum_g: Any, sum_g_xc: Any, add: Tensor | None
+    ) -> tuple[Any, Any, Any]:
+        """The gradient in front of a layer, with its sums; None where nothing there needs one."""
+        layer, saved = self.unit.layers[i], self.saved[i]
+        need_weight, need_input = self.needed[3 * i], self._reaches(i)
+        z, a, b, c = saved.z, saved.scale, None, None
+        if layer.batch and self._needs_sums(i):
+            bn_weight = _as(self.parameters[3 * i + 1], saved.mean.dtype)
+            a, b, c, of_weight, of_bias = self.primitives.bn_backward_coefficients(
+                sum_g, sum_g_xc, saved.mean, saved.var, bn_weight, layer.eps, _count(z)
+            )
+        else:
+            z = None
+            of_weight, of_bias = sum_g_xc, sum_g
+            if self.needed[3 * i + 1]:
+                of_weight = sum_g_xc * (saved.var.double() + layer.eps).rsqrt().to(sum_g_xc.dtype)
+        self._keep(3 * i + 1, of_weight)
+        self._keep(3 * i + 2, of_bias)
+        if not (need_weight or need_input):
+            return None, None, None
+        first = i in (0, self.unit.length)
+        before = None if first else self.saved[i - 1]
+        source: tuple[Tensor | None, ...] = (self.x, None, None, None)
+        if before is not None:
+            source = (before.z, before.scale, before.shift, before.mean)
+        g, dw, sum_g, sum_g_xc = self.primitives.conv_backward(
+            g, z, a, b, c, *source, self._weight(i), add, layer.stride, layer.padding,
+            layer.dilation, layer.groups, need_input, need_weight,
+            not first and self._needs_sums(i - 1), self.unit.winograd,
+        )  # fmt: skip
+        self._keep(3 * i, dw)
+        return g if need_input else None, sum_g, sum_g_xc
+
+    def _weight(self, i: int) -> Tensor:
+        weight = self.parameters[3 * i]
+        assert weight is not None
+        return _as(weight, self.x.dtype)
+
+    def _keep(self, at: int, gradient: Tensor) -> None:
+        if self.needed[at]:
+            self.gradients[at] = _as(gradient, self.parameters[at].dtype)  # type: ignore[union-attr]
+
+    def _reaches(self, i: int) -> bool:
+        """Whether anything in front of a layer's convolution needs a gradient."""
+        return self.need_x or (i < self.unit.length and any(self.needed[: 3 * i]))
+
+    def _needs_sums(self, i: int) -> bool:
+        """Whether a layer's batch norm needs its sums."""
+        weight, bn_weight, bn_bias = self.needed[3 * i : 3 * i + 3]
+        behind = self.unit.layers[i].batch and (weight or self._reaches(i))
+        return bn_weight or bn_bias or behind
+
+
+def _without_zeros(g: Tensor, x: Tensor, channels: int, stride: int) -> Tensor:
+    """The gradient of :func:`pad_with_zeros`."""
+    if channels:
+        g = g[:, channels:-channels]
+    if stride == 1:
+        return g
+    whole = torch.zeros_like(x)
+    whole[:, :, ::stride, ::stride] = g
+    return whole
+
+
+def _differentiable(
+    unit: Unit,
+    needed: Sequence[bool],
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    saved: list[_Saved],
+) -> list[Tensor | None]:
+    """The gradients as functions of ``dy``, ``x`` and the parameters, by PyTorch's operators.
+
+    Second derivatives are rare, so the unit is computed again for them. The mask of the last ReLU
+    is locally constant; it is taken from the result that the forward gave.
+    """
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        # Aliases: a parameter that the unit has twice gets a gradient for each.
+        inputs = [None if t is None else t.view_as(t) for t in (x, *parameters)]
+        tensors = []
+        for i, layer in enumerate(saved):
+            weight, bn_weight, bn_bias = inputs[3 * i + 1 : 3 * i + 4]
+            assert weight is not None
+            tensors.append(
+                LayerTensors(weight.to(x.dtype), bn_weight, bn_bias, layer.mean, layer.var, None)
+            )
+        source = inputs[0]
+        assert source is not None
+        end = before_relu(unit, source, None, tensors, update=False)
+        if unit.pool is not None:
+            end = torch.nn.functional.max_pool2d(torch.relu(end), *unit.pool)
+        g = dy if y is None else dy.masked_fill(y <= 0, 0)
+        wanted = [needed[0], *needed[2:]]
+        chosen = [t for t, want in zip(inputs, wanted, strict=True) if want]
+        found = iter(
+            torch.autograd.grad(end, chosen, g, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            if chosen
+            else ()
+        )
+    first, *rest = [next(found) if want else None for want in wanted]
+    return [first, g if needed[1] else None, *rest]
