@@ -130,7 +130,9 @@ def test_tests_run_file_by_file_and_benches_gather_rows(
     running = gpu.Session(gpu.parse(["--out", str(tmp_path)]))
     for name in ("tests", "layers", "training", "networks"):
         running.run(name)
-    files = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_gpu_*.py"))
+    tests = ROOT / "tests"
+    paths = [*(tests / "gpu").glob("test_gpu_*.py"), *(tests / "conformance").glob("test_*.py")]
+    files = sorted(path.name for path in paths)
     assert sorted(Path(name).name for name in seen) == files
     found = gpu_results.load(running.path)
     assert {p["status"] for p in found["phases"][: len(files)]} == {"passed"}

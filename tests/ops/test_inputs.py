@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import FORMATS, batch_norm, normal
-from conformance import (
+from operation_cases import (
     dtypes,
     formats,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import batch_norm, conv_weight, doubled, normal
-from conformance import (
+from operation_cases import (
     STEMS,
     convs,
     dtypes,

@@ -225,7 +225,8 @@ def test_instruction_sets(isa):
     if isa not in fr.build_info()["isa_supported"]:
         pytest.skip(f"this machine does not support {isa}")
     script = (
-        "import sys, torch; sys.path[:0] = ['tests', 'tests/training']; import test_winograd as t\n"
+        "import sys, torch; sys.path[:0] = ['tests', 'tests/training']\n"
+        "import test_winograd_passes as t\n"
         "torch.manual_seed(0)\n"
         "for shape in ('64@8', '5x9', 'widening', '512@7'):\n"
         "    for prologue in (True, False):\n"
