@@ -31,7 +31,7 @@ constexpr int64_t kPairRows = 16;  // output channels of a pair
 
 // Rows of one register product, beside one or two vectors of input channels.
 template <int kVectors>
-constexpr int kOuterRows = FR_VECTOR_BYTES == 64 ? (kVectors == 1 ? 16 : 8) : 4;
+constexpr int kOuterProductRows = FR_VECTOR_BYTES == 64 ? (kVectors == 1 ? 16 : 8) : 4;
 
 // How the sum is cut. By the shape alone.
 struct WgradPlan {
@@ -142,7 +142,7 @@ template <int kVectors>
 void multiply_pair(const WgradLayout& l, const float* x, const float* g, const float* next_g,
                    int64_t tiles, int64_t channels, bool first, TileWalk& walk, float* u,
                    float* dw) {
-  constexpr int rows = kOuterRows<kVectors>;
+  constexpr int rows = kOuterProductRows<kVectors>;
   constexpr int64_t width = kVectors * kLanes<float>;
   const float* xp = x;
   float* line = dw;
