@@ -8,7 +8,7 @@ from cases import FORMATS, MAPS, batch_norm, normal
 from test_bn_add_relu import AWKWARD, check_backward, check_forward, laid_out, views
 from tolerances import error
 
-from fused_resnet.backends.triton.bn_add_relu import CONFIGS
+from fused_resnet.backends.triton._bn_map import CONFIGS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
