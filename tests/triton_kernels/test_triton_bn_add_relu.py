@@ -7,7 +7,7 @@ import torch
 from bn_operands import EPS, check_backward, check_forward, laid_out
 from cases import FORMATS, normal
 
-from fused_resnet.backends.triton.bn_add_relu import CONFIGS
+from fused_resnet.backends.triton._bn_map import CONFIGS
 
 formats = pytest.mark.parametrize("fmt", FORMATS)
 

@@ -152,7 +152,7 @@ def bn_add_relu(
         training: Use the statistics of the batch, and return them.
         eps: Added to the variance.
         relu: Whether to apply ReLU to the sum.
-        config: The tile, one of :data:`CONFIGS`; None chooses one.
+        config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
         y in the dtype and memory format of ``x``; in training the batch's mean and biased variance,
@@ -216,7 +216,7 @@ def bn_add_relu_apply(
         residual: Shape and dtype of ``x``; None means 0.
         eps: Added to the variance.
         relu: Whether to apply ReLU to the sum.
-        config: The tile, one of :data:`CONFIGS`; None chooses one.
+        config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
         y in the dtype and memory format of ``x``.

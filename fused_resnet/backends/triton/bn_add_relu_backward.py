@@ -170,7 +170,7 @@ def bn_add_relu_backward(
         eps: Added to the variance in the forward.
         relu: Whether the forward applied ReLU.
         need_residual: Whether the gradient of the residual is needed.
-        config: The tile, one of :data:`.bn_add_relu.CONFIGS`; None chooses one.
+        config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
         The gradients of x, weight, bias (both float32) and the residual (empty if not needed).
