@@ -1,0 +1,151 @@
+"""The training primitives of every backend against ``reference_training`` in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import image
+from torch import Tensor
+
+from fused_resnet.backends import reference_training as reference
+from fused_resnet.ops.registry import primitives_of
+
+backends = pytest.mark.parametrize("backend", ["cpu", "library"])
+GEOMETRIES = {
+    "3x3": ((6, 5, 3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "strided": ((6, 5, 3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "1x1": ((7, 5, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "1x1 strided": ((7, 5, 1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "dilated, oblong": ((6, 5, 3, 2), (2, 1), (2, 1), (2, 1), 1),
+    "depthwise": ((5, 1, 3, 3), (1, 1), (1, 1), (1, 1), 5),
+}
+
+
+def vectors(channels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, shift and mean."""
+    g = torch.Generator().manual_seed(seed)
+    scale, shift, mean = torch.rand(3, channels, generator=g, dtype=torch.float64)
+    return scale + 0.5, shift - 0.5, mean
+
+
+def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for ours, truth in zip(got, expected, strict=True):
+        assert ours.numel() == truth.numel()
+        if truth.numel():
+            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
+@backends
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("prologue", [True, False])
+def test_convolutions(name, prologue, backend) -> None:
+    size, *geometry = GEOMETRIES[name]
+    p = primitives_of(backend)
+    x, w = image(2, 5, 8, 7), image(*size, seed=9)
+    scale, shift, mean = vectors(5, 1) if prologue else (None, None, None)
+    for statistics in (True, False):
+        arguments = (x, scale, shift, w, *geometry, statistics, False)
+        same(p.conv_forward(*arguments), reference.conv_forward(*arguments))
+    z = reference.conv_forward(x, scale, shift, w, *geometry, False, False)[0]
+    g = image(*z.shape, seed=4)
+    a, b, c = vectors(z.shape[1], 2)
+    add = None if prologue else image(*x.shape, seed=5)
+    for w_ in (w, w.contiguous(memory_format=torch.channels_last)):
+        for batch in ((z, a, b, c), (None, a, None, None)):
+            for need in ((True, True), (True, False), (False, True)):
+                arguments = (
+                    g, *batch, x, scale, shift, mean, w_, add, *geometry, *need, prologue, False,
+                )  # fmt: skip
+                found = p.conv_backward(*arguments)
+                same(found, reference.conv_backward(*arguments))
+                if need[1]:
+                    assert found[1].stride() == torch.empty_like(w_).stride()
+
+
+@backends
+@pytest.mark.parametrize("side", ["nothing", "map", "projection"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_block_end(side, relu, backend) -> None:
+    p = primitives_of(backend)
+    z, dy = image(2, 5, 4, 3), image(2, 5, 4, 3, seed=3)
+    scale, shift, mean = vectors(5, 1)
+    s_scale, s_shift, s_mean = vectors(5, 2) if side == "projection" else (None, None, None)
+    shortcut = None if side == "nothing" else image(2, 5, 4, 3, seed=8)
+    arguments = (z, scale, shift, shortcut, s_scale, s_shift, relu)
+    y = reference.block_end(*arguments)
+    same((p.block_end(*arguments),), (y,))
+    last = (shortcut, s_mean) if side == "projection" else (None, None)
+    for sums in (True, False):
+        backward = (dy, y if relu else None, z, mean, *last, sums)
+        same(p.block_end_backward(*backward), reference.block_end_backward(*backward))
+
+
+@backends
+def test_not_a_number_lets_the_gradient_pass(backend) -> None:
+    """As PyTorch's ReLU: only what is known to be at most zero is masked."""
+    p = primitives_of(backend)
+    y = torch.tensor([float("nan"), -1.0, 2.0, 0.0], dtype=torch.float64).view(1, 1, 2, 2)
+    dy = torch.full_like(y, 3.0)
+    g = p.block_end_backward(dy, y, y, torch.zeros(1).double(), None, None, False)[0]
+    assert g.flatten().tolist() == [3.0, 0.0, 3.0, 0.0]
+
+
+@backends
+@pytest.mark.parametrize(
+    "pool", [((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (1, 0)), ((1, 1), (1, 1), (0, 0))], ids=str
+)
+def test_stem_end(pool, backend) -> None:
+    p = primitives_of(backend)
+    z = (image(2, 5, 9, 8) * 2).round() / 2  # with ties
+    scale, shift, mean = vectors(5, 1)
+    y, index = reference.stem_end(z, scale, shift, *pool)
+    same(p.stem_end(z, scale, shift, *pool), (y, index))
+    dy = image(*y.shape, seed=3)
+    for sums in (True, False):
+        arguments = (dy, index, z, scale, shift, mean, *pool, sums)
+        same(p.stem_end_backward(*arguments), reference.stem_end_backward(*arguments))
+
+
+@backends
+@pytest.mark.parametrize("affine", [True, False])
+def test_coefficients_and_running_statistics(affine, backend) -> None:
+    p = primitives_of(backend)
+    var, bias, mean = vectors(5, 1)
+    weight = vectors(5, 2)[1] if affine else None
+    bias = bias if affine else None
+    same(
+        p.bn_coefficients(mean, var, weight, bias, 1e-3),
+        reference.bn_coefficients(mean, var, weight, bias, 1e-3),
+    )
+    arguments = (*vectors(5, 3)[:2], mean, var, weight, 1e-3, 21)
+    same(p.bn_backward_coefficients(*arguments), reference.bn_backward_coefficients(*arguments))
+    for count in (21, 0):
+        ours, truth = ([t.clone() for t in vectors(5, 4)[:2]] for _ in range(2))
+        versions = [t._version for t in ours]
+        p.bn_update_running(mean, var, *ours, 0.3, count)
+        reference.bn_update_running(mean, var, *truth, 0.3, count)
+        same(tuple(ours), tuple(truth))
+        assert [t._version for t in ours] == versions
+
+
+def test_the_reference_is_the_gradient_of_its_own_forward() -> None:
+    """conv, batch norm and ReLU by autograd: the formulas with the sums say the same."""
+    x, w = image(2, 3, 5, 4).requires_grad_(), image(4, 3, 3, 3, seed=9).requires_grad_()
+    weight, bias, _ = (t.requires_grad_() for t in vectors(4, 1))
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    z, mean, var = reference.conv_forward(x, None, None, w, *geometry, True, False)
+    bn = torch.nn.functional.batch_norm(z, None, None, weight, bias, True, 0.0, 1e-3)
+    y = torch.relu(bn)
+    dy = image(*y.shape, seed=3)
+    expected = torch.autograd.grad(y, (x, w, weight, bias), dy)
+    with torch.no_grad():
+        scale, shift = reference.bn_coefficients(mean, var, weight, bias, 1e-3)
+        same((reference.block_end(z, scale, shift, None, None, None, True),), (y,))
+        g, *sums, _ = reference.block_end_backward(dy, y, z, mean, None, None, True)
+        a, b, c, dweight, dbias = reference.bn_backward_coefficients(
+            *sums, mean, var, weight, 1e-3, 2 * 5 * 4
+        )
+        dx, dw, _, _ = reference.conv_backward(
+            g, z, a, b, c, x, None, None, None, w, None, *geometry, True, True, False, False
+        )
+    same((dx, dw, dweight, dbias), expected)
