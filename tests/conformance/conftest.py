@@ -2,7 +2,7 @@
 
 A test that takes ``backend`` runs on all of them, or on those that ``@on(...)`` names. With
 ``dtype`` or ``precision`` among its arguments it runs for each of the backend's own; under
-``@rows`` (tests/conformance/cases.py) for a covering set.
+``@rows`` (tests/conformance/marks.py) for a covering set.
 """
 
 from __future__ import annotations
