@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "image: dilation forgotten in a tap's place",
         SOURCE,
-        "(at.ky * p_.image.dilation_h * p_.image.w",
-        "(at.ky * p_.image.w",
+        "static_cast<int64_t>(at.ky * p_.image.dilation_h) * p_.image.w;",
+        "static_cast<int64_t>(at.ky) * p_.image.w;",
         SHAPES,
     ),
     Mutant(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Conv
-from conv_operands import Operands, with_affine_residual
-from precisions import BFLOAT16, FLOAT16, FLOAT32, precisions
+from cases import Conv, batch_norm
+from conv_operands import EPS, Operands, with_affine_residual
+from precisions import BFLOAT16, FLOAT16, FLOAT32, half_precisions, precisions
 from shapes import AWKWARD, PLANNED, geometry, packed
+from tolerances import TOLERANCES
 from torch import Tensor
 
 TILES = {0: "Tile<128, 128", 1: "Tile<128, 64", 2: "Tile<64, 64"}
@@ -89,3 +90,31 @@ def test_a_tile_that_is_not_there_is_refused(simt):
     operands = Operands(AWKWARD[0], FLOAT16)
     with pytest.raises(ValueError, match="conv_bn_add_relu_planned: tile: expected -1 to 2, got 3"):
         run_planned(simt, operands, 3, 1)
+
+
+@half_precisions
+def test_taps_far_from_the_first_one(simt, precision):
+    """A window that begins 2^20 rows above the map: 2^32 elements from its first tap to its second.
+
+    The map has one row of 4096 channels; one tap of each of the two windows lies inside.
+    """
+    far = 2**20
+    args = {"padding": (far, 0), "dilation": (far, 1), "stride": (far, 1)}
+    operands = Operands(Conv("far", (1, 4096, 1, 1), 8, (2, 1), args=args), precision)
+    x, weight = operands.x[0, :, 0, 0].double(), operands.weight[..., 0].double()
+    z = torch.stack([weight[..., 1] @ x, weight[..., 0] @ x], -1)
+    gamma, beta, mean, var = (t.double()[:, None] for t in operands.bn)
+    y = gamma * (z + operands.bias.double()[:, None] - mean) / torch.sqrt(var + EPS) + beta
+    truth = (y + operands.residual[0, ..., 0].double()).relu()
+    result = operands.run(simt)[0, ..., 0]
+    rtol, atol = TOLERANCES[precision.dtype]
+    torch.testing.assert_close(result.double(), truth, rtol=rtol, atol=atol)
+
+
+def test_sizes_beyond_32_bits_are_refused(simt):
+    x, weight = torch.randn(1, 8, 1, 1), torch.randn(8, 8, 1, 1)
+    bn = batch_norm(8, torch.float32)
+    with pytest.raises(ValueError, match="padding: expected a padded map of less than 2"):
+        simt.ops.conv_bn_add_relu(
+            x, weight, None, *bn, None, (2**29, 1), (2**29, 0), (1, 1), 1, EPS, True
+        )

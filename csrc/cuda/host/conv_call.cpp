@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -11,11 +12,17 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int>::max();
 
-// Kernels index the pixels of a batch and the elements of one image with 32 bits, and an image in
-// the batch with 64.
+// Kernels index the pixels of a batch, the elements of one image, the rows and columns of the
+// padded image and the terms of a sum with 32 bits, and an image in the batch with 64. A row or
+// column below -2^30 stands for one that is outside of the image at every tap.
 void check_sizes(const char* op, const ConvShape& s) {
   TORCH_CHECK_VALUE(s.h * s.w * s.c <= kIntMax, op,
                     ": x: expected less than 2^31 elements in an image, got ", s.h * s.w * s.c);
+  TORCH_CHECK_VALUE(std::max(s.h + 2 * s.pad_h, s.w + 2 * s.pad_w) < kIntMax / 2, op,
+                    ": padding: expected a padded map of less than 2^30 rows and columns, got ",
+                    s.h + 2 * s.pad_h, " x ", s.w + 2 * s.pad_w);
+  TORCH_CHECK_VALUE(s.depth() <= kIntMax, op,
+                    ": weight: expected less than 2^31 elements in a filter, got ", s.depth());
   TORCH_CHECK_VALUE(s.n * s.out_h() * s.out_w() <= kIntMax, op,
                     ": x: expected a result of less than 2^31 pixels, got ",
                     s.n * s.out_h() * s.out_w());
@@ -85,6 +92,9 @@ void ConvCall::set_second(const at::Tensor& x, at::IntArrayRef stride) {
   check_sizes(op_, second);
   params_.second = conv_params(second).image;
   params_.second.x = map(x);
+  TORCH_CHECK_VALUE(shape_.depth() + second.c <= kIntMax, op_,
+                    ": x2: expected less than 2^31 terms in a sum, got ",
+                    shape_.depth() + second.c);
   params_.depth += params_.second.c;
 }
 

@@ -106,14 +106,16 @@ class ImageSource {
     return taps;
   }
 
-  FR_DEVICE int tap_offset(const FilterPlace& at) const {
-    return (at.ky * p_.image.dilation_h * p_.image.w + at.kx * p_.image.dilation_w) * p_.image.c +
-           at.c;
+  // From the window's first tap. With padding that may lie far outside of the image, so that the
+  // offset of a tap inside exceeds 32 bits even where an image's elements do not.
+  FR_DEVICE int64_t tap_offset(const FilterPlace& at) const {
+    const int64_t row = static_cast<int64_t>(at.ky * p_.image.dilation_h) * p_.image.w;
+    return (row + at.kx * p_.image.dilation_w) * p_.image.c + at.c;
   }
 
   FR_DEVICE void bring_packs(unsigned char* stage) {
     const int depth1 = p_.depth - (kSecond ? p_.second.c : 0);
-    const int offset = tap_offset(place_);
+    const int64_t offset = tap_offset(place_);
     // Beyond the depth no tap is inside.
     const uint64_t tap = k_ < depth1 ? uint64_t{1} << (place_.ky * p_.image.kw + place_.kx) : 0;
 #pragma unroll
