@@ -42,7 +42,7 @@ void transform_filters(const WinogradFilter<T>& w, int64_t c0, int64_t c1, int64
       for (int64_t v = 0; v < width; v += lanes, to += lanes) {
         const T* const from = w.data + c * w.reduce + k0 + v;
         const auto tap = [&](int row, int col) { return load(from + w.at(row * 3 + col)); };
-        winograd_filters<kTilePixels>(tap, point, to);
+        winograd_filters<kTileSide>(tap, point, to);
       }
     }
     return;
@@ -61,7 +61,7 @@ void transform_filters(const WinogradFilter<T>& w, int64_t c0, int64_t c1, int64
       for (int64_t v = 0; v < width; v += lanes, to += lanes) {
         const float* const from = taps + i * 9 * width + v;
         const auto tap = [&](int row, int col) { return load(from + (row * 3 + col) * width); };
-        winograd_filters<kTilePixels>(tap, point, to);
+        winograd_filters<kTileSide>(tap, point, to);
       }
     }
   }

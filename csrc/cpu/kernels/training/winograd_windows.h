@@ -25,9 +25,9 @@
 namespace fr {
 namespace FR_ISA {
 
-constexpr int kTilePixels = 4, kWindowPixels = 6, kTilePoints = 36;
+constexpr int kTileSide = 4, kWindowSide = 6, kTilePoints = 36;
 
-using Tile = TilePlace<kTilePixels>;
+using Tile = TilePlace<kTileSide>;
 
 // An odd number of cache lines, in floats.
 FR_INLINE int64_t odd_lines(int64_t floats) {
@@ -35,7 +35,7 @@ FR_INLINE int64_t odd_lines(int64_t floats) {
 }
 
 FR_INLINE int64_t count_tiles(const ConvShape& s) {
-  return s.n * ceil_div(s.h, kTilePixels) * ceil_div(s.w, kTilePixels);
+  return s.n * ceil_div(s.h, kTileSide) * ceil_div(s.w, kTileSide);
 }
 
 // `count` tiles in pieces of nearly equal size, of at most `most`.
@@ -48,7 +48,7 @@ FR_INLINE int64_t count_pixels(const ConvShape& s, int64_t tile0, int64_t tile1)
   int64_t pixels = 0;
   Tile place = Tile::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, place.advance(s.h, s.w))
-    pixels += min_of(kTilePixels, s.h - place.y) * min_of(kTilePixels, s.w - place.x);
+    pixels += min_of(kTileSide, s.h - place.y) * min_of(kTileSide, s.w - place.x);
   return pixels;
 }
 
@@ -74,11 +74,11 @@ FR_INLINE void transform_weight_gradient(const Floats (&u)[6], Floats (&o)[3]) {
 
 // What a window is transformed by: its side in pixels, how far before its tile it begins, a line.
 struct InputTransform {
-  static constexpr int kSide = kWindowPixels, kBefore = 1;
+  static constexpr int kSide = kWindowSide, kBefore = 1;
   static FR_INLINE void line(const Floats (&d)[6], Floats (&o)[6]) { transform_input(d, o); }
 };
 struct GradientTransform {
-  static constexpr int kSide = kTilePixels, kBefore = 0;
+  static constexpr int kSide = kTileSide, kBefore = 0;
   static FR_INLINE void line(const Floats (&d)[4], Floats (&o)[6]) { transform_gradient(d, o); }
 };
 
@@ -107,9 +107,9 @@ void transform_windows(const P& in, const ConvShape& s, int64_t channels, int64_
         if (whole) {
 #pragma GCC unroll 6
           for (int i = 0; i < side; ++i) d[i] = in.get(at + i * row, channel);
-          if (j >= side - kTilePixels) {  // what the next tile reads first
+          if (j >= side - kTileSide) {  // what the next tile reads first
 #pragma GCC unroll 6
-            for (int i = 0; i < side; ++i) in.ask(at + i * row + kTilePixels * channels);
+            for (int i = 0; i < side; ++i) in.ask(at + i * row + kTileSide * channels);
           }
         } else {
           const bool inside = j >= col0 && j < col1;
@@ -140,7 +140,7 @@ void transform_windows(const P& in, const ConvShape& s, int64_t channels, int64_
 template <class E>
 void transform_results(const E& e, const ConvShape& s, int64_t k0, int64_t width, int64_t tile0,
                        int64_t tile1, int64_t point, bool first, const float* from) {
-  constexpr int lanes = kLanes<float>, in = kWindowPixels, out = kTilePixels;
+  constexpr int lanes = kLanes<float>, in = kWindowSide, out = kTileSide;
   Tile place = Tile::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, from += width, place.advance(s.h, s.w)) {
     const int64_t rows = min_of(out, s.h - place.y), cols = min_of(out, s.w - place.x);
