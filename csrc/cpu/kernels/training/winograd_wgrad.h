@@ -31,7 +31,7 @@ constexpr int64_t kPairRows = 16;  // output channels of a pair
 
 // Rows of one register product, beside one or two vectors of input channels.
 template <int kVectors>
-constexpr int kOuterProductRows = FR_VECTOR_BYTES == 64 ? (kVectors == 1 ? 16 : 8) : 4;
+constexpr int kProductRows = FR_VECTOR_BYTES == 64 ? (kVectors == 1 ? 16 : 8) : 4;
 
 // How the sum is cut. By the shape alone.
 struct WgradPlan {
@@ -66,7 +66,7 @@ struct WgradLayout {
     l.x_panel = kTilePoints * l.x_point;
     l.g_panel = kTilePoints * l.g_point;
     l.x = ceil_div(s.c, kPanel<float>) * l.x_panel;
-    l.g = WgradPlan::kRows / kPairRows * l.g_panel;
+    l.g = min_of(s.k, WgradPlan::kRows) / kPairRows * l.g_panel;
     l.u = kTilePoints * l.u_point;
     return l;
   }
@@ -77,8 +77,8 @@ struct WgradLayout {
 // kVectors vectors. Asks for a line of what the next product reads at every step, and for one of
 // the stream.
 template <int kRows, int kVectors>
-void outer_product(const float* rows, const float* cols, int64_t tiles, const float* next,
-                   const char* stream, int64_t stream_step, float* to) {
+void pair_product(const float* rows, const float* cols, int64_t tiles, const float* next,
+                  const char* stream, int64_t stream_step, float* to) {
   constexpr int lanes = kLanes<float>;
   Floats acc[kRows][kVectors];
 #pragma GCC unroll 16
@@ -142,7 +142,7 @@ template <int kVectors>
 void multiply_pair(const WgradLayout& l, const float* x, const float* g, const float* next_g,
                    int64_t tiles, int64_t channels, bool first, TileWalk& walk, float* u,
                    float* dw) {
-  constexpr int rows = kOuterProductRows<kVectors>;
+  constexpr int rows = kProductRows<kVectors>;
   constexpr int64_t width = kVectors * kLanes<float>;
   const float* xp = x;
   float* line = dw;
@@ -154,9 +154,9 @@ void multiply_pair(const WgradLayout& l, const float* x, const float* g, const f
     }
     for (int64_t r = 0; r < kPairRows; r += rows) {
       const char* const stream = walk.take(tiles);
-      outer_product<rows, kVectors>(g + r, xp, tiles, r == 0 ? after_g : after_x,
-                                    stream ? stream : reinterpret_cast<const char*>(after_g),
-                                    stream ? walk.bytes : 0, u + p * l.u_point + r * width);
+      pair_product<rows, kVectors>(g + r, xp, tiles, r == 0 ? after_g : after_x,
+                                   stream ? stream : reinterpret_cast<const char*>(after_g),
+                                   stream ? walk.bytes : 0, u + p * l.u_point + r * width);
     }
   }
   transform_pair(u, l.u_point, width, channels, first, dw);

@@ -25,7 +25,7 @@
 namespace fr {
 namespace FR_ISA {
 
-constexpr int kTileSide = 4, kWindowPixels = 6, kTilePoints = 36;
+constexpr int kTileSide = 4, kWindowSide = 6, kTilePoints = 36;
 
 using Tile = TilePlace<kTileSide>;
 
@@ -74,7 +74,7 @@ FR_INLINE void transform_weight_gradient(const Floats (&u)[6], Floats (&o)[3]) {
 
 // What a window is transformed by: its side in pixels, how far before its tile it begins, a line.
 struct InputTransform {
-  static constexpr int kSide = kWindowPixels, kBefore = 1;
+  static constexpr int kSide = kWindowSide, kBefore = 1;
   static FR_INLINE void line(const Floats (&d)[6], Floats (&o)[6]) { transform_input(d, o); }
 };
 struct GradientTransform {
@@ -140,7 +140,7 @@ void transform_windows(const P& in, const ConvShape& s, int64_t channels, int64_
 template <class E>
 void transform_results(const E& e, const ConvShape& s, int64_t k0, int64_t width, int64_t tile0,
                        int64_t tile1, int64_t point, bool first, const float* from) {
-  constexpr int lanes = kLanes<float>, in = kWindowPixels, out = kTileSide;
+  constexpr int lanes = kLanes<float>, in = kWindowSide, out = kTileSide;
   Tile place = Tile::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, from += width, place.advance(s.h, s.w)) {
     const int64_t rows = min_of(out, s.h - place.y), cols = min_of(out, s.w - place.x);
