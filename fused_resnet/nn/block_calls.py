@@ -74,6 +74,25 @@ def run_residual_block(
     return training_unit(unit, x, None, tensors)
 
 
+def training_format(x: Tensor) -> Tensor:
+    """The input of a network in channels_last, the memory format of its training units.
+
+    A unit keeps the format that it is given: a network of them that is given another would convert
+    between every two.
+
+    Args:
+        x: ``(N, C, H, W)``.
+
+    Returns:
+        ``x`` itself where it is channels_last already, or no unit runs.
+    """
+    if not isinstance(x, Tensor) or is_observed(x) or x.dim() != 4 or x.dtype not in DTYPES:
+        return x
+    if not torch.is_grad_enabled() or not _backend(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def uses_batch_statistics(norm: Any) -> bool:
     """Whether the next call of a normalisation takes the statistics of its batch.
 
