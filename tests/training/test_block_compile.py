@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ def test_one_graph_for_all_batch_sizes(recompute) -> None:
         assert_same(step(compiled, model, batch), step(eager, eager, batch))
     assert counter.frame_count == 2
     assert not counters["graph_break"]
+
+
+def test_cumulative_averages() -> None:
+    """``momentum=None``: the weight of a batch is a number that the graph computes."""
+    block = basic(2, functools.partial(nn.BatchNorm2d, momentum=None))
+    model = fr.fuse(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False).double(), block).train())
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        assert_same(step(compiled, model, 2), step(eager, eager, 2))
 
 
 def test_a_compiled_graph_calls_a_unit_for_each_block() -> None:
