@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.block_calls import training_format
 from ..nn.blocks import conv1x1, conv3x3
 from ..nn.fused_forward import BlockModules, FusedForward, block_modules_of
 from ..nn.group_calls import conv_bn, run_sequence
@@ -185,7 +186,7 @@ class CifarResNet(FusedForward):
         Returns:
             Logits, ``(N, num_classes)``.
         """
-        x = run_sequence((self.conv1, self.bn1, self.relu), x)
+        x = run_sequence((self.conv1, self.bn1, self.relu), training_format(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 

@@ -19,6 +19,9 @@ from ..ops.training_unit import UNIT_BACKENDS, is_transformed, training_unit
 from .groups import decide_residual_block
 from .module_kinds import PackedConv, eps_of, is_observed, padding_of
 
+#: Tensors whose class changes nothing.
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def run_residual_block(
     owner: nn.Module,
@@ -57,12 +60,14 @@ def run_residual_block(
     if len(convs) > len(acts):
         shortcut = "projection"
     backend = _backend(x)
-    if not backend or not _fits(x, convs, norms, len(acts), shortcut, zeros):
+    if not backend:
         return None
     layers, tensors = [], []
     for conv, norm in zip(convs, norms, strict=True):
         layers.append(_layer(conv, norm))
         tensors.append(_tensors(conv, norm))
+    if not _fits(x, layers, tensors, len(acts), shortcut, zeros):
+        return None
     unit = Unit(
         tuple(layers),
         shortcut,
@@ -72,6 +77,25 @@ def run_residual_block(
         backend=backend,
     )
     return training_unit(unit, x, None, tensors)
+
+
+def training_format(x: Tensor) -> Tensor:
+    """The input of a network in channels_last, the memory format of its training units.
+
+    A unit keeps the format that it is given: a network of them that is given another would convert
+    between every two.
+
+    Args:
+        x: ``(N, C, H, W)``.
+
+    Returns:
+        ``x`` itself where it is channels_last already, or no unit runs.
+    """
+    if not isinstance(x, Tensor) or is_observed(x) or x.dim() != 4 or x.dtype not in DTYPES:
+        return x
+    if not torch.is_grad_enabled() or not _backend(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def uses_batch_statistics(norm: Any) -> bool:
@@ -104,8 +128,8 @@ def _backend(x: Tensor) -> str:
 
 def _fits(
     x: Tensor,
-    convs: Sequence[Any],
-    norms: Sequence[Any],
+    layers: Sequence[Layer],
+    tensors: Sequence[LayerTensors],
     length: int,
     shortcut: str,
     zeros: tuple[int, int],
@@ -114,24 +138,26 @@ def _fits(
 
     Where they are not, PyTorch's operators cast, broadcast or say what is wrong.
     """
-    if x.dim() != 4 or x.dtype not in DTYPES or type(x) not in (Tensor, nn.Parameter):
+    dtype, device = x.dtype, x.device
+    if x.dim() != 4 or dtype not in DTYPES or type(x) not in _PLAIN:
         return False
-    device = x.device
     cast = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    if cast and x.dtype is not torch.float64:
-        if x.dtype is not torch.get_autocast_dtype(device.type):
-            return False
-    elif any(conv.weight.dtype is not x.dtype for conv in convs):
+    cast = cast and dtype is not torch.float64
+    if cast and dtype is not torch.get_autocast_dtype(device.type):
         return False
-    for conv, norm in zip(convs, norms, strict=True):
-        if conv.weight.device != device or type(conv.weight) not in (Tensor, nn.Parameter):
+    of_vectors = (dtype, torch.float64 if dtype is torch.float64 else torch.float32)
+    for t in tensors:
+        weight = t.weight
+        if weight.device != device or type(weight) not in _PLAIN:
             return False
-        for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            if vector is not None and vector.dtype not in (x.dtype, _vectors(x)):
+        if not cast and weight.dtype is not dtype:
+            return False
+        for vector in t[1:5]:
+            if vector is not None and vector.dtype not in of_vectors:
                 return False
-    size = _size_behind(convs[:length], x)
+    size = _size_behind(layers[:length], tensors, x)
     if shortcut == "projection":
-        side = _size_behind(convs[length:], x)
+        side = _size_behind(layers[length:], tensors[length:], x)
     elif shortcut == "zeros":
         pixels = [(n - 1) // zeros[1] + 1 for n in x.shape[2:]]
         side = [x.shape[1] + 2 * zeros[0], *pixels]
@@ -140,27 +166,22 @@ def _fits(
     return size is not None and (shortcut == "none" or size == side)
 
 
-def _vectors(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def _size_behind(convs: Sequence[Any], x: Tensor) -> list[int] | None:
+def _size_behind(
+    layers: Sequence[Layer], tensors: Sequence[LayerTensors], x: Tensor
+) -> list[int] | None:
     """``[K, H, W]`` behind a chain of convolutions; None where one does not take its input."""
-    channels, *size = x.shape[1:]
-    for conv in convs:
-        if conv.weight.shape[1] * conv.groups != channels:
+    _, channels, height, width = x.shape
+    for layer, t in zip(layers, tensors, strict=False):
+        k, depth, kh, kw = t.weight.shape
+        if depth * layer.groups != channels:
             return None
-        padding = padding_of(conv)
-        assert padding is not None
-        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.weight.shape[2:], strict=True)]
-        size = [
-            (n + 2 * p - r - 1) // s + 1
-            for n, p, r, s in zip(size, padding, reach, conv.stride, strict=True)
-        ]
-        if size[0] < 1 or size[1] < 1:
+        (s0, s1), (p0, p1), (d0, d1) = layer[:3]
+        height = (height + 2 * p0 - d0 * (kh - 1) - 1) // s0 + 1
+        width = (width + 2 * p1 - d1 * (kw - 1) - 1) // s1 + 1
+        if height < 1 or width < 1:
             return None
-        channels = conv.weight.shape[0]
-    return [channels, *size]
+        channels = k
+    return [channels, height, width]
 
 
 def _layer(conv: Any, norm: Any) -> Layer:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block_calls import run_residual_block, uses_batch_statistics
+from .block_calls import run_residual_block, training_format, uses_batch_statistics
 from .group_calls import conv_bn, run_sequence
 from .groups import (
     Decision,
@@ -225,8 +225,11 @@ class ResNetForward(FusedForward):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         m: Any = self
-        x = m.layer4(m.layer3(self._early_stages(x)))
-        return m.fc(torch.flatten(m.avgpool(x), 1))
+        converted = training_format(x)
+        y = m.layer4(m.layer3(self._early_stages(converted)))
+        if converted is not x:
+            y = y.contiguous()  # small here: what follows sees the format of the input
+        return m.fc(torch.flatten(m.avgpool(y), 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, 3, H, W)`` to logits ``(N, num_classes)``."""

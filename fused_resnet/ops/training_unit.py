@@ -209,12 +209,27 @@ def _update_running(unit: Unit, tensors: Sequence[LayerTensors], saved: list[_Sa
         if t.running_mean is None or t.running_var is None:
             continue
         momentum = layer.momentum
-        if momentum is None:
-            momentum = 0.0 if t.batches is None else 1.0 / float(t.batches)
+        if momentum is None and t.batches is not None:
+            if type(t.batches) is not Tensor:  # a compiler's, which has no number
+                _average(t, found)
+                continue
+            momentum = 1.0 / float(t.batches)
+        momentum = momentum or 0.0
         update_running(
             unit.backend, found.mean, found.var, t.running_mean, t.running_var, momentum,
             _count(found.z),
         )  # fmt: skip
+
+
+def _average(t: LayerTensors, found: _Saved) -> None:
+    """Move the cumulative averages by a counter whose number is not known yet."""
+    assert t.batches is not None
+    count = _count(found.z)
+    share = t.batches.to(found.mean.dtype).reciprocal()
+    for running, batch in ((t.running_mean, found.mean), (t.running_var, found.var)):
+        assert running is not None
+        unbiased = batch if running is t.running_mean else batch * (count / (count - 1))
+        running.add_(((unbiased - running) * share).to(running.dtype))
 
 
 def update_running(

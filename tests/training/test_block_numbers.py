@@ -187,3 +187,31 @@ def test_an_own_block_is_traced_and_runs_whole(units) -> None:
     fused = assert_trains_the_same(randomize(Block()).double().train())
     assert len(units) == 2
     assert_one_unit(fused)
+
+
+@pytest.mark.parametrize("name", ["resnet", "cifar"])
+def test_a_network_in_the_plainest_loop_converts_its_image_once(name, monkeypatch) -> None:
+    """Contiguous parameters and images: between its blocks the maps are channels_last."""
+    torch.manual_seed(0)
+    if name == "cifar":
+        eager = fr.cifar_resnet(20)
+        fused, blocks = copy.deepcopy(eager), 10
+    else:
+        models = pytest.importorskip("torchvision.models")
+        eager = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+        fused, blocks = fr.fuse(copy.deepcopy(eager)), 5
+    inputs = []
+    original = training_unit._TrainingUnit.apply
+
+    def apply(unit, tensors, x, *rest):
+        inputs.append(x)
+        return original(unit, tensors, x, *rest)
+
+    monkeypatch.setattr(training_unit._TrainingUnit, "apply", apply)
+    y = fused.train()(image(2, 3, 32, 32, dtype=torch.float32))
+    assert len(inputs) == blocks
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+    with fr.use_backend("reference"):
+        torch.testing.assert_close(
+            y, eager.train()(image(2, 3, 32, 32, dtype=torch.float32)), rtol=1e-3, atol=1e-3
+        )

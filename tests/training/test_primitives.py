@@ -7,7 +7,9 @@ import torch
 from networks import image
 from torch import Tensor
 
+import fused_resnet as fr
 from fused_resnet.backends import reference_training as reference
+from fused_resnet.ops import training
 from fused_resnet.ops.registry import primitives_of
 
 backends = pytest.mark.parametrize("backend", ["cpu", "library"])
@@ -149,3 +151,19 @@ def test_the_reference_is_the_gradient_of_its_own_forward() -> None:
             g, z, a, b, c, x, None, None, None, w, None, *geometry, True, True, False, False
         )
     same((dx, dw, dweight, dbias), expected)
+
+
+def test_primitives_as_functions() -> None:
+    """They choose a backend like every operation, and name what is wrong."""
+    x, w = image(2, 5, 8, 7), image(6, 5, 3, 3, seed=9).requires_grad_()
+    arguments = (x, None, None, w, (1, 1), (1, 1), (1, 1), 1, True, False)
+    expected = reference.conv_forward(*arguments)
+    for backend in ("auto", "cpu", "library", "reference"):
+        with fr.use_backend(backend):
+            found = training.conv_forward(*arguments)
+        assert not found[0].requires_grad
+        same(found, tuple(t.detach() for t in expected))
+    with pytest.raises(ValueError, match="block_end: z: expected 4 dimensions"):
+        training.block_end(x[0], x[0, 0], x[0, 0], None, None, None, True)
+    with pytest.raises(ValueError, match="bn_coefficients: var: expected device cpu"):
+        training.bn_coefficients(x[0, :, 0, 0], x[0, :, 0, 0].to("meta"), None, None, 1e-5)
