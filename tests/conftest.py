@@ -44,9 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     backends = config.getoption("--backend")
     if backends:
-        left = [item for item in items if _parameter(item, "backend") in (None, *backends)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(left)])
-        items[:] = left
+        other = [item for item in items if _parameter(item, "backend") not in (None, *backends)]
+        config.hook.pytest_deselected(items=other)
+        gone = set(other)
+        items[:] = [item for item in items if item not in gone]
     for item in items:
         _, *place = item.nodeid.partition("::")[0].split("/")
         if place[0] in THOROUGH_FOLDERS or place[-1] in THOROUGH_FILES:

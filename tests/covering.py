@@ -33,7 +33,7 @@ def covering(
     }
     starts = [dict(zip(every, at, strict=True)) for at in product(*_indices(every.values()))]
     rows = []
-    if every:
+    if every or not spread:  # without any parameter there is one row, and it is empty
         rows = [_completed(row, spread, wanted) for row in starts]
     else:
         wanted |= {frozenset([(name, i)]) for name in spread for i in range(len(spread[name]))}
