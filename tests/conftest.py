@@ -20,10 +20,26 @@ os.environ.setdefault("FUSED_RESNET_TUNE", "0")
 THOROUGH_FOLDERS = ("simt", "triton_kernels", "gpu")
 #: Files that compile, train or measure, run pytest again, or run whole networks in an emulation.
 THOROUGH_FILES = (
+    "test_bench.py",
+    "test_bench_training.py",
+    "test_block_compile.py",
     "test_build.py",
+    "test_cli.py",
+    "test_cli_tune.py",
+    "test_compile.py",
+    "test_exported.py",
+    "test_fuse_networks.py",
+    "test_gpu_bench.py",
+    "test_hostile_calls.py",
     "test_instruction_sets.py",
     "test_matrix.py",
+    "test_readme.py",
+    "test_serving.py",
     "test_static_gate.py",
+    "test_traced_distributed.py",
+    "test_training.py",
+    "test_tuner_packed.py",
+    "test_verify.py",
 )
 #: Folders and files whose tests share no fixture that is costly to make: under pytest-xdist each of
 #: these tests goes to the next free worker, while all other files stay whole.

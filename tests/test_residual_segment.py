@@ -169,7 +169,7 @@ def test_the_fake_knows_the_shape(name):
         ({"convs": [2, 4]}, "convs: expected 2 or 3, got 4"),
         ({"convs": [2, 3]}, "expected at least 5 tensors in every list, got 4"),
         ({"projected": [True, False]}, "padding: expected 0 beside a projection"),
-        ({"padding": [-1, 0]}, "padding: expected 0 beside a projection, and else at least 0"),
+        ({"padding": [-1, 0]}, "padding: expected an int from 0 to 2147483647, got -1"),
         ({"padding": [2, 0]}, "residual: expected shape"),
     ],
 )

@@ -82,9 +82,9 @@ def add(machine: str, entries: dict[str, dict[str, float]]) -> None:
             with replacing(file) as part, open(part, "w") as text:
                 json.dump(document, text, indent=1)
     except filelock.Timeout:
-        _warn_once("the tuner's choices are not kept: another process has locked the file")
+        _warn_once("the tuner's timings are not saved: another process has locked the file")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        _warn_once(f"the tuner's choices are not kept: {error}")
+        _warn_once(f"the tuner's timings are not saved: {error}")
 
 
 def _newest(entries: dict[str, Any], most: int) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _read() -> dict[str, Any]:
         reason = f"it has format {document['format']!r}"
     except (ValueError, KeyError, TypeError, RecursionError):
         reason = "it is not what the tuner writes"
-    _warn_once(f"{file} is ignored and will be written anew: {reason}")
+    _warn_once(f"{file} is ignored and will be rewritten: {reason}")
     return {}
 
 

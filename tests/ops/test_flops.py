@@ -36,6 +36,19 @@ def test_a_network_counts_as_unfused(name, form):
     assert flops(form(model), x) == expected > 0
 
 
+def test_a_training_step_counts_as_unfused():
+    """Forward, and both gradients of every convolution; the first one has no data gradient."""
+    model, x = fr.resnet18().train(), torch.zeros(2, 3, 64, 64)
+    counts = []
+    for form in (lambda m: m, fr.fuse):
+        with FlopCounterMode(display=False) as counter:
+            form(model)(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    with fr.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    assert counts == [counter.get_total_flops()] * 2
+
+
 def test_every_operator_with_a_convolution_has_a_formula():
     """Packing and batch norm alone count nothing, as in PyTorch."""
     names = {schema.partition("(")[0] for schema in fr._C.schemas()}
