@@ -1,44 +1,59 @@
 # make demo       a photograph through ResNet-50, before and after (IMAGE=path WEIGHTS=path)
-# make test       the tests, 15 to 25 minutes on 2 cores; make test-all adds the slow ones and
-#                 installs the libraries whose networks they run
-# make lint       ruff, mypy, clang-format; make format puts right what they can
-# make verify     every operation and network against float64
+# make check      the tests of the inner loop, on the CPU: at most 3 minutes on 2 cores
+# make test       what CI runs, with the CUDA simulator, Triton's interpreter and planted bugs: at most
+#                 12 minutes on 2 cores once all is built
+# make test-all   the slow ones too, and the libraries whose networks they run are installed
+# make lint       ruff, mypy, clang-format, import-linter and the limit of 500 lines a file;
+#                 make format fixes what can be fixed
+# make verify     every operation and network, compared with float64
 # make bench      the benchmark results, their pictures and README's table (BENCH_ARGS=--quick)
 # make asan       the operations' tests under AddressSanitizer
 # make mutants    planted bugs, each of which a test must catch
 #
-# Every target works in a fresh clone: .venv is made when it is missing (PYTHON=python3.12 chooses).
+# Every target works in a fresh clone: .venv is created if it is missing (PYTHON=python3.12 chooses).
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# The same without CUDA's kernels, which take most of the time to compile: enough for `make check`,
+# which uses the full build where there is one.
+INSTALLED_CPU := $(VENV)/.installed-cpu
+CHECKED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_CPU))
+# A worker a core, and a thread a worker; a file's tests stay on one worker unless each is on its own
+# (tests/conftest.py). Tests that are about threads ask for as many as they need.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Built without isolation, so that the extension is compiled against the torch that it will run with.
+# Built without isolation: the extension is compiled against the torch that it runs with.
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
-# CuTe's headers, which tests hold the executor against. Without what its Python half requires: of
-# CUDA's bindings torch has brought its own.
+# CuTe's headers, with which tests compare the simulator. Without dependencies: they are for CuTe's
+# Python half, and torch has CUDA's bindings of its own.
 HEADERS := 'nvidia-cutlass>=4.2,<5'
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format verify bench gpu asan mutants install clean
+.PHONY: demo check test test-all lint format verify bench gpu asan mutants install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fused-resnet demo $(if $(IMAGE),'$(IMAGE)') $(if $(WEIGHTS),--weights '$(WEIGHTS)')
 
+check: $(CHECKED)
+	$(PYTEST) -m 'not thorough and not slow'
+
 test: $(INSTALLED)
-	$(PY) -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: $(INSTALLED)
 	$(PY) -m pip install -q --no-build-isolation -e '.[test,models]'
-	$(PY) -m pytest -q
+	$(PYTEST)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(TEST_CPP)
+	$(VENV)/bin/lint-imports
+	$(PY) tests/check_file_lengths.py
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
@@ -54,7 +69,7 @@ bench: $(INSTALLED)
 	$(PY) benchmarks/bench_ops.py
 	$(PY) benchmarks/readme_table.py
 
-# On a machine with a GPU: no virtual environment and no network, what is installed is used.
+# On a machine with a GPU: with the installed packages, without a virtual environment or network.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
@@ -69,8 +84,9 @@ install: $(INSTALLED)
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-# The extension is compiled again when a source changes; Python files are used where they lie.
-$(INSTALLED): setup.py pyproject.toml $(CPP) | $(PY)
+# The extension is compiled again when a source changes; Python files are used in place.
+$(INSTALLED_CPU): export FUSED_RESNET_CUDA := 0
+$(INSTALLED) $(INSTALLED_CPU): setup.py pyproject.toml $(CPP) | $(PY)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
 	$(PY) -m pip install -q --no-deps $(HEADERS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,dev]'

@@ -4,8 +4,8 @@ python benchmarks/bench_models.py            all networks: hours on two cores
 python benchmarks/bench_models.py --quick    ResNet-50 in float32 on all cores, two to three minutes
 python benchmarks/bench_models.py --models resnet18,resnet50 --batch 1,16 --threads 1,2 ...
 
-A file holds one number of threads and one dtype, and is written anew after each network: what an
-interrupted run has measured is kept.
+A file has one number of threads and one dtype, and is written after each network, so that an
+interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def slug(device: str, threads: int) -> str:
 
 
 def cases(models: list[str], threads: list[int], dtypes: list[str]) -> list[tuple[str, int, str]]:
-    """Network, threads and dtype of each run; bfloat16 for the networks that are wanted in it."""
+    """Network, threads and dtype of each run; bfloat16 for the networks of :data:`BFLOAT16`."""
     return [
         (model, count, dtype)
         for count in threads

@@ -1,9 +1,9 @@
-"""What a forward costs besides its kernels: ``python benchmarks/call_overhead.py resnet50``.
+"""The time of a forward without its kernels: ``python benchmarks/call_overhead.py resnet50``.
 
-A batch of no images takes the whole route (modules, checks, the dispatcher, the host functions'
-checks, the allocation of results) and computes nothing: every kernel returns at once. Its time is
-an upper bound of what Python adds. One thread; the median of many, in microseconds. The network of
-``fuse`` packs its weights as well.
+An empty batch runs the modules, checks, the dispatcher, the host functions' checks and the
+allocation of results, but every kernel returns at once. Its time is an upper bound of the overhead
+of Python. One thread; the median of many calls, in microseconds. The network of ``fuse`` packs its
+weights as well.
 """
 
 from __future__ import annotations

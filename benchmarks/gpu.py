@@ -1,10 +1,11 @@
-"""What make gpu runs: build for the card, test, bench; writes results/gpu-<card>.json and .txt.
+"""The program of make gpu: builds for the card, tests and benchmarks it.
 
 python benchmarks/gpu.py [--minutes 10] [--phases build,tests,layers,training,networks] ...
 
-Needs a GPU, torch for CUDA, nvcc, a C++ compiler, setuptools and pytest; no network, no virtual
-environment. Goes on after a failure, writes down what it found after each phase, and ends with 0
-if nothing failed, 1 if something did, 2 if it could not begin.
+Writes results/gpu-<card>.json and .txt. Needs a GPU, torch for CUDA, nvcc, a C++ compiler,
+setuptools and pytest; no network and no virtual environment. Continues after a failure, and writes
+the results after each phase. Exit code 0 if nothing failed, 1 if something did, 2 if it could not
+start.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-#: In the order in which they run, with the share of the time that each may use at most. Networks
-#: come last and take what is left: their compiling would use any time.
+#: The phases in order, with the largest share of the time that each may use. Networks come last and
+#: use the remaining time, since compiling them takes long.
 PHASES = {"build": 0.4, "tests": 0.35, "layers": 0.15, "training": 0.1, "networks": 1.0}
 
-#: Test files at a time: most of their work is float64 on the processor.
+#: Number of test files at a time: most of their work is float64 on the CPU.
 TEST_JOBS = 3
 
 
@@ -66,27 +67,33 @@ def main() -> int:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all of it (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit (default: 10)")
     parser.add_argument(
         "--phases",
         type=lambda text: text.split(","),
         default=list(PHASES),
         help=f"default: {','.join(PHASES)}",
     )
-    parser.add_argument("--model", default="resnet50", help="whose layers are timed")
-    parser.add_argument("--batch", type=int, default=256, help="of the layers (default: 256)")
-    parser.add_argument("--precision", default="bfloat16", help="of the layers (default: bfloat16)")
+    parser.add_argument("--model", default="resnet50", help="the network whose layers are timed")
     parser.add_argument(
-        "--max-autotune", action="store_true", help="also torch.compile's max-autotune: minutes"
+        "--batch", type=int, default=256, help="batch size of the layers (default: 256)"
+    )
+    parser.add_argument(
+        "--precision", default="bfloat16", help="precision of the layers (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--max-autotune",
+        action="store_true",
+        help="also time torch.compile's max-autotune, which takes minutes",
     )
     parser.add_argument(
         "--tune",
         choices=("0", "1", "exhaustive"),
         default="0",
-        help="FUSED_RESNET_TUNE of the benches: 0 (the default) measures our CUDA kernels, "
-        "otherwise fused networks run whatever is fastest, after minutes of timing it",
+        help="FUSED_RESNET_TUNE of the benchmarks: 0 (the default) measures this package's CUDA "
+        "kernels; otherwise fused networks run the fastest backend, after minutes of timing",
     )
-    parser.add_argument("--commit", help="of a copy without its .git")
+    parser.add_argument("--commit", help="the commit, for a copy without .git")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: benchmarks/results")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.phases if name not in PHASES]
@@ -98,7 +105,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def preflight() -> tuple[list[str], list[str]]:
-    """What is missing, and what is worth knowing though nothing depends on it."""
+    """What is missing, and notes on what is optional."""
     missing = [
         f"{name} (pip install '{name}{least}')"
         for name, least in (("torch", ">=2.11"), ("setuptools", ">=77"), ("pytest", ">=8"))
@@ -125,7 +132,7 @@ def preflight() -> tuple[list[str], list[str]]:
 
 
 def version(distribution: str) -> tuple[int, ...]:
-    """Its first two numbers; nothing if it is not installed."""
+    """The first two numbers of its version; empty if it is not installed."""
     try:
         text = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -134,7 +141,7 @@ def version(distribution: str) -> tuple[int, ...]:
 
 
 def toolkit_home() -> str | None:
-    """Where nvcc is, as setup.py looks for it."""
+    """The folder of the CUDA toolkit, found as in setup.py."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
@@ -146,7 +153,7 @@ def toolkit_home() -> str | None:
 
 
 def results_format() -> ModuleType:
-    """The module of the results' format, by its path: the package may not be built."""
+    """The module of the results' format, loaded from its file: the package may not be built."""
     path = ROOT / "fused_resnet" / "bench" / "gpu_results.py"
     spec = importlib.util.spec_from_file_location("gpu_results", path)
     assert spec is not None
@@ -171,7 +178,7 @@ class Session:
         self.environment = {**os.environ, "FUSED_RESNET_CUDA": "1"}
         self.environment["TORCH_CUDA_ARCH_LIST"] = device["capability"]
         self.environment["FUSED_RESNET_REQUIRE_GPU"] = "1"
-        # Nothing that was timed before decides what is measured now.
+        # Times of earlier runs must not affect what is measured.
         tuning = ROOT / "build" / "gpu-tuning.json"
         tuning.unlink(missing_ok=True)
         os.environ["FUSED_RESNET_CACHE"] = str(tuning)
@@ -195,8 +202,8 @@ class Session:
         }
 
     @property
-    def left(self) -> float:
-        """Seconds until the end, less what writing the results takes."""
+    def remaining(self) -> float:
+        """Seconds until the end, with some reserved for writing the results."""
         return self.seconds - (time.monotonic() - self.began) - 3
 
     def save(self) -> None:
@@ -204,8 +211,8 @@ class Session:
         self.format.save(self.path, self.document)
 
     def run(self, name: str) -> None:
-        """One phase, whatever became of those before."""
-        limit = min(PHASES[name] * self.seconds, self.left)
+        """One phase, even if earlier ones failed."""
+        limit = min(PHASES[name] * self.seconds, self.remaining)
         if limit < 5:
             self.note(name, "skipped", 0.0, "the time was up")
         elif name == "build":
@@ -232,18 +239,18 @@ class Session:
         print(f"gpu: {name}: {status} in {seconds:.0f} s: {summary}", flush=True)
 
     def build(self, limit: float) -> None:
-        """The extension, in place, for this card alone; beside it the executor, for its tests."""
+        """The extension, for this card alone, and in parallel the simulator of the tests."""
         print("gpu: building", flush=True)
-        executor = [sys.executable, "tests/simt/executor.py", "plain"]
+        simulator = [sys.executable, "tests/simt/simulator.py", "plain"]
         with ThreadPoolExecutor(1) as pool, ending_all():
-            beside = pool.submit(run, executor, self.environment, limit)
+            beside = pool.submit(run, simulator, self.environment, limit)
             done = run(
                 [sys.executable, "setup.py", "build_ext", "--inplace"], self.environment, limit
             )
             self.note("build", *done.noted(done.last_line()))
             other = beside.result()
         if other.status != "passed":
-            self.note("executor build", *other.noted(other.last_line()))
+            self.note("simulator build", *other.noted(other.last_line()))
         check = "import fused_resnet as fr; s = fr.backends()['cuda']; print(s); exit(not s)"
         check_run = run([sys.executable, "-c", check], self.environment, 120)
         self.usable = check_run.status == "passed"
@@ -251,21 +258,23 @@ class Session:
             self.note("import", *check_run.noted(check_run.last_line()))
 
     def tests(self, limit: float) -> None:
-        """Each file in a process of its own, as one may leave its CUDA context unusable."""
+        """Each file in a separate process, since one may leave its CUDA context unusable."""
         print("gpu: testing", flush=True)
         cores = len(os.sched_getaffinity(0))
         environment = {**self.environment, "OMP_NUM_THREADS": str(max(1, cores // TEST_JOBS))}
-        # The slowest first, so that none of them ends alone.
+        # The slowest first, so that none of them runs alone at the end.
         slow = ("networks", "sanitizer", "backends", "conformance", "runtime", "compile")
+        tests = ROOT / "tests"
         files = sorted(
-            (ROOT / "tests" / "gpu").glob("test_gpu_*.py"),
+            [*(tests / "gpu").glob("test_gpu_*.py"), *(tests / "conformance").glob("test_*.py")],
             key=lambda path: (not any(word in path.stem for word in slow), path.stem),
         )
         end = time.monotonic() + limit
 
         def one(path: Path) -> tuple[Path, Run]:
             command = [sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short"]
-            command += ["-p", "no:cacheprovider", str(path.relative_to(ROOT))]
+            command += ["-p", "no:cacheprovider", "--backend", "device"]
+            command += [str(path.relative_to(ROOT))]
             return path, run(command, environment, max(1.0, end - time.monotonic()))
 
         with ThreadPoolExecutor(TEST_JOBS) as pool, ending_all():
@@ -311,7 +320,7 @@ class Session:
 
 
 class Run:
-    """A command that has ended, or was ended."""
+    """A command that has exited or was killed."""
 
     def __init__(self, command: Sequence[str], status: str, seconds: float, output: str) -> None:
         self.command, self.status, self.seconds, self.output = command, status, seconds, output
@@ -321,7 +330,7 @@ class Run:
         return lines[-1][:200] if lines else "no output"
 
     def noted(self, summary: str) -> tuple[str, float, str, str, list[str]]:
-        """What Session.note wants: of a log that matters, names of failures and the end of it."""
+        """The arguments of Session.note; the log has the names of failures and its last lines."""
         log: list[str] = []
         if self.status != "passed":
             lines = self.output.splitlines()
@@ -331,13 +340,13 @@ class Run:
         return self.status, self.seconds, summary, shlex.join(command), log
 
 
-#: What runs now.
+#: The running commands.
 LIVE: set[subprocess.Popen[str]] = set()
 
 
 @contextlib.contextmanager
 def ending_all() -> Iterator[None]:
-    """An interruption ends the commands that threads wait for: they do not see it themselves."""
+    """Kill the commands that threads wait for if the main thread is interrupted."""
     try:
         yield
     except BaseException:
@@ -347,13 +356,13 @@ def ending_all() -> Iterator[None]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a command with all that it started."""
+    """Kill a command and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(command: Sequence[str], environment: dict[str, str], limit: float) -> Run:
-    """Run a command; when the time is up, end it."""
+    """Run a command, and kill it at the time limit."""
     began = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -424,7 +433,7 @@ def commit() -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints, in one piece; None if it can't be run."""
+    """The output of a command on one line; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -3,10 +3,12 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "checks.h"
 #include "cpu/conv_driver.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
-#include "held_row.h"
+#include "cpu/result_cache.h"
+#include "residual_segment.h"
 #include "schemas.h"
 #include "unchanged.h"
 #ifdef FR_WITH_CUDA
@@ -21,9 +23,9 @@ TORCH_LIBRARY(fused_resnet, m) {
 
 namespace {
 
-// Given its statistics, batch norm in training is batch norm in inference. It is an operator of its
-// own because its gradient is not: there the statistics depend on x.
-at::Tensor bn_add_relu_given(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+// With known batch statistics the forward of training is that of inference. It is an operator of
+// its own because the gradients differ: in training the statistics depend on x.
+at::Tensor bn_add_relu_apply(const at::Tensor& x, const std::optional<at::Tensor>& weight,
                              const std::optional<at::Tensor>& bias, const at::Tensor& mean,
                              const at::Tensor& var, const std::optional<at::Tensor>& residual,
                              double eps, bool relu) {
@@ -40,7 +42,7 @@ at::Tensor bn_add_relu_given(const at::Tensor& x, const std::optional<at::Tensor
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
-  m.impl("bn_add_relu_given", &bn_add_relu_given);
+  m.impl("bn_add_relu_apply", &bn_add_relu_apply);
 }
 
 namespace {
@@ -61,32 +63,15 @@ py::dict build_info() {
   return info;
 }
 
-fr::ConvShape shape_of_weight(const std::vector<int64_t>& sizes, int64_t groups) {
-  fr::ConvShape s{};
-  s.k = sizes.at(0);
-  s.c = sizes.at(1) * groups;
-  s.kh = sizes.at(2);
-  s.kw = sizes.at(3);
-  s.groups = groups;
-  return s;
-}
-
-// input_shape is x's (N, C, H, W); the rest as conv_bn_add_relu_packed has it.
+// input_shape is (N, C, H, W); the other arguments are those of conv_bn_add_relu_packed.
 std::string conv_algorithm(const std::vector<int64_t>& input_shape,
                            const std::vector<int64_t>& weight_shape,
                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                            const std::vector<int64_t>& dilation, int64_t groups,
                            at::ScalarType dtype, bool winograd) {
-  fr::ConvShape s = shape_of_weight(weight_shape, groups);
-  s.n = input_shape.at(0);
-  s.h = input_shape.at(2);
-  s.w = input_shape.at(3);
-  s.stride_h = stride.at(0);
-  s.stride_w = stride.at(1);
-  s.pad_h = padding.at(0);
-  s.pad_w = padding.at(1);
-  s.dilation_h = dilation.at(0);
-  s.dilation_w = dilation.at(1);
+  const at::IntArrayRef input(input_shape);
+  const fr::ConvShape s =
+      fr::conv_shape("conv_algorithm", input, weight_shape, stride, padding, dilation, groups);
   return fr::conv_algorithm(fr::dtype_of(dtype), s, winograd);
 }
 
@@ -100,7 +85,20 @@ py::dict memory_bandwidth() {
 
 int64_t packed_conv_weight_numel(const std::vector<int64_t>& weight_shape, int64_t groups,
                                  at::ScalarType dtype) {
-  return fr::kernels().of[fr::dtype_of(dtype)].packed_numel(shape_of_weight(weight_shape, groups));
+  // Called for meta and fake tensors too, whose sizes no allocation has checked.
+  const fr::ConvShape s = fr::weight_shape("pack_conv_weight", weight_shape, groups);
+  return fr::kernels().of[fr::dtype_of(dtype)].packed_numel(s);
+}
+
+// The C++ object of a Python object, which has none if it was made by __new__ without __init__.
+template <class T>
+const T& initialized(const py::object& self) {
+  if (!py::isinstance<T>(self) || !reinterpret_cast<py::detail::instance*>(self.ptr())
+                                       ->get_value_and_holder()
+                                       .holder_constructed()) {
+    throw py::type_error("expected an object whose __init__ was called");
+  }
+  return self.cast<const T&>();
 }
 
 std::string cuda_device_problem(int device) {
@@ -127,26 +125,42 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [] { return std::vector<std::string>(std::begin(fr::kSchemas), std::end(fr::kSchemas)); },
       "Every operator's schema.");
   m.def("cuda_device_problem", &cuda_device_problem,
-        "Empty if this build runs on that CUDA device, else why it does not.");
-  m.def("packed_conv_weight_numel", &packed_conv_weight_numel,
-        "Elements of what pack_conv_weight returns.");
-  m.def("packed_conv_weight_dtype", &fr::packed_type, "Their dtype, for weights of this one.");
-  m.def("conv_algorithm", &conv_algorithm,
-        "What conv_bn_add_relu_packed runs on the CPU: direct or winograd.");
+        "Empty if this build runs on that CUDA device, else the reason why it does not.");
+  m.def("packed_conv_weight_numel", &packed_conv_weight_numel, py::arg("weight_shape"),
+        py::arg("groups"), py::arg("dtype"),
+        "Number of elements of what pack_conv_weight returns.");
+  m.def("packed_conv_weight_dtype", &fr::packed_type, py::arg("dtype"),
+        "Dtype of what pack_conv_weight returns for a weight of this dtype.");
+  m.def("conv_algorithm", &conv_algorithm, py::arg("input_shape"), py::arg("weight_shape"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+        py::arg("dtype"), py::arg("winograd"),
+        "The algorithm that conv_bn_add_relu_packed runs on the CPU.");
   m.def(
       "peak_flops", [](at::ScalarType dtype) { return fr::peak_flops(fr::dtype_of(dtype)); },
-      "Measured floating-point operations a second of the CPU, on PyTorch's threads.");
+      "Measured floating-point operations per second of the CPU, on PyTorch's threads.");
   m.def("memory_bandwidth", &memory_bandwidth,
-        "Measured bytes a second from memory, on PyTorch's threads: read, and copy.");
-  m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries are what they were.");
-  using Row = fr::HeldRow;
+        "Measured memory bandwidth in bytes per second, on PyTorch's threads: read and copy.");
+  m.def("release_results", &fr::release_results,
+        "Returns the unused memory that is cached for results on the CPU to the system.");
+  m.def("kept_result_bytes", &fr::kept_result_bytes,
+        "Bytes of unused memory that are cached for results on the CPU.");
+  m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries still hold the same objects.");
+  using Segment = fr::ResidualSegment;
   using Bools = std::vector<bool>;
-  py::class_<Row>(m, "ResidualRow", "residual_row with all arguments but its map.")
-      .def(py::init<Row::Tensors, Row::Tensors, Row::Tensors, Row::Ints, const Bools&, Row::Ints,
-                    Row::Ints, Row::Ints, Row::Ints, const Bools&>())
-      .def("__call__", torch::wrap_pybind_function_no_gil(
-                           [](const Row& row, const at::Tensor& x) { return row(x); }));
-  // The operators themselves, through the dispatcher, for those who want them bare.
+  const auto call_without_gil = torch::wrap_pybind_function_no_gil(
+      [](const Segment& segment, const at::Tensor& x) { return segment(x); });
+  py::class_<Segment>(m, "ResidualSegment", "residual_segment with all arguments bound but x.")
+      .def(py::init<Segment::Tensors, Segment::Tensors, Segment::Tensors, Segment::Ints,
+                    const Bools&, Segment::Ints, Segment::Ints, Segment::Ints, Segment::Ints,
+                    const Bools&>(),
+           py::arg("packed"), py::arg("scale"), py::arg("shift"), py::arg("convs"),
+           py::arg("projected"), py::arg("padding"), py::arg("stride"), py::arg("dilation"),
+           py::arg("groups"), py::arg("winograd"))
+      .def("__call__", [call_without_gil](const py::object& self, const at::Tensor& x) {
+        return call_without_gil(initialized<Segment>(self), x);
+      });
+  // The operators themselves, through the dispatcher, without the checks of
+  // fused_resnet/ops/checks.py.
   const py::object ops = py::module_::import("torch").attr("ops").attr("fused_resnet");
   for (const std::string schema : fr::kSchemas) {
     const std::string name = schema.substr(0, schema.find('('));

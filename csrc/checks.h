@@ -1,17 +1,61 @@
-// Argument checks of the compiled operators: operation, argument, expected, got. They are what
-// memory safety needs; fused_resnet/ops/checks.py checks the same and more before a call comes here.
+// Argument checks of the compiled operators. Messages name the operation, the argument, what was
+// expected and what came. These checks cover memory safety; fused_resnet/ops/checks.py checks the
+// same and more before it calls an operator.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
 #include <optional>
 
 #include "conv_shape.h"
 
 namespace fr {
 
+// Limits of a convolution and of its pooling. Every size, stride, padding, dilation and number of
+// groups is less than 2^31, and every array that is made of them, padding included, has at most
+// 2^56 elements. Then no sum and no product of them overflows 64 bits, here or in a kernel; what
+// does not fit the memory fails in its allocation.
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxNumel = int64_t{1} << 56;
+
+inline void check_size(const char* op, const char* name, int64_t size, int64_t least) {
+  TORCH_CHECK_VALUE(size >= least && size <= kMaxSize, op, ": ", name, ": expected an int from ",
+                    least, " to ", kMaxSize, ", got ", size);
+}
+
+// The product of the sizes of an array is at most kMaxNumel.
+inline void check_numel(const char* op, const char* name, std::initializer_list<int64_t> sizes) {
+  int64_t numel = 1;
+  for (const int64_t size : sizes) {
+    const bool overflows = __builtin_mul_overflow(numel, size, &numel);
+    TORCH_CHECK_VALUE(!overflows && numel <= kMaxNumel, op, ": ", name,
+                      ": expected at most 2^56 elements, padding included, got sizes ",
+                      at::IntArrayRef(sizes));
+  }
+}
+
+// The tensor exists and its storage covers its sizes and strides. A storage may have been resized
+// or freed since the tensor was made, as sharded training does.
+inline void check_storage(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.defined(), op, ": ", name, ": expected a tensor, got an undefined one");
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, op, ": ", name, ": expected a dense tensor, got ",
+                   t.layout());
+  if (t.numel() == 0) return;
+  const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+  int64_t elements = t.storage_offset() + 1;
+  for (size_t i = 0; i < sizes.size(); ++i) elements += (sizes[i] - 1) * strides[i];
+  const auto needed = static_cast<size_t>(elements) * t.element_size();
+  TORCH_CHECK_VALUE(t.storage().nbytes() >= needed, op, ": ", name,
+                    ": expected a storage of at least ", needed, " bytes for sizes ", sizes,
+                    " and strides ", strides, ", got one of ", t.storage().nbytes(), " bytes");
+}
+
 inline void check_map(const char* op, const char* name, const at::Tensor& x) {
+  check_storage(op, name, x);
   TORCH_CHECK_VALUE(x.dim() == 4, op, ": ", name, ": expected 4 dimensions (N, C, H, W), got ",
                     x.sizes());
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble ||
@@ -26,60 +70,100 @@ inline void check_device(const char* op, const char* name, const at::Tensor& t,
                     like.device(), ", got ", t.device());
 }
 
-// `v` has an element for each channel and lies where `like` does.
+// `v` has one element per channel and is on the device of `like`.
+inline void check_vector(const char* op, const char* name, const at::Tensor& v, int64_t channels,
+                         const at::Tensor& like) {
+  check_storage(op, name, v);
+  TORCH_CHECK_VALUE(v.dim() == 1 && v.size(0) == channels, op, ": ", name, ": expected shape [",
+                    channels, "], got ", v.sizes());
+  TORCH_CHECK_TYPE(at::isFloatingType(v.scalar_type()), op, ": ", name,
+                   ": expected a floating-point dtype, got ", v.scalar_type());
+  check_device(op, name, v, like);
+}
 inline void check_vector(const char* op, const char* name, const std::optional<at::Tensor>& v,
                          int64_t channels, const at::Tensor& like) {
-  if (!v.has_value()) return;
-  TORCH_CHECK_VALUE(v->dim() == 1 && v->size(0) == channels, op, ": ", name, ": expected shape [",
-                    channels, "], got ", v->sizes());
-  TORCH_CHECK_TYPE(at::isFloatingType(v->scalar_type()), op, ": ", name,
-                   ": expected a floating-point dtype, got ", v->scalar_type());
-  check_device(op, name, *v, like);
+  if (v.has_value()) check_vector(op, name, *v, channels, like);
 }
 
-// `t` has the given shape, and the dtype and device of `like`.
+// `t` has shape `shape`, and the dtype and device of `like`.
+inline void check_same(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
+                       const at::Tensor& like) {
+  check_storage(op, name, t);
+  TORCH_CHECK_VALUE(t.sizes() == shape, op, ": ", name, ": expected shape ", shape, ", got ",
+                    t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, ": ", name, ": expected dtype ",
+                   like.scalar_type(), ", got ", t.scalar_type());
+  check_device(op, name, t, like);
+}
 inline void check_same(const char* op, const char* name, const std::optional<at::Tensor>& t,
                        at::IntArrayRef shape, const at::Tensor& like) {
-  if (!t.has_value()) return;
-  TORCH_CHECK_VALUE(t->sizes() == shape, op, ": ", name, ": expected shape ", shape, ", got ",
-                    t->sizes());
-  TORCH_CHECK_TYPE(t->scalar_type() == like.scalar_type(), op, ": ", name, ": expected dtype ",
-                   like.scalar_type(), ", got ", t->scalar_type());
-  check_device(op, name, *t, like);
+  if (t.has_value()) check_same(op, name, *t, shape, like);
 }
 
 inline void check_pair(const char* op, const char* name, at::IntArrayRef v, int64_t least) {
-  TORCH_CHECK_VALUE(v.size() == 2 && v[0] >= least && v[1] >= least, op, ": ", name,
-                    ": expected two ints >= ", least, ", got ", v);
+  TORCH_CHECK_VALUE(
+      v.size() == 2 && std::min(v[0], v[1]) >= least && std::max(v[0], v[1]) <= kMaxSize, op, ": ",
+      name, ": expected two ints from ", least, " to ", kMaxSize, ", got ", v);
 }
 
-// The sizes of a convolution of x by a weight of these sizes, all of them checked.
+// The checked sizes of a weight of shape (K, C / groups, kh, kw); all others are zero.
+inline ConvShape weight_shape(const char* op, at::IntArrayRef weight, int64_t groups) {
+  TORCH_CHECK_VALUE(
+      weight.size() == 4 && *std::min_element(weight.begin(), weight.end()) > 0 &&
+          *std::max_element(weight.begin(), weight.end()) <= kMaxSize,
+      op, ": weight: expected 4 positive sizes (K, C / groups, kh, kw) below 2^31, got ", weight);
+  TORCH_CHECK_VALUE(groups >= 1 && weight[0] % groups == 0, op,
+                    ": groups: expected a divisor of the ", weight[0], " output channels, got ",
+                    groups);
+  check_numel(op, "weight", {weight[0], weight[1], weight[2], weight[3]});
+  ConvShape s{};
+  s.k = weight[0];
+  s.c = weight[1] * groups;
+  s.kh = weight[2];
+  s.kw = weight[3];
+  s.groups = groups;
+  return s;
+}
+
+// The checked sizes of a convolution of a map of shape `input` (N, C, H, W) with a weight of shape
+// `weight`. Numbers that have no effect are normalised: strides beyond the padded map, and the
+// dilation of a kernel of size one.
+inline ConvShape conv_shape(const char* op, at::IntArrayRef input, at::IntArrayRef weight,
+                            at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK_VALUE(input.size() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got ", input);
+  for (const int64_t size : input) check_size(op, "x", size, 0);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  check_pair(op, "dilation", dilation, 1);
+  ConvShape s = weight_shape(op, weight, groups);
+  TORCH_CHECK_VALUE(input[1] == s.c, op, ": x: expected ", s.c, " channels, got ", input[1]);
+  s.n = input[0];
+  s.h = input[2];
+  s.w = input[3];
+  s.pad_h = padding[0];
+  s.pad_w = padding[1];
+  s.dilation_h = s.kh == 1 ? 1 : dilation[0];
+  s.dilation_w = s.kw == 1 ? 1 : dilation[1];
+  const int64_t rows = s.h + 2 * s.pad_h, cols = s.w + 2 * s.pad_w;
+  TORCH_CHECK_VALUE(rows >= s.dilation_h * (s.kh - 1) + 1 && cols >= s.dilation_w * (s.kw - 1) + 1,
+                    op, ": x: expected a map at least as large as the dilated kernel, got ", input,
+                    " for weight ", weight);
+  s.stride_h = std::min(stride[0], rows);
+  s.stride_w = std::min(stride[1], cols);
+  check_numel(op, "x", {s.c, rows, cols, s.n});
+  check_numel(op, "x", {s.c, s.kw, rows, s.out_w(), s.n});  // copied column by column
+  check_numel(op, "result", {s.k, s.out_h(), s.out_w(), s.n});
+  return s;
+}
 inline ConvShape conv_shape(const char* op, const at::Tensor& x, at::IntArrayRef weight,
                             at::IntArrayRef stride, at::IntArrayRef padding,
                             at::IntArrayRef dilation, int64_t groups) {
   check_map(op, "x", x);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
-  TORCH_CHECK_VALUE(
-      weight.size() == 4 && weight[0] > 0 && weight[1] > 0 && weight[2] > 0 && weight[3] > 0, op,
-      ": weight: expected 4 positive sizes (K, C / groups, kh, kw), got ", weight);
-  TORCH_CHECK_VALUE(groups >= 1 && weight[0] % groups == 0, op,
-                    ": groups: expected a divisor of the ", weight[0], " output channels, got ",
-                    groups);
-  TORCH_CHECK_VALUE(x.size(1) == weight[1] * groups, op, ": x: expected ", weight[1] * groups,
-                    " channels, got ", x.size(1));
-  const ConvShape s{x.size(0),  x.size(2),   x.size(3),   x.size(1), weight[0],
-                    weight[2],  weight[3],   stride[0],   stride[1], padding[0],
-                    padding[1], dilation[0], dilation[1], groups};
-  TORCH_CHECK_VALUE(s.h + 2 * s.pad_h >= s.dilation_h * (s.kh - 1) + 1 &&
-                        s.w + 2 * s.pad_w >= s.dilation_w * (s.kw - 1) + 1,
-                    op, ": x: expected a map at least as large as the dilated kernel, got ",
-                    x.sizes(), " for weight ", weight);
-  return s;
+  return conv_shape(op, x.sizes(), weight, stride, padding, dilation, groups);
 }
 
-// Of a max-pool behind a convolution of these sizes.
+// Checks a max-pool that follows a convolution of shape `s`.
 inline void check_pool(const char* op, const ConvShape& s, at::IntArrayRef kernel,
                        at::IntArrayRef stride, at::IntArrayRef padding) {
   check_pair(op, "pool_kernel", kernel, 1);
@@ -88,13 +172,14 @@ inline void check_pool(const char* op, const ConvShape& s, at::IntArrayRef kerne
   TORCH_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], op,
                     ": pool_padding: expected at most half of pool_kernel ", kernel, ", got ",
                     padding);
-  TORCH_CHECK_VALUE(
-      s.out_h() + 2 * padding[0] >= kernel[0] && s.out_w() + 2 * padding[1] >= kernel[1], op,
-      ": pool_kernel: expected at most the padded map of ", s.out_h(), " x ", s.out_w(), ", got ",
-      kernel);
+  const int64_t rows = s.out_h() + 2 * padding[0], cols = s.out_w() + 2 * padding[1];
+  TORCH_CHECK_VALUE(rows >= kernel[0] && cols >= kernel[1], op,
+                    ": pool_kernel: expected at most the padded map of ", s.out_h(), " x ",
+                    s.out_w(), ", got ", kernel);
+  check_numel(op, "pool_padding", {s.k, rows, cols, s.n});
 }
 
-// The arguments of bn_add_relu, on any device.
+// Checks the arguments of bn_add_relu, on any device.
 inline void check_bn(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& weight,
                      const std::optional<at::Tensor>& bias,
                      const std::optional<at::Tensor>& running_mean,
@@ -111,7 +196,7 @@ inline void check_bn(const char* op, const at::Tensor& x, const std::optional<at
                     ": running_mean, running_var: expected tensors when not training, got None");
 }
 
-// The arguments of bn_add_relu_backward, on any device.
+// Checks the arguments of bn_add_relu_backward, on any device.
 inline void check_bn_backward(const char* op, const at::Tensor& grad, const at::Tensor& x,
                               const std::optional<at::Tensor>& y,
                               const std::optional<at::Tensor>& weight, const at::Tensor& mean,

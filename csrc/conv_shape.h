@@ -1,4 +1,4 @@
-// The sizes of one 2-d convolution. Plain numbers: shared by host functions and kernels.
+// The sizes of one 2-d convolution, as plain numbers that host functions and kernels share.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct ConvShape {
   int64_t group_k() const { return k / groups; }
   int64_t out_h() const { return (h + 2 * pad_h - dilation_h * (kh - 1) - 1) / stride_h + 1; }
   int64_t out_w() const { return (w + 2 * pad_w - dilation_w * (kw - 1) - 1) / stride_w + 1; }
-  // Terms in the sum that makes one output element.
+  // Number of products in one output element.
   int64_t depth() const { return kh * kw * group_c(); }
 };
 

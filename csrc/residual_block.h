@@ -1,5 +1,5 @@
-// What residual_block is given, taken apart into convolutions; shared by the devices' host
-// functions.
+// Decomposes the arguments of residual_block into convolutions, for the host functions of all
+// devices.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,10 +9,12 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
+
 namespace fr {
 
-// A packed convolution of the block, with the affine step behind it: elements of the lists that the
-// operator was given. A network has hundreds, and to count one more owner takes time.
+// A packed convolution of the block and the affine step after it. References to elements of the
+// operator's lists, because incrementing the reference counts of hundreds of tensors takes time.
 struct BlockConv {
   const at::Tensor& packed;
   const at::Tensor& scale;
@@ -27,25 +29,29 @@ struct Block {
   std::optional<BlockConv> shortcut;
 };
 
-// A basic block is 3x3 (with the stride), 3x3; a bottleneck 1x1, 3x3 (with the stride, the dilation
-// and the groups), 1x1; a shortcut 1x1 with the stride. Channels are those of x and of the scales.
-inline Block take_apart(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
-                        at::TensorList shift, bool bottleneck, int64_t stride, int64_t dilation,
-                        int64_t groups) {
+// A basic block is 3x3 (with the stride), 3x3; a bottleneck is 1x1, 3x3 (with the stride, dilation
+// and groups), 1x1; a projection shortcut is a 1x1 with the stride. Channel counts come from x and
+// from the lengths of the scales.
+inline Block decompose(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
+                       at::TensorList shift, bool bottleneck, int64_t stride, int64_t dilation,
+                       int64_t groups) {
   const char* op = "residual_block";
-  const size_t own = bottleneck ? 3 : 2, given = packed.size();
-  TORCH_CHECK_VALUE(given == own || given == own + 1, op, ": packed: expected ", own, " or ",
-                    own + 1, " tensors, got ", given);
-  TORCH_CHECK_VALUE(scale.size() == given && shift.size() == given, op, ": scale, shift: expected ",
-                    given, " tensors, got ", scale.size(), " and ", shift.size());
-  TORCH_CHECK_VALUE(x.dim() == 4, op, ": x: expected 4 dimensions (N, C, H, W), got ", x.sizes());
+  const size_t own = bottleneck ? 3 : 2, count = packed.size();
+  TORCH_CHECK_VALUE(count == own || count == own + 1, op, ": packed: expected ", own, " or ",
+                    own + 1, " tensors, got ", count);
+  TORCH_CHECK_VALUE(scale.size() == count && shift.size() == count, op, ": scale, shift: expected ",
+                    count, " tensors, got ", scale.size(), " and ", shift.size());
+  check_map(op, "x", x);
   TORCH_CHECK_VALUE(bottleneck || (dilation == 1 && groups == 1), op,
                     ": dilation, groups: expected 1 in a basic block, got ", dilation, " and ",
                     groups);
   const auto conv = [&](size_t i, int64_t in_channels, int64_t size, int64_t s, int64_t d,
                         int64_t g) -> BlockConv {
-    TORCH_CHECK_VALUE(g >= 1 && in_channels % g == 0, op, ": groups: expected a divisor of ",
-                      in_channels, " channels, got ", g);
+    check_size(op, "groups", g, 1);
+    TORCH_CHECK_VALUE(in_channels % g == 0, op, ": groups: expected a divisor of ", in_channels,
+                      " channels, got ", g);
+    check_storage(op, "scale", scale[i]);
+    check_size(op, "dilation", d, 1);
     const int64_t pad = size == 1 ? 0 : d;
     return {packed[i], scale[i],   shift[i], {scale[i].numel(), in_channels / g, size, size},
             {s, s},    {pad, pad}, {d, d},   g};
@@ -61,7 +67,7 @@ inline Block take_apart(const at::Tensor& x, at::TensorList packed, at::TensorLi
     block.convs.push_back(conv(0, c, 3, stride, 1, 1));
     block.convs.push_back(conv(1, scale[0].numel(), 3, 1, 1, 1));
   }
-  if (given > own) block.shortcut.emplace(conv(own, c, 1, stride, 1, 1));
+  if (count > own) block.shortcut.emplace(conv(own, c, 1, stride, 1, 1));
   return block;
 }
 

@@ -5,16 +5,16 @@
 namespace fr {
 
 inline constexpr const char* kSchemas[] = {
-    // y, and in training the batch's mean and biased variance (else empty).
+    // Returns y, and in training the mean and biased variance of the batch (else empty tensors).
     "bn_add_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
     "Tensor? running_var, Tensor? residual, bool training, float eps, bool relu) "
     "-> (Tensor, Tensor, Tensor)",
 
-    // bn_add_relu in training, by the batch's mean and biased variance, which are there already.
-    "bn_add_relu_given(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    // bn_add_relu in training, with the mean and biased variance of the batch computed before.
+    "bn_add_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
     "Tensor? residual, float eps, bool relu) -> Tensor",
 
-    // Gradients of x, weight, bias, residual; y is needed with relu only.
+    // Returns the gradients of x, weight, bias and residual; y is read with relu only.
     "bn_add_relu_backward(Tensor grad, Tensor x, Tensor? y, Tensor? weight, Tensor mean, "
     "Tensor var, bool training, float eps, bool relu, bool need_residual) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -31,7 +31,7 @@ inline constexpr const char* kSchemas[] = {
     "pack_conv_weight(Tensor weight, int groups) -> Tensor",
     "unpack_conv_weight(Tensor packed, int[] weight_shape, int groups) -> Tensor",
 
-    // winograd: on the CPU that algorithm may run, where it is the faster way.
+    // winograd: whether the CPU may run Winograd's algorithm where it is faster.
     "conv_bn_add_relu_packed(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
     "Tensor? residual, int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, "
     "int groups, bool relu, bool winograd=False) -> Tensor",
@@ -40,42 +40,47 @@ inline constexpr const char* kSchemas[] = {
     "int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int groups, "
     "int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor",
 
-    // A convolution, and of its rounded result the mean and the biased variance of each channel.
+    // Returns a convolution, and the mean and biased variance of each channel of its rounded
+    // result.
     "conv_statistics(Tensor x, Tensor weight, Tensor? conv_bias, int[2] stride, int[2] padding, "
     "int[2] dilation, int groups) -> (Tensor, Tensor, Tensor)",
 
-    // conv_bn_add_relu_packed whose residual is a map r before its own batch norm:
-    // relu(conv(x, w) * scale + shift + r * residual_scale + residual_shift); and by a given plan:
-    // tile is an index of the CUDA kernel's table, -1 for the host's own choice, split_k likewise.
+    // conv_bn_add_relu_packed with an affine step on the residual:
+    // relu(conv(x, w) * scale + shift + residual * residual_scale + residual_shift). tile is an
+    // index into the CUDA kernels' table of tiles, split_k the number of parts of the sum; -1
+    // leaves
+    // the choice to the host function.
     "conv_bn_add_relu_planned(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
     "Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, int[] weight_shape, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, bool relu, int tile, int split_k) "
     "-> Tensor",
 
-    // Two convolutions that meet, as one sum: relu(conv(x, w) + conv_1x1(x2, w2) + shift). The
-    // 1x1's
-    // stride is stride2; `packed` holds, filter by filter, w and then w2, both times their scales.
+    // Two convolutions in one sum: relu(conv(x, w) + conv_1x1(x2, w2) + shift), where the 1x1 has
+    // stride stride2. `packed` holds for each filter w and then w2, both multiplied by their
+    // scales.
     "conv_conv_add_relu_packed(Tensor x, Tensor x2, Tensor packed, Tensor shift, "
     "int[] weight_shape, int[2] stride, int[2] padding, int[2] dilation, int[2] stride2, bool "
     "relu) "
     "-> Tensor",
 
-    // A frozen basic block, or bottleneck with the stride on its 3x3. The lists hold the block's
-    // convolutions in order and then, if there is one more, the shortcut's 1x1. `joined` is the
-    // last convolution and the shortcut's as conv_conv_add_relu_packed takes them, for those who
-    // can. `winograd` is whether the CPU may run 3x3s by that algorithm.
-    "residual_block(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, Tensor? joined, "
-    "Tensor? joined_shift, bool bottleneck, int stride, int dilation, int groups, bool winograd) "
-    "-> Tensor",
+    // A frozen basic block, or a bottleneck with the stride on its 3x3. The lists hold the block's
+    // convolutions in order, then the 1x1 of a projection shortcut if there is one. `concatenated`
+    // holds the weights of the last convolution and of the shortcut as conv_conv_add_relu_packed
+    // takes them; the CPU ignores it. `winograd`: whether the CPU may run Winograd's algorithm.
+    "residual_block(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, "
+    "Tensor? concatenated, Tensor? concatenated_shift, bool bottleneck, int stride, int dilation, "
+    "int groups, bool winograd) -> Tensor",
 
-    // Blocks one after another, on the CPU. The lists of tensors hold all blocks' in order, the
-    // others an element for each block: how many convolutions are its own, whether a 1x1 is its
-    // shortcut's, and how many channels of zeros a shortcut without parameters adds on each side.
-    "residual_row(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, int[] convs, "
+    // A sequence of residual blocks, on the CPU. The lists of tensors hold those of all blocks in
+    // order. The other lists have one element per block: the number of convolutions on its main
+    // path, whether its shortcut is a 1x1 convolution, and the number of zero channels that a
+    // shortcut without parameters adds on each side.
+    "residual_segment(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, int[] convs, "
     "bool[] projected, int[] padding, int[] stride, int[] dilation, int[] groups, bool[] winograd) "
     "-> Tensor",
 
-    // The primitives of a training step; fused_resnet/backends/reference_training.py has the meaning
+    // The primitives of a training step; fused_resnet/backends/reference_training.py has the
+    // meaning
     // of each. Vectors per channel are float64 for float64 maps, else float32.
 
     // z = conv(p(x), weight) with p(x) = relu(x * x_scale + x_shift) where these are given, and the

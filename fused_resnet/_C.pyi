@@ -22,6 +22,8 @@ def conv_algorithm(
 ) -> str: ...
 def peak_flops(dtype: torch.dtype) -> float: ...
 def memory_bandwidth() -> dict[str, float]: ...
+def release_results() -> None: ...
+def kept_result_bytes() -> int: ...
 def unchanged(
     members: list[dict[str, Any]],
     held: tuple[Any, ...],
@@ -30,7 +32,7 @@ def unchanged(
     key: str,
 ) -> bool: ...
 
-class ResidualRow:
+class ResidualSegment:
     def __init__(
         self,
         packed: list[torch.Tensor],
@@ -46,7 +48,7 @@ class ResidualRow:
     ) -> None: ...
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
-# The operators of torch.ops.fused_resnet, through the dispatcher: unchecked by fused_resnet.checks.
+# The operators of torch.ops.fused_resnet, without the checks of fused_resnet.ops.checks.
 bn_add_relu: Callable[..., Any]
 bn_add_relu_backward: Callable[..., Any]
 conv_bn_add_relu: Callable[..., Any]
@@ -55,8 +57,18 @@ pack_conv_weight: Callable[..., Any]
 unpack_conv_weight: Callable[..., Any]
 conv_bn_add_relu_packed: Callable[..., Any]
 conv_bn_relu_maxpool_packed: Callable[..., Any]
-bn_add_relu_given: Callable[..., Any]
+bn_add_relu_apply: Callable[..., Any]
 conv_statistics: Callable[..., Any]
 conv_bn_add_relu_planned: Callable[..., Any]
 conv_conv_add_relu_packed: Callable[..., Any]
 residual_block: Callable[..., Any]
+residual_segment: Callable[..., Any]
+conv_forward: Callable[..., Any]
+conv_backward: Callable[..., Any]
+block_end: Callable[..., Any]
+block_end_backward: Callable[..., Any]
+bn_coefficients: Callable[..., Any]
+bn_update_running: Callable[..., Any]
+bn_backward_coefficients: Callable[..., Any]
+stem_end: Callable[..., Any]
+stem_end_backward: Callable[..., Any]

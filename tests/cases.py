@@ -1,4 +1,4 @@
-"""The shapes that operations are tested on, each for a reason; and operands made for them."""
+"""The shapes that operations are tested on, named by their reasons, and operands for them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONVS = [
     Conv("prime-channels", (1, 17, 7, 7), 23, args={"padding": 1}),
     Conv("panel-and-one", (1, 8, 5, 5), 33, args={"padding": 1}),
     Conv("groups", (2, 32, 9, 9), 64, args={"padding": 1, "groups": 4}),
-    # Whole groups fill a vector; the last one's sum is too long for that.
+    # Several groups share a vector, except in the last case, whose sum is too long.
     Conv("groups-of-4", (2, 64, 9, 15), 64, args={"padding": 1, "groups": 16}),
     Conv("groups-of-4-1x1", (1, 48, 5, 7), 48, (1, 1), {"groups": 12}),
     Conv("groups-of-8-oblong", (1, 64, 14, 33), 64, (3, 2), {"stride": (2, 1), "groups": 8}),
@@ -51,7 +51,7 @@ CONVS = [
     Conv("deep", (1, 512, 7, 7), 32, args={"padding": 1}),
     Conv("many-blocks", (1, 64, 56, 57), 32, args={"padding": 1}),
     Conv("wide-channels", (3, 1024, 5, 5), 64, (1, 1)),
-    # Pixels that are used lie a page apart, and are copied side by side.
+    # The pixels that are read are a page apart, and are copied to contiguous memory.
     Conv("page-apart-stride2", (2, 512, 7, 6), 40, (1, 1), {"stride": 2}),
     Conv("page-apart-groups", (1, 1024, 3, 5), 48, (1, 1), {"groups": 2}),
 ]
@@ -87,14 +87,14 @@ def batch_norm(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 
 
 def conv_weight(case: Conv, dtype: torch.dtype) -> Tensor:
-    """Scaled so that the result has variance 1."""
+    """Filters scaled so that the result has variance 1."""
     c = case.x[1] // case.args.get("groups", 1)
     fan_in = c * case.kernel[0] * case.kernel[1]
     return normal(case.k, c, *case.kernel, dtype=dtype, scale=fan_in**-0.5)
 
 
 def doubled(values: Any) -> Any:
-    """The same in float64, copied, so that nothing is written to the original."""
+    """Copies in float64, so that the originals are not written to."""
     if isinstance(values, Tensor):
         return values.detach().to(torch.float64, copy=True)
     return tuple(doubled(v) for v in values)

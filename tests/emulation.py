@@ -1,31 +1,46 @@
-"""The emulators behind ``fused-resnet verify --matrix``; see ``fused_resnet/verify/emulation.py``.
+"""A GPU's kernels on CPU tensors: CUDA's in the simulator, Triton's in the interpreter.
 
-Loaded by that command from a checkout, outside of pytest: so it finds its neighbours itself.
+Also imported outside of pytest (``python tests/verify_matrix.py``), so it finds its neighbours
+itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fused_resnet.ops import registry as _registrations
+from fused_resnet.backends import availability
+from fused_resnet.ops import registry
 from fused_resnet.ops.autograd import register_formulas
+from fused_resnet.verify.matrix import Runner, device_runners
 
 HERE = Path(__file__).resolve().parent
-MEANS = {"cuda": "executor", "triton": "interpreter"}
+NAMES = {"cuda": "simulator", "triton": "interpreter"}
+
+
+def runners() -> dict[str, Runner | str]:
+    """For ``verify_matrix``: the devices of this machine, and emulation where there is none."""
+    found = device_runners()
+    for backend, name in NAMES.items():
+        if isinstance(found[backend], str):
+            reason = missing(backend)
+            found[backend] = reason or Runner(name, "cpu", partial(emulated, backend))
+    return found
 
 
 def missing(backend: str) -> str | None:
     """Why the backend cannot be emulated on this machine, or None."""
     if backend == "cuda":
-        return _module("simt", "executor").missing()
+        return _module("simt", "simulator").missing()
     for package in ("triton", "numpy"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed (run: pip install {package})"
@@ -34,13 +49,41 @@ def missing(backend: str) -> str | None:
 
 @contextlib.contextmanager
 def operators(backend: str) -> Iterator[Any]:
-    """The backend's operators for CPU tensors, differentiable. Memory that nobody wrote is NaN.
+    """The backend's operators for CPU tensors, differentiable. Uninitialised memory is NaN.
 
     Raises:
-        AssertionError: A kernel did what a card would not forgive.
+        AssertionError: A kernel raced, or accessed memory that is not its own.
     """
-    with _executed() if backend == "cuda" else _interpreted() as found:
+    with _simulated() if backend == "cuda" else _interpreted() as found:
         yield found
+
+
+@contextlib.contextmanager
+def emulated(backend: str) -> Iterator[None]:
+    """Force ``backend``, whose operators take CPU tensors meanwhile.
+
+    The tables that this patches belong to the process, so no other thread may use the backend.
+    """
+    with operators(backend) as found, forced(backend, found):
+        yield
+
+
+@contextlib.contextmanager
+def forced(backend: str, found: Any) -> Iterator[None]:
+    """Force ``backend`` for CPU tensors, with ``found`` in the place of its operators.
+
+    They also replace CUDA's, which pack the weights for Triton's kernels too.
+    """
+    operators_before = dict(registry.OPERATORS)
+    types_before = availability.DEVICE_TYPES[backend]
+    registry.OPERATORS.update({"cuda": found, backend: found})
+    availability.DEVICE_TYPES[backend] = (*types_before, "cpu")
+    try:
+        with availability._forced(backend):  # use_backend refuses one without a device
+            yield
+    finally:
+        availability.DEVICE_TYPES[backend] = types_before
+        registry.OPERATORS.update(operators_before)
 
 
 def _module(folder: str, name: str) -> Any:
@@ -49,27 +92,27 @@ def _module(folder: str, name: str) -> Any:
     return importlib.import_module(name)
 
 
-_kept: list[torch.library.Library] = []  # registrations that go with their library
+_kept: list[torch.library.Library] = []  # a library's registrations end with it
 
 
 @functools.cache
-def _executor() -> Any:
-    """The executor's library: compiled when its sources have changed, loaded once."""
-    simt = _module("simt", "driver").Simt(_module("simt", "executor").build(), "plain", 0)
+def _simulator() -> Any:
+    """The simulator's library: compiled when its sources have changed, loaded once."""
+    simt = _module("simt", "driver").Simt(_module("simt", "simulator").build(), "plain", 0)
 
-    def bn_add_relu_given(x, weight, bias, mean, var, residual, eps, relu):
-        """As ``csrc/bindings.cpp`` has it for every device."""
+    def bn_add_relu_apply(x, weight, bias, mean, var, residual, eps, relu):
+        """The definition of ``csrc/bindings.cpp``."""
         return simt.ops.bn_add_relu(x, weight, bias, mean, var, residual, False, eps, relu)[0]
 
     _kept.append(library := torch.library.Library("fused_resnet_simt", "IMPL"))
-    library.impl("bn_add_relu_given", bn_add_relu_given, "CPU")
+    library.impl("bn_add_relu_apply", bn_add_relu_apply, "CPU")
     register_formulas("fused_resnet_simt")
     return simt
 
 
 @contextlib.contextmanager
-def _executed() -> Iterator[Any]:
-    simt = _executor()
+def _simulated() -> Iterator[Any]:
+    simt = _simulator()
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty then fills with NaN
@@ -90,8 +133,8 @@ def _interpreter() -> Any:
 def _interpreted() -> Iterator[Any]:
     library = torch.library.Library("fused_resnet_triton", "IMPL")
     try:
-        for name in _registrations.TRITON:
-            library.impl(name, _registrations.triton_operator(name), "CPU")
+        for name in registry.TRITON:
+            library.impl(name, registry.triton_operator(name), "CPU")
         with _interpreter() as interpreter:
             yield torch.ops.fused_resnet_triton
             interpreter.launches()

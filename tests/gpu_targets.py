@@ -1,4 +1,4 @@
-"""What tests/test_gpu_bench.py lets child processes measure: cells that go wrong in every way."""
+"""Cells that fail in every way, which tests/bench/test_gpu_bench.py measures in child processes."""
 
 from __future__ import annotations
 

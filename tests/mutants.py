@@ -1,7 +1,7 @@
-"""Plants bugs, one at a time, and sees whether a test fails: ``python tests/mutants.py``.
+"""Plants bugs, one at a time, and checks that a test fails: ``python tests/mutants.py``.
 
-Works on a copy in a scratch folder, builds each mutant there and runs the tests named for it. A
-mutant that no test catches is a hole in the tests: it is printed, and the exit code is 1.
+It copies the sources to a temporary folder, builds each mutant there and runs its tests. A mutant
+that no test catches is a gap in the tests: it is printed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -11,45 +11,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+import mutants_python
+from mutant import ALIASING, BACKWARD, BFLOAT16, BLOCKS, FORWARD, ROW, SWAP, Mutant
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
+INPUT = "csrc/cpu/kernels/conv_input.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
-AUTOGRAD = "fused_resnet/ops/autograd.py"
-OPS = "fused_resnet/ops/functional.py"
 BLOCK = "csrc/cpu/residual_block.cpp"
-POOL = "csrc/cpu/map_pool.cpp"
+RESULTS = "csrc/cpu/result_cache.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 TILES = "csrc/cpu/kernels/conv_amx.h"
-FORWARD = "tests/test_ops.py"
-BFLOAT16 = "tests/test_bfloat16.py"
-BACKWARD = "tests/test_autograd.py"
-BLOCKS = "tests/test_whole_blocks.py"
-ROW = "tests/test_residual_row.py"
-SWAP = "tests/test_swap_semantics.py"
-ALIASING = "tests/test_swap_aliasing.py"
 #: Tests and instruction set of AVX512-BF16's kernel.
 PAIRED = (BFLOAT16, "avx512_bf16")
 #: And of AMX's.
 TILED = (BFLOAT16, "amx_emulated")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A bug: in ``file``, ``old`` becomes ``new``; ``tests`` must notice, where ``isa`` runs."""
-
-    bug: str
-    file: str
-    old: str
-    new: str
-    tests: str = FORWARD
-    isa: str = "portable"
 
 
 MUTANTS = [
@@ -79,7 +60,7 @@ MUTANTS = [
         "spilled ? total[i][v] + acc[i][v] : acc[i][v]",
         "acc[i][v]",
     ),
-    Mutant("padding column too few", CONV, "min_of(max_of(-x0, 0), cols)", "max_of(-x0 - 1, 0)"),
+    Mutant("padding column too few", INPUT, "min_of(max_of(-x0, 0), cols)", "max_of(-x0 - 1, 0)"),
     Mutant("wrong group's input", CONV, "group * s.group_c();", "0 * s.group_c();"),
     Mutant(
         "last tile one pixel short",
@@ -110,15 +91,6 @@ MUTANTS = [
         "csrc/cpu/conv_driver.cpp",
         "p.x_first = row0;",
         "p.x_first = row0 - (row0 > 0);",
-    ),
-    Mutant(
-        "momentum reversed", OPS, "running_mean.mul_(1 - momentum)", "running_mean.mul_(momentum)"
-    ),
-    Mutant(
-        "running variance biased",
-        OPS,
-        "add_(var, alpha=momentum * count / (count - 1))",
-        "add_(var, alpha=momentum)",
     ),
     Mutant(
         "batch normalised by the unbiased variance", HOST, "var.div_(total)", "var.div_(total - 1)"
@@ -156,8 +128,8 @@ MUTANTS = [
     Mutant(
         "a part of the batch takes the first part's residual",
         BLOCK,
-        "steps_.back().run(worker, images, h, identity ? x : y, y, true);",
-        "steps_.back().run(worker, images, h, identity ? x_->const_data_ptr() : y, y, true);",
+        "steps_.back().run(team, images, h, identity ? x : y, y, true);",
+        "steps_.back().run(team, images, h, identity ? x_->const_data_ptr() : y, y, true);",
         BLOCKS,
     ),
     Mutant(
@@ -176,21 +148,21 @@ MUTANTS = [
     ),
     Mutant(
         "memory handed out twice",
-        POOL,
+        RESULTS,
         "free_.erase(std::next(at).base());",
         "at->data = {data.get(), c10::DeviceType::CPU};",
-        "tests/test_map_pool.py",
+        "tests/test_result_cache.py",
     ),
     Mutant(
         "memory that never comes back",
-        POOL,
-        "while (held_ > kPooledBytes)",
+        RESULTS,
+        "while (kept_ > limit)",
         "while (!free_.empty())",
-        "tests/test_map_pool.py",
+        "tests/test_result_cache.py",
     ),
     Mutant(
         "a tile goes on in the wrong row",
-        CONV,
+        INPUT,
         "const int64_t row = n * source.image + oy * source.row;",
         "const int64_t row = n * source.image + oy * (source.row - source.pixel);",
     ),
@@ -204,8 +176,8 @@ MUTANTS = [
     Mutant(
         "no ReLU between a block's convolutions",
         BLOCK,
-        "steps_[i].run(worker, images, h, nullptr, here, true);",
-        "steps_[i].run(worker, images, h, nullptr, here, i > 0);",
+        "steps_[i].run(team, images, h, nullptr, here, true);",
+        "steps_[i].run(team, images, h, nullptr, here, i > 0);",
         BLOCKS,
     ),
     Mutant(
@@ -292,14 +264,21 @@ MUTANTS = [
     ),
     Mutant(
         "threads do not wait for each other between two loops",
-        "csrc/cpu/team.h",
-        "if (loops_ > 0 && team_size_ > 1) barrier_.wait(loops_, team_size_);",
+        "csrc/cpu/thread_team.h",
+        "if (loops_ > 0 && size_ > 1) barrier_.wait(loops_, size_);",
         "",
         ROW,
     ),
     Mutant(
+        "nobody wakes the threads that sleep in the barrier",
+        "csrc/cpu/thread_team.h",
+        "all_arrived_.notify_all();",
+        "",
+        "tests/test_thread_team.py",
+    ),
+    Mutant(
         "a loop loses its last share",
-        "csrc/cpu/team.h",
+        "csrc/cpu/thread_team.h",
         "if (begin >= count) return;",
         "if (begin + share >= count && rank_ > 0) return;",
         ROW,
@@ -376,8 +355,8 @@ MUTANTS = [
     Mutant(
         "a dilated row's sums depend on the block",
         PAIRS,
-        "if (!joined && !straddling) {",
-        "if (!joined && !by_column) {",
+        "if (!adjacent && !straddling) {",
+        "if (!adjacent && !by_column) {",
         *TILED,
     ),
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
@@ -402,62 +381,7 @@ MUTANTS = [
         "store(Load<A>::from(dz.grad + i), to + i);",
         BACKWARD,
     ),
-    Mutant(
-        "weight's gradient without batch norm's scale",
-        AUTOGRAD,
-        "dweight = (d.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)",
-        "dweight = d.to(weight.dtype)",
-        BACKWARD,
-    ),
-    Mutant(
-        "batch-norm weight's gradient without the mean",
-        AUTOGRAD,
-        "(inner + offset * total)",
-        "inner",
-        BACKWARD,
-    ),
-    Mutant(
-        "swapper ignores running statistics",
-        "fused_resnet/nn/groups.py",
-        '"running_mean": bn.running_mean,',
-        '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
-        SWAP,
-    ),
-    Mutant(
-        "swapper fuses conv, ReLU, batch norm",
-        "fused_resnet/fusion/trace/matching.py",
-        "while is_identity(module, node) and len(node.users) == 1:",
-        "while is_identity(module, node) or is_relu_module(module, node):",
-        SWAP,
-    ),
-    Mutant(
-        "swapper drops aliasing in place",
-        "fused_resnet/fusion/trace/matching.py",
-        "aliases.written(node) & read or",
-        "",
-        ALIASING,
-    ),
-    Mutant(
-        "swapper asks for no attribute again",
-        "fused_resnet/fusion/trace/emitting.py",
-        'reads = _conjunction(f"reads_{index}", self._attributes(attributes), attributes)',
-        'reads = _conjunction(f"reads_{index}", [], attributes)',
-        SWAP,
-    ),
-    Mutant(
-        "swapper folds what is used twice",
-        "fused_resnet/fusion/trace/plan.py",
-        "*names, relu, length, planned.foldable)",
-        "*names, relu, length, True)",
-        SWAP,
-    ),
-    Mutant(
-        "swapper traces y += x as y + x",
-        "fused_resnet/fusion/trace/tracing.py",
-        'setattr(_Proxy, f"__i{_name}__",',
-        'setattr(_Proxy, f"_i{_name}",',
-        ALIASING,
-    ),
+    *mutants_python.MUTANTS,
 ]
 
 ISAS = "import fused_resnet as fr; print(*fr.build_info()['isa_supported'])"
@@ -480,12 +404,12 @@ def caught_by(mutant: Mutant, folder: Path) -> str | None:
         raise SystemExit(f"{mutant.bug}: expected {mutant.old!r} once in {mutant.file}")
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        # Also for a bug in Python: the extension may still hold the bug before it.
+        # Also for a bug in Python: the extension may still have the previous bug.
         built = build(folder)
         if built.returncode != 0:
             raise SystemExit(f"{mutant.bug}: does not compile\n{built.stderr[-2000:]}")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
-        tested = run([*command, mutant.tests], folder)
+        tested = run([*command, *mutant.tests.split()], folder)
         if tested.returncode < 0:
             return f"the death of the tests' process, by signal {-tested.returncode}"
         failed = [line for line in tested.stdout.splitlines() if line.startswith("FAILED")]
@@ -504,7 +428,8 @@ def main() -> int:
         if built.returncode != 0:
             raise SystemExit(built.stderr[-2000:])
         clean = run(
-            [sys.executable, "-m", "pytest", "-q", FORWARD, BACKWARD, SWAP, ALIASING], folder
+            [sys.executable, "-m", "pytest", "-q", *FORWARD.split(), BACKWARD, SWAP, ALIASING],
+            folder,
         )
         if clean.returncode != 0:
             raise SystemExit(f"the tests fail without a bug:\n{clean.stdout[-2000:]}")

@@ -1,4 +1,4 @@
-"""What the tests of modules and networks share: parameters that hide nothing, and a comparison."""
+"""Parameters and comparisons for the tests of modules and networks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def results(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-9) -> None:
-    """Every tensor within ``limit`` of the other, relative to its norm or 1; integers equal."""
+    """Tensors agree within ``limit`` relative to their norm or 1; integers are equal."""
     assert got.keys() == expected.keys()
     for name, truth in expected.items():
         if not truth.is_floating_point():
@@ -68,7 +68,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], limit: floa
 
 
 def in_threads(work: Callable[[Any], None], *arguments: Any) -> None:
-    """``work`` of each argument, at once, each in a thread of its own."""
+    """Run ``work`` on each argument concurrently, each in its own thread."""
     threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
     for thread in threads:
         thread.start()

@@ -1,4 +1,4 @@
-"""Which operators a call runs, whoever calls them."""
+"""Records the operators that run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OperatorCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, times = func.name(), 1
-        if name == "fused_resnet::residual_row":
+        if name == "fused_resnet::residual_segment":
             name, times = "fused_resnet::residual_block", len(args[4])
             self.rows.append(times)
         if self.wanted(name):

@@ -11,7 +11,16 @@ import pytest
 
 import fused_resnet as fr
 
-OPERATIONS = ("test_ops.py", "test_bfloat16.py", "test_whole_blocks.py", "test_residual_row.py")
+OPERATIONS = (
+    "ops/test_operations.py",
+    "ops/test_packed.py",
+    "ops/test_inputs.py",
+    "ops/test_wrong_arguments.py",
+    "ops/test_winograd.py",
+    "ops/test_bfloat16.py",
+    "test_whole_blocks.py",
+    "test_residual_segment.py",
+)
 
 
 @pytest.mark.parametrize(
@@ -23,10 +32,11 @@ def test_operations_on(isa):
     if isa == fr.build_info()["isa"]:
         pytest.skip(f"{isa} is what the tests of this process run on")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--backend", "cpu"]
     if isa == "amx_emulated":
         command += ["-k", "bfloat16"]  # the rest is AVX-512's
     result = subprocess.run(
-        [*command, *OPERATIONS],
+        [*command, "conformance", *OPERATIONS],
         cwd=Path(__file__).parent,
         env=os.environ | {"FUSED_RESNET_ISA": isa},
         capture_output=True,

@@ -6,9 +6,9 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 
-import executed
-import executor
+import launch_record
 import pytest
+import simulator
 import static_gate
 from rich.console import Console
 from static_gate import Instance, Occupancy, base_of, bounds, demangled, design_of, wrong
@@ -60,23 +60,17 @@ def test_every_instance_is_as_designed(instances: list[Instance]) -> None:
 
 
 def test_every_instance_is_executed() -> None:
-    """By the tests of the executor, which ran before this one or in an earlier session."""
-    if executor.missing():
-        pytest.skip(str(executor.missing()))
-    record = executed.load(executor.library())
-    hosts = (executor.ROOT / "csrc/cuda/host").glob("*.cpp")
-    tests = {f"test_{path.stem}.py" for path in hosts}
-    tests &= {path.name for path in (executor.ROOT / executor.HERE).glob("test_*.py")}
-    assert len(tests) >= 4
-    if not tests <= record.files:
-        pytest.skip(f"these of tests/simt did not run: {sorted(tests - record.files)}")
+    """By the small calls, which also run under compute-sanitizer and against a device."""
+    if simulator.missing():
+        pytest.skip(str(simulator.missing()))
+    launched = launch_record.of_small_calls()
     symbols = subprocess.run(
-        ["nm", "--defined-only", record.library], capture_output=True, text=True, check=True
+        ["nm", "--defined-only", simulator.build()], capture_output=True, text=True, check=True
     )
     names = demangled([line.split()[-1] for line in symbols.stdout.splitlines()])
     compiled = {mangled for mangled, name in names.items() if base_of(name) in bounds()}
     assert len(compiled) > 20
-    left = sorted(names[mangled] for mangled in compiled - set(record.kernels))
+    left = sorted(names[mangled] for mangled in compiled - set(launched))
     assert not left, "never executed:\n" + "\n".join(left)
 
 
@@ -89,7 +83,7 @@ def sample(architecture: str = "sm_80", registers: int = 128, stack: int = 0) ->
 
 
 def test_the_gate_sees_what_is_wrong() -> None:
-    run = executed.Executed("k", 128, 32768, 32768)
+    run = launch_record.KernelLaunches("k", 128, 32768, 32768)
     assert wrong(sample(), run) == []
     assert wrong(sample(stack=8), run) == ["8 bytes of stack"]
     assert wrong(sample(registers=129), run) == ["registers leave room for 3 of 4 blocks"]
@@ -101,9 +95,9 @@ def test_the_gate_sees_what_is_wrong() -> None:
         without = sample()
         del without.opcodes[missing]
         assert wrong(without, run) == [f"no {missing.split('.')[0]}"]
-    greedy = executed.Executed("k", 128, 50000, 50000)
+    greedy = launch_record.KernelLaunches("k", 128, 50000, 50000)
     assert wrong(sample(), greedy) == ["shared memory leaves room for 3 of 4 blocks"]
-    wide = executed.Executed("k", 256, 32768, 32768)
+    wide = launch_record.KernelLaunches("k", 256, 32768, 32768)
     assert wrong(sample(), wide) == ["launched with 256 threads, compiled for 128"]
 
 

@@ -1,4 +1,4 @@
-"""How far from float64 a result may be: one table, and the comparison with PyTorch's own error."""
+"""Tolerances against float64, and the comparison with PyTorch's own error."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "bn_passes.h"
 #include "folding.h"
 #include "isa.h"
 
@@ -98,11 +99,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cpu(
   const auto format = x.suggest_memory_format();
   const at::Tensor input = x.contiguous(format);
   const at::Tensor added = residual ? residual->contiguous(format) : at::Tensor();
+  if (has_bn_passes(input, format)) {
+    return bn_forward_passes(input, weight, bias, running_mean, running_var, added, training, eps,
+                             relu);
+  }
   const at::Tensor y = at::empty_like(input, input.options(), format);
   const MapView map = view_of(x, format);
   const auto type = bn_arithmetic(x.scalar_type());
 
   at::Tensor mean = at::empty({0}, x.options()), var = at::empty_like(mean);
+  if (x.numel() == 0) {
+    // An empty batch has no statistics; zeros are finite in the backward, whose sums are zero.
+    mean = at::zeros({training ? channels : 0}, accumulator(x.scalar_type()));
+    return {y, mean, at::zeros_like(mean)};
+  }
   if (training) std::tie(mean, var) = batch_statistics(input, map);
   const auto as_vector = [&](const OptionalTensor& v) {
     return as_tensor(numbers(v, channels, 0), type);
@@ -120,10 +130,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cpu(
                        offset.const_data_ptr(),
                        relu};
   const auto kernel = kernels().of[dtype_of(x.scalar_type())].bn_forward;
-  if (x.numel() > 0) {
-    at::parallel_for(0, map.rows, grain(map),
-                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
+  at::parallel_for(0, map.rows, grain(map),
+                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   const auto returned = accumulator(x.scalar_type());
   return {y, mean.to(returned), var.to(returned)};
 }
@@ -140,8 +148,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
   const auto format = x.suggest_memory_format();
   const at::Tensor input = x.contiguous(format), gradient = grad.contiguous(format);
   const at::Tensor output = relu ? y->contiguous(format) : at::Tensor();
+  if (has_bn_passes(input, format)) {
+    return bn_backward_passes(gradient, input, output, weight, mean, var, training, eps,
+                              need_residual);
+  }
   const at::Tensor dx = at::empty_like(input, input.options(), format);
   const at::Tensor dresidual = need_residual ? at::empty_like(dx) : at::empty({0}, x.options());
+  const auto returned = accumulator(x.scalar_type());
+  if (x.numel() == 0) {
+    const at::Tensor zero = at::zeros({channels}, returned);
+    return {dx, zero, zero.clone(), dresidual};
+  }
   const MapView map = view_of(x, format);
   const Chunks chunks(map);
   const auto type = bn_arithmetic(x.scalar_type());
@@ -160,11 +177,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
   args.dz = need_residual ? dresidual.mutable_data_ptr() : nullptr;
   args.dx = dx.mutable_data_ptr();
   const Kernels& kernel = kernels().of[dtype_of(x.scalar_type())];
-  if (x.numel() > 0) {
-    chunks.for_each([&](int64_t begin, int64_t end, int64_t i) {
-      kernel.bn_backward_reduce(args, begin, end, i);
-    });
-  }
+  chunks.for_each([&](int64_t begin, int64_t end, int64_t i) {
+    kernel.bn_backward_reduce(args, begin, end, i);
+  });
 
   const at::Tensor totals = sums.sum(1);
   const at::Tensor sum_dz = totals[0], sum_dz_xc = totals[1];
@@ -184,12 +199,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
   args.a = a.const_data_ptr();
   args.b = training ? b.const_data_ptr() : nullptr;
   args.c = c.const_data_ptr();
-  if (x.numel() > 0) {
-    at::parallel_for(0, map.rows, grain(map), [&](int64_t begin, int64_t end) {
-      kernel.bn_backward_apply(args, begin, end);
-    });
-  }
-  const auto returned = accumulator(x.scalar_type());
+  at::parallel_for(0, map.rows, grain(map),
+                   [&](int64_t begin, int64_t end) { kernel.bn_backward_apply(args, begin, end); });
   return {dx, as_tensor(dweight, returned), sum_dz.to(returned), dresidual};
 }
 

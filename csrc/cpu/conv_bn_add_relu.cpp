@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "map_pool.h"
+#include "result_cache.h"
 #include "pack_conv_weight.h"
 
 namespace fr {
@@ -33,7 +33,7 @@ at::Tensor run(ConvCall& call, bool winograd) {
   const ConvShape& s = call.args.shape;
   const at::Tensor y = empty_map({s.n, s.k, s.out_h(), s.out_w()}, call.x.options());
   call.args.y = y.mutable_data_ptr();
-  in_team([&](Worker& worker) { run_conv(worker, call.dtype, call.args, winograd); });
+  run_on_thread_team([&](ThreadTeam& team) { run_conv(team, call.dtype, call.args, winograd); });
   return y;
 }
 
@@ -45,7 +45,7 @@ at::Tensor conv_bn_add_relu_cpu(const at::Tensor& x, const at::Tensor& weight,
                                 at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
   ConvCall call = prepare("conv_bn_add_relu", x, weight, conv_bias, bn_weight, bn_bias, mean, var,
                           residual, {stride, padding, dilation, groups}, eps, relu);
-  // Live parameters promise the direct sum's accuracy: Winograd's algorithm is freeze's to allow.
+  // Live parameters promise the accuracy of the direct sum; only freeze may allow Winograd.
   return run(call, false).contiguous(x.suggest_memory_format());
 }
 

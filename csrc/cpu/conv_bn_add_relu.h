@@ -1,4 +1,4 @@
-// What the operators that begin with a convolution share: checked operands, ready for the driver.
+// Shared by the operators that begin with a convolution: checked operands, ready for the driver.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,10 +13,10 @@ namespace fr {
 
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
-// Owns what `args` points at. `args.y` is for the caller to set.
+// Owns the memory that `args` points to. The caller sets `args.y`.
 struct ConvCall {
   at::Tensor x, packed, residual;
-  std::unique_ptr<Scratch> live;  // where a weight lies that was packed for this call only
+  std::unique_ptr<Scratch> live;  // holds a weight that was packed for this call only
   Folded folded;
   ConvForward args{};
   DType dtype = kFloat32;
@@ -27,18 +27,18 @@ struct ConvGeometry {
   int64_t groups;
 };
 
-// From live parameters: packs the weight and folds batch norm.
+// A call with live parameters: packs the weight and folds batch norm.
 ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
                  const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
                  const OptionalTensor& bn_bias, const at::Tensor& mean, const at::Tensor& var,
                  const OptionalTensor& residual, const ConvGeometry& geometry, double eps,
                  bool relu);
 
-// Throws where what freeze prepared is not for such a convolution of maps like x.
+// Throws unless packed, scale and shift have the sizes and dtypes of such a convolution of x.
 void check_packed(const char* op, const ConvShape& shape, const at::Tensor& x,
                   const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& shift);
 
-// From what freeze prepared.
+// A call with parameters that freeze has packed and folded.
 ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
                         const at::Tensor& scale, const at::Tensor& shift,
                         const OptionalTensor& residual, at::IntArrayRef weight_shape,

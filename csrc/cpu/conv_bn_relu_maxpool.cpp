@@ -1,9 +1,11 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../checks.h"
 #include "conv_bn_add_relu.h"
-#include "map_pool.h"
+#include "result_cache.h"
 
 namespace fr {
 namespace {
@@ -17,8 +19,9 @@ PoolForward pool_shape(const char* op, const ConvShape& s, at::IntArrayRef kerne
   p.c = s.k;
   p.kernel_h = kernel[0];
   p.kernel_w = kernel[1];
-  p.stride_h = stride[0];
-  p.stride_w = stride[1];
+  // Strides beyond the padded map are normalised, as in conv_shape.
+  p.stride_h = std::min(stride[0], p.h + 2 * padding[0]);
+  p.stride_w = std::min(stride[1], p.w + 2 * padding[1]);
   p.pad_h = padding[0];
   p.pad_w = padding[1];
   return p;

@@ -8,25 +8,25 @@
 namespace fr {
 namespace {
 
-// Bytes of input, residual and output that one block may touch: a good part of the 1 MiB L2 cache
-// of current server cores, with room for a panel of weights.
+// Bytes of input, residual and output that one block may touch: half of the 1 MiB L2 cache of
+// current server cores, which leaves room for a panel of weights.
 constexpr int64_t kBlockBytes = 512 * 1024;
 
-// Tiles that a block has at least, however many channels: each block reads all weights.
+// Minimum number of tiles in a block, whatever the channels: every block reads all weights.
 constexpr int64_t kLeastTiles = 8;
 
-// Bytes of weights that stay in the L2 cache beside such a block. Then it pays to go on to the next
-// pixels at once: the result and the residual are walked nearly front to back.
+// Bytes of weights that stay in the L2 cache beside such a block. With so few weights small blocks
+// pay off: the result and the residual are then traversed nearly sequentially.
 constexpr int64_t kNearWeights = 256 * 1024;
 
-// Bytes of transformed input in one block of Winograd's algorithm. The more tiles, the less its
-// weights' transform costs; read from the last cache, tiles cost little more than from the second.
+// Bytes of transformed input in one block of Winograd's algorithm. More tiles amortise the
+// transform of the weights, and tiles read from the L3 cache cost little more than from the L2.
 constexpr int64_t kWinogradBytes = 4 * 1024 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `count` things in blocks of at most `most`: of the sizes down to half of that the largest that
-// keeps no thread at work for longer than another size does. Threads get equal numbers of blocks.
+// The block size for `count` items in blocks of at most `most`: of the sizes from most / 2 to most,
+// the largest that minimises the work of the busiest thread. Threads get equal numbers of blocks.
 int64_t block_size(int64_t count, int64_t most, int64_t threads) {
   most = std::clamp<int64_t>(most, 1, count);
   if (most == count) return count;
@@ -41,14 +41,14 @@ int64_t block_size(int64_t count, int64_t most, int64_t threads) {
   return best;
 }
 
-// How many images, output rows, output columns and panels a block has.
+// Numbers of images, output rows, output columns and panels in a block.
 struct Plan {
   int64_t images, rows, cols, panels;
 };
 
 struct Blocks {
   Plan size;
-  int64_t n, rows, cols, panels;  // what there is of each
+  int64_t n, rows, cols, panels;  // totals
 
   int64_t count() const {
     return ceil_div(n, size.images) * ceil_div(rows, size.rows) * ceil_div(cols, size.cols) *
@@ -79,7 +79,7 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panels, int64_t tile, int6
 
   const int64_t pixels = std::max(kBlockBytes / pixel_bytes, kLeastTiles * tile);
   const int64_t weight_bytes = s.k * s.depth() * element;
-  if (b.rows == 1 && b.n == 1) {  // a 1x1 convolution flattened to one long row
+  if (b.rows == 1 && b.n == 1) {  // a 1x1 convolution, flattened to one row of pixels
     const int64_t tiles = weight_bytes <= kNearWeights ? kLeastTiles : pixels / tile;
     b.size.cols = block_size(ceil_div(b.cols, tile), tiles, threads) * tile;
   } else if (b.rows * b.cols <= pixels) {
@@ -89,7 +89,7 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panels, int64_t tile, int6
     b.size.rows = block_size(b.rows, pixels / b.cols, threads);
   }
   if (b.count() >= threads) return b;
-  // Too few blocks for all threads: split what costs less to read twice, input or weights.
+  // Fewer blocks than threads: split the dimension whose operand is cheaper to read twice.
   if (weight_bytes > b.n * b.rows * b.cols * input_bytes && b.panels >= threads) {
     b.size.panels = ceil_div(b.panels, threads);
   } else if (b.rows > 1) {
@@ -102,7 +102,7 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panels, int64_t tile, int6
 
 int64_t bytes_of(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
-// A 1x1 convolution that moves one pixel at a time sees no rows and no images.
+// For a 1x1 convolution of stride 1 without padding, all images are one row of pixels.
 void flatten(ConvShape& s) {
   if (s.kh == 1 && s.kw == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 &&
       s.pad_w == 0) {
@@ -111,13 +111,13 @@ void flatten(ConvShape& s) {
   }
 }
 
-void run_direct(Worker& worker, DType dtype, ConvForward f) {
+void run_direct(ThreadTeam& team, DType dtype, ConvForward f) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
   flatten(f.shape);
   const Blocks blocks = cut(f.shape, f.residual != nullptr, k.panels(f.shape), table.tile[dtype],
-                            bytes_of(k.packed), worker.team_size());
-  worker.loop(blocks.count(), 1, [&](int64_t begin, int64_t end) {
+                            bytes_of(k.packed), team.size());
+  team.parallel_for(blocks.count(), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const ConvBlock block = blocks[i];
@@ -141,15 +141,14 @@ struct WinogradPlan {
   double cost;            // of all, on all threads
 };
 
-// The model of cost, in multiply-adds; a thread does a vector of them twice a cycle.
+// Cost model, in multiply-adds; a thread does two vectors of them per cycle.
 //
 //   block of t tiles and k of K channels = P (t C k + 12.5 t C + 10 t k + 8 C k)
 //   direct                               = 9 OH OW N C K
 //
-// with P points. The terms of a block are the products, and the transforms of the input, of the
-// output and of the weight: measured, as they wait for the cache more than they compute. More
-// blocks of tiles mean that weights are transformed more often, more blocks of panels that the
-// input is.
+// with P points. The terms of a block are the products and the transforms of input, output and
+// weight; the coefficients are measured, as the transforms are bound by the cache. More blocks of
+// tiles transform the weights more often, more blocks of panels the input.
 WinogradPlan plan_winograd(const WinogradKernels& kernels, const ConvShape& s, int64_t panel,
                            int64_t threads) {
   const int64_t tiles = winograd_tiles(kernels, s), panels = ceil_div(s.k, panel);
@@ -170,15 +169,15 @@ WinogradPlan plan_winograd(const WinogradKernels& kernels, const ConvShape& s, i
   return best;
 }
 
-// The cheapest of Winograd's algorithms; null where the direct sum is cheaper. As one thread would
-// decide: the bits of a result must not depend on the number of threads.
+// The cheapest of Winograd's algorithms, or null where the direct sum is cheaper. The cost is that
+// on one thread, so that the bits of a result do not depend on the number of threads.
 const WinogradKernels* winograd_for(DType dtype, const ConvShape& s) {
   if (s.n == 0) return nullptr;
   const KernelTable& table = kernels();
   const WinogradKernels* best = nullptr;
   double least =
       static_cast<double>(s.n * s.out_h() * s.out_w()) * static_cast<double>(s.depth() * s.k);
-  // A step of AVX512-BF16 does two multiply-adds of the direct sum; here all sums are in float.
+  // AVX512-BF16 doubles the multiply-adds per step of the direct sum; Winograd's are in float32.
   if (table.of[dtype].packed == kBFloat16) least /= 2;
   for (const WinogradKernels& k : table.winograd[dtype]) {
     if (!winograd_fits(k, s)) continue;
@@ -190,19 +189,20 @@ const WinogradKernels* winograd_for(DType dtype, const ConvShape& s) {
   return best;
 }
 
-void run_winograd(Worker& worker, const WinogradKernels& kernels, const ConvForward& f,
+void run_winograd(ThreadTeam& team, const WinogradKernels& kernels, const ConvForward& f,
                   int64_t panel) {
   const ConvShape& s = f.shape;
   const int64_t tiles = winograd_tiles(kernels, s), panels = ceil_div(s.k, panel);
-  const WinogradPlan plan = plan_winograd(kernels, s, panel, worker.team_size());
+  const WinogradPlan plan = plan_winograd(kernels, s, panel, team.size());
   const int64_t shares = ceil_div(panels, plan.panels);
-  worker.loop(ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
+  team.parallel_for(ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile0 = i / shares * plan.tiles, panel0 = i % shares * plan.panels;
       const WinogradBlock block{tile0, std::min(tile0 + plan.tiles, tiles), panel0,
                                 std::min(panel0 + plan.panels, panels)};
-      // The last block has fewer tiles, and may want more: in one group what others have in two.
+      // The last block may need more scratch than the others: it has fewer tiles, but they may be
+      // in one group where the tiles of other blocks are in two.
       const int64_t bytes = kernels.scratch_bytes(s, block.tile1 - block.tile0);
       kernels.run(f, block, scratch.at_least(bytes));
     }
@@ -216,12 +216,12 @@ const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
   return k == nullptr ? "direct" : k->side == 4 ? "winograd 4x4" : "winograd 2x2";
 }
 
-void run_conv(Worker& worker, DType dtype, const ConvForward& f, bool winograd) {
+void run_conv(ThreadTeam& team, DType dtype, const ConvForward& f, bool winograd) {
   if (f.shape.n == 0) return;
   if (const WinogradKernels* k = winograd ? winograd_for(dtype, f.shape) : nullptr) {
-    run_winograd(worker, *k, f, kernels().winograd_panel);
+    run_winograd(team, *k, f, kernels().winograd_panel);
   } else {
-    run_direct(worker, dtype, f);
+    run_direct(team, dtype, f);
   }
 }
 
@@ -238,7 +238,7 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
   const int64_t per_image = ceil_div(pool.out_h(), rows);
   at::parallel_for(0, s.n * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch, rows_between;
-    const int64_t most_rows = (rows - 1) * pool.stride_h + pool.kernel_h;
+    const int64_t most_rows = std::min((rows - 1) * pool.stride_h + pool.kernel_h, pool.h);
     char* const map = rows_between.at_least(most_rows * row_bytes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / per_image;
@@ -246,7 +246,7 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
       p.row0 = i % per_image * rows;
       p.row1 = std::min(p.row0 + rows, pool.out_h());
       const int64_t row0 = p.first_row(p.row0), row1 = p.end_row(p.row1);
-      // Rows that the block before has left in the map, where it was this thread's.
+      // If this thread has computed the block before, its last rows are still in the map.
       const bool follows = i > begin && p.row0 > 0;
       const int64_t first = p.first_row(p.row0 - rows), end_before = p.end_row(p.row0);
       const int64_t kept = follows ? std::max<int64_t>(end_before - row0, 0) : 0;

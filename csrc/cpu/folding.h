@@ -1,4 +1,4 @@
-// Batch norm as numbers per channel. The arithmetic is float64.
+// Batch norm folded into per-channel numbers, in float64 arithmetic.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,18 +11,18 @@ namespace fr {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Type of sums and of a convolution's per-channel numbers.
+// Type of sums and of a convolution's per-channel scale and shift.
 inline at::ScalarType accumulator(at::ScalarType storage) {
   return storage == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Type of batch norm's per-channel numbers in its own kernels, see kernels/bn_add_relu.h.
+// Type of the per-channel numbers in kernels/bn_add_relu.h.
 inline at::ScalarType bn_arithmetic(at::ScalarType storage) {
   return storage == at::kDouble || storage == at::kFloat ? at::kDouble : at::kFloat;
 }
 
-// A vector as float64, or `otherwise` in every place where there is none. Plain loops: a dozen
-// tensor operators on vectors this short would cost more than the whole of a small convolution.
+// A vector as float64, or filled with `otherwise` if it is absent. Plain loops, because a dozen
+// tensor operators on such short vectors would cost more than a small convolution.
 inline std::vector<double> numbers(const OptionalTensor& v, int64_t size, double otherwise) {
   std::vector<double> result(static_cast<size_t>(size), otherwise);
   if (!v) return result;

@@ -11,7 +11,7 @@
 #endif
 
 #ifndef INTRA_OP_PARALLEL
-#error "compile with -fopenmp: at::parallel_for would run everything on one thread"
+#error "compile with -fopenmp; without it at::parallel_for runs on one thread"
 #endif
 
 namespace fr {
@@ -42,8 +42,8 @@ const KernelTable& kernel_table_amx_emulated() {
   return table;
 }
 
-// Linux gives a process the tiles' 8 KiB of state when it asks for them, and kills one that uses a
-// tile before.
+// Linux lets a process use AMX's tiles (8 KiB of state per thread) only after it has requested
+// permission, and kills it otherwise.
 bool tiles_are_permitted() {
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, asm/fpu/types.h
@@ -58,7 +58,7 @@ bool tiles_are_permitted() {
 std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables;
 #ifdef FR_HAVE_X86_KERNELS
-  // These builtins also ask whether the operating system saves the wide registers.
+  // These builtins also check that the operating system saves the wide registers.
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
@@ -76,7 +76,8 @@ std::vector<const KernelTable*> supported_tables() {
 #endif
   tables.push_back(&kernel_table_portable());
 #ifdef FR_HAVE_X86_KERNELS
-  if (pairs) tables.push_back(&kernel_table_amx_emulated());  // behind all that anyone would want
+  if (pairs)
+    tables.push_back(&kernel_table_amx_emulated());  // for tests; last, so never the default
 #endif
   return tables;
 }

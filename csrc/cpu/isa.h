@@ -1,4 +1,4 @@
-// Which instruction set's kernels run in this process.
+// Chooses the instruction set whose kernels run in this process.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -11,20 +11,21 @@
 
 namespace fr {
 
-// Chosen once, at the first call: the best that the machine has, or what FUSED_RESNET_ISA names.
-// Throws a ValueError where that names none that the machine supports.
+// Chosen at the first call: the best that the machine supports, or the one that FUSED_RESNET_ISA
+// names. Throws a ValueError if the machine does not support that.
 const KernelTable& kernels();
 
 // The training kernels of the same instruction set.
 const TrainingTable& training_kernels();
 
-// Names that this machine supports, best first; the last may be amx_emulated, which is for tests.
+// The names that this machine supports, best first. The last may be amx_emulated, which is for
+// tests.
 std::vector<std::string> supported_isas();
 
 DType dtype_of(at::ScalarType type);
 
-// Of a weight packed for maps of this type: bfloat16 where the instruction set multiplies that,
-// else float32 for it and for float16.
+// The type of a packed weight for maps of type `storage`: float32 for float16 maps, and for
+// bfloat16 maps too unless the instruction set multiplies bfloat16.
 at::ScalarType packed_type(at::ScalarType storage);
 
 }  // namespace fr

@@ -30,24 +30,10 @@ void pack_weight(const at::Tensor& weight, const ConvShape& shape, void* packed)
 
 namespace {
 
-ConvShape weight_shape(const char* op, at::IntArrayRef sizes, int64_t groups) {
-  TORCH_CHECK_VALUE(
-      sizes.size() == 4 && sizes[0] > 0 && sizes[1] > 0 && sizes[2] > 0 && sizes[3] > 0, op,
-      ": weight: expected 4 positive sizes (K, C / groups, kh, kw), got ", sizes);
-  TORCH_CHECK_VALUE(groups >= 1 && sizes[0] % groups == 0, op,
-                    ": groups: expected a divisor of the ", sizes[0], " output channels, got ",
-                    groups);
-  ConvShape s{};
-  s.k = sizes[0];
-  s.c = sizes[1] * groups;
-  s.kh = sizes[2];
-  s.kw = sizes[3];
-  s.groups = groups;
-  return s;
-}
-
 at::Tensor pack_conv_weight_cpu(const at::Tensor& weight, int64_t groups) {
-  const ConvShape s = weight_shape("pack_conv_weight", weight.sizes(), groups);
+  const char* op = "pack_conv_weight";
+  check_map(op, "weight", weight);
+  const ConvShape s = weight_shape(op, weight.sizes(), groups);
   const at::ScalarType type = weight.scalar_type();
   const at::Tensor packed = at::empty({kernels().of[dtype_of(type)].packed_numel(s)},
                                       weight.options().dtype(packed_type(type)));
@@ -58,6 +44,7 @@ at::Tensor pack_conv_weight_cpu(const at::Tensor& weight, int64_t groups) {
 at::Tensor unpack_conv_weight_cpu(const at::Tensor& packed, at::IntArrayRef sizes, int64_t groups) {
   const char* op = "unpack_conv_weight";
   const ConvShape s = weight_shape(op, sizes, groups);
+  check_storage(op, "packed", packed);
   const at::ScalarType type = packed.scalar_type();
   TORCH_CHECK_TYPE(type != at::kHalf && packed_type(type) == type, op,
                    ": packed: expected a dtype that pack_conv_weight returns here, got ", type);

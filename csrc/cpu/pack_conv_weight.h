@@ -1,4 +1,4 @@
-// A convolution's weight in the order in which the microkernel reads it.
+// Packs a convolution's weight into the order in which the microkernel reads it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,7 @@
 
 namespace fr {
 
-// Spatial sizes of the input do not matter here; `shape` needs k, kh, kw, c and groups.
+// Of `shape`, only k, kh, kw, c and groups are read.
 int64_t packed_bytes(const at::Tensor& weight, const ConvShape& shape);
 void pack_weight(const at::Tensor& weight, const ConvShape& shape, void* packed);
 

@@ -10,15 +10,15 @@
 namespace fr {
 namespace {
 
-// The best of some repetitions: what disturbs a measurement of a peak only ever lowers it.
+// The best of several repetitions counts: disturbances only ever lower a measured peak.
 constexpr int kRepeats = 10;
 constexpr double kSecondsEach = 5e-3;
 
-// Of each buffer: several times the largest last cache of a server's socket would take too long;
-// this is several times what one of its core complexes has.
+// Size of each buffer: several times the L3 cache of one core complex of a server. Several times
+// that of a whole socket would take too long.
 constexpr int64_t kBufferBytes = 256 * 1024 * 1024;
 
-// Seconds that all threads need for `work(i)`, one each.
+// Seconds until every thread i has done work(i).
 template <class Work>
 double seconds(const Work& work) {
   const int64_t threads = at::get_num_threads();
@@ -38,7 +38,7 @@ double peak_flops(DType dtype) {
                                                               : peak.multiply_add_float32;
   const double threads = at::get_num_threads();
   double best = 0;
-  // From a fraction of a millisecond up: fewer, and a thread that has to wait would look like work.
+  // At least a fraction of a millisecond of work, so that thread start-up does not count.
   int64_t iterations = 64 * 1024;
   for (int repeat = 0; repeat < kRepeats;) {
     double each = 0;
@@ -66,7 +66,7 @@ Bandwidth memory_bandwidth() {
   const auto part = [share](const c10::DataPtr& buffer, int64_t i) {
     return reinterpret_cast<float*>(static_cast<char*>(buffer.get()) + i * share);
   };
-  // Written first: pages that nobody wrote are all the same page of zeros.
+  // Write the buffers first: untouched pages all map to the same page of zeros.
   seconds([&](int64_t i) {
     std::memset(part(from, i), 0, share);
     std::memset(part(to, i), 0, share);

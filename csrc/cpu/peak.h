@@ -1,16 +1,16 @@
-// What this machine can do at most on ATen's threads, measured by the kernels in kernels/peak.h.
+// Peak throughput of this machine on ATen's threads, measured by the kernels in kernels/peak.h.
 #pragma once
 
 #include "isa.h"
 
 namespace fr {
 
-// Floating-point operations a second, in registers: float64's own, bfloat16's dot products where
-// the machine and the instruction set in use have them, float32's else.
+// Floating-point operations per second on registers: float64 for kFloat64, bfloat16 dot products
+// for kBFloat16 if the instruction set in use has them, else float32.
 double peak_flops(DType dtype);
 
-// Bytes a second, of buffers beyond the caches: one that is read; one copied to another, where read
-// and written bytes count.
+// Bytes per second for buffers larger than the caches: reading one, and copying one to another,
+// where both the bytes read and the bytes written count.
 struct Bandwidth {
   double read, copy;
 };

@@ -1,16 +1,17 @@
-// Memory for what is needed only during a call, kept by the thread for its next call.
+// Temporary memory of a call, which the thread keeps for its next call.
 #pragma once
 
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
+#include <new>
 #include <utility>
 #include <vector>
 
 namespace fr {
 
-// What a thread keeps at most for each of the scratches that it has at once: more is given back
-// when the call ends.
+// The largest block that a thread keeps for each of the Scratch objects it has at a time. Larger
+// blocks are freed when the call ends.
 constexpr int64_t kKeptBytes = 16 * 1024 * 1024;
 
 class Scratch {
@@ -21,16 +22,21 @@ class Scratch {
     kept().pop_back();
   }
   ~Scratch() {
-    if (held_.bytes > 0 && held_.bytes <= kKeptBytes) kept().push_back(std::move(held_));
+    if (held_.bytes == 0 || held_.bytes > kKeptBytes) return;
+    try {
+      kept().push_back(std::move(held_));
+    } catch (const std::bad_alloc&) {  // then the block is freed, as a destructor must not throw
+    }
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // Nothing is carried over from a smaller block.
+  // At least `bytes` bytes, whose contents are undefined.
   char* at_least(int64_t bytes) {
     if (held_.bytes < bytes) {
-      held_.data.clear();  // before the new block is asked for: never both
-      held_ = {c10::GetCPUAllocator()->allocate(bytes), bytes};
+      held_ = Block();  // before the allocation, so that both blocks never exist at once
+      c10::DataPtr data = c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
+      held_ = {std::move(data), bytes};  // only now, as the allocation may throw
     }
     return static_cast<char*>(held_.data.get());
   }
@@ -42,7 +48,7 @@ class Scratch {
   };
   Block held_;
 
-  // In a call inside another the inner one lets go first, and both find their own again.
+  // A stack: nested calls return their blocks in reverse order, so each finds its own again.
   static std::vector<Block>& kept() {
     thread_local std::vector<Block> blocks;
     return blocks;

@@ -14,8 +14,8 @@ constexpr ConvTileInfo kInfo{T::kM, T::kN, T::kWarpM};
 
 constexpr ConvTileInfo kTiles[kConvTiles] = {kInfo<Tiles<void>::Large>, kInfo<Tiles<void>::Tall>,
                                              kInfo<Tiles<void>::Small>};
-// Share of the peak that a tile's inner loop is taken to reach: it grows with the flops done for
-// each byte that is brought into shared memory.
+// Assumed fraction of the peak that the inner loop of a tile reaches. It grows with the flops per
+// byte loaded into shared memory.
 constexpr double kEfficiency[kConvTiles] = {0.8, 0.7, 0.5};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -33,9 +33,10 @@ int64_t blocks(const ConvParams& p, int tile) {
          (p.epilogue.k / p.group_k);
 }
 
-// Clock cycles until the last multiprocessor is done. The constants are round numbers for the cards
-// since 2020, and only ratios matter: products a cycle, bytes a cycle and multiprocessor, cycles to
-// fill a pipeline and to drain it through the epilogue, and cycles of a second launch.
+// Clock cycles until the last multiprocessor finishes. The constants are round numbers for GPUs
+// since 2020, of which only the ratios matter: products per cycle, bytes per cycle and
+// multiprocessor, cycles to fill the pipeline and to drain it through the epilogue, and cycles of a
+// second launch.
 double cost(const ConvParams& p, ConvPrecision precision, const ConvPlan& plan, int processors) {
   constexpr double kProducts[] = {1024, 1024, 512, 128};
   constexpr double kBytes = 10, kFixed = 2000, kLaunch = 3000;
@@ -72,7 +73,7 @@ ConvParams conv_params(const ConvShape& s) {
 }
 
 bool conv_by_packs(const ConvParams& p, ConvPrecision precision, bool aligned) {
-  constexpr int kMostTaps = 64;  // that one word has bits for
+  constexpr int kMostTaps = 64;  // bits of the word that marks the taps inside the map
   const int pack = 16 / element_bytes(precision);
   return aligned && p.group_c % pack == 0 && p.second.c % pack == 0 &&
          p.image.kh * p.image.kw <= kMostTaps;
@@ -80,7 +81,7 @@ bool conv_by_packs(const ConvParams& p, ConvPrecision precision, bool aligned) {
 
 ConvPlan plan_conv(const ConvParams& p, ConvPrecision precision, bool aligned, bool may_split,
                    int multiprocessors) {
-  // A part of less than this many steps would be all pipeline filling.
+  // A part with fewer steps would spend its time filling the pipeline.
   constexpr int kLeastSteps = 8, kMostSplits = 16;
   const int most = may_split ? depth_steps(p, precision) / kLeastSteps : 1;
   ConvPlan best{0, 1};

@@ -7,13 +7,13 @@
 namespace fr {
 namespace {
 
-// What every card since 2020 grants a block, less what the driver takes.
+// Shared memory per block that every GPU since 2020 has, minus the driver's share.
 constexpr int64_t kMostSharedBytes = 96 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 
-// What an instance of the kernel wants of a plan.
+// The constraints of an instance of the kernel on a plan.
 struct StemInstance {
   int bytes;  // of an element
   int depth;  // elements in a word of a fragment
@@ -24,7 +24,7 @@ struct StemInstance {
         depth(4 / bytes),
         rows(bytes == 4 ? StemTile<float>::kRows : StemTile<__half>::kRows) {}
 
-  // As the kernel takes it from its arena.
+  // The sum of the buffers that the kernel takes from its arena.
   int64_t shared_bytes(const StemParams& p) const {
     const auto buffer = [](int64_t size) { return round_up(size, 128); };
     const int64_t pad = 16 / bytes;
@@ -36,21 +36,26 @@ struct StemInstance {
   }
 };
 
-// Whether pixels lie at even places and a pair of k is two neighbouring elements.
+// Whether pixels begin at even offsets and a pair of k is two neighbouring elements.
 bool paired(const StemParams& p) {
   return p.image.stride_w * p.image.c % 2 == 0 && (p.image.dilation_w == 1 || p.image.c % 2 == 0);
 }
+
+// Sizes beyond what fits are cut to a size that does not fit either, lest they overflow.
+int cut(int64_t size) { return static_cast<int>(std::min(size, kMostSharedBytes + 1)); }
 
 void set_tile(StemParams* p, int tile_h, int tile_w) {
   const ConvImage& m = p->image;
   p->tile_h = tile_h;
   p->tile_w = tile_w;
-  p->conv_rows = (tile_h - 1) * p->pool.stride_h + p->pool.kernel_h;
-  p->conv_cols = (tile_w - 1) * p->pool.stride_w + p->pool.kernel_w;
-  p->patch_rows = (p->conv_rows - 1) * m.stride_h + (m.kh - 1) * m.dilation_h + 1;
-  const int64_t patch_cols = (p->conv_cols - 1) * m.stride_w + (m.kw - 1) * m.dilation_w + 1;
-  // One more than its content, for the word that a row's last element shares with padding.
-  p->patch_pitch = static_cast<int>(round_up(patch_cols * m.c + 1, 2));
+  p->conv_rows = cut(int64_t{tile_h - 1} * p->pool.stride_h + p->pool.kernel_h);
+  p->conv_cols = cut(int64_t{tile_w - 1} * p->pool.stride_w + p->pool.kernel_w);
+  p->patch_rows =
+      cut(int64_t{p->conv_rows - 1} * m.stride_h + int64_t{m.kh - 1} * m.dilation_h + 1);
+  const int64_t patch_cols =
+      cut(int64_t{p->conv_cols - 1} * m.stride_w + int64_t{m.kw - 1} * m.dilation_w + 1);
+  // One more than its content, for the word that the last element shares with the padding.
+  p->patch_pitch = cut(round_up(patch_cols * m.c + 1, 2));
   p->tiles_y = static_cast<int>(ceil_div(p->out_h, tile_h));
   p->tiles_x = static_cast<int>(ceil_div(p->out_w, tile_w));
 }
@@ -82,11 +87,13 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, ConvPrecision precisi
   const StemInstance instance(precision);
   const int64_t row_depth = round_up(s.kw * s.c, instance.depth);
   const int64_t depth = round_up(s.kh * row_depth, 8 * instance.depth);
-  // Places in one image, and the filters', are counted in 32 bits.
+  // Offsets within an image and within the filters are 32-bit integers.
   const bool fits =
       precision != ConvPrecision::kFloat32 && s.groups == 1 &&
       depth * kStemChannels * instance.bytes < kMostSharedBytes && s.k * depth < kMost &&
-      (s.h + 2 * s.pad_h) * (s.w + 2 * s.pad_w) * s.c < kMost && s.n * out_h * out_w < kMost;
+      (s.h + 2 * s.pad_h) * (s.w + 2 * s.pad_w) * s.c < kMost && s.n * out_h * out_w < kMost &&
+      (s.out_h() + 2 * pool.pad_h) * s.stride_h < kMost &&
+      (s.out_w() + 2 * pool.pad_w) * s.stride_w < kMost;
   if (!fits) return false;
   p->image = {nullptr,         as_int(s.h),     as_int(s.w),          as_int(s.c),
               as_int(s.kh),    as_int(s.kw),    as_int(s.stride_h),   as_int(s.stride_w),
@@ -100,7 +107,7 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, ConvPrecision precisi
   p->row_depth = as_int(row_depth);
   p->depth = as_int(depth);
 
-  // The tile of which the map wants fewest; of those the smallest.
+  // The tile size that needs the fewest tiles; of those the smallest.
   StemParams best = *p;
   int64_t best_tiles = kMost, best_pixels = 0;
   for (int h = 1; h <= std::min<int64_t>(out_h, instance.rows); ++h) {

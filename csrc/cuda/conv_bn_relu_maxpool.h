@@ -8,13 +8,13 @@
 
 namespace fr {
 
-// Pixels of the pooled map along one side.
+// Size of the pooled map along one dimension.
 inline int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   return (size + 2 * padding - kernel) / stride + 1;
 }
 
-// Fills in all but operands. False where there is no tile that fits: groups, a pooling window or a
-// filter too large, or strict float32.
+// Fills in all parameters but the operands. Returns false if no tile fits: for groups, too large a
+// pooling window or filter, or strict float32.
 bool plan_stem(const ConvShape& shape, const PoolWindow& pool, ConvPrecision precision,
                StemParams* params);
 

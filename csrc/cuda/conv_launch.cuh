@@ -1,4 +1,4 @@
-// From a call to an instance of the kernel. Included by the file of each precision.
+// Launches the instance of the kernel for a call. Included by the file of each precision.
 #pragma once
 
 #include "conv_tiles.cuh"

@@ -1,5 +1,5 @@
-// The table of tiles, and what a file that holds one precision's kernels offers. Each precision is
-// compiled by itself, so that a build spreads over the processors.
+// The table of tiles, and the launcher of one precision. Each precision is compiled in a file of
+// its own, so that a build runs in parallel.
 #pragma once
 
 #include "conv_bn_add_relu.h"
@@ -15,15 +15,15 @@ struct Tiles {
   using Small = Tile<64, 64, 2, 2, 3, 4>;
 };
 
-// Ordinary cores hold operands of four products at once where tensor cores hold one fragment: with
-// as few registers the larger tiles would spill.
+// CUDA cores hold the operands of four products in registers where tensor cores hold one fragment;
+// with the same number of registers the larger tiles would spill.
 template <>
 struct Tiles<Float32> : Tiles<void> {
   using Large = Tile<128, 128, 2, 4, 4, 1>;
   using Tall = Tile<128, 64, 2, 2, 4, 2>;
 };
 
-// How a launcher asks for an instance.
+// A choice of an instance of the kernel.
 struct ConvLaunch {
   ConvParams params;
   int tile;

@@ -1,8 +1,8 @@
-// What a kernel may use beyond plain CUDA C++: instructions without an intrinsic, one function
-// each, shared memory, and the launch. The only file with inline PTX.
+// What kernels use beyond plain CUDA C++: instructions without an intrinsic, one function each,
+// shared memory, and the launch. The only file with inline PTX.
 //
-// Kernels are single source. Under FR_SIMT this file gives way to its host twin in tests/simt,
-// which offers the same names to a C++ compiler and executes every thread on the CPU.
+// Kernels are single source. Under FR_SIMT this file is replaced by its counterpart in tests/simt,
+// which defines the same names for a C++ compiler and simulates every thread on the CPU.
 #pragma once
 
 #ifdef FR_SIMT
@@ -16,7 +16,7 @@
 #include <cstdint>
 
 #define FR_DEVICE __device__ __forceinline__
-// The launch's dynamic shared memory, as bytes aligned for any use here.
+// The dynamic shared memory of the launch, in bytes, aligned for every use here.
 #define FR_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace fr {
@@ -41,7 +41,7 @@ FR_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Starts a copy of 16 bytes, past L1; without `valid` it writes zeros and reads nothing.
+// Starts a copy of 16 bytes that bypasses L1; if not `valid`, writes zeros and reads nothing.
 FR_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
@@ -51,13 +51,13 @@ FR_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
 
 FR_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
-// Waits until at most the newest `Pending` groups of this thread are under way.
+// Waits until at most the newest `Pending` groups of this thread are pending.
 template <int Pending>
 FR_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lanes 8i to 8i + 7 give the rows (16 bytes) of matrix i.
+// Four 8x8 matrices of 16-bit elements; lanes 8i to 8i + 7 hold the row addresses of matrix i.
 FR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -65,7 +65,7 @@ FR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// d += a b, a 16 x k by rows, b k x 8 by columns, float32 accumulators.
+// d += a b; a is 16 x k, row-major, b is k x 8, column-major, accumulators are float32.
 FR_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -97,8 +97,8 @@ FR_DEVICE uint32_t round_to_tf32(uint32_t bits) {
   return rounded;
 }
 
-// Enqueues a kernel. Beyond 48 KiB a kernel must ask for its shared memory first; asking is cheap,
-// and allowed while a graph is captured.
+// Enqueues a kernel. More than 48 KiB of shared memory must be requested first, which is cheap and
+// allowed during graph capture.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                    cudaStream_t stream, Arguments... arguments) {

@@ -1,5 +1,5 @@
-// The storage types of feature maps and how they come to float32 and back, one at a time and by the
-// 16 bytes that one memory instruction moves.
+// The storage types of feature maps and their conversions to and from float32, for single elements
+// and for packs of 16 bytes, the widest access of one memory instruction.
 #pragma once
 
 #include "device.cuh"
@@ -36,7 +36,7 @@ union Pack {
   FR_DEVICE Pack() : bits{} {}
 };
 
-// Both want an address that is a multiple of 16.
+// Both require an address that is a multiple of 16.
 template <class T>
 FR_DEVICE void load_pack(float (&values)[kPack<T>], const T* from) {
   Pack<T> pack;
@@ -53,7 +53,7 @@ FR_DEVICE void store_pack(T* to, const float (&values)[kPack<T>]) {
   *reinterpret_cast<uint4*>(to) = pack.bits;
 }
 
-// NaN passes, as it does in PyTorch's.
+// Propagates NaN, as torch.relu does.
 FR_DEVICE float relu(float v) { return v < 0.0f ? 0.0f : v; }
 
 }  // namespace fr

@@ -5,7 +5,7 @@
 namespace fr {
 namespace {
 
-// Holds nothing but its own presence: the runtime finds code for a card in it, or does not.
+// Empty: whether the runtime finds code for the device in this kernel is all that matters.
 __global__ void probe_kernel() {}
 
 }  // namespace
@@ -30,7 +30,7 @@ std::string cuda_device_problem(int device) {
     cudaSetDevice(before);
   }
   if (error == cudaSuccess) return "";
-  cudaGetLastError();  // leave no error behind for the next caller
+  cudaGetLastError();  // clear the error for the next caller
   return cudaGetErrorString(error);
 }
 

@@ -1,4 +1,4 @@
-// What the CUDA half of this build holds. No torch header, no CUDA header: host code includes it.
+// What the CUDA part of this build contains. No torch or CUDA header: host code includes this file.
 #pragma once
 
 #include <string>
@@ -6,13 +6,13 @@
 
 namespace fr {
 
-// The toolkit that compiled it, such as "13.0".
+// The version of the CUDA toolkit that compiled this build, such as "13.0".
 std::string cuda_toolkit_version();
 
-// Architectures that it holds code for, such as "sm_90".
+// The architectures that this build contains code for, such as "sm_90".
 std::vector<std::string> cuda_archs();
 
-// Empty if code in this build runs on the given device; else why it does not.
+// Empty if code in this build runs on the device; else the reason why it does not.
 std::string cuda_device_problem(int device);
 
 }  // namespace fr

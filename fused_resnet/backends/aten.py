@@ -1,15 +1,15 @@
-"""What PyTorch itself ships fused: oneDNN's convolutions on a CPU, cuDNN's on a GPU.
+"""The backend ``library``: fused convolutions that PyTorch ships, oneDNN's and cuDNN's.
 
-Both add a bias, a residual and ReLU to a convolution, and neither knows batch norm: it is folded
-into the weight and the bias at every call, from the live parameters. PyTorch offers these operators
-without gradients; here they have that of every other backend. What the libraries refuse, or are
-known to be slow or wrong at, runs unfused.
+Both add a bias, a residual and ReLU to a convolution. Neither has a batch norm, so it is folded
+into the weight and the bias at every call, from the live parameters. PyTorch's operators have no
+gradients; here they have those of all other backends. Calls that the libraries reject, or are known
+to be slow or wrong for, run unfused.
 
-That is all that there is of the backend for who asks for it by name. The tuner is shown some more:
-the other operations of inference as the best that PyTorch's own calls can do, so that what it
-chooses is never slower than those. On CUDA a packed weight is a weight in channels_last order, so
-they read it where it lies; the fold is made at every call, because a folded copy would be another
-one to keep. On the CPU packed weights are laid out for this package's kernels alone.
+Forced by name, the backend has :data:`OPERATIONS` only. For the tuner there are also the other
+operations of inference, composed of PyTorch's calls, so that ``auto`` is never slower than those.
+On CUDA a packed weight is a weight in channels_last order, so they read it without a copy; it is
+scaled at every call, since a folded copy would take memory. On the CPU the layout of packed weights
+is specific to this package's kernels.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 from . import composed_block, reference
 from .folding import fold
 
-#: The operations that the libraries have; every other one is plain PyTorch.
+#: The operations that the libraries have; all others are plain PyTorch.
 OPERATIONS = ("conv_bn_add_relu",)
 
-#: By device, what the tuner may choose besides.
+#: Further operators that the tuner may choose, by device.
 _COMPOSED = {
     "cpu": ("conv_bn_relu_maxpool",),
     "cuda": (
@@ -39,15 +39,19 @@ _COMPOSED = {
 
 
 def operators(device: str) -> tuple[str, ...]:
-    """The operators that are here for ``"cpu"`` or ``"cuda"``."""
+    """The operators that the tuner may choose on a device.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+    """
     return OPERATIONS + _COMPOSED[device]
 
 
-def why_not() -> str:
-    """Why neither library can be called here; empty when one can."""
+def reason() -> str:
+    """Why neither library is available; empty when one is."""
     if torch.backends.mkldnn.is_available() or _has_cudnn():
         return ""
-    return "this build of PyTorch has neither oneDNN nor a cuDNN that finds its device"
+    return "this build of PyTorch has neither oneDNN nor cuDNN with a CUDA device"
 
 
 def _has_cudnn() -> bool:
@@ -70,11 +74,11 @@ def conv_bn_add_relu(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """:func:`fused_resnet.ops.conv_bn_add_relu` in inference, arguments as in its schema."""
+    """:func:`fused_resnet.ops.conv_bn_add_relu` in inference, with the operator's arguments."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     fused = _onednn if x.device.type == "cpu" else _cudnn
-    takes = _onednn_takes(x, groups) if x.device.type == "cpu" else _cudnn_takes(weight)
-    if not (takes and relu and last and x.numel() > 0):
+    supported = _onednn_supports(x, groups) if x.device.type == "cpu" else _cudnn_supports(weight)
+    if not (supported and relu and last and x.numel() > 0):
         return reference.conv_bn_add_relu(
             x,
             weight,
@@ -115,7 +119,7 @@ def conv_bn_relu_maxpool(
     pool_stride: list[int],
     pool_padding: list[int],
 ) -> Tensor:
-    """:func:`conv_bn_add_relu`, and PyTorch's pool."""
+    """:func:`conv_bn_add_relu` followed by PyTorch's max-pool."""
     y = conv_bn_add_relu(
         x, weight, conv_bias, bn_weight, bn_bias, mean, var, None, stride, padding, dilation,
         groups, eps, True,
@@ -137,14 +141,14 @@ def conv_bn_add_relu_packed(
     relu: bool,
     winograd: bool = False,
 ) -> Tensor:
-    """:func:`fused_resnet.ops.conv_bn_add_relu_packed` on CUDA, arguments as in its schema."""
+    """:func:`fused_resnet.ops.conv_bn_add_relu_packed` on CUDA, with the operator's arguments."""
     k, c, kh, kw = weight_shape
-    weight = packed.view(k, kh, kw, c).permute(0, 3, 1, 2)  # channels_last, and no copy
+    weight = packed.view(k, kh, kw, c).permute(0, 3, 1, 2)  # channels_last, without a copy
     folded = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
     bias = shift.to(x.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = (list(stride), list(padding), list(dilation), groups)
-    if relu and x.numel() > 0 and _cudnn_takes(folded):
+    if relu and x.numel() > 0 and _cudnn_supports(folded):
         return _cudnn(x, folded, bias, residual, *geometry)
     y = F.conv2d(x, folded, bias, *geometry)
     if residual is not None:
@@ -168,7 +172,7 @@ def conv_bn_relu_maxpool_packed(
     pool_stride: list[int],
     pool_padding: list[int],
 ) -> Tensor:
-    """:func:`conv_bn_add_relu_packed`, and PyTorch's pool."""
+    """:func:`conv_bn_add_relu_packed` followed by PyTorch's max-pool."""
     geometry = (stride, padding, dilation, groups)
     y = conv_bn_add_relu_packed(x, packed, scale, shift, None, weight_shape, *geometry, True)
     return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
@@ -179,27 +183,28 @@ def residual_block(
     packed: Sequence[Tensor],
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
-    joined: Tensor | None,
-    joined_shift: Tensor | None,
+    concatenated: Tensor | None,
+    concatenated_shift: Tensor | None,
     bottleneck: bool,
     stride: int,
     dilation: int,
     groups: int,
     winograd: bool,
 ) -> Tensor:
-    """:func:`conv_bn_add_relu_packed` for each of a frozen block's convolutions."""
+    """A frozen block by one :func:`conv_bn_add_relu_packed` for each of its convolutions."""
     geometry = (bottleneck, stride, dilation, groups)
     return composed_block.residual_block(
         conv_bn_add_relu_packed, x, packed, scale, shift, *geometry
     )
 
 
-def _onednn_takes(x: Tensor, groups: int) -> bool:
+def _onednn_supports(x: Tensor, groups: int) -> bool:
     mkldnn = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available():
         return False
-    # Maps of which both memory formats are true (one channel, one pixel) it takes for contiguous,
-    # and then, by version and dtype, fails. In half precision the fused add fails for groups too.
+    # A map that is contiguous in both memory formats (one channel, one pixel) is treated as
+    # contiguous, which fails in some versions and dtypes. In half precision the fused add fails
+    # with groups too.
     if x.is_contiguous():
         return False
     if x.dtype is torch.float32:
@@ -229,11 +234,11 @@ def _onednn(
     return operator.binary(x, other, weight, bias, *sizes, "add", 1.0, "relu", [], "")
 
 
-def _cudnn_takes(weight: Tensor) -> bool:
+def _cudnn_supports(weight: Tensor) -> bool:
     """Whether cuDNN's fused convolution is safe and fast for these filters.
 
-    For large ones it is many times slower than its plain one, and it does not support single
-    channels, which the plain one does: it is asked only for channels that fill 16-byte vectors.
+    For filters larger than 3x3 it is many times slower than cuDNN's plain convolution, and it does
+    not support single channels: it is used only where the channels fill 16-byte vectors.
 
     Source:
         pytorch/pytorch issues 68506 and 62926.

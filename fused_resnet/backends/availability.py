@@ -1,10 +1,10 @@
-"""Which backends there are, which one runs, and the reason why another does not.
+"""The backends: which are available, why others are not, and which one runs a call.
 
-The choice is the one piece of state here. It lives in a :class:`contextvars.ContextVar`, so it is
-private to a thread (and to an asyncio task). Compilers of torch 2.11 cannot trace a ContextVar, and
-guard on no other thread's state than the stack of function modes: so the choice is also an entry of
-that stack, which is what a trace reads. A model compiled under one choice is compiled anew under
-the other.
+The forced backend is the only state. It is in a :class:`contextvars.ContextVar`, so it is local to
+a thread (and to an asyncio task). ``torch.compile`` of torch 2.11 cannot trace a ContextVar; the
+only thread-local state that it guards on is the stack of function modes. So the forced backend is
+also an entry of that stack, which is what a trace reads: a compiled model is recompiled when it is
+called under another choice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .. import _C
 from .._version import __version__
 from . import aten
 
-#: In the order in which a table shows them.
+#: The backends, in the order in which tables show them.
 NAMES = ("reference", "cpu", "cuda", "triton", "library")
 
 _choice: contextvars.ContextVar[str] = contextvars.ContextVar(
@@ -32,18 +32,23 @@ _choice: contextvars.ContextVar[str] = contextvars.ContextVar(
 )
 
 
-#: Whether a GPU's backend takes CPU tensors: its kernels are then executed or interpreted there.
-_emulated: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "fused_resnet_emulated", default=False
-)
+#: The kinds of device whose tensors each backend takes when it is forced, besides ``meta``; the
+#: reference takes all. The tests add ``"cpu"`` to ``cuda`` and ``triton`` while they run a GPU's
+#: kernels in the simulator or the interpreter.
+DEVICE_TYPES: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "library": ("cpu", "cuda"),
+}
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818  (the name is in the public contract)
-    """A backend was asked for by name and cannot run; the message says why."""
+    """A backend that was forced by name cannot run; the message says why."""
 
 
 class Status(NamedTuple):
-    """Whether a backend can run here. True in a condition when it can.
+    """Whether a backend can run here; true in a condition if it can.
 
     Attributes:
         available: Whether it can run.
@@ -61,18 +66,18 @@ class Status(NamedTuple):
 
 
 def backends() -> dict[str, Status]:
-    """The backends by name, each available or with the reason why not."""
+    """The status of each backend, by name."""
     return {name: _status(name) for name in NAMES}
 
 
 def _status(name: str) -> Status:
     if name in ("reference", "cpu"):
         return Status(True, "")
-    reason = {"cuda": _why_no_cuda, "triton": _why_no_triton, "library": aten.why_not}[name]()
+    reason = {"cuda": _cuda_reason, "triton": _triton_reason, "library": aten.reason}[name]()
     return Status(not reason, reason)
 
 
-def _why_no_cuda() -> str:
+def _cuda_reason() -> str:
     if not _C.build_info()["cuda"]:
         return "the extension was built without CUDA (set FUSED_RESNET_CUDA=1 and build it again)"
     if not torch.cuda.is_available():
@@ -80,11 +85,11 @@ def _why_no_cuda() -> str:
     problem = _C.cuda_device_problem(torch.cuda.current_device())
     if problem:
         archs = ", ".join(_C.build_info()["cuda_archs"])
-        return f"this build holds code for {archs}, and the device says: {problem}"
+        return f"this build has code for {archs}, and the device reports: {problem}"
     return ""
 
 
-def _why_no_triton() -> str:
+def _triton_reason() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (run: pip install triton)"
     if not torch.cuda.is_available():
@@ -94,13 +99,13 @@ def _why_no_triton() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for the calls made inside the ``with`` block, in this thread.
+    """Force a backend for the calls of this thread inside the ``with`` block.
 
     Args:
         name: A key of :func:`backends`, or ``"auto"``.
 
     Raises:
-        ValueError: ``name`` is no backend.
+        ValueError: ``name`` is not the name of a backend.
         BackendUnavailable: The backend cannot run here. There is no silent fallback.
     """
     if name != "auto":
@@ -111,27 +116,12 @@ def use_backend(name: str) -> Iterator[None]:
         status = _status(name)
         if not status:
             raise BackendUnavailable(f"backend {name!r} is not available: {status.reason}")
-    with _chosen(name):
+    with _forced(name):
         yield
 
 
 @contextlib.contextmanager
-def emulating(name: str) -> Iterator[None]:
-    """Choose ``"cuda"`` or ``"triton"`` for CPU tensors, in this thread.
-
-    For a proof on a machine without a GPU: who asks for it has put operators that take CPU tensors
-    in the place of the backend's own (see :mod:`fused_resnet.verify.emulation`).
-    """
-    token = _emulated.set(True)
-    try:
-        with _chosen(name):
-            yield
-    finally:
-        _emulated.reset(token)
-
-
-@contextlib.contextmanager
-def _chosen(name: str) -> Iterator[None]:
+def _forced(name: str) -> Iterator[None]:
     token = _choice.set(name)
     try:
         with _Marker(name):
@@ -141,7 +131,7 @@ def _chosen(name: str) -> Iterator[None]:
 
 
 class _Marker(TorchFunctionMode):
-    """Changes nothing; its place on the stack tells a trace what was chosen."""
+    """Has no effect on calls; a trace reads the forced backend from the stack of modes."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -152,7 +142,7 @@ class _Marker(TorchFunctionMode):
 
 
 def current_backend() -> str:
-    """The backend that this thread asked for: a name, or ``"auto"``."""
+    """The backend that is forced in this thread, or ``"auto"``."""
     if not torch.compiler.is_compiling():
         return _choice.get()
     for mode in reversed(_get_current_function_mode_stack()):
@@ -162,12 +152,19 @@ def current_backend() -> str:
 
 
 def resolve_backend(op: str, x: torch.Tensor) -> str:
-    """The backend that runs ``op`` on ``x``: a name of :data:`NAMES`.
+    """The backend that runs ``op`` on ``x``.
 
-    Left to itself the choice is the device's own kernels, and the reference where there are none:
-    for float64 on a CUDA device, or on another kind of device. ``library`` has but some operations;
-    the others are PyTorch's own too, and so the reference. Meta tensors take the route of a
-    compiled operator, whose fake answers for them.
+    Under ``"auto"`` it is the device's own kernels, or the reference where there are none: for
+    float64 on CUDA and on other kinds of devices. ``library`` has some operations only; for the
+    others it means the reference, which is PyTorch's too. Meta tensors go to a compiled operator,
+    which has a fake implementation.
+
+    Args:
+        op: Name of the operation, for the choice and for messages.
+        x: Its input, whose device and dtype count.
+
+    Returns:
+        One of :data:`NAMES`.
 
     Raises:
         BackendUnavailable: The forced backend does not run on that device.
@@ -175,23 +172,23 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
     choice, device = current_backend(), x.device.type
     if choice == "reference":
         return choice
-    if choice == "library" and device in ("cpu", "cuda", "meta"):
-        return choice if op in (*aten.OPERATIONS, "training_unit") else "reference"
     if choice == "auto":
         if device in ("cpu", "meta"):
             return "cpu"
         cuda = device == "cuda" and x.dtype is not torch.float64 and _cuda_runs(x.device.index)
         return "cuda" if cuda else "reference"
-    if device not in ("cuda" if choice == "triton" else choice, "meta") and not _emulated.get():
+    if device not in (*DEVICE_TYPES[choice], "meta"):
         raise BackendUnavailable(
-            f"{op}: backend {choice!r} was asked for, but the input is on {device!r}"
+            f"{op}: backend {choice!r} is forced, but the input is on {device!r}"
         )
+    if choice == "library" and op not in (*aten.OPERATIONS, "training_unit"):
+        return "reference"
     return choice
 
 
 @torch.compiler.assume_constant_result
 def _cuda_runs(device: int) -> bool:
-    """Whether this build has CUDA kernels for that device, which does not change in a process."""
+    """Whether this build has CUDA kernels for a device; constant in a process."""
     return not _cuda_problem(device)
 
 
@@ -201,14 +198,16 @@ def _cuda_problem(device: int) -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What the extension was built with and what it chose on this machine.
+    """How the extension was built, and what it uses on this machine.
 
     Returns:
-        ``version`` of the package; ``torch`` it was compiled against; ``compiler``; ``cuda``, the
-        toolkit's version or None; ``cuda_archs`` compiled; ``isa`` in use and ``isa_supported`` by
-        this machine, best first and behind them ``amx_emulated``, which is for tests;
-        ``bfloat16``, the dtype in which the CPU's convolutions multiply bfloat16 maps,
-        ``"bfloat16"`` or ``"float32"``; ``threads`` of ATen's pool.
+        ``version``: of the package. ``torch``: the version that it was compiled against.
+        ``compiler``: of the host code. ``cuda``: version of the toolkit, or None. ``cuda_archs``:
+        the GPU architectures that it has code for. ``isa``: the instruction set in use.
+        ``isa_supported``: those of this machine, best first, and last ``amx_emulated`` for tests.
+        ``isa_forced``: the value of ``FUSED_RESNET_ISA``, or None. ``bfloat16``: the dtype in which
+        the CPU's convolutions multiply bfloat16 maps, ``"bfloat16"`` or ``"float32"``.
+        ``threads``: of ATen's pool.
     """
     info: dict[str, Any] = {"version": __version__, **_C.build_info()}
     info["isa_forced"] = os.environ.get("FUSED_RESNET_ISA") or None

@@ -1,4 +1,4 @@
-"""A frozen residual block as the chain of its convolutions, whatever runs each of them."""
+"""A frozen residual block as a sequence of calls of a single-convolution operator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-#: Arguments as those of the operator ``conv_bn_add_relu_packed``, up to ``relu``.
+#: Called with the arguments of the operator ``conv_bn_add_relu_packed``, up to ``relu``.
 Conv = Callable[..., Tensor]
 
 
@@ -21,19 +21,20 @@ def residual_block(
     dilation: int,
     groups: int,
 ) -> Tensor:
-    """The block of :func:`fused_resnet.ops.residual_block`, each convolution by itself.
+    """The formula of :func:`fused_resnet.ops.residual_block`, one convolution at a time.
 
     Args:
-        conv: Runs one: ``(x, packed, scale, shift, residual, weight_shape, stride, padding,
-            dilation, groups, relu)``.
-        x: ``(N, C, H, W)``, and so all else as there.
-        packed: See there.
-        scale: See there.
-        shift: See there.
-        bottleneck: See there.
-        stride: See there.
-        dilation: See there.
-        groups: See there.
+        conv: Runs one convolution: ``(x, packed, scale, shift, residual, weight_shape, stride,
+            padding, dilation, groups, relu)``.
+        x: Input, ``(N, C, H, W)``.
+        packed: Packed filters of each convolution: the main branch's in order, followed by the
+            shortcut's if it has one.
+        scale: Scale of each convolution's output channels, ``(K,)``.
+        shift: Shift of each convolution's output channels, ``(K,)``.
+        bottleneck: Whether the block is a bottleneck rather than a basic block.
+        stride: Stride of the block in both directions.
+        dilation: Distance between the taps of a bottleneck's 3x3 filters.
+        groups: Number of independent groups of channels of a bottleneck's 3x3 convolution.
 
     Returns:
         ``(N, K, OH, OW)``.

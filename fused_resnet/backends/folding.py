@@ -1,4 +1,4 @@
-"""A batch norm of known statistics as one affine step behind a convolution."""
+"""Folds a batch norm in inference into a scale and a shift per channel."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def fold(
         \mathrm{shift} = \beta + (b - \mu)\, \mathrm{scale}
 
     Args:
-        conv_bias: :math:`b`, ``(K,)``; None means 0, and so of ``bn_bias``.
-        bn_weight: :math:`\gamma`; None means 1.
-        bn_bias: :math:`\beta`.
-        mean: :math:`\mu`.
-        var: :math:`\sigma^2`.
+        conv_bias: Bias of the convolution :math:`b`, ``(K,)``; None means 0.
+        bn_weight: Scale :math:`\gamma`, ``(K,)``; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(K,)``; None means 0.
+        mean: Running mean :math:`\mu`, ``(K,)``.
+        var: Running variance :math:`\sigma^2`, ``(K,)``.
         eps: Added to the variance.
-        dtype: Of the arithmetic and of what is returned.
+        dtype: Of the arithmetic and of the result.
 
     Returns:
-        Two vectors ``(K,)``.
+        Scale and shift, ``(K,)`` each.
     """
     scale = torch.rsqrt(var.to(dtype) + eps)
     if bn_weight is not None:

@@ -1,8 +1,8 @@
 """Every operation in plain PyTorch: the truth in float64, and the ``reference`` backend.
 
-Nothing here is fused. Each function says what the operation means by calling the operators that
-an unfused model calls, in the order in which it calls them, so autograd, double backward,
-``torch.compile`` and every device come for free. Signatures equal those of :mod:`fused_resnet.ops`.
+Nothing here is fused. Each function defines its operation by the calls that an unfused model makes,
+in the same order, so autograd, double backward, ``torch.compile`` and all devices work. The
+signatures are those of :mod:`fused_resnet.ops`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def bn_add_relu(
     eps: float = 1e-5,
     relu: bool = True,
 ) -> Tensor:
-    """``relu(batch_norm(x) [+ residual])``; see the function in ``ops``."""
+    """``relu(batch_norm(x) [+ residual])``, with the arguments of ``ops``."""
     y = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
@@ -52,7 +52,7 @@ def conv_bn_add_relu(
     eps: float = 1e-5,
     relu: bool = True,
 ) -> Tensor:
-    """``relu(batch_norm(conv2d(x, w)) [+ residual])``; see the function in ``ops``."""
+    """``relu(batch_norm(conv2d(x, w)) [+ residual])``, with the arguments of ``ops``."""
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
         z,
@@ -88,7 +88,7 @@ def conv_bn_relu_maxpool(
     pool_stride: IntOrPair = 2,
     pool_padding: IntOrPair = 1,
 ) -> Tensor:
-    """``max_pool2d(relu(batch_norm(conv2d(x, w))))``; see the function in ``ops``."""
+    """``max_pool2d(relu(batch_norm(conv2d(x, w))))``, with the arguments of ``ops``."""
     y = conv_bn_add_relu(
         x,
         conv_weight,
@@ -123,7 +123,7 @@ def conv_affine_add_relu(
 ) -> Tensor:
     """``relu(conv2d(x, w) * scale + shift + residual)``, computed in the dtype of ``scale``.
 
-    What ``ops.conv_bn_add_relu_packed`` does, with the weight in PyTorch's layout.
+    The formula of ``ops.conv_bn_add_relu_packed``, with the weight in PyTorch's layout.
     """
     y = F.conv2d(x.to(scale.dtype), weight.to(scale.dtype), None, stride, padding, dilation, groups)
     y = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)

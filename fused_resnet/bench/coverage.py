@@ -1,7 +1,7 @@
 """How many of a network's batch norms run as part of a fused group, and why not the rest.
 
-Every group has one batch norm, so batch norms are what is counted: what could be part of a group is
-all of them, and no part of a network is left out by not being looked at.
+Every group has one batch norm, so batch norms are counted: the total does not depend on what the
+matcher recognises.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..nn.module_kinds import is_norm
 
 @dataclass(frozen=True)
 class Coverage:
-    """Counts, of one network or of several.
+    """Counts of one network, or sums over several.
 
     Attributes:
-        groups: Batch norms, of whatever class.
-        fused: Those that a fused operation runs.
-        left: The others, by reason.
-        operations: The groups that run, by operation.
+        groups: Number of batch norms of any class.
+        fused: Number of those that a fused operation runs.
+        left: Numbers of the unfused ones by reason.
+        operations: Numbers of fused groups by operation.
     """
 
     groups: int
@@ -35,24 +35,24 @@ class Coverage:
     operations: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The counts as a dictionary for JSON."""
         return dict(vars(self))
 
 
 def count(model: nn.Module) -> Coverage:
-    """Fuse a model and count, from what :func:`fused_resnet.report` says of it.
+    """Fuse a model and count its groups, as :func:`fused_resnet.report` lists them.
 
     Args:
-        model: Any; it is not changed. Counted is what runs in the mode that it is in.
+        model: Any model, which is not changed. The counts are those of its current mode.
     """
     return count_fused(fuse(model))
 
 
 def count_fused(model: nn.Module) -> Coverage:
-    """Count in a model that :func:`fused_resnet.fuse` made.
+    """Count the groups of a fused model.
 
     Args:
-        model: It is not changed.
+        model: A result of :func:`fused_resnet.fuse`.
     """
     norms = {path: module for path, module in model.named_modules() if is_norm(module)}
     fused: set[int] = set()
@@ -96,7 +96,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _reason_above(path: str, whole: dict[str, str]) -> str:
-    """What is said of the nearest module around it that is left whole."""
+    """The reason of the nearest enclosing module that is unfused as a whole."""
     while path not in whole:
         if not path:
             return "the report does not name it"

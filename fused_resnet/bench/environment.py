@@ -1,4 +1,4 @@
-"""What a measurement was made on: the processor, the versions, the commit."""
+"""The environment of a measurement: processor, versions and commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._version import __version__
 from ..backends.availability import build_info
 from ..tuning import processor
 
-#: Environment variables that change what the package does: name, who reads it, meaning.
+#: Environment variables that the package reads: name, when it is read, meaning.
 VARIABLES = (
     ("FUSED_RESNET_ISA", "run", "force the instruction set of the CPU kernels"),
     ("FUSED_RESNET_TUNE", "run", "0, 1 or exhaustive: time the backends of a new call"),
@@ -27,7 +27,7 @@ VARIABLES = (
 )
 
 
-#: Distributions that a benchmark's providers and networks come from.
+#: Distributions of the providers and networks of a benchmark.
 _OTHERS = (
     "torchvision", "timm", "transformers", "segmentation_models_pytorch",
     "onnx", "onnxruntime", "openvino", "ncnn", "pnnx",
@@ -42,7 +42,7 @@ def cores() -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what decides a result; None for what is not installed."""
+    """Versions of the packages that affect a result; None for those not installed."""
     return {
         "fused_resnet": __version__,
         "python": platform.python_version(),
@@ -54,28 +54,28 @@ def versions() -> dict[str, str | None]:
 def commit() -> str | None:
     """The commit of a source checkout, ``-dirty`` with local changes; None when installed."""
     root = Path(__file__).resolve().parents[2]
-    # An installed package may lie inside somebody else's repository, whose commit says nothing.
+    # An installed package may lie inside an unrelated repository.
     if not (root / ".git").exists():
         return None
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     if head is None:
         return None
-    # A results file written by an earlier run is no change of what is measured.
+    # Results files of earlier runs are not part of what is measured.
     changed = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
     return f"{head}-dirty" if changed else head
 
 
 def describe() -> dict[str, Any]:
-    """The part of a result row that says where and with what it was measured."""
+    """The fields of a result row that describe the environment."""
     build = build_info()
     return {
         "device": processor.name(),
-        "cores": cores(),
+        "processors": cores(),
         "isa": build["isa"],
         "os": platform.platform(aliased=True, terse=True),
         "versions": versions(),
         "commit": commit(),
-        # Other work on the machine shows here first, and explains an odd row later.
+        # Other work on the machine, which explains outliers.
         "load": os.getloadavg()[0],
     }
 

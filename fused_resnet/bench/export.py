@@ -1,7 +1,7 @@
-"""Writes a problem's network in another runtime's format.
+"""Exports a problem's network to the format of another runtime.
 
-Run as ``python -m fused_resnet.bench.export FORMAT MODEL FOLDER``, in a process of its own: what an
-exporter imports and allocates is no part of the runtime whose time and memory are measured.
+Run as ``python -m fused_resnet.bench.export FORMAT MODEL FOLDER``, in a separate process: the
+imports and allocations of an exporter must not count as the runtime's time and memory.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .subject import UnavailableError
 
 
 def exported(kind: str, model: str, folder: Path) -> Path:
-    """The network in that format, written by the first process that asks for it.
+    """The exported network, which the first process that needs it writes.
 
     Args:
         kind: A key of :data:`FORMATS`.
         model: The network's name.
-        folder: The problem's.
+        folder: The problem's folder.
 
     Returns:
         The path without suffixes.
 
     Raises:
-        RuntimeError: The exporter failed; its last line.
+        RuntimeError: The exporter failed; the message is its last line.
     """
     path = folder / kind
     with (folder / f"{kind}.lock").open("w") as lock:
@@ -53,10 +53,13 @@ def exported(kind: str, model: str, folder: Path) -> Path:
 
 
 def require(*packages: str) -> None:
-    """Say what to install if one of the packages is missing.
+    """Check that packages are installed.
+
+    Args:
+        packages: Names of top-level modules.
 
     Raises:
-        UnavailableError: In one line.
+        UnavailableError: One is missing; the message says what to install.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -79,7 +82,7 @@ def _onnx(network: nn.Module, images: Tensor, path: Path) -> None:
 def _ncnn(network: nn.Module, images: Tensor, path: Path) -> None:
     import pnnx
 
-    # A map has no batch there: one image at a time.
+    # ncnn's maps have no batch dimension.
     torch.jit.trace(network, images[:1]).save(str(path.with_suffix(".pt")))
     outputs = {
         name: f"{path}.{suffix}"
@@ -100,12 +103,18 @@ def _ncnn(network: nn.Module, images: Tensor, path: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=path.parent)
 
 
-#: By name: what writes it.
+#: The exporters by format.
 FORMATS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {"onnx": _onnx, "ncnn": _ncnn}
 
 
 def main(kind: str, model: str, folder: str) -> None:
-    """Write one file."""
+    """Export one network.
+
+    Args:
+        kind: A key of :data:`FORMATS`.
+        model: The network's name.
+        folder: The problem's folder.
+    """
     problem = read_problem(Path(folder))
     network = plain_model(model, problem.state)
     with warnings.catch_warnings(), torch.inference_mode():

@@ -1,9 +1,9 @@
-"""Groups of providers that are measured together in one process, and what comes of each.
+"""Cells: providers that are measured together in one process.
 
 A *cell* is one kernel of the roofline, or one network at one batch and precision. On a GPU its
-providers share a process: they have no thread pools that steal from each other, and take turns.
-What one of them can break is the process's CUDA context: then the answer says so, and the caller
-begins a new process with those that are left (see ``benchmarks/gpu.py``).
+providers share a process: they have no competing thread pools, and take turns. A failing provider
+may leave the CUDA context unusable: then the result says so, and the caller starts a new process
+with the remaining ones (``benchmarks/gpu.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ DTYPES = {
 
 @contextlib.contextmanager
 def settings(precision: str) -> Iterator[None]:
-    """cuDNN picks its fastest algorithm, and float32 products are tf32 or not, as is asked."""
+    """Let cuDNN choose its fastest algorithm, and set tf32 for float32 products.
+
+    Args:
+        precision: A key of :data:`DTYPES`.
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, *(precision == "tf32",) * 2
@@ -53,23 +57,23 @@ def measure(
     rounds: int = 5,
     round_seconds: float = 0.02,
 ) -> dict[str, Any]:
-    """Build each provider, check its answer, time all that passed.
+    """Build each provider, check its result, and time those that passed.
 
     Args:
-        providers: What builds each, by name.
-        clock: Of the device.
-        limit: The largest relative error with which one is timed.
-        scale: Of the unit in a second.
-        unit: Behind ``median_``, ``p20_`` and ``p80_``.
-        rounds: As in :func:`fused_resnet.bench.clock.alternating`.
-        round_seconds: See there.
+        providers: The functions that build them, by name.
+        clock: The clock of the device.
+        limit: The largest relative error at which a provider is timed.
+        scale: Units in a second.
+        unit: Suffix of ``median_``, ``p20_`` and ``p80_``.
+        rounds: Number of turns of each provider.
+        round_seconds: Length of a turn.
 
     Returns:
-        ``rows`` by provider. Those without one remain to be measured: an error of another, or of
-        one of them, came in between. ``lost`` says whether it left the device unusable.
+        ``rows`` by provider. Providers without a row were not measured, because an error occurred
+        before. ``lost`` says whether the device became unusable.
     """
     if clock.device.type == "cuda":
-        torch.cuda.empty_cache()  # what the cell before this one has left
+        torch.cuda.empty_cache()  # of the previous cell
     rows: dict[str, Row] = {}
     calls = {}
     for name, build in providers.items():
@@ -78,7 +82,7 @@ def measure(
             subject = build()
             error = subject.error()
             row["error"] = error if math.isfinite(error) else None  # JSON has no NaN
-            if not error <= limit:  # written so that a NaN is wrong as well
+            if not error <= limit:  # negated, so that a NaN is wrong too
                 row["status"] = "wrong"
                 row["reason"] = f"relative error {error:.1e}, limit {limit:.1e}"
         except UnavailableError as why:
@@ -89,17 +93,17 @@ def measure(
         if row["status"] == "ok":
             calls[name] = subject.call
         elif lost(clock.device):
-            # What was built before is not to blame, and not yet timed.
+            # Those built before have not failed, and are not timed yet.
             return {"rows": {name: row}, "lost": True}
     try:
         times = alternating(clock, calls, rounds=rounds, round_seconds=round_seconds)
     except Exception as error:
-        if len(calls) == 1:  # and no other can be to blame
+        if len(calls) == 1:  # so it is the one that failed
             row = rows[next(iter(calls))]
             row |= {"status": "failed", "reason": f"while timed: {one_line(error)}"}
             calls = {}
-        left = {name: row for name, row in rows.items() if name not in calls}
-        return {"rows": left, "lost": lost(clock.device)}
+        untimed = {name: row for name, row in rows.items() if name not in calls}
+        return {"rows": untimed, "lost": lost(clock.device)}
     for name, seconds in times.items():
         rows[name] |= {
             f"median_{unit}": statistics.median(seconds) * scale,
@@ -111,7 +115,7 @@ def measure(
 
 
 def lost(device: torch.device) -> bool:
-    """Whether the device's context can't be used any more."""
+    """Whether the device's context has become unusable."""
     if device.type != "cuda":
         return False
     try:

@@ -24,18 +24,25 @@ from .clock import Clock
 from .networks import LIMITS, relative_error
 from .subject import Subject, UnavailableError
 
-#: Images that an answer is checked on: a float64 convolution of a whole batch takes seconds.
+#: Number of images that are checked: a float64 convolution of a whole batch takes seconds.
 CHECKED = 2
 
 Operands = dict[str, Tensor]
 
 
 def cells(model: str, batch: int, precision: str, size: int = 224) -> list[dict[str, Any]]:
-    """One cell for each kernel that is not like an earlier one, the most fused first."""
+    """One cell for each distinct kernel, the most fused first.
+
+    Args:
+        model: One of :data:`fused_resnet.models.sources.MODELS`.
+        batch: Number of images.
+        precision: A key of :data:`fused_resnet.bench.gpu_cells.DTYPES`.
+        size: Height and width of the images.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for fusion in ("block", "conv", "none"):
         for kernel in kernels(model, batch, precision, fusion, size):
-            # "block" is for what "conv" has not; the classifier is PyTorch's in any case.
+            # "block" adds to "conv" what that has not; the classifier is always PyTorch's.
             if kernel.steps[0] in ("average pool", "linear") or (
                 fusion == "block" and kernel.steps != ("block",) and "maxpool" not in kernel.steps
             ):
@@ -47,7 +54,11 @@ def cells(model: str, batch: int, precision: str, size: int = 224) -> list[dict[
 
 
 def providers(kernel: Kernel) -> list[str]:
-    """Who can run it. A single step is PyTorch's alone."""
+    """The providers of a kernel. A single step is PyTorch's alone.
+
+    Args:
+        kernel: A kernel of the roofline.
+    """
     if kernel.steps == ("block",):
         return ["eager", "cudnn", "frozen"]
     if len(kernel.steps) > 1:
@@ -66,18 +77,33 @@ def run(
     device: str = "cuda",
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Measure a cell. The target of ``benchmarks/gpu.py``; answers as ``gpu_cells.measure``."""
+    """Measure a cell; ``benchmarks/gpu.py`` calls it in a worker process.
+
+    Args:
+        model: One of :data:`fused_resnet.models.sources.MODELS`.
+        batch: Number of images.
+        precision: A key of :data:`fused_resnet.bench.gpu_cells.DTYPES`.
+        size: Height and width of the images.
+        fusion: A key of :data:`fused_resnet.roofline.FUSIONS`.
+        what: Description of the kernel.
+        providers: Names of the providers to measure.
+        device: The device.
+        rounds: Number of turns of each provider.
+
+    Returns:
+        The result of :func:`fused_resnet.bench.gpu_cells.measure`, with complete rows.
+    """
     kernel = next(k for k in kernels(model, batch, precision, fusion, size) if k.what == what)
     where, dtype = torch.device(device), gpu_cells.DTYPES[precision]
     card = card_of(torch.cuda.get_device_name(where)) if where.type == "cuda" else None
-    # Ours are our CUDA kernels, whatever the tuner may have found to be faster.
+    # This package's CUDA kernels, also where the tuner finds others faster.
     backend = use_backend("cuda" if where.type == "cuda" else "auto")
     with gpu_cells.settings(precision), torch.no_grad(), backend:
         problem = _problem(model, kernel, batch, dtype, where)
         answer = gpu_cells.measure(
             {name: functools.partial(problem, name) for name in providers},
             Clock(where, cold=True),
-            # Products of tf32 have 10 bits, as float16's have.
+            # tf32 has 10 mantissa bits, like float16.
             LIMITS["float16" if precision == "tf32" else precision],
             1e6,
             "us",
@@ -194,7 +220,7 @@ def _geometry(conv: Conv) -> dict[str, int]:
 def _group_problem(
     steps: tuple[str, ...], conv: Conv, batch: int, dtype: torch.dtype, g: torch.Generator
 ) -> Problem:
-    """A convolution with what follows it."""
+    """A convolution with the operators that follow it."""
     operands = {"x": _map(batch, conv.channels, conv.size, dtype, g)}
     operands |= _conv_operands(conv, dtype, g)
     if "add" in steps:
@@ -267,7 +293,7 @@ def _network(name: str) -> nn.Module:
 def _block_problem(
     model: str, block: Block, batch: int, dtype: torch.dtype, g: torch.Generator
 ) -> Problem:
-    """A basic block or bottleneck, as the module that a network has."""
+    """A basic block or bottleneck of a network."""
     first, last = block.convs[0], block.convs[-1]
     x = _map(batch, first.channels, first.size, dtype, g)
     stored = copy.deepcopy(_network(model).get_submodule(block.path))
@@ -276,7 +302,7 @@ def _block_problem(
     stored = stored.to(dtype)
     operands = {conv.path: _module_operands(stored, block, conv) for conv in block.all_convs}
 
-    def chain(call: Callable[[Conv, Tensor, Tensor | None, bool], Tensor], x: Tensor) -> Tensor:
+    def compose(call: Callable[[Conv, Tensor, Tensor | None, bool], Tensor], x: Tensor) -> Tensor:
         down = block.downsample
         identity = x if down is None else call(down, x, None, False)
         y = x
@@ -286,20 +312,20 @@ def _block_problem(
 
     def unfused(exact: bool) -> Callable[[Conv, Tensor, Tensor | None, bool], Tensor]:
         def call(conv: Conv, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-            given: dict[str, Any] = operands[conv.path]
+            arguments: dict[str, Any] = operands[conv.path]
             if exact:
-                given = _double(given)
-            given = {**given, **_geometry(conv)}
-            return reference.conv_bn_add_relu(x, **given, residual=residual, relu=relu)
+                arguments = _double(arguments)
+            arguments = {**arguments, **_geometry(conv)}
+            return reference.conv_bn_add_relu(x, **arguments, residual=residual, relu=relu)
 
         return call
 
-    truth = chain(unfused(True), x[:CHECKED].double())
+    truth = compose(unfused(True), x[:CHECKED].double())
 
     def build(provider: str) -> Subject:
         if provider == "eager":
             eager = unfused(False)
-            return _checked(lambda: chain(eager, x), truth)
+            return _checked(lambda: compose(eager, x), truth)
         if provider == "frozen":
             frozen = fr.freeze(stored)
             return _checked(lambda: frozen(x), truth)
@@ -309,14 +335,14 @@ def _block_problem(
             for relu in (True, False)
         }
         return _checked(
-            lambda: chain(lambda conv, x, r, relu: fused[conv.path, relu](x, r), x), truth
+            lambda: compose(lambda conv, x, r, relu: fused[conv.path, relu](x, r), x), truth
         )
 
     return build
 
 
 def _module_operands(module: nn.Module, block: Block, conv: Conv) -> Operands:
-    """A convolution's weight and its batch norm, from the block that holds them."""
+    """A convolution's weight and its batch norm, from the block that contains them."""
     name = conv.path.removeprefix(f"{block.path}.")
     norm = "downsample.1" if "downsample" in name else name.replace("conv", "bn")
     bn: Any = module.get_submodule(norm)

@@ -19,10 +19,10 @@ from .clock import Call, Clock
 from .networks import LIMITS, relative_error
 from .subject import Subject
 
-#: Images that an answer is checked on, in float64.
+#: Number of images that are checked in float64.
 CHECKED = 2
 
-#: The order in which cells are measured, the most wanted first: time may run out.
+#: The order of the cells, the most important first, since time may run out.
 ORDER = (
     ("resnet50", "bfloat16"),
     ("resnet18", "bfloat16"),
@@ -33,13 +33,18 @@ ORDER = (
 )
 BATCHES = (256, 32, 1)
 
-#: Captured ones replay a CUDA graph of the same calls.
+#: ``+graph`` replays a CUDA graph of the same calls.
 INFERENCE = ("eager", "fused", "frozen", "eager+graph", "fused+graph", "frozen+graph")
 TRAINING = ("eager", "fused")
 
 
 def cells(batches: tuple[int, ...] = BATCHES, max_autotune: bool = False) -> list[dict[str, Any]]:
-    """What the compiler needs minutes for comes last."""
+    """The cells of inference; those that compile for minutes come last.
+
+    Args:
+        batches: Batch sizes.
+        max_autotune: Whether to measure ``torch.compile`` in that mode too.
+    """
     shapes = [
         {"model": model, "batch": batch, "precision": precision, "size": 224}
         for model, precision in ORDER
@@ -52,7 +57,7 @@ def cells(batches: tuple[int, ...] = BATCHES, max_autotune: bool = False) -> lis
 
 
 def training_cells() -> list[dict[str, Any]]:
-    """A step of ResNet-50 in mixed precision, as the model is trained with torch.amp."""
+    """The cells of training: a step of ResNet-50 in mixed precision with ``torch.amp``."""
     return [
         {"model": "resnet50", "batch": batch, "precision": precision, "size": 224}
         | {"providers": list(TRAINING)}
@@ -61,11 +66,15 @@ def training_cells() -> list[dict[str, Any]]:
 
 
 class _UnfusedBatchNorm(nn.BatchNorm2d):
-    """Runs as its base does; being another class, it is not fused."""
+    """A batch norm that is not fused, because its class is not ``nn.BatchNorm2d``."""
 
 
 def unfused(name: str) -> nn.Module:
-    """PyTorch's network: torchvision's, or where that is not installed the same modules of ours."""
+    """torchvision's network or, without torchvision, this package's with the same modules.
+
+    Args:
+        name: One of :data:`fused_resnet.models.sources.MODELS`.
+    """
     try:
         import torchvision
     except ImportError:
@@ -77,7 +86,7 @@ def unfused(name: str) -> nn.Module:
 
 @functools.cache
 def _parameters(name: str, size: int) -> dict[str, Tensor]:
-    """Seeded, on the CPU; batch norms hold the statistics of images like those that they see."""
+    """Seeded parameters on the CPU, with batch norms calibrated on similar images."""
     torch.manual_seed(0)
     model = unfused(name)
     randomise(model, torch.Generator().manual_seed(0))
@@ -100,7 +109,20 @@ def run(
     device: str = "cuda",
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Measure inference. The target of ``benchmarks/gpu.py``; answers as ``gpu_cells.measure``."""
+    """Measure inference; ``benchmarks/gpu.py`` calls it in a worker process.
+
+    Args:
+        model: One of :data:`fused_resnet.models.sources.MODELS`.
+        batch: Number of images.
+        precision: A key of :data:`fused_resnet.bench.gpu_cells.DTYPES`.
+        size: Height and width of the images.
+        providers: Names of the providers to measure.
+        device: The device.
+        rounds: Number of turns of each provider.
+
+    Returns:
+        The result of :func:`fused_resnet.bench.gpu_cells.measure`, with complete rows.
+    """
     where, dtype = torch.device(device), gpu_cells.DTYPES[precision]
     with gpu_cells.settings(precision), torch.no_grad():
         generator = torch.Generator(where).manual_seed(0)
@@ -146,11 +168,15 @@ def _inference(kind: str, name: str, images: Tensor) -> Call:
 
 
 def captured(call: Call) -> Call:
-    """A call that replays the graph of one, and returns the tensor that the graph writes."""
+    """Capture a call in a CUDA graph; the result replays it and returns the graph's output.
+
+    Args:
+        call: The function to capture.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # what is tuned or allocated once is not for the graph
+        for _ in range(3):  # tuning and allocation must not be captured
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -175,7 +201,19 @@ def run_training(
 ) -> dict[str, Any]:
     """Measure a training step: forward, loss, backward and SGD under autocast.
 
-    Its answer is the first step's loss, which is checked against the unfused network's in float32.
+    The first step's loss is checked against the unfused network's in float32.
+
+    Args:
+        model: One of :data:`fused_resnet.models.sources.MODELS`.
+        batch: Number of images.
+        precision: ``"bfloat16"`` or ``"float16"``, of autocast.
+        size: Height and width of the images.
+        providers: Names of the providers to measure.
+        device: The device.
+        rounds: Number of turns of each provider.
+
+    Returns:
+        The result of :func:`fused_resnet.bench.gpu_cells.measure`, with complete rows.
     """
     where = torch.device(device)
     memory: dict[str, float] = {}

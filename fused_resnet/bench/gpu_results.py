@@ -1,6 +1,6 @@
-"""What ``make gpu`` found on one card: the JSON file, and the same for a reader.
+"""Results of ``make gpu`` on one card: the JSON file, and its summary as text.
 
-One document a card, ``benchmarks/results/gpu-<card>.json``:
+One document per card, ``benchmarks/results/gpu-<card>.json``:
 
 ============= ====================================================================================
 ``format``    :data:`FORMAT`
@@ -17,9 +17,9 @@ One document a card, ``benchmarks/results/gpu-<card>.json``:
 
 Besides ``commit``, ``command``, ``started``, ``seconds`` and ``tune``: ``FUSED_RESNET_TUNE`` of the
 networks.
-Nothing here but the standard library: it is also read where the package could not be built.
+It imports the standard library alone, since it also runs where the package could not be built.
 
-A row's status is ``ok``, ``wrong`` (its answer), ``failed``, ``unavailable`` or ``skipped``.
+A row's status is ``ok``, ``wrong`` (its result), ``failed``, ``unavailable`` or ``skipped``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 FORMAT = 1
 
-#: The providers that are this package's own, the best first, for the roofline's measured column.
+#: This package's providers in order of preference for the roofline's measured column.
 OWN = ("frozen", "packed", "live")
 
 _KEYS = ("device", "versions", "commit", "command", "phases", "layers", "networks", "training")
@@ -49,8 +49,11 @@ def file_name(device_name: str) -> str:
 def load(path: Path) -> Document:
     """Read a results file.
 
+    Args:
+        path: The file.
+
     Raises:
-        ValueError: It is not one; the message says why.
+        ValueError: It is not a results file; the message says why.
         OSError: It can't be read.
     """
     try:
@@ -66,10 +69,16 @@ def load(path: Path) -> Document:
 
 
 def measured_us(document: Document, *, fusion: str, batch: int, precision: str) -> dict[str, float]:
-    """Median microseconds of each kernel, by what it does: this package's, or PyTorch's unfused.
+    """Median microseconds of each kernel by its description.
 
-    Without fusion a kernel is PyTorch's own. With it, a pool that stands alone still is. The
-    convolutions beside whole blocks are those of the fusion "conv".
+    Without fusion the kernels are PyTorch's; with fusion they are this package's, except for a pool
+    by itself. Convolutions outside of fused blocks are those of the fusion "conv".
+
+    Args:
+        document: A results document.
+        fusion: A key of :data:`fused_resnet.roofline.FUSIONS`.
+        batch: Number of images.
+        precision: A key of :data:`fused_resnet.roofline.ITEMSIZE`.
     """
     fusions = {"none": ("none",), "block": ("conv", "block")}.get(fusion, (fusion,))
     found: dict[str, float] = {}
@@ -85,17 +94,22 @@ def measured_us(document: Document, *, fusion: str, batch: int, precision: str) 
 
 
 def save(path: Path, document: Document) -> None:
-    """Write it, whole or not at all."""
+    """Write a document atomically.
+
+    Args:
+        path: The file.
+        document: The results document.
+    """
     part = path.with_suffix(".part")
     part.write_text(json.dumps(document, indent=1) + "\n")
     part.replace(path)
 
 
-# For a reader
+# The summary
 
 
 def summary(document: Document) -> str:
-    """All of a document as plain text."""
+    """A document as plain text."""
     device, versions = document["device"], document["versions"]
     named = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     parts = [
@@ -114,7 +128,7 @@ def summary(document: Document) -> str:
 
 
 def passed(document: Document) -> bool:
-    """Whether nothing failed and no answer was wrong. What was skipped is no failure."""
+    """Whether nothing failed and no result was wrong. Skipped rows are not failures."""
     rows = [*document["layers"], *document["networks"], *document["training"]]
     return all(phase["status"] in ("passed", "skipped") for phase in document["phases"]) and all(
         row["status"] not in ("failed", "wrong") for row in rows

@@ -1,8 +1,8 @@
-"""The measuring of many cells in child processes, whatever single ones of them break.
+"""Measures many cells in child processes, and survives failures of single ones.
 
-A provider that fails is a row that says so. One that takes the process or its CUDA context with it
-costs that process: the next begins with the providers that have no row yet, one by one where it is
-not known whose fault it was. What the time does not suffice for is a row that says that.
+The row of a failed provider says so. If the process or its CUDA context is lost, a new process
+measures the providers without a row, one at a time if it is not known which one failed. The rows
+of cells for which there is no time left are marked as skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .harness import Worker, WorkerError
 Row = dict[str, Any]
 Cell = dict[str, Any]
 
-#: Seconds that a cell must at least have left to be begun.
+#: Seconds that must remain for a cell to be started.
 LEAST_SECONDS = 3.0
 
 
@@ -29,16 +29,16 @@ def measure_cells(
     threads: int = 8,
     begun: Callable[[Cell, list[str]], None] = lambda cell, providers: None,
 ) -> list[Row]:
-    """Ask a target for each cell and gather the rows.
+    """Call a target for each cell and collect the rows.
 
     Args:
-        target: ``module:function``, called with a cell as keyword arguments; answers as
+        target: ``module:function``, called with a cell as keyword arguments; returns the result of
             :func:`fused_resnet.bench.gpu_cells.measure`, with complete rows.
         cells: Keyword arguments; ``providers`` is the list of those to measure.
-        seconds: For all of them.
-        cell_seconds: After which the process of one cell is ended.
-        threads: Of the child process.
-        begun: Told of each cell and its providers.
+        seconds: Time limit of all cells.
+        cell_seconds: Time limit of one cell, after which its process is killed.
+        threads: Number of threads of the child process.
+        begun: Called before each cell with the cell and its providers.
     """
     deadline = time.monotonic() + seconds
     rows: list[Row] = []
@@ -48,15 +48,16 @@ def measure_cells(
             waiting = [list(cell["providers"])]
             while waiting:
                 group = waiting.pop(0)
-                left = deadline - time.monotonic()
-                if left < LEAST_SECONDS:
+                remaining_seconds = deadline - time.monotonic()
+                if remaining_seconds < LEAST_SECONDS:
                     rows += [_row(cell, name, "skipped", "the time was up") for name in group]
                     continue
                 begun(cell, group)
                 worker = worker or Worker(threads)
-                worker.timeout = min(cell_seconds, left)
+                worker.timeout = min(cell_seconds, remaining_seconds)
                 try:
-                    answer = worker.ask("call", target=target, case={**cell, "providers": group})
+                    case = {**cell, "providers": group}
+                    answer = worker.request("call", target=target, case=case)
                 except WorkerError as error:
                     answer = {"rows": [], "lost": True, "reason": str(error)}
                 if answer["lost"]:
@@ -90,7 +91,11 @@ def _row(cell: Cell, provider: str, status: str, reason: str) -> Row:
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Each with ``ratio``: eager's median over its own. None where either is not there."""
+    """The rows with ``ratio``: eager's median over their own; None where either is missing.
+
+    Args:
+        rows: Rows of networks.
+    """
     base = {
         _cell(row): row["median_ms"]
         for row in rows

@@ -1,10 +1,10 @@
-"""The mechanism of every benchmark here: providers take turns, each in a process of its own.
+"""The harness of the benchmarks: providers take turns, each in a process of its own.
 
-Why so. Two thread pools in one process steal from each other (measured: a factor of two), and a
-provider that patches or configures torch must not change the next one: hence one process each. A
-shared machine drifts by more than the differences of interest: hence rounds that alternate, so
-that drift meets all providers alike, and ratios of medians from the same run. Only one process
-computes at a time; the others wait on a pipe. A wrong answer is not timed.
+Two thread pools in one process compete for the cores (measured: a factor of two), and a provider
+that patches or configures torch must not affect the next one; hence one process each. The speed of
+a shared machine drifts by more than the differences of interest; hence alternating rounds, so that
+drift affects all providers equally, and ratios of medians from the same run. Only one process
+computes at a time; the others wait on a pipe. A wrong result is not timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any
 
-#: Seconds that one round of one provider aims for, and the seconds of its warm-up.
+#: Target duration of a round of one provider, and duration of its warm-up, in seconds.
 ROUND_SECONDS = 0.5
 WARM_UP_SECONDS = 1.0
 
@@ -35,10 +35,10 @@ class Entry:
     """One provider of a comparison.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         target: ``module:function`` that builds it; see :class:`fused_resnet.bench.subject.Subject`.
-        case: Keyword arguments of that function; what JSON can hold.
-        limit: The largest relative error with which it is timed.
+        case: Keyword arguments of that function, representable in JSON.
+        limit: The largest relative error at which it is timed.
     """
 
     name: str
@@ -49,21 +49,22 @@ class Entry:
 
 @dataclass
 class Measurement:
-    """What came of one provider.
+    """The outcome of one provider.
 
     Attributes:
         name: The entry's name.
-        status: ``"ok"``, ``"wrong"`` (answer beyond its limit), ``"failed"`` or ``"unavailable"``.
-        reason: One line when the status is not ok.
-        error: Relative L2 error of its answer, when it gave one.
-        threads: Threads of its pool.
-        cpu_seconds: Of all its threads, in the rounds.
-        peak_bytes: The most memory that its process had resident once it was built, PyTorch's own
-            libraries included; None where the system does not tell.
-        base_bytes: What the process had resident before it was built: those libraries.
-        build_seconds: From import to the first answer.
+        status: ``"ok"``, ``"wrong"`` (error beyond its limit), ``"failed"`` or ``"unavailable"``.
+        reason: One line if the status is not ok.
+        error: Relative L2 error of its result, if it computed one.
+        threads: Number of threads of its pool.
+        cpu_seconds: Processor time of all its threads in the rounds.
+        peak_bytes: Peak resident memory of its process after the build, PyTorch's libraries
+            included; None where the system does not report it.
+        base_bytes: Resident memory of the process before the build: those libraries.
+        build_seconds: Time from import to the first result.
         times: Seconds of each timed iteration.
-        rounds: When each round began and ended, on the clock that all processes share.
+        rounds: Begin and end of each round, on the clock that all processes share.
+        details: Further numbers about the subject, by name.
     """
 
     name: str
@@ -77,10 +78,11 @@ class Measurement:
     build_seconds: float | None = None
     times: list[float] = field(default_factory=list)
     rounds: list[tuple[float, float]] = field(default_factory=list)
+    details: dict[str, float] = field(default_factory=dict)
 
 
 class WorkerError(Exception):
-    """A worker could not answer; ``status`` says whether it failed or is unavailable."""
+    """A request failed; ``status`` is ``"failed"`` or ``"unavailable"``."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -88,11 +90,11 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A child process that answers one request at a time.
+    """A child process that serves one request at a time.
 
     Args:
         threads: Size of its thread pool.
-        timeout: Seconds after which a request that is not answered ends the process.
+        timeout: Seconds after which an unanswered request kills the process.
     """
 
     def __init__(self, threads: int, timeout: float = 900.0) -> None:
@@ -107,7 +109,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env=environment,
-            # A Ctrl-C in the terminal is for the parent, which then closes its workers in order.
+            # A Ctrl-C in the terminal goes to the parent alone, which then closes its workers.
             start_new_session=True,
         )
 
@@ -122,8 +124,12 @@ class Worker:
     ) -> None:
         self.close()
 
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+    def request(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
+
+        Args:
+            do: Name of the request; :mod:`fused_resnet.bench.worker` lists them.
+            arguments: Its arguments, representable in JSON.
 
         Raises:
             WorkerError: The worker answered with a failure, died, or did not answer in time.
@@ -142,7 +148,7 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process, gently if it listens."""
+        """Close the pipe and, if the process does not exit, kill it."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -172,7 +178,7 @@ class Worker:
         return line
 
     def _kill(self) -> None:
-        # Its session holds what it started itself, such as the compiler of torch.compile.
+        # Its session includes its own children, such as the compilers of torch.compile.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -191,7 +197,12 @@ Progress = Callable[[str, str], None]
 
 
 def steps(entries: Sequence[Entry], rounds: int) -> int:
-    """How many times :func:`compare` calls its progress function at most."""
+    """The largest number of times that :func:`compare` calls its progress function.
+
+    Args:
+        entries: The providers.
+        rounds: Number of rounds.
+    """
     return len(entries) * (2 + rounds)
 
 
@@ -206,21 +217,21 @@ def compare(
     progress: Progress = lambda name, action: None,
     timeout: float = 900.0,
 ) -> list[Measurement]:
-    """Build every entry in its own process, check its answer, time all in alternating rounds.
+    """Build every entry in its own process, check its result, time all in alternating rounds.
 
     Args:
         entries: The providers.
         threads: Size of each process's thread pool.
-        rounds: How often each provider has its turn; the order rotates by one each time.
-        round_seconds: A round runs as many iterations as fit, at least one.
-        warm_up_seconds: Run before the first round.
-        jobs: How many are built at a time.
-        progress: Called before each step.
+        rounds: Number of turns of each provider; the order rotates by one each time.
+        round_seconds: Target duration of a round, which runs at least one iteration.
+        warm_up_seconds: Duration of the warm-up before the first round.
+        jobs: Number of providers that are built at the same time.
+        progress: Called before each step with the provider's name and the step.
         timeout: Seconds that one step of one provider may take.
 
     Returns:
-        One measurement an entry, in the order of the entries. One provider's failure leaves the
-        others alone.
+        One measurement per entry, in their order. A failure of one provider does not affect the
+        others.
     """
     results = {entry.name: Measurement(entry.name) for entry in entries}
     iterations: dict[str, int] = {}
@@ -240,8 +251,7 @@ def compare(
         finally:
             slots.release()
 
-    # Nothing is timed yet, so building may use every core: it is imports and compilers, mostly on
-    # one thread each.
+    # Building is not timed, so it may use every core: mostly imports and compilers of one thread.
     builders = ThreadPoolExecutor(jobs)
     slots = threading.Semaphore(jobs)
     try:
@@ -257,7 +267,7 @@ def compare(
             progress(name, "warm up")
 
             def warm_up(worker: Worker, name: str = name) -> None:
-                seconds = worker.ask("warm_up", seconds=warm_up_seconds)["seconds"]
+                seconds = worker.request("warm_up", seconds=warm_up_seconds)["seconds"]
                 iterations[name] = max(1, round(round_seconds / seconds))
 
             attempt(name, warm_up)
@@ -266,7 +276,7 @@ def compare(
                 progress(name, f"round {number + 1} of {rounds}")
 
                 def one_round(worker: Worker, name: str = name) -> None:
-                    answer = worker.ask("round", iterations=iterations[name])
+                    answer = worker.request("round", iterations=iterations[name])
                     results[name].times += answer["times"]
                     results[name].rounds.append((answer["start"], answer["end"]))
                     results[name].cpu_seconds += answer["cpu_seconds"]
@@ -274,6 +284,12 @@ def compare(
                     results[name].base_bytes = answer["base_bytes"]
 
                 attempt(name, one_round)
+        for name in list(workers):
+
+            def details(worker: Worker, name: str = name) -> None:
+                results[name].details = worker.request("details")["details"]
+
+            attempt(name, details)
     finally:
         for worker in list(workers.values()):
             worker.close()
@@ -282,10 +298,10 @@ def compare(
 
 
 def _build(worker: Worker, entry: Entry, result: Measurement) -> None:
-    answer = worker.ask("build", target=entry.target, case=entry.case)
+    answer = worker.request("build", target=entry.target, case=entry.case)
     result.error, result.threads = answer["error"], answer["threads"]
     result.build_seconds = answer["seconds"]
-    # Written so that a NaN is wrong as well.
+    # Negated, so that a NaN is wrong too.
     if not answer["error"] <= entry.limit:
         result.status = "wrong"
         result.reason = f"relative error {answer['error']:.1e}, limit {entry.limit:.1e}"

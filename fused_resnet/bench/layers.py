@@ -1,9 +1,8 @@
 """A network's forward on the CPU, operation by operation: time, arithmetic, bytes, algorithm.
 
-Each operation is timed where it runs: a forward goes through the network as always, in its own
-order and with the caches as the operation before leaves them, while a dispatch mode takes the time
-of every operator that is called. Such a forward alternates with one that nobody watches; what that
-one takes beyond the operators' sum is Python's and the dispatcher's.
+Each operation is timed inside a whole forward, in its order and with the caches as the previous
+operation leaves them: a dispatch mode measures every operator. Such a forward alternates with an
+unobserved one, whose time beyond the sum of the operators is spent in Python and the dispatcher.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
-from ..inference.freeze import FrozenConv
-from ..inference.frozen_block import one_by_one
+from ..inference.frozen_block import separate_convolutions
+from ..inference.frozen_conv import FrozenConv
 
-#: Operators of convolutions that are not this package's: what the tuner may choose for live ones.
+#: Operators of PyTorch's convolutions, which the tuner may choose for live weights.
 _LIBRARY = ("aten.convolution", "mkldnn._convolution_pointwise")
 
 
@@ -32,16 +31,16 @@ class Layer:
     """One operator of one module, over a whole forward.
 
     Attributes:
-        path: Of the module whose weight it computes with; the operator's name where there is none.
-        operator: Its name.
-        what: Kernel, stride, channels and size of the map; empty for what is no convolution.
-        algorithm: How it is computed: ``direct``, ``winograd 4x4``, ``winograd 2x2``, ``block`` or
-            ``library``; empty for what is no convolution.
+        path: Path of the module that owns the weight; the operator's name if there is none.
+        operator: Name of the operator.
+        what: Kernel, stride, channels and size of a convolution; empty for other operators.
+        algorithm: ``direct``, ``winograd 4x4``, ``winograd 2x2``, ``block`` or ``library`` for a
+            convolution; empty for other operators.
         fused: Whether it is an operation of this package.
-        calls: In one forward.
-        flops: Of the direct sum, a multiplication and an addition counted as two.
-        bytes: What must move at least: each input and weight read once, each result written once.
-        seconds: One number a forward.
+        calls: Number of calls in one forward.
+        flops: Flops of the direct algorithm, a multiplication and an addition counted as two.
+        bytes: Minimal traffic: each input and weight read once, each result written once.
+        seconds: Time in each forward.
     """
 
     path: str
@@ -62,11 +61,11 @@ class Layer:
 
 @dataclass
 class Profile:
-    """What came of a network's forwards.
+    """Times of a network's operators.
 
     Attributes:
-        layers: In the order of their first call.
-        forward: Median seconds of a forward that nobody watched.
+        layers: The operators in the order of their first call.
+        forward: Median seconds of an unobserved forward.
     """
 
     layers: list[Layer]
@@ -84,18 +83,18 @@ class Profile:
 
     @property
     def outside(self) -> float:
-        """Seconds of a forward outside of every operator: Python's and the dispatcher's."""
+        """Seconds of a forward outside of all operators, in Python and the dispatcher."""
         return self.forward - sum(layer.median for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the threads of this process can do at most, measured.
+    """Measured limits of the threads of this process.
 
     Attributes:
-        flops: Multiply-adds in registers, a second, each counted as two.
-        read: Bytes a second from memory.
-        copy: Bytes a second from memory to memory, read and written ones counted.
+        flops: Flops per second of multiply-adds in registers, each counted as two.
+        read: Bytes per second read from memory.
+        copy: Bytes per second copied in memory, reads and writes both counted.
     """
 
     flops: float
@@ -104,7 +103,11 @@ class Machine:
 
 
 def machine(dtype: torch.dtype) -> Machine:
-    """Measure, on PyTorch's threads as they are set; about half a second."""
+    """Measure the limits on PyTorch's threads, in about half a second.
+
+    Args:
+        dtype: Storage type of the products.
+    """
     return Machine(_C.peak_flops(dtype), **_C.memory_bandwidth())
 
 
@@ -116,43 +119,43 @@ def profile(
     seconds: float = 10.0,
     progress: Callable[[], None] = lambda: None,
 ) -> Profile:
-    """Time a network's operators, those of frozen residual blocks one by one.
+    """Time a network's operators; the convolutions of frozen blocks run as separate operations.
 
     Args:
-        model: Frozen, fused, or any other, in eval.
+        model: A frozen, fused or other network, in eval mode.
         images: One batch on the CPU.
-        forwards: Of each kind, watched and not.
-        seconds: After which there are no more, from the third on.
-        progress: Called after each of them.
+        forwards: Number of forwards of each kind, observed and unobserved.
+        seconds: Time limit, which applies after the third of them.
+        progress: Called after each pair of forwards.
     """
-    watch = _Watch(model)
+    timer = _Timer(model)
     plain: list[float] = []
-    with torch.inference_mode(), one_by_one(model):
-        for _ in range(2):  # what is allocated, tuned or joined once
+    with torch.inference_mode(), separate_convolutions(model):
+        for _ in range(2):  # allocates, tunes and packs
             model(images)
         began = time.perf_counter()
         for number in range(forwards):
             start = time.perf_counter()
             model(images)
             plain.append(time.perf_counter() - start)
-            with watch:
-                watch.forwards += 1
+            with timer:
+                timer.forwards += 1
                 model(images)
             progress()
             if number >= 2 and time.perf_counter() - began > seconds:
                 break
-    return Profile(watch.finished(), statistics.median(plain))
+    return Profile(timer.finished(), statistics.median(plain))
 
 
-class _Watch(TorchDispatchMode):
-    """Takes the time of every operator that is called while it is active."""
+class _Timer(TorchDispatchMode):
+    """Measures the time of every operator that is called while it is active."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.forwards = 0
         self._layers: dict[tuple[str, str, str], Layer] = {}
         self._times: dict[tuple[str, str, str], dict[int, float]] = {}
-        # By where a weight lies: hooks would make the network take other ways.
+        # Modules by the addresses of their weights: hooks would disable fusion.
         self._paths = {
             tensor.data_ptr(): path.rpartition(".")[0]
             for path, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -186,43 +189,43 @@ class _Watch(TorchDispatchMode):
 
     def _layer(self, func: Any, args: Any, kwargs: Any, result: Any) -> Layer:
         schema = func._schema
-        given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
+        values = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | kwargs
         operator = schema.name.replace("::", ".")
         fused = operator.startswith("fused_resnet")
         own = operator.rpartition(".")[2] if fused else ""
-        tensors = list(_tensors(given.values()))
-        # The convolution's own path, not the one that it shares with its batch norm.
-        weights = _tensors(given[name] for name in ("packed", "weight", "W") if name in given)
+        tensors = list(_tensors(values.values()))
+        # The convolution's path, not the common one with its batch norm.
+        weights = _tensors(values[name] for name in ("packed", "weight", "W") if name in values)
         paths = [self._paths[t.data_ptr()] for t in weights if t.data_ptr() in self._paths]
         path = _common(paths) or operator
         moved = sum(_bytes(t) for t in (*tensors, *_tensors([result])))
         if own.startswith("conv_bn") or operator in _LIBRARY:
-            return _conv(path, operator, given, result)
-        flops = 2 * result.numel() * given["input"].shape[-1] if operator == "aten.linear" else 0
+            return _conv(path, operator, values, result)
+        flops = 2 * result.numel() * values["input"].shape[-1] if operator == "aten.linear" else 0
         return Layer(path, operator, "", "", fused, flops=flops, bytes=moved)
 
 
-def _conv(path: str, operator: str, given: dict[str, Any], y: Tensor) -> Layer:
-    x = given.get("x", given.get("input", given.get("X")))
+def _conv(path: str, operator: str, values: dict[str, Any], y: Tensor) -> Layer:
+    x = values.get("x", values.get("input", values.get("X")))
     assert x is not None
-    weight = given.get("weight", given.get("W"))
-    shape = list(given["weight_shape"] if weight is None else weight.shape)
-    stride, padding, dilation = (list(given[n]) for n in ("stride", "padding", "dilation"))
-    groups = given["groups"]
+    weight = values.get("weight", values.get("W"))
+    shape = list(values["weight_shape"] if weight is None else weight.shape)
+    stride, padding, dilation = (list(values[n]) for n in ("stride", "padding", "dilation"))
+    groups = values["groups"]
     k, depth, kh, kw = shape
     n, c, h, w = x.shape
     oh, ow = (
         (size + 2 * p - d * (taps - 1) - 1) // s + 1
         for size, p, d, taps, s in zip((h, w), padding, dilation, (kh, kw), stride, strict=True)
     )
-    packed: Any = given.get("packed", weight)
-    residual = given.get("residual", given.get("other"))
+    packed: Any = values.get("packed", weight)
+    residual = values.get("residual", values.get("other"))
     algorithm = "direct"
     if operator.startswith("fused_resnet_library") or operator in _LIBRARY:
         algorithm = "library"
-    elif "winograd" in given:
+    elif "winograd" in values:
         algorithm = _C.conv_algorithm(
-            list(x.shape), shape, stride, padding, dilation, groups, x.dtype, given["winograd"]
+            list(x.shape), shape, stride, padding, dilation, groups, x.dtype, values["winograd"]
         )
     # With a stride beyond the kernel not every pixel is read.
     read = n * c * min(h, oh * kh) * min(w, ow * kw) * x.element_size()
@@ -231,7 +234,7 @@ def _conv(path: str, operator: str, given: dict[str, Any], y: Tensor) -> Layer:
     what = f"{kh}x{kw}{slash} {c} to {k}, {h}x{w}"
     what += f", {groups} groups" if groups > 1 else ""
     what += ", residual" if residual is not None else ""
-    what += ", max-pool" if "pool_kernel" in given else ""
+    what += ", max-pool" if "pool_kernel" in values else ""
     flops = 2 * n * oh * ow * k * depth * kh * kw
     fused = operator.startswith("fused_resnet")
     return Layer(path, operator, what, algorithm, fused, flops=flops, bytes=moved)
@@ -250,7 +253,7 @@ def _bytes(t: Tensor) -> int:
 
 
 def _common(paths: list[str]) -> str:
-    """The innermost module that holds them all."""
+    """The innermost module that contains all paths."""
     parts = [path.split(".") for path in dict.fromkeys(paths)]
     shared = []
     for names in zip(*parts, strict=False):
@@ -261,7 +264,12 @@ def _common(paths: list[str]) -> str:
 
 
 def rows(found: Profile, top: Machine) -> list[dict[str, Any]]:
-    """A JSON row for each layer, then ``total`` and ``outside``."""
+    """A JSON row for each layer, then ``total`` and ``outside``.
+
+    Args:
+        found: The times.
+        top: The machine's limits.
+    """
     result = [_row(layer, found, top) for layer in found.layers]
     fused = found.fused
     total = Layer(

@@ -1,4 +1,4 @@
-"""Peak resident memory of this process, from a moment on. Linux; None elsewhere."""
+"""Peak resident memory of this process since a reset; on Linux only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def reset_peak() -> None:
-    """Give back what is free, and let :func:`peak_bytes` start anew from what remains."""
+    """Free unused memory, and restart :func:`peak_bytes` from the remaining resident memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's
@@ -18,7 +18,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int | None:
-    """The most memory that was resident since :func:`reset_peak`: ``VmHWM`` of the kernel."""
+    """Peak resident bytes since :func:`reset_peak`, the kernel's ``VmHWM``; None if unknown."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

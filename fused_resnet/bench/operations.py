@@ -18,7 +18,7 @@ from .subject import Subject
 
 
 class Shape(NamedTuple):
-    """One layer: the operation, its input without the batch, its weight, what else it takes."""
+    """One layer: the operation, its input without the batch, its weight and other arguments."""
 
     operation: str
     x: tuple[int, int, int]
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     training: bool = False
 
 
-#: One layer of each kind that a ResNet-50 spends its time in.
+#: One layer of each kind that takes a large share of ResNet-50's time.
 SHAPES = {
     "stem 7x7/2 and max-pool": Shape("conv_bn_relu_maxpool", (3, 224, 224), (64, 3, 7, 7)),
     "1x1 64 to 256, 56x56, residual": Shape(
@@ -53,16 +53,29 @@ SHAPES = {
 
 
 def providers(shape: str) -> tuple[str, ...]:
-    """``unfused`` is PyTorch in channels_last, the baseline; ``packed`` what ``freeze`` calls."""
+    """The providers of a shape.
+
+    ``unfused`` is PyTorch in channels_last, the baseline; ``packed`` the operation of ``freeze``.
+
+    Args:
+        shape: A key of :data:`SHAPES`.
+    """
     packed = SHAPES[shape].operation == "conv_bn_add_relu"
     return ("unfused", "fused", "packed") if packed else ("unfused", "fused")
 
 
 def build(provider: str, shape: str, batch: int, dtype: str) -> Subject:
-    """The workers' target. In training one call is a forward and a backward."""
+    """Prepare one provider in a worker process. In training one call is a forward and a backward.
+
+    Args:
+        provider: A name of :func:`providers`.
+        shape: A key of :data:`SHAPES`.
+        batch: Number of images.
+        dtype: Storage type, without ``torch.``.
+    """
     layer = SHAPES[shape]
     inputs = _inputs(layer, batch)
-    # In training the gradient of x is the answer that is checked: all else went into it.
+    # In training the gradient of x is checked, since it depends on everything else.
     exact = _call(getattr(reference, layer.operation), layer, _cast(inputs, torch.float64))
     truth = exact()
     mine = _cast(inputs, getattr(torch, dtype))
@@ -75,7 +88,13 @@ def build(provider: str, shape: str, batch: int, dtype: str) -> Subject:
 
 
 def entries(shape: str, batch: int, dtype: str) -> list[Entry]:
-    """One entry a provider, for :func:`fused_resnet.bench.harness.compare`."""
+    """One entry per provider, for :func:`fused_resnet.bench.harness.compare`.
+
+    Args:
+        shape: A key of :data:`SHAPES`.
+        batch: Number of images.
+        dtype: Storage type, without ``torch.``.
+    """
     return [
         Entry(
             name,
@@ -126,7 +145,7 @@ def _call(
     gradient = torch.empty_like(inputs["x"]).copy_(noise)
 
     def step() -> Tensor:
-        # The worker times under inference_mode, where there is no gradient to take.
+        # The worker times in inference mode, which has no gradients.
         with torch.inference_mode(False), torch.enable_grad():
             y = function(**inputs, **layer.options, training=True)
             return torch.autograd.grad(y, leaves, gradient)[0]
@@ -135,7 +154,7 @@ def _call(
 
 
 def _packed_call(layer: Shape, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """What ``freeze`` calls: the weight packed and the batch norm folded beforehand."""
+    """The operation of ``freeze``, with a packed weight and a folded batch norm."""
     assert layer.weight is not None
     packed = ops.pack_conv_weight(inputs["conv_weight"])
     scale = inputs["bn_weight"].double() * torch.rsqrt(inputs["running_var"].double() + 1e-5)

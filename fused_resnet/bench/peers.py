@@ -1,7 +1,7 @@
-"""The other runtimes: ONNX Runtime, OpenVINO and ncnn, on what :mod:`.export` writes for them.
+"""The other runtimes: ONNX Runtime, OpenVINO and ncnn, on files of :mod:`.export`.
 
-Each is set up as its manual says for one request at a time: the batch's own sizes, all of the
-process's threads on one request. Their processes hold no network of PyTorch's.
+Each is configured for latency as its manual says: static shapes, and all threads of the process on
+one request. Their processes load no PyTorch network.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .subject import UnavailableError
 
 
 class Served(NamedTuple):
-    """A runtime that is ready.
+    """A loaded network of a runtime.
 
     Attributes:
         call: Computes the batch's logits.
-        threads: What the runtime says that it uses.
+        threads: Number of threads that the runtime reports.
     """
 
     call: Callable[[], Tensor]
@@ -30,7 +30,13 @@ class Served(NamedTuple):
 
 
 def onnxruntime(folder: Path, model: str, images: Tensor) -> Served:
-    """ONNX Runtime's own CPU kernels, all graph optimisations; they have no bfloat16."""
+    """ONNX Runtime's own CPU kernels, with all graph optimisations; they have no bfloat16.
+
+    Args:
+        folder: The problem's folder.
+        model: The network's name.
+        images: ``(N, 3, H, W)`` in the storage dtype.
+    """
     require("onnxruntime", "onnx", "onnxscript")
     _only(images, torch.float32, reason="onnxruntime: its CPU kernels have no")
     import onnxruntime as runtime
@@ -41,15 +47,20 @@ def onnxruntime(folder: Path, model: str, images: Tensor) -> Served:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: images.numpy()}
+    inputs = {session.get_inputs()[0].name: images.numpy()}
     threads = session.get_session_options().intra_op_num_threads
-    return Served(lambda: torch.from_numpy(session.run(None, given)[0]), threads)
+    return Served(lambda: torch.from_numpy(session.run(None, inputs)[0]), threads)
 
 
 def openvino(folder: Path, model: str, images: Tensor) -> Served:
     """OpenVINO's CPU plugin on the ONNX file; bfloat16 by its inference precision hint.
 
     Inputs and results are shared with it, not copied.
+
+    Args:
+        folder: The problem's folder.
+        model: The network's name.
+        images: ``(N, 3, H, W)`` in the storage dtype.
     """
     require("openvino", "onnx", "onnxscript")
     hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -69,19 +80,24 @@ def openvino(folder: Path, model: str, images: Tensor) -> Served:
     if used != hints[images.dtype]:
         raise UnavailableError(f"openvino: no {hints[images.dtype]} on this processor, but {used}")
     request = compiled.create_infer_request()
-    given, result = images.float().numpy(), compiled.output(0)
+    array, result = images.float().numpy(), compiled.output(0)
 
     def call() -> Tensor:
-        answer = request.infer([given], share_inputs=True, share_outputs=True)
+        answer = request.infer([array], share_inputs=True, share_outputs=True)
         return torch.from_numpy(answer[result])
 
     return Served(call, compiled.get_property("INFERENCE_NUM_THREADS"))
 
 
 def ncnn(folder: Path, model: str, images: Tensor) -> Served:
-    """ncnn, converted by pnnx, an image at a time: its maps have no batch.
+    """ncnn, converted by pnnx, one image at a time: its maps have no batch dimension.
 
-    Its bfloat16 is storage; float16 is off, as it is no part of float32's comparison.
+    Its bfloat16 is a storage type; float16 is off, since the comparison is in float32.
+
+    Args:
+        folder: The problem's folder.
+        model: The network's name.
+        images: ``(N, 3, H, W)`` in the storage dtype.
     """
     require("ncnn", "pnnx")
     _only(images, torch.float32, torch.bfloat16, reason="ncnn: this comparison has no")
@@ -98,7 +114,7 @@ def ncnn(folder: Path, model: str, images: Tensor) -> Served:
     if net.load_param(f"{path}.param") or net.load_model(f"{path}.bin"):
         raise RuntimeError("ncnn: can't load what pnnx wrote")
     source, result = net.input_names()[0], net.output_names()[0]
-    # Cloned, as a Mat made from an array does not hold it.
+    # Cloned, since a Mat made from an array does not keep it alive.
     maps = [runtime.Mat(image.numpy()).clone() for image in images.float()]
 
     def call() -> Tensor:
@@ -117,7 +133,7 @@ def _only(images: Tensor, *dtypes: torch.dtype, reason: str) -> None:
         raise UnavailableError(f"{reason} {str(images.dtype).removeprefix('torch.')}")
 
 
-#: By name; each takes the problem's folder, the network's name and the images in the storage dtype.
+#: The runtimes by name.
 RUNTIMES: dict[str, Callable[[Path, str, Tensor], Served]] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,

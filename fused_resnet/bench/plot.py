@@ -16,11 +16,11 @@ _OTHERS = "#8a8f98"
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
-    """Draw images per second, one panel a subject and batch, with the range from p20 to p80.
+    """Draw images per second, one panel per subject and batch, with the range from p20 to p80.
 
     Args:
-        path: The picture; its suffix chooses the format.
-        rows: From :func:`fused_resnet.bench.results.rows`.
+        path: The image file; its suffix selects the format.
+        rows: Result rows.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -48,7 +48,7 @@ def save(path: Path, rows: Sequence[Row]) -> None:
         bars = [row for row in timed if (row["subject"], row["batch"]) == (subject, batch)]
         names = [row["provider"] for row in bars]
         speed = [row["images_per_s"] for row in bars]
-        # A time's lower quantile is a speed's upper one.
+        # The lower quantile of time is the upper one of speed.
         low = [row["images_per_s"] - batch / row["p80_ms"] * 1e3 for row in bars]
         high = [batch / row["p20_ms"] * 1e3 - row["images_per_s"] for row in bars]
         axes.barh(names, speed, xerr=(low, high), color=[_COLOURS.get(n, _OTHERS) for n in names])

@@ -1,8 +1,8 @@
-"""The ways to run a network's inference that a benchmark compares.
+"""Providers of inference on PyTorch, which a benchmark compares.
 
-Those of other runtimes are in :mod:`.peers`. Each here takes a network in eval and a batch of
-images in the storage dtype, and returns what is called under ``torch.inference_mode``. All but
-``eager`` are given channels_last, which is the faster format for each of them on a CPU.
+Those of other runtimes are in :mod:`.peers`. Each provider takes a network in eval mode and a batch
+of images in the storage dtype, and returns a function to call under ``torch.inference_mode``. All
+but ``eager`` run in channels_last, which is the faster format for each of them on a CPU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Call = Callable[[], Tensor]
 
 
 def eager(model: nn.Module, images: Tensor) -> Call:
-    """PyTorch as it comes: contiguous, operator by operator."""
+    """PyTorch by default: contiguous, operator by operator."""
     model, images = model.to(images.dtype), images.contiguous()
     return lambda: model(images)
 
 
 def channels_last(model: nn.Module, images: Tensor) -> Call:
-    """The same in channels_last: the baseline of the ratios."""
+    """PyTorch in channels_last, the baseline of the ratios."""
     model, images = _channels_last(model, images)
     return lambda: model(images)
 
@@ -46,16 +46,16 @@ def jit(model: nn.Module, images: Tensor) -> Call:
     """``torch.jit.trace``, ``freeze`` and ``optimize_for_inference``."""
     model, images = _channels_last(model, images)
     with warnings.catch_warnings(), torch.no_grad():
-        # Deprecated in favour of torch.compile, and still what many serve with.
+        # Deprecated in favour of torch.compile, and still common in serving.
         warnings.simplefilter("ignore")
         traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, images)))
-        for _ in range(2):  # its profiling executor specialises on the first calls
+        for _ in range(2):  # the profiling executor specialises on the first calls
             traced(images)
     return lambda: traced(images)
 
 
 def fused(model: nn.Module, images: Tensor) -> Call:
-    """``fused_resnet.fuse``: the live parameters, blocks in one pass each."""
+    """``fused_resnet.fuse``: live parameters, each group in one pass."""
     return _call_of(*OURS["fused"](model, images))
 
 
@@ -65,7 +65,7 @@ def frozen(model: nn.Module, images: Tensor) -> Call:
 
 
 def frozen_direct(model: nn.Module, images: Tensor) -> Call:
-    """``fused_resnet.freeze(..., winograd=False)``: every convolution as its direct sum."""
+    """``fused_resnet.freeze(..., winograd=False)``: all convolutions direct."""
     return _call_of(*OURS["frozen_direct"](model, images))
 
 
@@ -79,7 +79,7 @@ PROVIDERS: dict[str, Callable[[nn.Module, Tensor], Call]] = {
     "frozen_direct": frozen_direct,
 }
 
-#: Of this package's providers, the network itself and the images as it wants them.
+#: This package's providers: the network and the images in its memory format.
 OURS: dict[str, Callable[[nn.Module, Tensor], tuple[nn.Module, Tensor]]] = {
     "fused": lambda model, images: _fused_network(model, images),
     "frozen": lambda model, images: _frozen_network(model, images, winograd=True),
@@ -111,5 +111,5 @@ def _channels_last(model: nn.Module, images: Tensor) -> tuple[nn.Module, Tensor]
 #: Every provider's name, this package's last.
 NAMES = (*(name for name in PROVIDERS if name not in OURS), *RUNTIMES, *OURS)
 
-#: What this package is compared with.
+#: The providers that this package is compared with.
 PEERS = tuple(name for name in NAMES if name not in OURS)

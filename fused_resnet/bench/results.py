@@ -1,4 +1,4 @@
-"""Result rows: made from measurements, shown as a table, kept in JSON files."""
+"""Result rows: built from measurements, printed as a table, stored in JSON files."""
 
 from __future__ import annotations
 
@@ -32,13 +32,24 @@ def rows(
     peers: Collection[str] = (),
     environment: dict[str, Any],
 ) -> list[Row]:
-    """One row a measurement, each complete in itself.
+    """One self-contained row per measurement.
 
     ``ratio`` is the baseline's median time over this one's: above 1 is faster. It is None without
-    a baseline in the same run. ``ratio_to_best_peer`` is that to the fastest of ``peers``.
-    ``cores`` is the processor time of all threads over the time that passed, which shows whether a
-    provider used the threads that it was given, and no more. ``peak_mib`` is the most memory that
-    its process had resident in the rounds, and ``base_mib`` what it had with PyTorch imported.
+    a baseline in the same run. ``ratio_to_best_peer`` is the same for the fastest of ``peers``.
+    ``cores`` is the processor time of all threads over elapsed time, which shows whether a provider
+    used exactly its threads. ``peak_mib`` is the peak resident memory of its process in the rounds,
+    ``base_mib`` the memory with PyTorch imported.
+
+    Args:
+        measurements: The outcomes of one run.
+        subject: Name of the network or operation.
+        batch: Number of images.
+        dtype: Storage type, without ``torch.``.
+        size: Height and width of the images.
+        threads: Number of threads of each process.
+        baseline: The provider of the ratios' numerator.
+        peers: The providers that are not this package's.
+        environment: Fields that are added to each row.
     """
     medians = {m.name: statistics.median(m.times) for m in measurements if _timed(m)}
     base = medians.get(baseline)
@@ -73,10 +84,12 @@ def rows(
                 "cores": m.cpu_seconds / passed if passed else None,
                 "peak_mib": _mib(m.peak_bytes),
                 "base_mib": _mib(m.base_bytes),
+                "added_mib": _added(m),
                 "rounds": len(m.rounds),
                 "samples": len(m.times),
             }
-        result.append(row | environment)
+        # The row's own numbers last: `cores` is what was measured.
+        result.append({**environment, **row, **m.details})
     return result
 
 
@@ -84,8 +97,20 @@ def _mib(value: int | None) -> float | None:
     return None if value is None else value / 2**20
 
 
+def _added(m: Measurement) -> float | None:
+    """The most memory that was resident beyond PyTorch's own libraries."""
+    if m.peak_bytes is None or m.base_bytes is None:
+        return None
+    return (m.peak_bytes - m.base_bytes) / 2**20
+
+
 def quantile(values: Iterable[float], q: float) -> float:
-    """The q-quantile, linear between the two nearest values."""
+    """The q-quantile, interpolated linearly between the two nearest values.
+
+    Args:
+        values: At least one number.
+        q: Between 0 and 1.
+    """
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
     low = int(place)
@@ -94,8 +119,13 @@ def quantile(values: Iterable[float], q: float) -> float:
 
 
 def table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows for a terminal."""
-    from rich.table import Table  # here, as files are also written where rich is not installed
+    """The rows as a table for a terminal.
+
+    Args:
+        rows: Result rows of one subject.
+        title: Title of the table.
+    """
+    from rich.table import Table  # here: files are also written where rich is not installed
 
     result = Table(title=title)
     for name in ("batch", "provider"):
@@ -132,7 +162,11 @@ def _number(value: float | None, form: str) -> str:
 
 
 def complaints(rows: Sequence[Row]) -> list[str]:
-    """One line for each provider that was not timed."""
+    """One line for each provider that was not timed.
+
+    Args:
+        rows: Result rows.
+    """
     return [
         "{subject}, batch {batch}, {provider}: {status}: {reason}".format(**row)
         for row in rows
@@ -141,14 +175,23 @@ def complaints(rows: Sequence[Row]) -> list[str]:
 
 
 def save(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically.
+
+    Args:
+        path: The file.
+        content: What to write.
+    """
     text = json.dumps(content, indent=1) + "\n"
     with replacing(path) as part:
         part.write_text(text)
 
 
 def load(path: Path) -> list[Row]:
-    """The rows of a file that :func:`save` wrote."""
+    """Read the rows of a results file.
+
+    Args:
+        path: A file of :func:`save`.
+    """
     result: list[Row] = json.loads(path.read_text())
     return result
 

@@ -12,12 +12,18 @@ from .networks import LIMITS, relative_error
 from .problem import read_problem
 from .subject import Subject
 
-#: What tables call it.
+#: Its name in tables.
 NAME = "file"
 
 
 def build(file: str, dtype: str, folder: str) -> Subject:
-    """The workers' target: the file's network on the problem in ``folder``."""
+    """Prepare the file's network in a worker process.
+
+    Args:
+        file: The frozen file.
+        dtype: Storage type, without ``torch.``.
+        folder: The problem's folder.
+    """
     problem = read_problem(Path(folder))
     network = load_frozen(file)
     images = problem.images.to(getattr(torch, dtype), memory_format=torch.channels_last)
@@ -30,6 +36,12 @@ def build(file: str, dtype: str, folder: str) -> Subject:
 
 
 def entry(file: Path, dtype: str, folder: Path) -> Entry:
-    """For :func:`fused_resnet.bench.harness.compare`."""
+    """The entry for :func:`fused_resnet.bench.harness.compare`.
+
+    Args:
+        file: The frozen file.
+        dtype: Storage type, without ``torch.``.
+        folder: The problem's folder.
+    """
     case = {"file": str(file.absolute()), "dtype": dtype, "folder": str(folder)}
     return Entry(NAME, f"{__name__}:build", case, LIMITS[dtype])

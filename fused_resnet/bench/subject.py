@@ -1,7 +1,7 @@
-"""What a benchmark's target gives to the worker that imported it.
+"""The interface between a benchmark's target and the worker that imports it.
 
-A module of its own, because a worker runs as ``__main__``: classes defined there would be others
-than those that a target imports.
+A separate module, because a worker runs as ``__main__``: a class defined there would differ from
+the one that a target imports.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from typing import Any, NamedTuple
 
 
 class UnavailableError(Exception):
-    """A provider that cannot run here, for want of a package or a device: no fault of its own."""
+    """A provider cannot run here, because a package or a device is missing."""
 
 
 class Subject(NamedTuple):
-    """What a target returns.
+    """The result of a target.
 
     Attributes:
-        call: One iteration of what is timed.
-        error: Relative L2 error of its answer; computed once, before anything is timed.
-        threads: Of a pool of its own; None where it computes on PyTorch's.
+        call: One timed iteration.
+        error: Computes the relative L2 error of its result; called once, before the timing.
+        threads: Number of threads of its own pool; None if it runs on PyTorch's.
+        training: Whether the call needs gradients; otherwise it runs in inference mode.
+        details: Measures further numbers about the call, by name; called once, after the rounds.
     """
 
     call: Callable[[], Any]
     error: Callable[[], float]
     threads: int | None = None
+    training: bool = False
+    details: Callable[[], dict[str, float]] | None = None

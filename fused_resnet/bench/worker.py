@@ -1,20 +1,21 @@
-"""One provider in one process: builds its subject, checks its answer, runs a round when told.
+"""One provider in one process: builds its subject, checks its result and runs rounds.
 
-Run as ``python -m fused_resnet.bench.worker``. Requests come as JSON lines on stdin; for each, one
-answer goes back as a JSON line:
+Run as ``python -m fused_resnet.bench.worker``. Requests are JSON lines on stdin; the answer to each
+is one JSON line:
 
 ======================================= ======================================================
 ``{"do": "build", "target", "case"}``   imports ``module:function``, calls it with the case;
                                         answers ``error``, ``threads`` and ``seconds``
-``{"do": "warm_up", "seconds"}``        runs until times settle; answers ``seconds`` an iteration
+``{"do": "warm_up", "seconds"}``        runs that long; answers ``seconds`` an iteration
 ``{"do": "round", "iterations"}``       answers ``times``, in seconds, ``start`` and ``end``,
                                         ``cpu_seconds`` between them, ``peak_bytes`` of memory
                                         resident since building ended, and ``base_bytes`` before
+``{"do": "details"}``                   answers further numbers about the subject
 ``{"do": "call", "target", "case"}``    imports ``module:function``, calls it with the case, and
                                         answers what it returns
 ======================================= ======================================================
 
-An exception is answered as ``{"failed": "one line"}`` (``{"unavailable": ...}`` for a provider
+The answer to an exception is ``{"failed": "one line"}`` (``{"unavailable": ...}`` for a provider
 whose package is not installed). The process ends when stdin closes.
 """
 
@@ -33,26 +34,30 @@ import torch
 from .memory import peak_bytes, reset_peak
 from .subject import Subject, UnavailableError
 
-#: The longest call before which the caches are refilled by another one.
+#: Calls shorter than this are preceded by an untimed one that refills the caches.
 REFILL_SECONDS = 0.1
 
 
 class _Worker:
     def __init__(self) -> None:
         self.call: Callable[[], Any] = lambda: None
+        self.subject: Subject | None = None
         self.each = 0.0  # seconds of one call
-        self.base: int | None = None  # bytes that were resident before it was built
+        self.base: int | None = None  # bytes resident before the build
 
     def build(self, target: str, case: dict[str, Any]) -> dict[str, Any]:
         reset_peak()
         self.base = peak_bytes()
         start = time.perf_counter()
         subject: Subject = call(target, case)
-        self.call = subject.call
-        # The first call compiles where a provider compiles, so it belongs to building.
-        with torch.inference_mode():
-            self.call()
+        self.call, self.subject = subject.call, subject
+        # Counted as part of the build: the first call compiles. A training step is checked before
+        # it is called, since each call changes the parameters.
+        if subject.training:
             error = subject.error()
+            self.call()
+        else:
+            error = self._check(subject)
         seconds = time.perf_counter() - start
         reset_peak()
         return {
@@ -61,8 +66,17 @@ class _Worker:
             "seconds": seconds,
         }
 
+    @torch.inference_mode()
+    def _check(self, subject: Subject) -> float:
+        self.call()
+        return subject.error()
+
+    def details(self) -> dict[str, Any]:
+        assert self.subject is not None
+        return {"details": self.subject.details() if self.subject.details else {}}
+
     def warm_up(self, seconds: float) -> dict[str, Any]:
-        """Run for ``seconds`` and at least twice; the fastest tells how long one takes."""
+        """Run for ``seconds``, at least twice; the fastest iteration is the estimate."""
         times: list[float] = []
         while len(times) < 2 or sum(times) < seconds:
             times += self._run(1)
@@ -70,8 +84,8 @@ class _Worker:
         return {"seconds": self.each}
 
     def round(self, iterations: int) -> dict[str, Any]:
-        # The other providers ran since: the first iteration refills the caches, untimed. That takes
-        # a few milliseconds, and so is not worth a second iteration of a call that takes long.
+        # Other providers ran since the last round: an untimed iteration refills the caches, which
+        # takes a few milliseconds and so is negligible for a long call.
         start, cpu = time.monotonic(), time.process_time()
         if self.each < REFILL_SECONDS:
             self._run(1)
@@ -87,7 +101,8 @@ class _Worker:
 
     def _run(self, iterations: int) -> list[float]:
         times = []
-        with torch.inference_mode():
+        training = self.subject is not None and self.subject.training
+        with torch.inference_mode(not training):
             for _ in range(iterations):
                 start = time.perf_counter()
                 self.call()
@@ -96,18 +111,29 @@ class _Worker:
 
 
 def call(target: str, case: dict[str, Any]) -> Any:
-    """Import ``module:function`` and call it."""
+    """Import a function and call it.
+
+    Args:
+        target: ``module:function``.
+        case: Its keyword arguments.
+    """
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)(**case)
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends.
+
+    Args:
+        requests: JSON lines.
+        answers: Where the JSON lines of the answers go.
+    """
     worker = _Worker()
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         "build": worker.build,
         "warm_up": worker.warm_up,
         "round": worker.round,
+        "details": worker.details,
         "call": call,
     }
     for line in requests:
@@ -127,7 +153,7 @@ def _first_line(error: Exception) -> str:
 
 
 def main() -> None:
-    """Serve on stdin and stdout; what anything else prints goes to stderr."""
+    """Serve on stdin and stdout; other output of the process goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, answers)

@@ -1,9 +1,9 @@
 """The networks that ``fused-resnet coverage`` counts: whole families of four libraries.
 
-A name says the library and the network, as in :mod:`.sources`, and behind a slash what is made of
-it: ``torchvision:resnet50``, ``torchvision:resnet50/fpn`` (a detector's backbone, its batch norms
-frozen), ``timm:resnet50/features_only``, ``hf:detr/timm/resnet50``, ``smp:Unet/resnet34``. All have
-random weights, and nothing is downloaded.
+A name consists of the library and the network, as in :mod:`fused_resnet.models.sources`, and after
+a slash a variant: ``torchvision:resnet50``, ``torchvision:resnet50/fpn`` (a detector's backbone,
+its batch norms frozen), ``timm:resnet50/features_only``, ``hf:detr/timm/resnet50``,
+``smp:Unet/resnet34``. All have random weights, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..models import hub
 from ..models.optional import library
 from ..models.sources import UnknownNetworkError
 
-#: The module that each source of names stands for.
+#: The Python package of each source.
 PACKAGES = {
     "torchvision": "torchvision",
     "timm": "timm",
@@ -34,9 +34,9 @@ class Family:
     """Networks that share a row.
 
     Attributes:
-        title: For people.
-        source: One of :data:`PACKAGES`.
-        select: From the library to the names of the networks, without their source.
+        title: The row's title.
+        source: A key of :data:`PACKAGES`.
+        select: Returns the names of the networks, without their source, given the library.
     """
 
     title: str
@@ -79,7 +79,7 @@ def _detection(torchvision: Any) -> list[str]:
 
 
 def _timm(module: str, kind: str = "") -> Callable[[Any], list[str]]:
-    """Those of a module of timm with batch norms, or of its ResNets those of a kind."""
+    """Selects a timm module's networks with batch norms, of its ResNets those of one kind."""
 
     def select(timm: Any) -> list[str]:
         names = [n for n in timm.list_models(module=module) if not n.endswith("_gn")]
@@ -145,7 +145,10 @@ FAMILIES = (
 
 
 def family_of(name: str) -> str:
-    """The title of the family that a network is in; empty for none.
+    """The title of a network's family; empty if it is in none.
+
+    Args:
+        name: The network's name, with its source.
 
     Raises:
         MissingPackageError: Its library is not installed.
@@ -155,10 +158,10 @@ def family_of(name: str) -> str:
 
 
 def build(name: str) -> nn.Module:
-    """A network with random weights, in eval.
+    """A network with random weights, in eval mode.
 
     Args:
-        name: As a family lists it; any other of the library will do.
+        name: A name that a family lists, or of another network of the library.
 
     Raises:
         UnknownNetworkError: No such source, or the library has no such network.
@@ -171,7 +174,7 @@ def build(name: str) -> nn.Module:
         )
     package = library(PACKAGES[source])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on initial weights
+        warnings.simplefilter("ignore")  # about initial weights
         model = _BUILDERS[source](package, rest)
     if model is None:
         raise UnknownNetworkError(f"unknown network {name!r}: {package.__name__} has none")
@@ -179,16 +182,16 @@ def build(name: str) -> nn.Module:
 
 
 def build_without_memory(name: str) -> nn.Module:
-    """The network on the meta device: all that its code does, and no numbers.
+    """The network on the meta device, where its code runs without data.
 
     Args:
-        name: As for :func:`build`.
+        name: A name that a family lists, or of another network of the library.
     """
     try:
         with torch.device("meta"):
             return build(name)
     except NotImplementedError:
-        return build(name)  # its constructor computes with tensors, as torchvision's RegNets do
+        return build(name)  # its constructor needs data, as those of torchvision's RegNets do
 
 
 def _torchvision(package: Any, name: str) -> nn.Module | None:

@@ -1,7 +1,7 @@
-"""The command ``fused-resnet``: one module a subcommand, each with ``add(subparsers)`` and ``run``.
+"""The command ``fused-resnet``: one module per subcommand, each with ``add`` and ``run``.
 
-Exit codes: 0 success, 1 a check that failed, 2 wrong usage or an input that can't be used, 130
-interrupted. An error is one line on stderr.
+Exit codes: 0 success, 1 a failed check, 2 wrong usage or unusable input, 130 interrupted. An error
+is one line on stderr.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Arguments without the program's name; those of the process if None.
+        argv: Arguments without the program's name; None for those of the process.
 
     Returns:
         The exit code.
     """
     parser = Parser(
         prog="fused-resnet",
-        description="Fused residual networks for PyTorch: information, proof, speed, answers.",
-        epilog="fused-resnet COMMAND --help says all of a command.",
+        description="Fused residual networks for PyTorch: verify, benchmark, freeze, serve.",
+        epilog="fused-resnet COMMAND --help describes a command.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -49,6 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fused-resnet: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Python would complain again at exit.
+        # The reader (head, less) has closed the pipe. Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -1,4 +1,4 @@
-"""What the tuner chose for a network's calls, as a table."""
+"""A table of the backends that the tuner chose for a network's calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from ._common import progress
 
 
 def calls_of(model: nn.Module, images: Tensor) -> list[tuple[tuner.Call, int]]:
-    """The different calls of a forward that the tuner decides, and how often each comes."""
+    """The distinct calls of a forward for which the tuner chooses, and how often each occurs.
+
+    Args:
+        model: The network.
+        images: ``(N, 3, H, W)``.
+    """
     with torch.no_grad(), tuner.recording() as calls:
         model(images)
     counts: dict[str, int] = {}
@@ -30,9 +35,16 @@ def calls_of(model: nn.Module, images: Tensor) -> list[tuple[tuner.Call, int]]:
 def network_calls(
     name: str, batch: int, size: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[tuple[tuner.Call, int]]:
-    """Those of a network of this package, fused and, on CUDA, frozen; in channels_last.
+    """The calls of a network of this package, fused and, on CUDA, frozen; in channels_last.
 
-    On the CPU a frozen network has none: its weights are laid out for one backend.
+    On the CPU a frozen network has none, because its weights are packed for one backend.
+
+    Args:
+        name: One of :data:`fused_resnet.models.sources.MODELS`.
+        batch: Number of images.
+        size: Height and width of the images.
+        dtype: Storage type.
+        device: The device.
     """
     model = fuse(getattr(resnet, name)().eval()).to(device=device, dtype=dtype)
     images = torch.zeros(batch, 3, size, size, dtype=dtype, device=device)
@@ -42,9 +54,13 @@ def network_calls(
 
 
 def table_of(calls: list[tuple[tuner.Call, int]], title: str) -> Table:
-    """Decide each call, with a progress bar, and show what was chosen and by how much.
+    """Choose the backend of each call, with a progress bar, and show the times.
 
-    The last row adds up a forward's calls: by each candidate alone, and by the fastest of each.
+    The last row sums the calls of a forward: by each candidate alone, and by the choices.
+
+    Args:
+        calls: A result of :func:`calls_of`.
+        title: Title of the table.
     """
     names = list(dict.fromkeys(name for call, _ in calls for name in call.candidates))
     table = Table(title=title, title_justify="left")
@@ -76,36 +92,42 @@ def table_of(calls: list[tuple[tuner.Call, int]], title: str) -> Table:
 
 
 def describe(call: tuner.Call) -> str:
-    """A call in a few words: its operator where it has a short name, its input, its filters."""
+    """A call in a few words: its input, its filters, and its other arguments.
+
+    Args:
+        call: The call.
+    """
     x = call.arguments[0]
-    given = dict(zip(_NAMES[call.op], call.arguments, strict=False))
+    arguments = dict(zip(_NAMES[call.op], call.arguments, strict=False))
     shape = "x".join(map(str, x.shape))
     if call.op == "bn_add_relu":
-        words = [f"{shape}, batch norm{' in training' if given['training'] else ''}"]
+        words = [f"{shape}, batch norm{' in training' if arguments['training'] else ''}"]
     elif call.op == "residual_block":
-        widths = ", ".join(str(scale.numel()) for scale in given["scale"])
-        words = [f"{shape}, {'bottleneck' if given['bottleneck'] else 'basic block'} of {widths}"]
+        widths = ", ".join(str(scale.numel()) for scale in arguments["scale"])
+        words = [
+            f"{shape}, {'bottleneck' if arguments['bottleneck'] else 'basic block'} of {widths}"
+        ]
     else:
-        filters = given.get("weight_shape") or given["weight"].shape
+        filters = arguments.get("weight_shape") or arguments["weight"].shape
         words = [f"{shape}, {filters[0]} of {filters[2]}x{filters[3]}"]
-    stride = given.get("stride", 1)
+    stride = arguments.get("stride", 1)
     words += [f"stride {_one(stride)}"] if _one(stride) != 1 else []
-    words += [f"{given['groups']} groups"] if given.get("groups", 1) > 1 else []
-    words += ["residual"] if given.get("residual") is not None else []
-    words += ["max-pool"] if "pool_kernel" in given else []
-    words += [] if given.get("relu", True) else ["no ReLU"]
-    words += ["packed"] if "packed" in given and call.op != "residual_block" else []
+    words += [f"{arguments['groups']} groups"] if arguments.get("groups", 1) > 1 else []
+    words += ["residual"] if arguments.get("residual") is not None else []
+    words += ["max-pool"] if "pool_kernel" in arguments else []
+    words += [] if arguments.get("relu", True) else ["no ReLU"]
+    words += ["packed"] if "packed" in arguments and call.op != "residual_block" else []
     return ", ".join(words)
 
 
 def _one(value: int | Sequence[int]) -> int | tuple[int, ...]:
-    """A pair of equals as one of them."""
+    """A pair of equal numbers as one number."""
     if isinstance(value, int):
         return value
     return value[0] if len(set(value)) == 1 else tuple(value)
 
 
-#: By operator, the names of its arguments.
+#: The names of each operator's arguments.
 _NAMES = {
     schema.partition("(")[0]: re.findall(r"(\w+)(?:=\w+)?(?=[,)])", schema.partition(" ->")[0])
     for schema in _C.schemas()

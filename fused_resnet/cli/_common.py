@@ -1,4 +1,4 @@
-"""What the subcommands share: usage errors, argument types, consoles, progress."""
+"""Shared by the subcommands: usage errors, argument types, consoles, progress bars."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..models import sources
 
-#: Storage types by the names that the command takes.
+#: Names of the storage types.
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class UsageError(Exception):
-    """Something the user can put right; the message is one line that says what."""
+    """An error that the user can correct; the message is one line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +30,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_of(kind: str, choices: Iterable[str]) -> Callable[[str], str]:
-    """An argparse type: one of the choices."""
+    """An argparse type: one of the choices.
+
+    Args:
+        kind: Name of the argument for the error message.
+        choices: The accepted values.
+    """
     known = tuple(choices)
 
     def parse(text: str) -> str:
@@ -44,7 +49,11 @@ def one_of(kind: str, choices: Iterable[str]) -> Callable[[str], str]:
 
 
 def listed(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """An argparse type: a comma-separated list without repetitions."""
+    """An argparse type: a comma-separated list without repetitions.
+
+    Args:
+        item: The argparse type of an element.
+    """
 
     def parse(text: str) -> list[Any]:
         items = [item(part.strip()) for part in text.split(",") if part.strip()]
@@ -56,7 +65,7 @@ def listed(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def network(text: str) -> str:
-    """An argparse type: what :func:`fused_resnet.bench.sources.parse` takes."""
+    """An argparse type: a network's name, see :func:`fused_resnet.models.sources.parse`."""
     try:
         return sources.parse(text)
     except sources.UnknownNetworkError as error:
@@ -85,15 +94,15 @@ def writable(text: str) -> Path:
 
 
 def console() -> Console:
-    """The console of stdout, made anew so that a redirected stdout is seen.
+    """A console of the current stdout, which may be redirected.
 
-    Without a terminal there is no width to keep to, and a table that is cut is no use to a file.
+    Without a terminal it is wide enough for the tables not to be cut.
     """
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def progress() -> Progress:
-    """A progress bar on stderr; silent where that is no terminal."""
+    """A progress bar on stderr; silent if that is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

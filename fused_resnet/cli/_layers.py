@@ -1,4 +1,4 @@
-"""``fused-resnet bench --layers``: where a network's forward spends its time."""
+"""``fused-resnet bench --layers``: the time of each operation of a network's forward."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def view(
     """Profile one network in this process.
 
     Args:
-        model: In eval, float32; it is not changed beyond its dtype and memory format.
+        model: The network in eval mode, float32; its dtype and memory format may change.
         images: One batch in the storage dtype.
         provider: A key of :data:`fused_resnet.bench.providers.OURS`.
-        threads: Of this process.
-        forwards: How often the network runs.
+        threads: Number of threads of this process.
+        forwards: Number of forwards.
 
     Returns:
-        What is measured, as JSON: ``forward_ms``, the machine's ``peak_gflops_per_s`` and memory
+        A dictionary for JSON: ``forward_ms``, the machine's ``peak_gflops_per_s`` and memory
         ``read_gb_per_s`` and ``copy_gb_per_s``, and ``layers``.
     """
     torch.set_num_threads(threads)
@@ -50,16 +50,21 @@ def view(
 
 
 def table_of(found: dict[str, Any], title: str) -> Table:
-    """The layers for a terminal: this package's operations, their total, and the rest."""
+    """A table of this package's operations, their total, and the rest.
+
+    Args:
+        found: A result of :func:`view`.
+        title: Title of the table.
+    """
     table = Table(
         title=f"{title}, batch {found['batch']}, {found['threads']} threads, {found['provider']}",
         title_justify="left",
         caption=(
             f"A forward takes {found['forward_ms']:.2f} ms. Peak {found['peak_gflops_per_s']:.0f} "
             f"GFLOP/s and memory {found['read_gb_per_s']:.1f} GB/s are measured on these threads. "
-            "Times are medians of each operation inside whole forwards, where each convolution of "
-            "a block runs by itself. GFLOP is the direct sum's, so Winograd's algorithm can pass "
-            "the peak, and bytes are the least that must move, so what the cache holds can pass "
+            "Times are medians of each operation inside whole forwards, where the convolutions "
+            "of a block run separately. GFLOP counts the direct algorithm, so Winograd's can "
+            "exceed the peak, and bytes are the minimal traffic, so maps in the cache can exceed "
             "the memory's bandwidth."
         ),
         caption_justify="left",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,36 +12,40 @@ from rich.text import Text
 
 from ..backends.availability import NAMES
 from ..bench import environment
-from ..verify.matrix import LINES, Cell, verify_matrix
+from ..verify.matrix import LINES, Cell, Runners, verify_matrix
 from ..verify.rows import LIMIT, ROUNDING
 from ._common import progress
 
 
-def measure(dtypes: Sequence[torch.dtype], checkout: Path) -> list[Cell]:
-    """All cells, with a progress bar."""
+def measure(dtypes: Sequence[torch.dtype], runners: Runners | None = None) -> list[Cell]:
+    """All cells, with a progress bar.
+
+    Args:
+        dtypes: Storage types.
+        runners: By backend, what runs its kernels; None for the devices of this machine.
+    """
     with progress() as bar:
         task = bar.add_task("verify", total=len(LINES) * len(dtypes) * len(NAMES))
         return list(
             verify_matrix(
-                dtypes, checkout, lambda what: bar.update(task, description=what, advance=1)
+                dtypes, runners, lambda what: bar.update(task, description=what, advance=1)
             )
         )
 
 
-def document(cells: Sequence[Cell], checkout: Path) -> dict[str, Any]:
-    """For JSON."""
+def document(cells: Sequence[Cell]) -> dict[str, Any]:
+    """The cells, the bounds and the environment as a dictionary for JSON."""
     return {
         "passed": all(cell.passed for cell in cells),
         "limit": LIMIT,
         "rounding": ROUNDING,
-        "checkout": str(checkout),
         "environment": environment.describe(),
         "cells": [cell.as_dict() for cell in cells],
     }
 
 
 def table(cells: Sequence[Cell]) -> Group:
-    """The table, and below it what did not run and why."""
+    """The table, and below it the reasons of the cells that failed or did not run."""
     shown = Table(
         title="error against float64, in brackets over PyTorch's own in the same dtype",
         title_justify="left",
@@ -50,7 +53,7 @@ def table(cells: Sequence[Cell]) -> Group:
     for name in ("operation", "mode", "dtype"):
         shown.add_column(name)
     for at, backend in enumerate(NAMES):
-        ran = dict.fromkeys(cell.means for cell in cells[at :: len(NAMES)] if cell.means)
+        ran = dict.fromkeys(cell.runner for cell in cells[at :: len(NAMES)] if cell.runner)
         shown.add_column(f"{backend}\n{', '.join(ran) or 'nothing ran'}")
     reasons = dict.fromkeys(cell.reason for cell in cells if cell.reason)
     notes = {reason: number for number, reason in enumerate(reasons, 1)}

@@ -1,4 +1,4 @@
-"""Photographs and labels: what ``classify`` and ``demo`` share."""
+"""Photographs and labels, for ``classify`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from ._common import UsageError
 
 
 def read_image(command: str, path: str) -> Any:
-    """The picture as PIL has it, in RGB.
+    """A picture as a PIL image in RGB.
+
+    Args:
+        command: The subcommand, for error messages.
+        path: The file.
 
     Raises:
-        UsageError: No such file, or not a picture that can be read to its end.
+        UsageError: The file does not exist, is not a picture, or is damaged.
         MissingPackageError: Pillow is not installed.
     """
     try:
@@ -33,18 +37,23 @@ def read_image(command: str, path: str) -> Any:
             return image.convert("RGB")
     except Image.DecompressionBombError:
         raise UsageError(f"{command}: image {path!r} is too large to be a photograph") from None
-    except OSError as error:  # UnidentifiedImageError is one, and so is a truncated file
+    except OSError as error:  # includes UnidentifiedImageError and truncated files
         why = error.strerror or "not a picture that Pillow can read"
         raise UsageError(f"{command}: can't read image {path!r}: {why}") from None
-    except (ValueError, SyntaxError, EOFError):  # what Pillow's decoders raise on damaged files
+    except (ValueError, SyntaxError, EOFError):  # Pillow's decoders on damaged files
         raise UsageError(f"{command}: can't read image {path!r}: the file is damaged") from None
 
 
 def trained_model(command: str, name: str, weights: str) -> nn.Module:
     """torchvision's network with the weights of a file or of torchvision.
 
+    Args:
+        command: The subcommand, for error messages.
+        name: torchvision's name of the network.
+        weights: A file, or torchvision's name of weights.
+
     Raises:
-        UsageError: The weights can't be read, or are another network's.
+        UsageError: The weights can't be read, or do not fit the network.
     """
     try:
         return torchvision_model(name, load_weights(weights, name=name))
@@ -55,9 +64,11 @@ def trained_model(command: str, name: str, weights: str) -> nn.Module:
 
 
 def weights_enum(model: str, weights: str | None = None) -> Any:
-    """torchvision's weights of a network: those named, or the default ones.
+    """torchvision's enum of a network's weights, with its transforms and class names.
 
-    They also know the size and scaling of the images and the names of the classes.
+    Args:
+        model: torchvision's name of the network.
+        weights: torchvision's name of weights; the default ones for any other value.
     """
     try:
         from torchvision.models import get_model_weights
@@ -69,10 +80,16 @@ def weights_enum(model: str, weights: str | None = None) -> Any:
 
 
 def read_labels(command: str, path: str | None, classes: int, enum: Any) -> list[str]:
-    """The names of the classes: a file with one a line, else ImageNet's where the number fits.
+    """The names of the classes: one per line of a file, or ImageNet's if the number fits.
+
+    Args:
+        command: The subcommand, for error messages.
+        path: The file; None for ImageNet's names.
+        classes: Number of classes.
+        enum: A result of :func:`weights_enum`.
 
     Raises:
-        UsageError: The file can't be read or does not have one line a class.
+        UsageError: The file can't be read or does not have one line per class.
     """
     if path is None:
         categories = list(enum.meta["categories"])
@@ -93,13 +110,13 @@ def read_labels(command: str, path: str | None, classes: int, enum: Any) -> list
 def top_table(
     title: str, answers: dict[str, Tensor], labels: Sequence[str], count: int = 5
 ) -> Table:
-    """The most probable classes, one pair of columns an answer.
+    """The most probable classes, in two columns per network.
 
     Args:
-        title: Of the table.
-        answers: Logits ``(classes,)`` by the name of who answered.
+        title: Title of the table.
+        answers: Logits ``(classes,)`` by the network's name.
         labels: Names of the classes.
-        count: How many.
+        count: Number of classes to show.
     """
     table = Table(title=escape(title))
     table.add_column("", justify="right")
@@ -116,6 +133,11 @@ def top_table(
 
 
 def same_top(answers: dict[str, Tensor], count: int = 5) -> bool:
-    """Whether all answers name the same classes in the same order."""
+    """Whether all networks have the same most probable classes in the same order.
+
+    Args:
+        answers: Logits ``(classes,)`` by the network's name.
+        count: Number of classes to compare.
+    """
     tops = [logits.topk(min(count, logits.numel())).indices.tolist() for logits in answers.values()]
     return all(top == tops[0] for top in tops)

@@ -1,4 +1,4 @@
-"""``fused-resnet bench``: images per second, each provider in a process of its own."""
+"""``fused-resnet bench``: images per second of each provider, in separate processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..bench import environment, harness, plot, problem, results
+from ..bench import environment, harness, inference, plot, problem, results, training
 from ..bench.providers import NAMES, OURS, PEERS
 from ..models import sources
 from ..tuning import processor
+from . import _training, _training_layers
 from ._choices import network_calls, table_of
 from ._common import (
     DTYPES,
@@ -40,17 +41,17 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "bench",
-        help="time a network's inference against PyTorch's ways to run it",
-        description="Each provider runs in a process of its own, its answer is checked against "
-        "float64 before it is timed, and rounds alternate. Ratios are of medians in the same run, "
-        f"against {results.BASELINE}. Exit code 1 if a provider fails or answers wrongly.",
+        help="compare the speed of a network's inference or training with PyTorch's and others'",
+        description="Each provider runs in a separate process, its result is compared with float64 "
+        "before it is timed, and rounds alternate. Ratios are those of medians in the same run, to "
+        f"{results.BASELINE}. Exit code 1 if a provider fails or its result is wrong.",
     )
     parser.add_argument("model", nargs="?", type=network, help="for example resnet50")
     parser.add_argument(
         "--model-from",
         type=network,
         metavar="SOURCE:NAME",
-        help="the network of another library, with random weights and without a download: "
+        help="a network of another library, with random weights and without a download: "
         "torchvision:resnet50, timm:resnet50 or hf:microsoft/resnet-50",
     )
     parser.add_argument(
@@ -62,27 +63,39 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         default=list(DEFAULT_PROVIDERS),
         metavar="P,...",
         help=f"all, or of {', '.join(NAMES)} (default: {','.join(DEFAULT_PROVIDERS)}); "
-        "one whose package is missing is named and left out",
+        "those whose packages are missing are reported and skipped",
     )
     add_measurement(parser)
     parser.add_argument(
+        "--training",
+        action="store_true",
+        help="time training steps: forward, backward and SGD, with the share of each and the peak "
+        "memory; half precision by autocast. With --layers: every convolution's three directions "
+        "beside PyTorch's, with its share of the measured peak. Providers: "
+        f"{', '.join(training.NAMES)} (default: {','.join(training.DEFAULT)})",
+    )
+    parser.add_argument(
         "--explain",
         action="store_true",
-        help="show which backend runs each call of the fused network, and by how much it is faster",
+        help="show which backend runs each call of the fused network, and the time of each",
     )
     parser.add_argument(
         "--layers",
         action="store_true",
-        help="instead of a comparison: each operation of the frozen network (or of those of "
-        "frozen, frozen_direct and fused that --providers names), timed inside whole forwards, "
+        help="instead of a comparison, show each operation of the frozen network (or of the "
+        "providers frozen, frozen_direct and fused in --providers), timed inside whole forwards, "
         "with its share of this machine's measured peak and memory bandwidth",
     )
-    parser.add_argument("--plot", type=writable, metavar="FILE.png", help="draw the rows")
+    parser.add_argument("--plot", type=writable, metavar="FILE.png", help="write a bar chart")
     parser.set_defaults(run=run)
 
 
 def add_measurement(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that measures whole networks with :func:`measure`."""
+    """Add the options of commands that call :func:`measure`.
+
+    Args:
+        parser: The command's parser.
+    """
     parser.add_argument(
         "--batch",
         type=listed(positive),
@@ -94,12 +107,12 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=positive,
         default=environment.cores(),
-        help="of each process (default: the cores of this machine)",
+        help="threads of each process (default: the cores of this machine)",
     )
     parser.add_argument(
         "--size",
         type=positive,
-        help="height and width of the images (default: 224, of CIFAR's networks 32)",
+        help="height and width of the images (default: 224; 32 for CIFAR's networks)",
     )
     parser.add_argument(
         "--rounds", type=positive, default=10, help="turns of each provider (default: 10)"
@@ -109,19 +122,23 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
 
 def providers_of(text: str) -> list[str]:
     """An argparse type: ``all``, or a list of providers."""
-    return list(NAMES) if text == "all" else listed(one_of("provider", NAMES))(text)
+    if text == "all":
+        return list(NAMES)
+    return listed(one_of("provider", _training.provider_names(NAMES)))(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and show."""
+    """Measure and print."""
     if (arguments.model is None) == (arguments.model_from is None):
-        raise UsageError("bench: expected a model, or --model-from SOURCE:NAME, and not both")
+        raise UsageError("bench: expected a model or --model-from SOURCE:NAME, and not both")
     arguments.model = arguments.model or arguments.model_from
     arguments.size = arguments.size or sources.size_of(arguments.model)
     if arguments.explain and arguments.model not in sources.MODELS:
         raise UsageError(f"bench: --explain: expected one of {', '.join(sources.MODELS)}")
     if arguments.size < 32:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
+    if arguments.training:
+        return run_training(arguments)
     if arguments.layers:
         return view_layers(arguments)
     command = shlex.join(["fused-resnet", *arguments.typed])
@@ -150,22 +167,46 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         results.save(arguments.json, rows)
     if arguments.plot:
-        try:
-            plot.save(arguments.plot, rows)
-        except ValueError as error:
-            raise UsageError(f"bench: --plot: {error}") from None
+        _plot(arguments.plot, rows)
     return complain(rows)
 
 
+def run_training(arguments: argparse.Namespace) -> int:
+    """Measure and show training steps, or a network's convolutions in their three directions."""
+    if arguments.explain:
+        raise UsageError("bench: --training: does not go with --explain")
+    out = console()
+    size = f"{arguments.size}x{arguments.size}"
+    title = f"training {arguments.model}, {size}, {arguments.dtype}, {arguments.threads} threads, "
+    title += processor.name()
+    if arguments.layers:
+        return _training_layers.run(arguments, title, out)
+    providers = _training.providers_of(arguments.providers, DEFAULT_PROVIDERS)
+    rows = _training.measure(arguments, providers)
+    out.print(_training.table_of(rows, title))
+    if arguments.json:
+        results.save(arguments.json, rows)
+    if arguments.plot:
+        _plot(arguments.plot, rows)
+    return complain(rows)
+
+
+def _plot(path: Path, rows: list[results.Row]) -> None:
+    try:
+        plot.save(path, rows)
+    except ValueError as error:
+        raise UsageError(f"bench: --plot: {error}") from None
+
+
 def view_layers(arguments: argparse.Namespace) -> int:
-    """Each operation of a forward, for each batch and provider."""
+    """Print each operation of a forward, for each batch and provider."""
     viewed = [name for name in arguments.providers if name in OURS]
     if arguments.providers == list(DEFAULT_PROVIDERS):
         viewed = ["frozen"]
     if not viewed:
         raise UsageError(f"bench: --layers: expected --providers of {', '.join(OURS)}")
     if arguments.plot or arguments.explain:
-        raise UsageError("bench: --layers: goes with neither --plot nor --explain")
+        raise UsageError("bench: --layers: cannot be combined with --plot or --explain")
     found = []
     for batch in arguments.batch:
         for provider in viewed:
@@ -200,7 +241,12 @@ def view_layers(arguments: argparse.Namespace) -> int:
 
 
 def explain(arguments: argparse.Namespace, batch: int) -> Table:
-    """What the tuner chooses for each call of the fused network."""
+    """A table of the backend that the tuner chooses for each call of the fused network.
+
+    Args:
+        arguments: The command's arguments.
+        batch: Number of images.
+    """
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     calls = network_calls(arguments.model, batch, arguments.size, dtype)
@@ -208,7 +254,11 @@ def explain(arguments: argparse.Namespace, batch: int) -> Table:
 
 
 def complain(rows: list[results.Row]) -> int:
-    """Say on stderr what was not timed. 1 if that is anybody's fault, 0 otherwise."""
+    """Print the providers that were not timed to stderr; return 1 if one failed, else 0.
+
+    Args:
+        rows: Result rows.
+    """
     for line in results.complaints(rows):
         print(f"fused-resnet: {line}", file=sys.stderr)
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
@@ -229,21 +279,21 @@ def measure(
     """Rows of one network at one batch, with a progress bar.
 
     Args:
-        model: The network in eval, float32.
+        model: The network in eval mode, float32.
         images: The batch, float32.
-        name: From :func:`fused_resnet.bench.sources.parse`.
-        providers: Of :data:`fused_resnet.bench.providers.NAMES`.
-        dtype: Storage type that the providers run in.
-        threads: Of each process.
-        rounds: Turns of each provider.
-        command: What was typed, for the rows.
-        more: Of the problem's folder, entries to measure beside the providers.
+        name: A network's name from :func:`fused_resnet.models.sources.parse`.
+        providers: Names of :data:`fused_resnet.bench.providers.NAMES`.
+        dtype: Storage type of the providers.
+        threads: Number of threads of each process.
+        rounds: Number of turns of each provider.
+        command: The command line, for the rows.
+        more: Returns further entries to measure, given the problem's folder.
     """
     batch, size = images.shape[0], images.shape[-1]
     with tempfile.TemporaryDirectory(prefix="fused-resnet-") as folder, progress() as bar:
-        task = bar.add_task(f"{name}, batch {batch}: float64 answer", total=None)
+        task = bar.add_task(f"{name}, batch {batch}: float64 result", total=None)
         problem.write_problem(Path(folder), model, images)
-        entries = problem.entries(providers, name, dtype, Path(folder)) + more(Path(folder))
+        entries = inference.entries(providers, name, dtype, Path(folder)) + more(Path(folder))
         bar.update(task, total=harness.steps(entries, rounds))
         measurements = harness.compare(
             entries,

@@ -1,4 +1,4 @@
-"""``fused-resnet classify``: the classes of photographs, PyTorch's answer beside ours."""
+"""``fused-resnet classify``: the classes of photographs, by PyTorch and by this package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "classify",
         help="the five most probable classes of photographs",
         description="Classifies each photograph twice, with torchvision's network and with the "
-        "same network fused and frozen, and shows both answers.",
+        "same network fused and frozen, and prints both results.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photograph")
     parser.add_argument(
@@ -35,13 +35,15 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "are downloaded once",
     )
     parser.add_argument(
-        "--labels", metavar="FILE", help="one class a line (default: ImageNet's, from torchvision)"
+        "--labels",
+        metavar="FILE",
+        help="a file with one class per line (default: ImageNet's, from torchvision)",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Classify and show."""
+    """Classify and print."""
     pictures = [_pictures.read_image("classify", path) for path in arguments.images]
     enum = _pictures.weights_enum(arguments.model, arguments.weights)
     theirs = _pictures.trained_model("classify", arguments.model, arguments.weights)

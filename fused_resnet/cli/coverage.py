@@ -1,4 +1,4 @@
-"""``fused-resnet coverage``: how much of other libraries' networks runs fused, and why not all."""
+"""``fused-resnet coverage``: how much of other libraries' networks runs fused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from ._common import UsageError, console, print_json, progress
 
 @dataclass(frozen=True)
 class Row:
-    """One network's counts."""
+    """The counts of one network.
+
+    Attributes:
+        family: Title of its family.
+        network: Its name.
+        counts: The counts.
+    """
 
     family: str
     network: str
@@ -32,11 +38,11 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "coverage",
         help="how much of other libraries' networks runs fused, and why not the rest",
-        description="Builds networks with random weights, fuses them, and counts in eval: groups "
-        "are batch norms, of which every fused group has one. Without names, every network of "
-        "torchvision with batch norm, timm's residual ones, transformers' ResNets, RegNets and "
-        "DETR backbones, and segmentation-models-pytorch on ResNet encoders, a row for each "
-        "family. Needs no weights and computes nothing; all of them take a few minutes.",
+        description="Builds networks with random weights, fuses them, and counts groups in eval "
+        "mode; every fused group has one batch norm, so batch norms are counted. Without names, "
+        "all networks of torchvision with batch norm, timm's residual ones, transformers' ResNets, "
+        "RegNets and DETR backbones, and segmentation-models-pytorch on ResNet encoders, with one "
+        "row per family. Needs no weights and computes nothing; takes a few minutes for all.",
     )
     parser.add_argument(
         "models",
@@ -46,12 +52,12 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "timm:resnet50/features_only, hf:microsoft/resnet-50, hf:detr/timm/resnet50, "
         "smp:Unet/resnet34, and so on",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, each network a row")
+    parser.add_argument("--json", action="store_true", help="print JSON with one row per network")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count and show."""
+    """Count and print."""
     missing: list[str] = []
     rows = _named(arguments.models) if arguments.models else _all(missing)
     if arguments.json:
@@ -85,19 +91,19 @@ def _all(missing: list[str]) -> list[Row]:
 
 
 def _families(missing: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Titles and networks; of what is not installed one line for each library."""
+    """Titles and networks; adds one line to ``missing`` for each library not installed."""
     for family in zoo.FAMILIES:
         try:
             yield family.title, family.names()
         except MissingPackageError as error:
-            line = f"left out: {error}"
+            line = f"skipped: {error}"
             if line not in missing:
                 missing.append(line)
 
 
 def _row(family: str, name: str) -> Row:
     row = Row(family, name, count(zoo.build_without_memory(name)))
-    gc.collect()  # a module and its route refer to each other; one network at a time is held
+    gc.collect()  # frees the network: its modules refer to each other in cycles
     return row
 
 

@@ -22,7 +22,7 @@ from .bench import complain, measure
 
 MODEL = "resnet50"
 
-#: Crops that calibrate the batch norms: 8 leave the last stage 392 values a channel.
+#: Number of crops that calibrate the batch norms: 8 give the last stage 392 values per channel.
 CALIBRATION = 8
 
 
@@ -31,15 +31,15 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "demo",
         help="torchvision's ResNet-50 on a photograph, before and after fuse and freeze",
-        description="Shows the five classes, the error of the logits and the images per second of "
-        "torchvision's ResNet-50 before and after fuse and freeze. Exit code 1 if the classes "
-        "differ or the logits do by more than rounding.",
+        description="Prints the five most probable classes, the error of the logits and the images "
+        "per second of torchvision's ResNet-50 before and after fuse and freeze. Exit code 1 if "
+        "the classes differ, or the logits differ by more than rounding.",
     )
     parser.add_argument(
         "image",
         nargs="?",
         metavar="IMAGE",
-        help="a photograph (default: one that matplotlib ships)",
+        help="a photograph (default: one of matplotlib's samples)",
     )
     parser.add_argument(
         "--weights",
@@ -51,15 +51,19 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         type=listed(one_of("provider", PROVIDERS)),
         default=["eager", "channels_last", "jit", "fused", "frozen"],
         metavar="P,...",
-        help="what is timed; compile takes a minute more (default: %(default)s)",
+        help="providers to time; compile takes a minute more (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=positive, default=4, help="of the timing (default: 4)")
-    parser.add_argument("--rounds", type=positive, default=6, help="of the timing (default: 6)")
+    parser.add_argument(
+        "--batch", type=positive, default=4, help="batch size of the timing (default: 4)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=6, help="rounds of the timing (default: 6)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show it all."""
+    """Classify, time and print."""
     out = console()
     path = arguments.image or _photograph()
     picture = _pictures.read_image("demo", path)
@@ -75,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.weights is None:
         out.print(
             "No trained weights are shipped. These are seeded random ones, with batch norms "
-            "calibrated on crops of the photograph: the classes mean nothing, and that all three "
-            "name the same ones does. --weights takes trained ones (make demo WEIGHTS=...).",
+            "calibrated on crops of the photograph: the classes are meaningless, and what counts "
+            "is that all three agree. --weights takes trained ones (make demo WEIGHTS=...).",
             style="yellow",
             highlight=False,
         )

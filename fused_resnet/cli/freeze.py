@@ -1,4 +1,4 @@
-"""``fused-resnet freeze``: a trained network as one file, for the machine that serves it."""
+"""``fused-resnet freeze``: a trained network as one file to serve from."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "freeze",
         help="write one file that fused_resnet.load_frozen serves from",
-        description="Writes the network's name, its weights and how it is to be frozen into one "
-        "file, whole or not at all, without code. fused_resnet.load_frozen(FILE) and "
-        "fused-resnet serve-check FILE fold the batch norms and pack the weights for the machine "
-        "that they run on, so one file is for all machines.",
+        description="Writes the network's name, its weights and the options of freeze to one file, "
+        "atomically and without code. fused_resnet.load_frozen(FILE) and fused-resnet serve-check "
+        "FILE fold the batch norms and pack the weights for the machine that they run on, so one "
+        "file suits all machines.",
     )
     parser.add_argument(
         "model",
@@ -37,23 +37,23 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         help=".pth or .safetensors file, or for torchvision's networks its name for weights "
         "(IMAGENET1K_V2), which are downloaded once",
     )
-    parser.add_argument("--out", required=True, type=writable, metavar="FILE", help="to write")
+    parser.add_argument("--out", required=True, type=writable, metavar="FILE", help="file to write")
     parser.add_argument(
         "--dtype",
         type=one_of("dtype", DTYPES),
         default="float32",
-        help="of the frozen network (default: float32); the file keeps the weights as they are",
+        help="dtype of the frozen network (default: float32); the file keeps that of the weights",
     )
     parser.add_argument(
         "--no-winograd",
         action="store_true",
-        help="run every convolution as its direct sum, which rounds less and takes longer",
+        help="run all convolutions direct, which rounds less and takes longer",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, build, write."""
+    """Read the weights, build the network, write the file."""
     theirs = arguments.model in sources.MODELS
     try:
         if not theirs and not is_path(arguments.weights):

@@ -1,4 +1,4 @@
-"""``fused-resnet info``: what is installed, what it was built with, what runs here."""
+"""``fused-resnet info``: versions, the build, and what is available on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """All that the command shows, as JSON can hold it."""
+    """The facts that the command prints, as a dictionary for JSON."""
     return {
         "versions": environment.versions(),
         "commit": environment.commit(),
@@ -50,7 +50,7 @@ def _bfloat16(build: dict[str, Any]) -> str:
         by = {"amx": "AMX", "amx_emulated": "emulated AMX"}.get(build["isa"], "AVX512-BF16")
         return f"multiplied as bfloat16, by {by}"
     has = "avx512_bf16" in build["isa_supported"]
-    why = f"FUSED_RESNET_ISA={build['isa']} asks for it" if has else "no AVX512-BF16 here"
+    why = f"forced by FUSED_RESNET_ISA={build['isa']}" if has else "no AVX512-BF16 here"
     return f"stored as bfloat16, multiplied as float32: {why}"
 
 
@@ -60,7 +60,11 @@ def _devices() -> list[torch.device]:
 
 
 def machine_choices(device: torch.device) -> dict[str, Any]:
-    """What the tuner knows of a device: each call, its choice, and milliseconds by candidate."""
+    """The tuner's entries for a device: each call, its choice, and milliseconds by candidate.
+
+    Args:
+        device: The device.
+    """
     machine = tuner.machine_of(device)
     calls = [
         {"call": key, "choice": tuner.fastest(times, device.type, times), "ms": times}
@@ -70,7 +74,11 @@ def machine_choices(device: torch.device) -> dict[str, Any]:
 
 
 def choices_table(known: dict[str, Any]) -> Table:
-    """One line a call, in the words of a convolution."""
+    """A table with one line per call.
+
+    Args:
+        known: A result of :func:`machine_choices`.
+    """
     table = Table(title=f"chosen on {known['machine']}", title_justify="left", box=None)
     for name in ("call", "dtype", "runs on", "ms"):
         table.add_column(name)
@@ -83,7 +91,7 @@ def choices_table(known: dict[str, Any]) -> Table:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show it."""
+    """Print the facts."""
     facts = collect()
     if arguments.json:
         print_json(facts)
@@ -94,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_column()
     for name, version in facts["versions"].items():
         table.add_row(name, version or "not installed")
-    table.add_row("commit", facts["commit"] or "installed without one")
+    table.add_row("commit", facts["commit"] or "not a source checkout")
     table.add_row("processor", f"{facts['cpu']['name']}, {facts['cpu']['cores']} cores")
     isa = f"{build['isa']} in use, of {', '.join(build['isa_supported'])}"
     table.add_row("instruction set", isa)

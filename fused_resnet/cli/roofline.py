@@ -13,7 +13,7 @@ from ..models.sources import MODELS
 from ..roofline import CARDS, FUSIONS, ITEMSIZE, Card, Kernel, kernels, total
 from ._common import UsageError, console, listed, one_of, positive, print_json
 
-#: Where a source checkout keeps what was measured.
+#: The folder of measured results in a source checkout.
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
@@ -23,11 +23,11 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "roofline",
         help="bytes, flops and least microseconds of each layer on a GPU",
         description="The time of a kernel is the larger of its bytes over the card's bandwidth and "
-        "its flops over the card's peak for dense matrix products, as data sheets give them; m or "
-        "c behind it says which, memory or compute. Each input is read once, each result written "
+        "its flops over the card's peak for dense matrix products, as data sheets give them; m "
+        "(memory) or c (compute) after it says which. Each input is read once, each result written "
         "once. The sum over all kernels is a ceiling: good software reaches 60 to 70% of it. No "
-        "GPU is needed. Times measured by make gpu stand beside it where a results file of the "
-        "card is there.",
+        "GPU is needed. Times measured by make gpu are shown if there is a results file of the "
+        "card.",
     )
     parser.add_argument("model", type=one_of("model", MODELS), help="for example resnet50")
     parser.add_argument("--batch", type=positive, default=256, help="images (default: 256)")
@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--dtype",
         type=one_of("dtype", ITEMSIZE),
         default="bfloat16",
-        help="bfloat16 (the default), float16, tf32, or float32 on the ordinary cores",
+        help="bfloat16 (the default), float16, tf32, or float32 on CUDA cores",
     )
     parser.add_argument(
         "--fusion",
@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         default="conv",
         help="none: convolution, batch norm, ReLU, addition and pool are a kernel each. conv (the "
         "default): a convolution with its batch norm, addition and ReLU is one kernel; the "
-        "shortcut's convolution is one of its own. block: also the stem with its max-pool, and "
+        "shortcut's convolution is another. block: also the stem with its max-pool, and "
         "every basic block or bottleneck of stages 1 and 2 with its shortcut. The second table "
         "also has the total with every block of all four stages as one kernel.",
     )
@@ -57,7 +57,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         metavar="D,...",
         help=f"of {', '.join(CARDS)}, all SXM (default: A100,H100,B200)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, each kernel a row")
+    parser.add_argument("--json", action="store_true", help="print JSON with one row per kernel")
     parser.add_argument(
         "--results",
         type=Path,
@@ -68,7 +68,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count and show."""
+    """Count and print."""
     if arguments.size < 32:
         raise UsageError(f"roofline: --size: expected at least 32, got {arguments.size}")
     cards = [CARDS[name] for name in arguments.device]
@@ -96,7 +96,7 @@ Measured = dict[str, dict[str, float]]
 
 
 def _measured(arguments: argparse.Namespace, cards: list[Card]) -> tuple[Measured, list[str]]:
-    """Microseconds by card and by what a kernel does, and a line on each card."""
+    """Microseconds by card and kernel description, and a note on each card."""
     documents = _documents(arguments.results)
     found: Measured = {}
     notes = []
@@ -124,8 +124,8 @@ def _measured(arguments: argparse.Namespace, cards: list[Card]) -> tuple[Measure
     return found, notes
 
 
-def _documents(given: Path | None) -> list[tuple[Path, gpu_results.Document]]:
-    paths = [given] if given else sorted(RESULTS.glob("gpu-*.json"))
+def _documents(path: Path | None) -> list[tuple[Path, gpu_results.Document]]:
+    paths = [path] if path else sorted(RESULTS.glob("gpu-*.json"))
     try:
         return [(path, gpu_results.load(path)) for path in paths]
     except OSError as error:
@@ -188,7 +188,7 @@ def _layers(
     parts: tuple[Kernel, ...],
     found: Measured,
 ) -> Table:
-    """A row for each kind of kernel; layers that are alike share one."""
+    """A row for each distinct kernel; equal layers share one."""
     dtype = arguments.dtype
     size = f"{arguments.size}x{arguments.size}"
     title = f"{arguments.model}, {size}, batch {arguments.batch}, {dtype}"

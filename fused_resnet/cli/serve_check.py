@@ -1,4 +1,4 @@
-"""``fused-resnet serve-check``: a frozen file's answers and speed beside the eager network's."""
+"""``fused-resnet serve-check``: a frozen file's error and speed against the eager network."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "serve-check",
-        help="hold a file that freeze wrote against the eager network: parity and speed",
-        description="Loads the file as a server would, and beside it the eager network with the "
-        "same weights, each in a process of its own. Every answer is held against the eager "
-        f"network in float64 and must lie within {LIMITS['float32']:g} (bfloat16: "
+        help="compare a file that freeze wrote with the eager network: error and speed",
+        description="Loads the file as a server would, and the eager network with the same "
+        "weights, each in a separate process. Every result is compared with the eager network in "
+        f"float64 and must be within {LIMITS['float32']:g} (bfloat16: "
         f"{LIMITS['bfloat16']:g}, float16: {LIMITS['float16']:g}, float64: {LIMITS['float64']:g}), "
-        "relative, or it is not timed; then rounds alternate. Exit code 1 if an answer is wrong.",
+        "relative, or it is not timed; then rounds alternate. Exit code 1 if a result is wrong.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="that fused-resnet freeze wrote")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a file that fused-resnet freeze wrote"
+    )
     add_measurement(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, measure and show."""
+    """Check, measure and print."""
     try:
         file = read_frozen(arguments.file)
     except ValueError as error:

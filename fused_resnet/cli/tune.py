@@ -14,7 +14,7 @@ from ..tuning import cache as tuning_cache
 from ._choices import network_calls, table_of
 from ._common import UsageError, console, listed, one_of, positive
 
-#: Of those that the tuner takes part in.
+#: Storage types for which the tuner chooses.
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,9 +24,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "tune",
         help="choose the fastest backend for each call of a network, ahead of its use",
         description="Runs a fused network's inference once, times each backend for each of its "
-        "different calls, and keeps the times in the user's cache folder (FUSED_RESNET_CACHE), "
-        "where later processes find them. Without this, a process times a call when it first "
-        "meets it (FUSED_RESNET_TUNE).",
+        "different calls, and stores the times in the user's cache folder (FUSED_RESNET_CACHE) "
+        "for later processes. Without this, a process times a call when it first occurs "
+        "(FUSED_RESNET_TUNE).",
     )
     parser.add_argument("model", type=one_of("model", sources.MODELS), help="for example resnet50")
     parser.add_argument(
@@ -36,16 +36,20 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--dtype", type=one_of("dtype", DTYPES), default="float32", help="default: float32"
     )
     parser.add_argument("--device", type=one_of("device", ("cpu", "cuda")), help="default: cpu")
-    parser.add_argument("--threads", type=positive, default=environment.cores(), help="on a CPU")
-    parser.add_argument("--size", type=positive, default=224, help="of the images (default: 224)")
     parser.add_argument(
-        "--exhaustive", action="store_true", help="more rounds, as FUSED_RESNET_TUNE=exhaustive"
+        "--threads", type=positive, default=environment.cores(), help="number of threads on a CPU"
+    )
+    parser.add_argument(
+        "--size", type=positive, default=224, help="height and width of the images (default: 224)"
+    )
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="more rounds, like FUSED_RESNET_TUNE=exhaustive"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Time and show."""
+    """Time and print."""
     if arguments.size < 32:
         raise UsageError(f"tune: --size: expected at least 32, got {arguments.size}")
     device = arguments.device or "cpu"
@@ -58,5 +62,5 @@ def run(arguments: argparse.Namespace) -> int:
         calls = network_calls(arguments.model, batch, arguments.size, dtype, device)
         title = f"{arguments.model}, batch {batch}, {arguments.dtype}, {device}"
         console().print(table_of(calls, title))
-    print(f"kept in {tuning_cache.path()}")
+    print(f"stored in {tuning_cache.path()}")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..backends.availability import NAMES, use_backend
 from ..bench import environment
 from ..bench.results import save
 from ..models.sources import MODELS as ALL_MODELS
-from ..verify import LIMIT, ROUNDING, Row, emulation, verify_networks, verify_operations
+from ..verify import LIMIT, ROUNDING, Row, verify_networks, verify_operations
 from ..verify.networks import MODELS
 from ..verify.operations import rows_of
 from . import _matrix
@@ -26,8 +25,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "verify",
-        help="hold every operation and network against float64",
-        description="Each row is an error relative to float64, beside PyTorch's own in the same "
+        help="compare every operation and network with float64",
+        description="Each row is an error relative to float64, next to PyTorch's own in the same "
         f"dtype. It passes at up to {LIMIT} times PyTorch's own, or {ROUNDING:g} units of the "
         "dtype's rounding. Exit code 1 if a row fails.",
     )
@@ -61,24 +60,15 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help="every operation on every backend, in place of the rows: a GPU's kernels run on the "
-        "GPU, or without one by the emulators of a source checkout's tests. Exit code 1 too if a "
-        "cell could not be run",
-    )
-    parser.add_argument(
-        "--checkout",
-        type=Path,
-        default=emulation.OWN_ROOT,
-        metavar="DIR",
-        help="root of the source checkout whose tests hold the emulators, of this package's "
-        "version; the CUDA one is compiled at its first use, which takes minutes (default: the "
-        "checkout that the package is used from)",
+        help="a table of every operation on every backend instead. Exit code 1 also if a backend "
+        "has no device here; in a source checkout `python tests/verify_matrix.py` then runs the "
+        "GPU's kernels on the CPU",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify and show."""
+    """Verify and print."""
     to_stdout = arguments.json == "-"
     path = None
     if arguments.json and not to_stdout:
@@ -87,10 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"verify: --json: {error}") from None
     if arguments.matrix:
-        cells = _matrix.measure(_dtypes(arguments), arguments.checkout.resolve())
-        document = _matrix.document(cells, arguments.checkout)
+        cells = _matrix.measure(_dtypes(arguments))
+        document = _matrix.document(cells)
     else:
-        with use_backend(arguments.backend):  # unavailable: say so before any work
+        with use_backend(arguments.backend):  # fails before any work if it is unavailable
             pass
         rows = _verify(arguments)
         document = _document(rows, arguments.backend)
@@ -139,10 +129,10 @@ def _document(rows: Sequence[Row], backend: str) -> dict[str, Any]:
 
 
 def _show(rows: Sequence[Row]) -> None:
-    table = Table(title="error against float64, beside PyTorch's own")
+    table = Table(title="error against float64, and PyTorch's own")
     for name in ("subject", "mode", "dtype", "format", "closest to its bound"):
         table.add_column(name)
-    for name in ("error", "PyTorch's", "ratio", "verdict"):
+    for name in ("error", "PyTorch's", "ratio", "result"):
         table.add_column(name, justify="right")
     for last, row in zip((None, *rows), rows, strict=False):
         if last is not None and last.subject != row.subject:

@@ -1,9 +1,9 @@
-"""``fuse``: the same model, with the forwards of its blocks replaced by fused ones.
+"""``fuse``: a copy of a model whose modules have fused forwards.
 
-A block is fused by giving the copied instance a class derived from its own, with a route of
-:mod:`fused_resnet.blocks` in front: ``isinstance`` checks, attribute paths, ``state_dict`` keys and
-hooks on the block stay as they are. Blocks of torchvision and chains have routes written by hand,
-which :data:`MATCHERS` choose; any other module is traced (:mod:`fused_resnet.swap`).
+The copied instance gets a class derived from its own with a mixin that replaces ``forward``, so
+``isinstance`` checks, attribute paths, ``state_dict`` keys and hooks are unaffected. Torchvision's
+blocks and ``nn.Sequential`` have mixins in :mod:`fused_resnet.nn.fused_forward`, which
+:data:`MATCHERS` choose; any other module is traced (:mod:`fused_resnet.fusion.trace`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import copyreg
 import pickle
 import sys
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,38 +32,38 @@ from ..nn.fused_forward import (
 )
 from ..nn.groups import sequence_groups
 from ..nn.module_kinds import PackedConv
-from .trace import Left, Plan, TracedForward, parents_of, plan_of
+from .trace import GeneratedForward, TracedForward, Unfused, generate_forward, parents_of
 
-#: What is said of a module: the route to put in front of its class or the forward made for it, the
-#: reason to leave it, or None when there is nothing to say.
-Verdict = type[FusedForward] | Plan | Left | str | None
+#: What to do with a module: the mixin or the generated forward that fuses it, the reason why it is
+#: not fused, or None when it has nothing to fuse.
+ModuleDecision = type[FusedForward] | GeneratedForward | Unfused | str | None
 
 
 def fuse(model: nn.Module, *, recompute: bool = False, winograd: bool = True) -> nn.Module:
-    """A copy of the model's structure whose blocks run fused; parameters and buffers are shared.
+    """A copy of a model that runs fused and shares the model's parameters and buffers.
 
-    Nothing is folded and nothing is copied that training changes: the fused model reads the live
-    parameters at every call, trains, and has the ``state_dict`` keys of the original. An optimizer
-    built on either trains both, since both hold the same Parameter objects. Train and eval mode are
-    each model's own. What cannot be proved equal is left as it is; :func:`fused_resnet.report`
-    says why.
+    Nothing is folded or cached: the fused model reads its parameters at every call, can be trained,
+    and has the ``state_dict`` keys of the original. Both models have the same Parameter objects, so
+    an optimizer of either trains both. Each has its own train or eval mode. Modules that cannot be
+    fused without a change of results are left as they are; :func:`fused_resnet.report` lists them
+    with the reasons.
 
     Args:
-        model: Any module; convolution, batch norm, addition and ReLU are fused wherever a module's
-            forward calls them. It is not changed.
-        recompute: In training, do not keep the result of a bottleneck's last convolution for
-            backward but compute it there again: a third less memory for one 1x1 convolution more in
-            each bottleneck. The numbers are the same.
-        winograd: In training on the CPU, whether 3x3 convolutions of stride 1 may run by Winograd's
-            algorithm, forward and backward: faster, in float32 with a relative error of 1e-6 and in
-            the weight's gradient up to 3e-6, where the direct sum has about 3e-7.
+        model: Any module, which is not changed; convolution, batch norm, addition and ReLU are
+            fused wherever the forward of a module calls them.
+        recompute: In training, whether the result of a bottleneck's last convolution is computed
+            again in backward instead of being saved: a third less memory, for one more 1x1
+            convolution in each bottleneck. Results are the same.
+        winograd: In training on the CPU, whether 3x3 convolutions of stride 1 may use Winograd's
+            algorithm, forward and backward. It is faster; its relative error in float32 is 1e-6,
+            and up to 3e-6 in the weight's gradient, where the direct sum has about 3e-7.
 
     Returns:
-        The fused model. Fusing it again gives an equal one.
+        The fused model. Fusing a fused model has no effect.
 
     Raises:
-        TypeError: ``model`` is not a module, or holds something that cannot be copied.
-        ValueError: ``model`` was made by :func:`fused_resnet.freeze`.
+        TypeError: ``model`` is not a module, or ``copy.deepcopy`` cannot copy it.
+        ValueError: ``model`` was returned by :func:`fused_resnet.freeze`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -70,14 +71,14 @@ def fuse(model: nn.Module, *, recompute: bool = False, winograd: bool = True) ->
         raise ValueError("fuse: model: expected a trainable model, got one that freeze() made")
     fused = copy_structure(model)
     parents = parents_of(fused)
-    # All verdicts first: a module is traced with the children as they were.
-    verdicts = [(module, verdict_of(module, parents)) for module in fused.modules()]
-    for module, verdict in verdicts:
-        if isinstance(verdict, Plan):
+    # Decide for all modules before any class changes: a trace must see the original children.
+    decisions = [(module, decide_module(module, parents)) for module in fused.modules()]
+    for module, decision in decisions:
+        if isinstance(decision, GeneratedForward):
             module.__class__ = derive(type(module), TracedForward)
-            module.fused_resnet_plan = verdict  # type: ignore[assignment]
-        elif isinstance(verdict, type):
-            module.__class__ = derive(type(module), verdict)
+            module.fused_resnet_generated = decision  # type: ignore[assignment]
+        elif isinstance(decision, type):
+            module.__class__ = derive(type(module), decision)
     for module in fused.modules():
         if isinstance(module, FusedForward):
             module.fused_resnet_recompute = recompute
@@ -85,63 +86,63 @@ def fuse(model: nn.Module, *, recompute: bool = False, winograd: bool = True) ->
     return fused
 
 
-def verdict_of(module: nn.Module, parents: Counter[int]) -> Verdict:
-    """What is to be done with a module; None for one that is fused, or has nothing to fuse.
+def decide_module(module: nn.Module, parents: Counter[int]) -> ModuleDecision:
+    """How to fuse a module; None for one that is fused already or has nothing to fuse.
 
     Args:
-        module: Of a model.
-        parents: In how many places each module of the model is.
+        module: A module of a model.
+        parents: The number of parents of each module of the model, by ``id``.
     """
     if isinstance(module, FusedForward):
         return None
     for matcher in MATCHERS:
-        verdict = matcher(module)
-        if verdict is not None:
-            return verdict
-    return plan_of(module, parents)
+        decision = matcher(module)
+        if decision is not None:
+            return decision
+    return generate_forward(module, parents)
 
 
 # Matchers
 
 
-def _torchvision_block(module: nn.Module) -> Verdict:
+def _torchvision_block(module: nn.Module) -> ModuleDecision:
     resnet = sys.modules.get("torchvision.models.resnet")
-    routes: tuple[tuple[str, type[FusedForward]], ...] = (
+    mixins: tuple[tuple[str, type[FusedForward]], ...] = (
         ("BasicBlock", BasicBlockForward),
         ("Bottleneck", BottleneckForward),
     )
-    for name, route in routes:
+    for name, mixin in mixins:
         base = getattr(resnet, name, None)
         if base is not None and isinstance(module, base):
-            return route if _keeps(module, base, "forward") else None
+            return mixin if _inherits(module, base, "forward") else None
     return None
 
 
-def _torchvision_resnet(module: nn.Module) -> Verdict:
+def _torchvision_resnet(module: nn.Module) -> ModuleDecision:
     base = getattr(sys.modules.get("torchvision.models.resnet"), "ResNet", None)
     if base is None or not isinstance(module, base):
         return None
-    kept = all(_keeps(module, base, method) for method in ("forward", "_forward_impl"))
-    return ResNetForward if kept else None
+    inherited = all(_inherits(module, base, method) for method in ("forward", "_forward_impl"))
+    return ResNetForward if inherited else None
 
 
-def _sequential(module: nn.Module) -> Verdict:
+def _sequential(module: nn.Module) -> ModuleDecision:
     if not isinstance(module, nn.Sequential):
         return None
     if type(module).forward is not nn.Sequential.forward:
-        return None  # a module of its own, which is traced
+        return None  # a forward of its own, which is traced
     groups = sequence_groups(module._modules)
     if not groups:
         return None
     for method in ("forward", "__iter__"):
-        if not _keeps(module, nn.Sequential, method):
+        if not _inherits(module, nn.Sequential, method):
             return _overridden(nn.Sequential, method)
     if any(group.operation for group in groups):
         return SequentialForward
     return groups[0].reason
 
 
-def _keeps(module: nn.Module, base: type[nn.Module], method: str) -> bool:
+def _inherits(module: nn.Module, base: type[nn.Module], method: str) -> bool:
     same = getattr(type(module), method) is getattr(base, method)
     return same and method not in module.__dict__
 
@@ -150,30 +151,41 @@ def _overridden(base: type[nn.Module], method: str) -> str:
     return f"its {method} is not that of {base.__module__.partition('.')[0]}'s {base.__name__}"
 
 
-#: Asked in this order. A matcher looks at the code that a module runs, never at names alone.
-MATCHERS: list[Callable[[nn.Module], Verdict]] = [
+#: Tried in this order. A matcher must check the code that a module runs, not only its class's name.
+MATCHERS: list[Callable[[nn.Module], ModuleDecision]] = [
     _torchvision_block,
     _torchvision_resnet,
     _sequential,
 ]
 
 
-# Classes made on the fly
+# Derived classes
 
 
-#: Made by :func:`derive`.
-_DERIVED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+#: The classes that :func:`derive` has created. One that nothing else refers to any more is dropped.
+_DERIVED: weakref.WeakValueDictionary[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def derive(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
-    """``cls`` with a mix-in in front of it; the same class for the same arguments.
+    """A subclass of ``cls`` with a mixin in front of it.
 
-    Instances pickle and deep-copy: a class that no module exports is rebuilt from its parts.
+    Its instances can be pickled and deep-copied: the class itself is in no module, so it is rebuilt
+    from ``cls`` and the mixins.
+
+    Args:
+        cls: The class of a module.
+        mixin: A class whose methods take precedence over those of ``cls``.
+
+    Returns:
+        The same class each time for the same arguments.
     """
     if issubclass(cls, mixin):
         return cls
-    if (cls, mixin) in _DERIVED:
-        return _DERIVED[cls, mixin]
+    known = _DERIVED.get((cls, mixin))
+    if known is not None:
+        return known
     base = getattr(cls, "fused_resnet_base", cls)
     mixins = (mixin, *getattr(cls, "fused_resnet_mixins", ()))
     name = getattr(mixin, "fused_resnet_prefix", "Fused") + base.__name__
@@ -186,16 +198,17 @@ def derive(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
     }
     own = getattr(mixin, "fused_resnet_members", None)
     members |= own(base) if own else {}
-    # The metaclass of the base, as a class statement would choose it.
-    _DERIVED[cls, mixin] = types.new_class(
+    # new_class picks the metaclass as a class statement does.
+    derived = types.new_class(
         name, (*mixins, base), exec_body=lambda namespace: namespace.update(members)
     )
-    return _DERIVED[cls, mixin]
+    _DERIVED[cls, mixin] = derived
+    return derived
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     cls = type(self)
-    # Past every class made by derive, to how the base pickles.
+    # Skip the derived classes and pickle as the original class does.
     constructor, arguments, *rest = super(cls, self).__reduce_ex__(protocol)
     if constructor is copyreg.__newobj__ and arguments == (cls,):  # type: ignore[attr-defined]
         return (_rebuild, (cls.fused_resnet_base, cls.fused_resnet_mixins), *rest)
@@ -213,9 +226,16 @@ def _rebuild(base: type[nn.Module], mixins: tuple[type[nn.Module], ...]) -> nn.M
 
 
 def copy_structure(model: nn.Module) -> nn.Module:
-    """A deep copy in which every tensor and every hook is the original's own object."""
+    """A deep copy of a model that shares its tensors and hooks.
+
+    Args:
+        model: The model; hooks that are methods of its modules become methods of the copies.
+
+    Raises:
+        TypeError: ``copy.deepcopy`` cannot copy it.
+    """
     if isinstance(model, DistributedDataParallel):
-        # What reduces its gradients is tied to the parameters, which stay the same.
+        # Its gradient reducer is bound to the parameters, which both copies share.
         copied = model.__class__.__new__(model.__class__)
         copied.__dict__ = dict(model.__dict__)
         copied._modules = {"module": copy_structure(model.module)}
@@ -224,7 +244,7 @@ def copy_structure(model: nn.Module) -> nn.Module:
     members = {id(module) for module in model.modules()}
     for module in model.modules():
         attributes = (module._parameters, module._buffers, module.__dict__)
-        tensors = [t for held in attributes for t in held.values() if isinstance(t, torch.Tensor)]
+        tensors = [t for d in attributes for t in d.values() if isinstance(t, torch.Tensor)]
         hooks = [hook for hook in _hooks(module) if not _is_method_of(hook, members)]
         for shared in (*tensors, *hooks):
             memo[id(shared)] = shared
@@ -237,13 +257,13 @@ def copy_structure(model: nn.Module) -> nn.Module:
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    for name, held in module.__dict__.items():
-        if name.endswith("_hooks") and isinstance(held, dict):
-            for hook in held.values():
-                # The wrapper refers to its module and is copied with it; what it wraps is shared.
+    for name, value in module.__dict__.items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            for hook in value.values():
+                # The wrapper refers to its module and is copied with it; the hook in it is shared.
                 yield hook.hook if isinstance(hook, _WrappedHook) else hook
 
 
 def _is_method_of(hook: Any, members: set[int]) -> bool:
-    """Whether the hook is a method of a copied module: then the copy's method is to be called."""
+    """Whether the hook is a method of a copied module, whose copy has to be called instead."""
     return isinstance(hook, types.MethodType) and id(hook.__self__) in members

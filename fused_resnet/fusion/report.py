@@ -12,8 +12,8 @@ from torch import nn
 from ..nn.fused_forward import FusedForward
 from ..nn.groups import Group
 from ..nn.module_kinds import is_norm
-from .fuse import verdict_of
-from .trace import Left, parents_of
+from .fuse import decide_module
+from .trace import Unfused, parents_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`report` found. Prints as a table.
+    """The result of :func:`report`; prints as a table.
 
     Attributes:
-        fused: ``(module path, operation)`` of every group that one operation runs.
-        left: ``(module path, reason)`` of what could have been part of a group and is not.
-        blocks: ``(module path, reason)`` of every residual block in training mode: the reason is
+        fused: ``(module path, operation)`` of every group that runs as one operation.
+        left: ``(module path, reason)`` of every module that is not fused but might have been.
+        blocks: ``(module path, reason)`` of every residual block in training mode; the reason is
             empty where forward and backward of the whole block are one operation, else it says why
             the block's groups run one by one.
-        graphs: Bytes that each CUDA graph of a frozen model takes, by the shape and dtype of its
+        graphs: Memory of each CUDA graph of a frozen model in bytes, by the shape and dtype of its
             input.
     """
 
@@ -40,19 +40,19 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many groups each operation runs."""
+        """The number of groups that each operation runs."""
         return dict(Counter(operation for _, operation in self.fused))
 
     def summary(self) -> str:
-        """One line."""
+        """The counts in one line."""
         kinds = ", ".join(f"{count} {operation}" for operation, count in self.counts.items())
         line = f"{len(self.fused)} groups fused{f' ({kinds})' if kinds else ''}"
         line += f", {len(self.left)} left"
         if self.blocks:
             whole = sum(not reason for _, reason in self.blocks)
             line += f"; {whole} of {len(self.blocks)} residual blocks train as one operation"
-        held = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.graphs.items()]
-        return line + (f"; CUDA graphs: {', '.join(held)}" if held else "")
+        graphs = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.graphs.items()]
+        return line + (f"; CUDA graphs: {', '.join(graphs)}" if graphs else "")
 
     def __str__(self) -> str:
         rows = [("module", "fused as", "left because")]
@@ -85,14 +85,14 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What the model's next call runs as fused operations, and what it does not.
+    """Which groups of a model run as fused operations, and why the others do not.
 
     Args:
-        model: Fused, frozen, built by this package, or none of these.
+        model: Any model; fused, frozen, built from this package's modules, or none of these.
 
     Returns:
-        The groups as they stand now: a hook added or a module replaced after :func:`fuse
-        <fused_resnet.fuse>` shows.
+        The report of the model's next call: it takes account of hooks added and modules replaced
+        since :func:`fuse <fused_resnet.fuse>`.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -114,38 +114,41 @@ def report(model: nn.Module) -> Report:
 
 
 def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
-    """Every group of a model, fused or left, in the order of its modules.
+    """Every group of a model, fused or not, in the order of its modules.
 
     Args:
-        model: As :func:`report` takes it.
+        model: Any model; fused, frozen, built from this package's modules, or none of these.
 
     Yields:
-        The path of the module whose forward runs the group, and the group. One without an operation
-        says why; where it names no convolution and no batch norm it stands for that module whole.
+        The path of the module whose forward runs the group, and the group. A group without an
+        operation has the reason; if it has no convolution and no batch norm either, it stands for
+        the whole module.
     """
-    known: set[int] = set()
-    covered: set[int] = set()
+    reported: set[int] = set()
+    inlined: set[int] = set()
     parents = parents_of(model)
     for path, module in model.named_modules():
-        if id(module) in covered:
-            continue  # its own route does not run: what it would cover may
+        if id(module) in inlined:
+            continue  # its own fused forward does not run
         if isinstance(module, FusedForward):
-            covered.update(map(id, module.covered()))
+            inlined.update(map(id, module.inlined_modules()))
             for group in module.fused_groups():
-                owned = [module.get_submodule(name) for name in (group.conv, group.bn) if name]
-                known.update(map(id, owned))
+                members = [module.get_submodule(name) for name in (group.conv, group.bn) if name]
+                reported.update(map(id, members))
                 yield path, group
             continue
-        verdict = verdict_of(module, parents)
-        if isinstance(verdict, Left):
-            for name, reason in verdict.norms:
-                known.add(id(module.get_submodule(name)))
+        decision = decide_module(module, parents)
+        if isinstance(decision, Unfused):
+            for name, reason in decision.norms:
+                reported.add(id(module.get_submodule(name)))
                 yield path, Group("", reason, bn=name)
-        elif verdict is not None:
-            reason = verdict if isinstance(verdict, str) else "not fused: call fuse() on the model"
-            known.update(map(id, module.children()))
+        elif decision is not None:
+            reason = (
+                decision if isinstance(decision, str) else "not fused: call fuse() on the model"
+            )
+            reported.update(map(id, module.children()))
             yield path, Group("", reason)
-        elif is_norm(module) and id(module) not in known:
+        elif is_norm(module) and id(module) not in reported:
             yield path, Group("", "no group around it that fuse() can prove")
 
 

@@ -1,9 +1,9 @@
-"""One file with all that a frozen network needs, for the machine that serves it.
+"""Frozen files: one file with everything that serving a network needs.
 
 It is an archive of ``torch.save`` that ``weights_only=True`` reads: names, numbers and tensors, and
-never code. The weights are the trained network's own, neither folded nor packed. So the file is the
-same for every machine, dtype and version of the package, whoever reads it can hold the frozen
-network against the eager one, and folding and packing happen where it is loaded.
+never code. The weights are the trained network's own, neither folded nor packed. So the file suits
+every machine, dtype and version of the package, the frozen network can be compared with the eager
+one, and folding and packing happen at loading.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ..ops.checks import DTYPES
 from ..tuning.atomic_file import replacing
 from .freeze import freeze
 
-#: What the file says it is, and the version of its layout.
+#: The file's kind, and the version of its layout.
 KIND, FORMAT = "fused_resnet.frozen", 1
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 class FrozenFile(NamedTuple):
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        network: As ``fused-resnet bench`` names it: ``resnet50``, ``timm:resnet50``.
+        network: The network's name for ``fused-resnet bench``: ``resnet50``, ``timm:resnet50``.
         classes: Length of the logits.
-        dtype: Of the frozen network's maps.
+        dtype: The dtype of the frozen network's maps.
         winograd: Whether Winograd's algorithm may run.
-        version: Of the package that wrote it.
-        state: The network's ``state_dict``, in the dtype that it was trained in.
+        version: The version of the package that wrote it.
+        state: The network's ``state_dict``, in the dtype of the trained network.
     """
 
     network: str
@@ -58,21 +58,21 @@ def write_frozen(
     dtype: torch.dtype = torch.float32,
     winograd: bool = True,
 ) -> FrozenFile:
-    """Write a file for :func:`load_frozen`, whole or not at all.
+    """Write a file for :func:`load_frozen`, atomically.
 
     Args:
-        path: Of the file, in a folder that exists; an older one is replaced.
+        path: The file, in an existing folder; an older file is replaced.
         network: A name that ``fused-resnet bench`` takes: ``resnet50``, ``timm:resnet50``,
             ``hf:microsoft/resnet-50``, ``cifar_resnet56``.
-        state: Its weights, with the number of classes that they have.
-        dtype: float32, float64, bfloat16 or float16, for :func:`freeze`.
-        winograd: For :func:`freeze`.
+        state: Its ``state_dict``, from which the number of classes is taken.
+        dtype: The dtype of the frozen network's maps: float32, float64, bfloat16 or float16.
+        winograd: Whether 3x3 convolutions may run by Winograd's algorithm.
 
     Returns:
-        What was written.
+        The contents of the file.
 
     Raises:
-        ValueError: No such network (``UnknownNetworkError``), or the weights are not its own.
+        ValueError: The network is unknown (``UnknownNetworkError``), or the weights do not fit it.
         MissingPackageError: Its library is not installed.
         OSError: The file can't be written.
     """
@@ -91,13 +91,13 @@ def write_frozen(
 
 
 def read_frozen(path: str | os.PathLike[str]) -> FrozenFile:
-    """What a file holds, every part of it checked; nothing in it is run.
+    """Read a file and check all of its fields; no code in it is run.
 
     Args:
-        path: Of a file that ``fused-resnet freeze`` wrote.
+        path: A file that ``fused-resnet freeze`` wrote.
 
     Raises:
-        ValueError: There is no such file, or it is damaged or another one. The message says which.
+        ValueError: The file does not exist, is damaged, or is of another kind or format.
     """
     what = f"frozen file {os.fspath(path)!r}"
     content = _content(Path(path), what)
@@ -110,14 +110,14 @@ def read_frozen(path: str | os.PathLike[str]) -> FrozenFile:
         )
     state = content.get("state")
     expected = {"network": str, "classes": int, "dtype": str, "winograd": bool, "version": str}
-    whole = (
+    complete = (
         all(isinstance(content.get(key), kind) for key, kind in expected.items())
         and content["dtype"] in _DTYPES
         and isinstance(state, dict)
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     )
-    if not whole:
-        raise ValueError(f"{what}: parts of it are missing or not what they should be")
+    if not complete:
+        raise ValueError(f"{what}: some of its fields are missing or have the wrong type")
     fields = {name: content[name] for name in FrozenFile._fields}
     return FrozenFile(**fields | {"dtype": _DTYPES[content["dtype"]]})
 
@@ -131,23 +131,23 @@ def load_frozen(
 ) -> nn.Module:
     """The frozen network of a file that ``fused-resnet freeze`` wrote, packed for this machine.
 
-    A network of torchvision or of the paper needs no other package; one of timm or transformers
-    needs that one. No code is loaded from the file.
+    torchvision's networks and those of the paper need no other package; those of timm and
+    transformers need theirs. No code is loaded from the file.
 
     Args:
-        path: Of the file.
-        dtype: As for :func:`freeze`; None for the file's.
-        device: The CPU or a CUDA device, where it will run.
-        graphs: As for :func:`freeze`.
+        path: The file.
+        dtype: The dtype of the feature maps; None for the one in the file.
+        device: The CPU or a CUDA device on which the network runs.
+        graphs: Number of CUDA graphs to keep, as in :func:`freeze`; None for its default.
 
     Returns:
-        What :func:`freeze` returns: ``(N, 3, H, W)`` to logits ``(N, classes)``.
+        The frozen network, as from :func:`freeze`: ``(N, 3, H, W)`` to logits ``(N, classes)``.
 
     Raises:
-        ValueError: There is no such file, or it is damaged, another one, or names a network that
-            this version doesn't know.
+        ValueError: The file does not exist, is damaged or of another kind, or names a network that
+            this version does not know.
         MissingPackageError: The network's library is not installed.
-        TypeError: ``dtype`` is not one of these.
+        TypeError: ``dtype`` is not float32, float64, bfloat16 or float16.
     """
     file = read_frozen(path)
     try:
@@ -158,12 +158,16 @@ def load_frozen(
 
 
 def network_of(file: FrozenFile) -> nn.Module:
-    """The network with its weights, before it is frozen."""
+    """The network with its weights, not frozen.
+
+    Args:
+        file: The contents of a frozen file.
+    """
     return _build(sources.parse(file.network), file.classes, file.state)
 
 
 def _build(network: str, classes: int, state: dict[str, Tensor]) -> nn.Module:
-    """The package's own network where there is one, else its library's."""
+    """The package's own network if it has one, else its library's."""
     if network in sources.MODELS:
         model: nn.Module = getattr(resnet, network)(weights=state, num_classes=classes)
         return model.eval()
@@ -175,12 +179,12 @@ def _content(path: Path, what: str) -> Any:
         raise ValueError(f"{what}: there is no such file; check the path")
     damaged = f"{what}: truncated or damaged, or not a file that fused-resnet freeze wrote"
     try:
-        # torch.load does not compare checksums, and one wrong bit in a weight would not show.
+        # torch.load does not verify checksums, and one wrong bit in a weight would not show.
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise ValueError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{what}: holds code or other objects, which are not loaded") from None
-    except Exception as error:  # a damaged file can raise anything from inside the readers
+        raise ValueError(f"{what}: contains code or other objects, which are not loaded") from None
+    except Exception as error:  # the readers raise anything on a damaged file
         raise ValueError(damaged) from error

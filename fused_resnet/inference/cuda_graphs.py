@@ -1,11 +1,10 @@
-"""CUDA graphs of a frozen model: which calls are replayed from one, and when one is recorded.
+"""CUDA graphs of a frozen model: when one is captured, and which calls replay it.
 
 A frozen ResNet-50 is some fifty kernels of a few microseconds at small batches, and launching them
-takes longer than running them. A graph of all of them is one launch. It stands for one input shape
-and one setting of whatever a call depends on (:func:`_settings`), and holds memory for it; so there
-are at most a few of them, the least recently used gives way, and a shape is recorded when it comes
-for the second time. All of it is invisible but for the time: a call that cannot be proved to be the
-recorded one runs the model itself.
+takes longer than running them. A graph of all of them is one launch. A graph belongs to one input
+shape and one value of every setting that a call depends on (:func:`_settings`), and owns memory; so
+a model keeps only a few, evicts the least recently used, and captures a shape at its second call.
+Results do not change: a call that cannot be proved to equal the captured one runs the model.
 """
 
 from __future__ import annotations
@@ -25,41 +24,51 @@ from torch.utils._pytree import tree_map
 from ..backends.availability import _Marker, current_backend
 from ..nn.module_kinds import is_hooked, original_class
 from .graph_capture import Graph, Recorder
-from .snapshot import Snapshot
+from .guard import Guard
 
-#: Graphs that a model keeps, unless :func:`fused_resnet.freeze` is told otherwise.
+#: Default of the number of graphs that a model keeps.
 SIZE = 8
 
-#: A shape's call that is recorded is its second. Each time its graph had to give way to others,
-#: twice as many calls are waited for: where there are more shapes than graphs, recording one for
-#: every call would cost far more than graphs save.
+#: A shape is captured at its second call. Each eviction of its graph doubles that number: with more
+#: shapes than graphs, a capture at every call would cost far more than graphs save.
 CALLS = 2
 
-#: Shapes whose calls are counted.
+#: Number of shapes whose calls are counted.
 COUNTED = 256
 
-#: Packages whose modules do nothing in a forward but compute: where all of a model's are theirs, a
-#: replay is the same as a call.
+#: Packages whose forwards have no side effects: for a model of their modules alone, a replay equals
+#: a call.
 KNOWN = ("torch", "torchvision", "fused_resnet")
 
 
 class Calls(NamedTuple):
-    """Of one key: calls that were not replayed, and the one that is to be recorded; 0 for never."""
+    """Calls of one shape.
+
+    Attributes:
+        seen: Number of calls that were not replayed.
+        capture_at: The number at which a graph is captured; 0 for never.
+    """
 
     seen: int
-    wanted: int
+    capture_at: int
 
 
 class Recorded(NamedTuple):
-    """A model as it was when a graph of it was recorded."""
+    """The state of a model at a capture.
 
-    snapshot: Snapshot
+    Attributes:
+        guard: Records the modules.
+        tensors: Their tensors.
+        addresses: The tensors' data pointers, which a graph contains.
+    """
+
+    guard: Guard
     tensors: list[Tensor]
     addresses: list[int]
 
-    def holds(self) -> bool:
-        """Whether its modules and tensors are the same, where they were, and nobody hooks in."""
-        return self.snapshot.holds() and self.addresses == [t.data_ptr() for t in self.tensors]
+    def check(self) -> bool:
+        """Whether modules, tensors and addresses are unchanged, and there is no hook."""
+        return self.guard.check() and self.addresses == [t.data_ptr() for t in self.tensors]
 
 
 def is_one_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -70,19 +79,20 @@ def is_one_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 class Graphs:
     """The graphs of one frozen model, ``model.cuda_graphs``.
 
-    A call is replayed, or recorded, if its only argument is a plain 4-d map on CUDA, nothing looks
-    into the model (hooks, modes, transforms), nobody traces, compiles or records a graph of their
-    own, and the model's modules and tensors are those that were recorded. In all other cases the
-    model runs as it does without graphs. Copies and pickles of the model begin without any.
+    A call is replayed, or captured, if its only argument is a plain 4-d map on CUDA, no hook, mode
+    or transform observes the model, no tracer, compiler or other capture is active, and the model's
+    modules and tensors are unchanged since the capture. In all other cases the model runs as it
+    does without graphs. Copies and pickles of the model have none.
 
     Attributes:
-        size: How many are kept; 0 keeps none. May be changed at any time.
-        reuse_outputs: Give out the graph's own output, which the model's next call overwrites,
-            in place of a copy. False unless it is set.
+        size: Maximum number of graphs; 0 for none. May be changed at any time.
+        reuse_outputs: Return the graph's output buffer, which the model's next call overwrites,
+            instead of a copy. False by default.
 
     Args:
-        size: See above.
-        recorder: Records a graph, and orders the replays.
+        size: Maximum number of graphs.
+        recorder: Captures graphs and orders their replays; None for a
+            :class:`~fused_resnet.inference.graph_capture.Recorder`.
     """
 
     def __init__(self, size: int = SIZE, recorder: Any = None) -> None:
@@ -92,10 +102,10 @@ class Graphs:
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
         self._calls: OrderedDict[Any, Calls] = OrderedDict()
         self._recorded: Recorded | None = None
-        # Held while a call is put on the stream: two threads write to one graph's input in turn.
+        # Held while a call is enqueued: two threads must not write to one graph's input at once.
         self._lock = threading.Lock()
 
-    # Copies and pickles: the settings alone.
+    # Copies and pickles keep the settings alone.
 
     def __getstate__(self) -> dict[str, Any]:
         return {"size": self.size, "reuse_outputs": self.reuse_outputs}
@@ -109,35 +119,38 @@ class Graphs:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that each graph's recording took, by the shape and dtype of its input.
+        """Bytes that each graph's capture allocated, by the shape and dtype of its input.
 
-        Graphs share what they can: one that was recorded later may have needed nothing more.
+        Graphs share one memory pool: a later one may have allocated nothing.
         """
         with self._lock:
-            return {_words(graph.input): graph.bytes for graph in self._graphs.values()}
+            return {_describe(graph.input): graph.bytes for graph in self._graphs.values()}
 
     def __str__(self) -> str:
-        held = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.memory.items()]
-        return f"{len(held)} of at most {self.size} CUDA graphs{': ' * bool(held)}{', '.join(held)}"
+        kept = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.memory.items()]
+        return f"{len(kept)} of at most {self.size} CUDA graphs{': ' * bool(kept)}{', '.join(kept)}"
 
     def clear(self) -> None:
-        """Drop all graphs and their memory."""
+        """Free all graphs and their memory."""
         with self._lock:
             self._drop()
 
     def run(
         self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, convert: Any
     ) -> Any:
-        """``forward`` of the converted arguments, by a graph where there may be one.
+        """``forward`` of the converted arguments, replayed from a graph where possible.
 
         Args:
-            model: Whose forward it is.
-            forward: Takes the arguments.
-            args: As the model was given them.
-            kwargs: As ``args``.
-            convert: Makes of a map the one that ``forward`` takes: dtype and layout.
+            model: The frozen model.
+            forward: The model's forward.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            convert: Converts a map to the dtype and layout of ``forward``.
+
+        Returns:
+            The result of ``forward``.
         """
-        # A compiler that traces this reads no further.
+        # First, so that a compiler traces none of the rest.
         if not torch.compiler.is_compiling() and self._may_replay(model, args, kwargs):
             x = args[0]
             with self._lock:
@@ -146,9 +159,9 @@ class Graphs:
                     with self._recorder.in_turn(x.device):
                         graph.input.copy_(x)
                         graph.replay()
-                        return graph.output if self.reuse_outputs else _copied(graph.output)
+                        return graph.output if self.reuse_outputs else _clone(graph.output)
         if is_one_tensor(args, kwargs):
-            return forward(convert(args[0]))  # as below, in a tenth of the time
+            return forward(convert(args[0]))  # a tenth of the time of tree_map
         args, kwargs = tree_map(convert, (args, kwargs))
         return forward(*args, **kwargs)
 
@@ -156,7 +169,7 @@ class Graphs:
         return (
             self.size > 0
             and is_one_tensor(args, kwargs)
-            and _nobody_looks_in()
+            and _is_unobserved()
             and _is_plain_map(args[0])
             and self._recorder.takes(args[0])
             and not getattr(model, "_is_replica", False)  # nn.DataParallel's share this object
@@ -165,9 +178,9 @@ class Graphs:
     def _graph_for(
         self, model: nn.Module, forward: Callable[..., Any], x: Tensor, convert: Any
     ) -> Graph | None:
-        """The one for this call, recorded now if it is time for it; None where there is none."""
-        if self._recorded is None or not self._recorded.holds():
-            if any(map(is_hooked, _inside(model))):
+        """The graph for this call, captured now if its turn has come; None if there is none."""
+        if self._recorded is None or not self._recorded.check():
+            if any(map(is_hooked, _submodules(model))):
                 return None
             if self._recorded is not None:
                 self._drop()
@@ -177,11 +190,11 @@ class Graphs:
             self._graphs.move_to_end(key)
             return graph
         calls = self._calls.pop(key, Calls(0, CALLS))
-        calls = Calls(calls.seen + 1, calls.wanted)
+        calls = Calls(calls.seen + 1, calls.capture_at)
         self._calls[key] = calls
         while len(self._calls) > COUNTED:
             self._calls.popitem(last=False)
-        if calls.wanted == 0 or calls.seen < calls.wanted:
+        if calls.capture_at == 0 or calls.seen < calls.capture_at:
             return None
         self._make_room(self.size - 1)
         try:
@@ -191,11 +204,11 @@ class Graphs:
             self._calls[key] = Calls(0, 0)
             reason = str(error).partition("\n")[0]
             warnings.warn(
-                f"fused_resnet: no CUDA graph for {_words(x)}, which runs without one: {reason}",
+                f"fused_resnet: no CUDA graph for {_describe(x)}, which runs without one: {reason}",
                 stacklevel=5,
             )
             return None
-        # What the first calls made once (weights joined on CUDA) is part of the state by now.
+        # By now the first calls have cached what they create once (concatenated weights).
         self._recorded = _recorded(model)
         self._graphs[key] = graph
         return graph
@@ -204,8 +217,8 @@ class Graphs:
         while len(self._graphs) > size:
             self._recorder.wait()
             key, _ = self._graphs.popitem(last=False)
-            wanted = self._calls.get(key, Calls(0, CALLS)).wanted
-            self._calls[key] = Calls(0, 2 * wanted)
+            capture_at = self._calls.get(key, Calls(0, CALLS)).capture_at
+            self._calls[key] = Calls(0, 2 * capture_at)
 
     def _drop(self) -> None:
         self._recorder.wait()
@@ -214,30 +227,35 @@ class Graphs:
         self._recorded = None
 
 
-def size_for(model: nn.Module, asked: int | bool | None) -> int:
-    """How many graphs a model keeps: as asked for, or :data:`SIZE` where it is known to be safe.
+def size_for(model: nn.Module, requested: int | bool | None) -> int:
+    """How many graphs a model keeps: as requested, or :data:`SIZE` where that is known to be safe.
 
-    A replay runs no Python: a forward that counts its calls, or reads a switch, would not notice.
+    A replay runs no Python: a forward that counts its calls, or reads a switch, would be wrong.
+
+    Args:
+        model: The frozen model.
+        requested: The argument ``graphs`` of :func:`fused_resnet.freeze`.
     """
-    if asked is None or asked is True:
+    if requested is None or requested is True:
         packages = {
             original_class(module).__module__.partition(".")[0] for module in model.modules()
         }
-        return SIZE if asked or packages <= set(KNOWN) else 0
-    return int(asked)
+        return SIZE if requested or packages <= set(KNOWN) else 0
+    return int(requested)
 
 
 def _is_plain_map(x: Any) -> bool:
     return (
-        type(x) in (Tensor, nn.Parameter)  # no fake, no proxy, nothing with a mind of its own
+        type(x)
+        in (Tensor, nn.Parameter)  # no fake, proxy or subclass, which may override operators
         and x.dim() == 4
         and x.layout is torch.strided
         and x.numel() > 0
     )
 
 
-def _nobody_looks_in() -> bool:
-    """No tracer, mode or transform: they see a call's operators, and would see none of a replay."""
+def _is_unobserved() -> bool:
+    """Whether no tracer, mode or transform is active: a replay has no operators to intercept."""
     return (
         not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -248,7 +266,7 @@ def _nobody_looks_in() -> bool:
 
 
 def _settings(device: str) -> tuple[Any, ...]:
-    """All that a call depends on besides the input and the model."""
+    """Everything that a call depends on besides the input and the model."""
     return (
         current_backend(),
         torch.is_autocast_enabled(device),
@@ -260,20 +278,20 @@ def _settings(device: str) -> tuple[Any, ...]:
     )
 
 
-def _inside(model: nn.Module) -> list[nn.Module]:
-    """All modules but the model itself, whose hooks run around a graph as around its forward."""
+def _submodules(model: nn.Module) -> list[nn.Module]:
+    """All modules but the model itself, whose hooks run around a replay as around its forward."""
     return [module for module in model.modules() if module is not model]
 
 
 def _recorded(model: nn.Module) -> Recorded:
-    snapshot = Snapshot(_inside(model), model)
-    tensors = snapshot.tensors()
-    return Recorded(snapshot, tensors, [t.data_ptr() for t in tensors])
+    guard = Guard(_submodules(model), model)
+    tensors = guard.tensors()
+    return Recorded(guard, tensors, [t.data_ptr() for t in tensors])
 
 
-def _copied(output: Any) -> Any:
+def _clone(output: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
 
-def _words(x: Tensor) -> str:
+def _describe(x: Tensor) -> str:
     return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"

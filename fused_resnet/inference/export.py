@@ -1,10 +1,10 @@
-"""What an exported frozen model is made of: operators that take weights in PyTorch's layout.
+"""Operators of exported frozen models: they take weights in PyTorch's layout.
 
-A packed weight belongs to one instruction set, and an exported program goes to other machines. So
-``torch.export`` of a frozen model sees these in place of the operations of
-:mod:`fused_resnet.packed_ops`: under the same names, with the plain weight, which the program holds
-as a constant. Where the program runs the weight is packed at its first call and remembered for as
-long as the weight lives. The operators are ``torch.ops.fused_resnet_export``, which exist once the
+A packed weight belongs to one instruction set, and an exported program may run on other machines.
+So ``torch.export`` of a frozen model records these operators in place of those of
+:mod:`fused_resnet.ops.packed`: under the same names, with the plain weight, which the program
+stores as a constant. Where the program runs, the weight is packed at its first call and cached for
+the weight's lifetime. The operators are ``torch.ops.fused_resnet_export``, which exist once the
 package is imported.
 """
 
@@ -27,7 +27,7 @@ from ..backends.availability import resolve_backend
 from ..ops.fakes import FAKES
 
 if TYPE_CHECKING:
-    from .freeze import FrozenConv
+    from .frozen_conv import FrozenConv
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 _library = Library("fused_resnet_export", "DEF")
@@ -45,13 +45,13 @@ _library.define(
 )
 
 
-# What a frozen model calls while it is exported
+# Functions that a frozen model calls during an export
 
 
 def is_exporting() -> bool:
     """Whether a program is being exported.
 
-    The compiler of torch 2.11 takes ``torch.compiler.is_exporting()`` for true in every trace.
+    In torch 2.11 ``torch.compiler.is_exporting()`` is true in every trace of the compiler.
     """
     return torch.compiler._is_exporting_flag
 
@@ -110,19 +110,23 @@ def conv_bn_relu_maxpool_packed(
 
 def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
     """:func:`fused_resnet.packed_ops.run_residual_block` of weights that are not packed."""
-    weight, scale, shift, _, _, *settings = operands  # nothing is joined in a trace
+    weight, scale, shift, _, _, *settings = operands  # a trace concatenates no weights
     return torch.ops.fused_resnet_export.residual_block(x, weight, scale, shift, *settings)
 
 
-#: By a packed weight the plain one, as long as a trace or a program holds it: a module that is
-#: called twice is one constant.
+#: The plain weight of a packed one, while a trace or a program refers to it: a module that is
+#: called twice becomes one constant.
 _PLAIN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def plain_weight(conv: FrozenConv) -> Tensor:
-    """The weight in PyTorch's layout, for a program to hold: a real tensor, whoever traces."""
-    held = _PLAIN.get(conv.packed)
-    plain: Tensor | None = held() if held is not None else None
+    """The weight in PyTorch's layout, for a program to store: a real tensor also in a trace.
+
+    Args:
+        conv: The frozen convolution.
+    """
+    cached = _PLAIN.get(conv.packed)
+    plain: Tensor | None = cached() if cached is not None else None
     if plain is None:
         with _disable_current_modes():
             plain = conv.weight
@@ -245,36 +249,41 @@ def _(x, weight, scale, shift, bottleneck, stride, dilation, groups, winograd): 
     )
 
 
-# Packed weights, remembered
+# Packed weights
 
-#: By the plain weight: its version when it was packed, for which dtype and groups, and the result.
+#: By plain weight: (version at packing, dtype, groups) and the packed weight.
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _warned = False
 
 
 def packed(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
-    """The weight as this process's kernels read it, made once for a weight that stays as it is.
+    """The weight in the layout of this process's kernels, cached until the weight changes.
 
     Args:
         weight: ``(K, C / groups, kh, kw)``, float32, float64, bfloat16 or float16. One that was
-            made under ``torch.inference_mode`` doesn't tell whether it has changed, and is packed
-            at every call, with one warning.
-        dtype: Of the feature maps.
+            created under ``torch.inference_mode`` has no version counter, and is packed at every
+            call, with one warning.
+        dtype: The dtype of the feature maps.
         groups: Number of independent groups of channels.
     """
     if weight.is_inference():
-        _warn_of_inference()
+        _warn_about_inference_mode()
         return _pack(weight, dtype, groups)
     state = (weight._version, dtype, groups)
-    held = _PACKED.get(weight)
-    if held is None or held[0] != state:
-        held = (state, _pack(weight, dtype, groups))
-        _PACKED[weight] = held
-    return held[1]
+    cached = _PACKED.get(weight)
+    if cached is None or cached[0] != state:
+        cached = (state, _pack(weight, dtype, groups))
+        _PACKED[weight] = cached
+    return cached[1]
 
 
 def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of a packed weight: CUDA multiplies maps as they are stored, the CPU as it can."""
+    """The dtype of a packed weight: that of the maps on CUDA, on the CPU as its instructions allow.
+
+    Args:
+        dtype: The dtype of the feature maps.
+        device: The device of the weight.
+    """
     return dtype if device.type == "cuda" else _C.packed_conv_weight_dtype(dtype)
 
 
@@ -282,7 +291,7 @@ def _pack(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     return ops.pack_conv_weight(weight.to(packed_dtype(dtype, weight.device)), groups)
 
 
-def _warn_of_inference() -> None:
+def _warn_about_inference_mode() -> None:
     global _warned
     if not _warned:
         _warned = True

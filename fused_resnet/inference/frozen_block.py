@@ -1,18 +1,18 @@
-"""Frozen residual blocks: a block is one operation, its convolutions' epilogues and all.
+"""Frozen residual blocks: a whole block is one operation.
 
-On the CPU a large batch goes through the block in parts that stay in the cache, and the maps
-between its convolutions lie in memory that the next block uses again. On CUDA two things are gained
+On the CPU a large batch goes through the block in micro-batches that stay in the cache, and the
+maps between its convolutions use memory that the next block reuses. On CUDA there are two gains
 over one call for each convolution: where a bottleneck has 64 or 128 middle channels its last two
 convolutions are one kernel (``csrc/cuda/kernels/residual_block.cuh``); and where a block has a
-shortcut, that one's convolution and the block's last are one sum over both depths, so that the
-shortcut's result is never written.
+projection shortcut, the shortcut's convolution and the block's last are one GEMM over their
+concatenated input channels, so that the shortcut's result is never stored.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,102 +22,111 @@ from ..nn.fused_forward import NO_PADDING, BlockModules, FusedForward
 from ..nn.module_kinds import FoldedBatchNorm, inner_activation, is_hooked, is_observed, is_relu
 from ..ops import packed as packed_ops
 from . import export
-from .snapshot import Snapshot
+from .frozen_conv import FrozenConv
+from .frozen_module import Frozen
+from .guard import Guard
 
-if TYPE_CHECKING:
-    from .freeze import FrozenConv
-
-
-#: What the operator ``residual_block`` takes behind the map, in its order: made once, and the calls
-#: build nothing.
-Plan = tuple[Any, ...]
+#: The arguments of the operator ``residual_block`` after the input, in its order; cached, so that a
+#: call builds nothing.
+BlockOperands = tuple[Any, ...]
 
 
-class FrozenBlock(nn.Module):
-    """Mixed into a frozen basic block or bottleneck: a forward that is :func:`ops.residual_block`.
+class FrozenBlock(Frozen):
+    """Mixin for a frozen basic block or bottleneck: its forward is :func:`ops.residual_block`.
 
-    It stands for the block's own forward as long as nobody looks in between.
+    The block's own forward runs instead where a hook or a tracer observes the inner modules.
 
     Attributes:
-        whole: Whether it does so; :func:`one_by_one` sets it.
+        whole: Whether the block runs as one operation; False inside
+            :func:`separate_convolutions`.
     """
 
     whole = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``(N, C, H, W)`` to ``(N, K, OH, OW)``, channels_last."""
-        # Any other call may mean something else to the block's own forward.
+        # Other arguments may have a meaning to the block's own forward.
         if self.whole and len(args) == 1 and not kwargs:
             x = args[0]
             if isinstance(x, Tensor) and not is_observed(x):
                 backend = resolve_backend("residual_block", x)
-                plan = self._plan(backend)
-                if plan is not None:
-                    made_of = export if export.is_exporting() else packed_ops
-                    return made_of.run_residual_block(backend, x, plan)
+                operands = self._operands(backend)
+                if operands is not None:
+                    module = export if export.is_exporting() else packed_ops
+                    return module.run_residual_block(backend, x, operands)
         return super().forward(*args, **kwargs)
 
-    def _plan(self, backend: str) -> Plan | None:
-        """For a call on that backend, kept until something changes; None: run the modules."""
+    def _operands(self, backend: str) -> BlockOperands | None:
+        """The operands on a backend, cached until a module changes; None if the modules must run.
+
+        Args:
+            backend: The backend that runs the operation.
+        """
         if backend not in ("cpu", "cuda", "triton"):
             return None
-        if torch.compiler.is_compiling():  # a trace should not keep what it computes
-            block = self._alone()
-            return None if block is None else make_plan(block)
-        held = self.__dict__.get("_held")
-        if held is not None:
-            snapshot, plan, reads = held
-            if snapshot.holds() and (reads is None or reads(self)):
-                return plan
-        block = self._alone()
+        if torch.compiler.is_compiling():  # a trace must not cache what it computes
+            block = self._without_padding()
+            return None if block is None else block_operands(block)
+        cached = self.__dict__.get("_frozen_cache")
+        if cached is not None:
+            guard, operands, reads = cached
+            if guard.check() and (reads is None or reads(self)):
+                return operands
+        block = self._without_padding()
         if block is None:
             return None
         convs: Any = block.convs
         has_shortcut = len(convs) > len(block.acts)
-        both = join(*convs[-2:]) if backend != "cpu" and has_shortcut else (None, None)
-        plan = make_plan(block, *both)
-        self.__dict__["_held"] = (Snapshot(dict.fromkeys(block.members), self), plan, block.reads)
-        return plan
+        both = concatenate(*convs[-2:]) if backend != "cpu" and has_shortcut else (None, None)
+        operands = block_operands(block, *both)
+        guard = Guard(dict.fromkeys(block.members), self)
+        self.__dict__["_frozen_cache"] = (guard, operands, block.reads)
+        return operands
 
-    def _alone(self) -> BlockModules | None:
-        """:meth:`block_now`, but None where only an operation on rows has such a shortcut."""
-        block = self.block_now()
+    def _without_padding(self) -> BlockModules | None:
+        """:meth:`supported_modules`; None for a zero-padded shortcut, which only segments take."""
+        block = self.supported_modules()
         return None if block is None or block.padding != NO_PADDING else block
 
-    def block_now(self) -> BlockModules | None:
-        """The block by its modules; None where the operation is another one."""
+    def supported_modules(self) -> BlockModules | None:
+        """The block's modules as they are now; None if the operation does not compute them."""
         m: Any = self
         block = m.block_modules()
         if block is None or any(map(is_hooked, block.members)):
             return None
-        from .freeze import FrozenConv
-
         for conv, norm in zip(block.convs, block.norms, strict=True):
             if not isinstance(conv, FrozenConv) or not isinstance(norm, FoldedBatchNorm):
                 return None
         own = len(block.acts)
         inner = [inner_activation(norm) for norm in block.norms]
-        # One activation behind each: the normalisation's or the block's, and behind the addition.
+        # One activation after each convolution, in the batch norm or in the block; the last one
+        # after the addition.
         if any(inner[own - 1 :]) or any(map(_are_both, inner, block.acts)):
             return None
         if not all(is_relu(act or inner[i]) for i, act in enumerate(block.acts)):
             return None
-        return block if _is_plain(block.convs, own, block.padding) else None
+        return block if _is_supported(block.convs, own, block.padding) else None
 
 
 def _are_both(inner: nn.Module | None, act: nn.Module | None) -> bool:
     return inner is not None and act is not None
 
 
-def make_plan(
-    block: BlockModules, joined: Tensor | None = None, joined_shift: Tensor | None = None
-) -> Plan:
-    """The plan of a block that :meth:`FrozenBlock.block_now` gave.
+def block_operands(
+    block: BlockModules,
+    concatenated: Tensor | None = None,
+    concatenated_shift: Tensor | None = None,
+) -> BlockOperands:
+    """The operands of ``residual_block`` for a block.
 
     Args:
-        block: See there.
-        joined: See :func:`fused_resnet.ops.residual_block`.
-        joined_shift: See there.
+        block: The result of :meth:`FrozenBlock.supported_modules`.
+        concatenated: The last convolution's and the shortcut's weight in one tensor, from
+            :func:`concatenate`; None to compute them separately.
+        concatenated_shift: ``(K,)``, the sum of their shifts; None as well.
+
+    Returns:
+        The tuple of arguments after the input.
     """
     convs: Any = block.convs
     own = len(block.acts)
@@ -126,8 +135,8 @@ def make_plan(
         [c.operand for c in convs],
         [c.scale for c in convs],
         [c.shift for c in convs],
-        joined,
-        joined_shift,
+        concatenated,
+        concatenated_shift,
         own == 3,
         middle.stride[0],
         middle.dilation[0],
@@ -136,13 +145,14 @@ def make_plan(
     )
 
 
-def _is_plain(convs: list[Any], own: int, padding: tuple[int, int]) -> bool:
-    """Whether geometry and channels are those that the operation has for such a block.
+def _is_supported(convs: list[Any], own: int, padding: tuple[int, int]) -> bool:
+    """Whether the operation computes convolutions of this geometry and these channels.
 
     Args:
-        convs: :class:`~fused_resnet.freeze.FrozenConv`, the block's own and its shortcut's.
-        own: How many are the block's own.
-        padding: See :class:`~fused_resnet.nn.fused_forward.BlockModules`.
+        convs: :class:`~fused_resnet.inference.frozen_conv.FrozenConv`, the block's own and then its
+            shortcut's.
+        own: Number of the block's own convolutions.
+        padding: Channels of zeros on each side and stride of a shortcut without parameters.
     """
     bottleneck = own == 3
     spatial = convs[own - 2]
@@ -163,7 +173,7 @@ def _is_plain(convs: list[Any], own: int, padding: tuple[int, int]) -> bool:
             return False
         if any(getattr(conv, name) != value for name, value in settings.items()):
             return False
-    # An addition in PyTorch would stretch one channel, or one pixel, to many.
+    # PyTorch would broadcast one channel, or one pixel; the operation does not.
     result = (convs[own - 1].out_channels, stride)
     if len(convs) > own:
         return (convs[own].out_channels, stride) == result and padding == NO_PADDING
@@ -172,22 +182,33 @@ def _is_plain(convs: list[Any], own: int, padding: tuple[int, int]) -> bool:
 
 
 @torch.no_grad()
-def join(last: FrozenConv, shortcut: FrozenConv) -> tuple[Tensor, Tensor]:
-    """Weights of two convolutions that are added, each times its scale, filter by filter.
+def concatenate(last: FrozenConv, shortcut: FrozenConv) -> tuple[Tensor, Tensor]:
+    """Weights of two convolutions whose results are added, each times its scale, filter by filter.
 
-    Scales are multiplied in float64, and the product rounded once to the weights' dtype.
+    Products with the scale are float64, rounded once to the weights' dtype.
+
+    Args:
+        last: The block's last convolution.
+        shortcut: The shortcut's convolution.
+
+    Returns:
+        The concatenated weight, flat, and the sum of the shifts, ``(K,)``.
     """
-    parts = [
+    scaled = [
         (conv.packed.double().view(conv.out_channels, -1) * conv.scale.double().view(-1, 1))
         for conv in (last, shortcut)
     ]
-    packed = torch.cat(parts, 1).to(last.packed.dtype).flatten()
-    return packed, last.shift + shortcut.shift
+    weight = torch.cat(scaled, 1).to(last.packed.dtype).flatten()
+    return weight, last.shift + shortcut.shift
 
 
 @contextlib.contextmanager
-def one_by_one(model: nn.Module) -> Iterator[None]:
-    """Run the convolutions of a frozen model's blocks each by itself, so that they can be timed."""
+def separate_convolutions(model: nn.Module) -> Iterator[None]:
+    """Run each convolution of a frozen model's blocks as its own operation, to time it.
+
+    Args:
+        model: A frozen model.
+    """
     blocks = [module for module in model.modules() if isinstance(module, FrozenBlock)]
     try:
         for block in blocks:

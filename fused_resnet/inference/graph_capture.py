@@ -1,4 +1,4 @@
-"""Recording a forward as a CUDA graph, so that one launch stands for all of its kernels."""
+"""Capture of a forward in a CUDA graph, so that one launch runs all of its kernels."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-#: Calls before the recording: what is made once (workspaces, compiled kernels, joined weights) is
-#: made in them.
+#: Calls before the capture, which create what is created once: workspaces, compiled kernels,
+#: concatenated weights.
 WARM_UP = 2
 
-# While one thread records, PyTorch waits for the device and empties its cache: others take turns.
+# During a capture PyTorch synchronises the device and empties its cache, so only one may run.
 _recording = threading.Lock()
 
 
 class Graph(Protocol):
-    """A recorded forward.
+    """A captured forward.
 
     Attributes:
-        input: What it reads; the next call's images are copied there.
-        output: What it writes, with tensors as leaves; each replay overwrites them.
-        bytes: Of device memory that the recording took.
+        input: The tensor that it reads; a call copies its images there.
+        output: A structure whose leaves are tensors; each replay overwrites them.
+        bytes: Device memory that the capture allocated.
     """
 
     input: Tensor
@@ -33,12 +33,12 @@ class Graph(Protocol):
     bytes: int
 
     def replay(self) -> None:
-        """Compute ``output`` from ``input``, in the order of the current stream."""
+        """Compute ``output`` from ``input`` on the current stream."""
 
 
 @dataclass
 class CudaGraph:
-    """A :class:`Graph` on a device."""
+    """A :class:`Graph` on a CUDA device."""
 
     graph: torch.cuda.CUDAGraph
     input: Tensor
@@ -46,15 +46,15 @@ class CudaGraph:
     bytes: int
 
     def replay(self) -> None:
-        """See :class:`Graph`."""
+        """Compute ``output`` from ``input`` on the current stream."""
         self.graph.replay()
 
 
 class Recorder:
-    """Records graphs that share their memory, and keeps their replays apart.
+    """Captures graphs that share one memory pool, and orders their replays.
 
-    Graphs of one recorder may overwrite each other's memory, so they must not run at once: on the
-    device each waits for the one before, whatever streams the callers use.
+    Graphs of one recorder may overwrite each other's memory, so they must not run concurrently: on
+    the device each waits for the previous one, whatever streams the callers use.
     """
 
     def __init__(self) -> None:
@@ -62,17 +62,21 @@ class Recorder:
         self._done: torch.cuda.Event | None = None
 
     def takes(self, x: Tensor) -> bool:
-        """Whether a call with this map can be recorded: on CUDA, and nobody else records there."""
+        """Whether a call with this map can be captured: on CUDA, outside of another capture."""
         return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
     def capture(self, forward: Callable[[Tensor], Any], x: Tensor) -> Graph:
-        """Record ``forward`` for maps of the shape, dtype and layout of ``x``.
+        """Capture ``forward`` for maps of the shape, dtype and layout of ``x``.
 
-        Warm-up and recording run on a stream of their own, behind the current one, outside of
-        inference mode: a later call writes to the input whatever mode it is in.
+        Warm-up and capture run on a separate stream, after the current one, and outside of
+        inference mode, since a later call may write to the input in any mode.
+
+        Args:
+            forward: The function of one map.
+            x: ``(N, C, H, W)``, on CUDA.
 
         Raises:
-            RuntimeError: The forward does what a graph cannot hold, such as waiting for the device.
+            RuntimeError: The forward does what a graph cannot contain, such as a synchronisation.
         """
         with _recording, torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
             static = torch.empty_like(x)
@@ -87,7 +91,7 @@ class Recorder:
                 self._pool = torch.cuda.graph_pool_handle()
             before = self._pool_bytes()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile: only this one's calls are watched.
+            # Other threads may allocate meanwhile: only this thread's calls are checked.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
@@ -101,7 +105,11 @@ class Recorder:
 
     @contextlib.contextmanager
     def in_turn(self, device: torch.device) -> Iterator[None]:
-        """On the device, behind what an earlier block of these left there, on whatever stream."""
+        """A context whose work on the device runs after that of all earlier such contexts.
+
+        Args:
+            device: The CUDA device.
+        """
         with torch.cuda.device(device):
             if self._done is None:
                 self._done = torch.cuda.Event()
@@ -112,6 +120,6 @@ class Recorder:
                 self._done.record()
 
     def wait(self) -> None:
-        """Until the device is done with all of it: before a graph may go."""
+        """Synchronise with all replays, which must have finished before a graph is freed."""
         if self._done is not None:
             self._done.synchronize()

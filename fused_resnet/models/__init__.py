@@ -1,1 +1,1 @@
-"""The networks: torchvision's ResNets with fused blocks, and the CIFAR networks of the paper."""
+"""Networks: torchvision's ResNets with fused blocks, and the CIFAR networks of the paper."""

@@ -23,14 +23,15 @@ DEPTHS = (20, 32, 44, 56, 110)
 
 
 class PadShortcut(nn.Module):
-    """Option A: every second pixel, and channels of zeros on both sides; no parameters.
+    """The shortcut "option A": subsampled, padded with channels of zeros; without parameters.
 
     Args:
-        stride: Step in both directions.
+        stride: Stride in both directions.
         padding: Channels of zeros on each side.
 
     Source:
-        He et al., 2015, section 3.3; zeros on both sides as in akamaster/pytorch_resnet_cifar10.
+        He et al., "Deep Residual Learning for Image Recognition", 2015, section
+        3.3; zeros on both sides as in akamaster/pytorch_resnet_cifar10.
     """
 
     def __init__(self, stride: int, padding: int) -> None:
@@ -39,23 +40,31 @@ class PadShortcut(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C + 2 padding, ceil(H / stride), ceil(W / stride))``."""
+        """Subsample and pad.
+
+        Args:
+            x: Input, ``(N, C, H, W)``.
+
+        Returns:
+            ``(N, C + 2 padding, ceil(H / stride), ceil(W / stride))``.
+        """
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *[self.padding] * 2))
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """The settings, as ``repr`` shows them."""
         return f"stride={self.stride}, padding={self.padding}"
 
 
 class CifarBlock(FusedForward):
-    """Two 3x3 convolutions and, when ``residual``, a shortcut.
+    """Two 3x3 convolutions and, with ``residual``, a shortcut.
 
     Args:
         inplanes: Channels of the input.
         planes: Channels of the result.
-        stride: Of the first convolution.
-        residual: False makes the block of the plain network.
-        option: ``"A"`` or ``"B"``, see :func:`cifar_resnet`.
+        stride: Stride of the first convolution.
+        residual: Whether the block has a shortcut; without it, it is the plain network's.
+        option: The shortcut where the shape changes: ``"A"`` subsamples and pads with zeros,
+            ``"B"`` is a 1x1 convolution with batch norm.
     """
 
     def __init__(
@@ -77,7 +86,14 @@ class CifarBlock(FusedForward):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, inplanes, H, W)`` to ``(N, planes, H / stride, W / stride)``."""
+        """Run the block.
+
+        Args:
+            x: Input, ``(N, inplanes, H, W)``.
+
+        Returns:
+            ``(N, planes, H / stride, W / stride)``.
+        """
         block = self.block_modules() if self.residual else self._plain_block()
         whole = None if block is None else block.run_in_training(self, x)
         if whole is not None:
@@ -87,7 +103,7 @@ class CifarBlock(FusedForward):
         return conv_bn(self.conv2, self.bn2, self.relu, y, identity)
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
+        """The groups of both convolutions."""
         return residual_block_groups(self, 2)
 
     def training_decision(self) -> Decision | None:
@@ -101,7 +117,7 @@ class CifarBlock(FusedForward):
         return replace(block, shortcut="none")
 
     def block_modules(self) -> BlockModules | None:
-        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.block_modules`."""
+        """The block's convolutions and its shortcut; None without a shortcut."""
         if not self.residual:
             return None
         if original_class(self.shortcut) is not PadShortcut:
@@ -115,7 +131,7 @@ class CifarBlock(FusedForward):
 
 
 def _padding_of(block: Any) -> tuple[int, int] | None:
-    """Zeros on each side and stride of a block's :class:`PadShortcut`; None without one."""
+    """Channels of zeros on each side and stride of a block's :class:`PadShortcut`, if any."""
     return (block.shortcut.padding, block.shortcut.stride) if block.residual else None
 
 
@@ -131,13 +147,14 @@ class CifarResNet(FusedForward):
     """A network for 32 x 32 images: 16, 32 and 64 channels in three stages.
 
     Args:
-        blocks: In each stage.
-        residual: False makes the plain network.
-        shortcut: ``"A"`` or ``"B"``, see :func:`cifar_resnet`.
-        num_classes: Length of the logits.
+        blocks: Number of blocks in each stage.
+        residual: Whether the blocks have shortcuts; without them it is the paper's plain network.
+        shortcut: The shortcut where the shape changes: ``"A"`` subsamples and pads with zeros,
+            ``"B"`` is a 1x1 convolution with batch norm.
+        num_classes: Number of classes.
 
     Raises:
-        ValueError: Another shortcut.
+        ValueError: ``shortcut`` is neither ``"A"`` nor ``"B"``.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, section 4.2.
@@ -161,13 +178,20 @@ class CifarResNet(FusedForward):
                 nn.init.kaiming_normal_(m.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        """Classify images.
+
+        Args:
+            x: Images, ``(N, 3, H, W)``.
+
+        Returns:
+            Logits, ``(N, num_classes)``.
+        """
         x = run_sequence((self.conv1, self.bn1, self.relu), training_format(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
+        """The group of the first convolution."""
         return sequence_groups({n: getattr(self, n) for n in ("conv1", "bn1", "relu")})
 
 
@@ -178,15 +202,15 @@ def cifar_resnet(
     num_classes: int = 10,
     weights: Source | None = None,
 ) -> CifarResNet:
-    """A CIFAR network of the paper, or its plain twin.
+    """A residual CIFAR network of the paper, or its plain counterpart.
 
     Args:
-        depth: 20, 32, 44, 56 or 110.
-        residual: False leaves the shortcuts out; parameters and keys of the convolutions stay.
-        shortcut: Where the shape changes: ``"A"`` subsamples and pads with zeros, as in the paper;
-            ``"B"`` projects with a 1x1 convolution and batch norm.
-        num_classes: Length of the logits.
-        weights: A path or a state dict; see :func:`fused_resnet.models.weights.load_weights`.
+        depth: Number of layers: 20, 32, 44, 56 or 110.
+        residual: Whether the blocks have shortcuts; the convolutions' keys are the same without.
+        shortcut: The shortcut where the shape changes: ``"A"`` subsamples and pads with zeros, as
+            in the paper; ``"B"`` is a 1x1 convolution with batch norm.
+        num_classes: Number of classes.
+        weights: The path of a file, or a state dict; None for random parameters.
 
     Raises:
         ValueError: Another depth or shortcut; weights that cannot be read or do not fit.

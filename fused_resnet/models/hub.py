@@ -1,6 +1,6 @@
-"""Networks of ``transformers``, built from the sizes that the Hub's ``config.json`` files give.
+"""Networks of ``transformers`` with the configurations of models on the Hugging Face Hub.
 
-Nothing is downloaded: a name stands for a configuration, and the parameters are random.
+Nothing is downloaded: a name selects a configuration, and the parameters are random.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: The Hub's ResNets: block and depths.
+#: The Hub's ResNets: kind of block, and blocks in each stage.
 RESNETS = {
     "microsoft/resnet-18": ("basic", (2, 2, 2, 2)),
     "microsoft/resnet-26": ("bottleneck", (2, 2, 2, 2)),
@@ -20,7 +20,8 @@ RESNETS = {
     "microsoft/resnet-152": ("bottleneck", (3, 8, 36, 3)),
 }
 
-#: The Hub's RegNets: depths, widths and the width of a convolution's groups; x or y is in the name.
+#: The Hub's RegNets: blocks in each stage, widths, and channels of a convolution's group; the name
+#: has the variant, x or y.
 REGNETS = {
     "facebook/regnet-x-002": ((1, 1, 4, 7), (24, 56, 152, 368), 8),
     "facebook/regnet-x-004": ((1, 2, 7, 12), (32, 64, 160, 384), 16),
@@ -50,51 +51,62 @@ REGNETS = {
     "facebook/regnet-y-1280-seer": ((2, 7, 17, 1), (528, 1056, 2904, 7392), 264),
 }
 
-#: The options of a ResNet's configuration that move its strides.
+#: Options of a ResNet's configuration for the position of strides.
 _OPTIONS = ("downsample_in_first_stage", "downsample_in_bottleneck")
 
-#: A ResNet of each block with each of these options, and with both: ``resnet-basic``,
+#: A ResNet of each kind of block with none, each and both of these options: ``resnet-basic``,
 #: ``resnet-basic+downsample_in_first_stage``, and so on.
 VARIANTS = tuple(
-    "+".join((f"resnet-{block}", *chosen))
+    "+".join((f"resnet-{block}", *options))
     for block in ("basic", "bottleneck")
-    for chosen in ((), _OPTIONS[:1], _OPTIONS[1:], _OPTIONS)
+    for options in ((), _OPTIONS[:1], _OPTIONS[1:], _OPTIONS)
 )
 
-#: Detection models that hold a ResNet with frozen batch norms.
+#: Detection models whose backbone is a ResNet with frozen batch norms.
 _DETECTORS = ("detr", "conditional_detr", "deformable_detr", "dab_detr", "table_transformer")
 
-#: Their backbones alone, from ``timm`` and from ``transformers`` itself: ``detr/timm/resnet50``.
+#: Their backbones, from ``timm`` and from ``transformers``: ``detr/timm/resnet50``.
 BACKBONES = tuple(
     f"{detector}/{backbone}"
     for detector in _DETECTORS
     for backbone in ("timm/resnet50", "timm/resnet101", "microsoft/resnet-50")
 )
 
-#: Every name that :func:`build` takes.
+#: All names that :func:`build` accepts.
 NAMES = (*RESNETS, *VARIANTS, *REGNETS, *BACKBONES)
 
 
 class Logits(nn.Module):
-    """A model of ``transformers`` that answers with its logits alone."""
+    """A classifier of ``transformers`` that returns its logits only.
+
+    Args:
+        model: The classifier.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to ``(N, classes)``."""
+        """Classify images.
+
+        Args:
+            x: Images, ``(N, 3, H, W)``.
+
+        Returns:
+            Logits, ``(N, classes)``.
+        """
         logits: Tensor = self.model(x, return_dict=False)[0]
         return logits
 
 
 def build(library: Any, name: str, classes: int = 1000) -> nn.Module:
-    """A network with random parameters: of a classifier its logits, of a detector its backbone.
+    """Build a classifier, or the backbone of a detector, with random parameters.
 
     Args:
         library: The module ``transformers``.
         name: One of :data:`NAMES`.
-        classes: Of a classifier.
+        classes: Number of classes of a classifier.
     """
     if name in BACKBONES:
         return _backbone(library, name)

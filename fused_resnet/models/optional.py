@@ -1,16 +1,20 @@
-"""Optional packages: importing one, or the one line that says how to install it."""
+"""Imports optional packages; the error of a missing one says how to install it."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-#: Modules that the extra ``models`` installs; ``bench`` installs the others.
+#: Modules of the extra ``models``; all others belong to the extra ``bench``.
 _MODELS = ("timm", "transformers", "segmentation_models_pytorch")
 
 
 class MissingPackageError(RuntimeError):
-    """An optional package is needed; the message says what to install."""
+    """An optional package is needed and missing; the message says how to install it.
+
+    Args:
+        package: Name of the package.
+    """
 
     def __init__(self, package: str) -> None:
         extra = "models" if package in _MODELS else "bench"
@@ -18,10 +22,13 @@ class MissingPackageError(RuntimeError):
 
 
 def library(name: str) -> Any:
-    """An optional package that brings networks.
+    """Import an optional package.
+
+    Args:
+        name: Of the package's module.
 
     Raises:
-        MissingPackageError: It is not installed.
+        MissingPackageError: The package is not installed.
     """
     try:
         return importlib.import_module(name)

@@ -17,17 +17,19 @@ class ResNet(ResNetForward):
 
     Args:
         block: :class:`fused_resnet.nn.BasicBlock` or :class:`fused_resnet.nn.Bottleneck`.
-        layers: Blocks in each of the four stages.
-        num_classes: Length of the logits.
-        zero_init_residual: Start each block as the identity, with the last batch norm's weight 0.
-        groups: Of the 3x3 convolutions of a bottleneck.
-        width_per_group: Of the 3x3 convolutions of a bottleneck, for each 64 planes.
-        replace_stride_with_dilation: For stages 2 to 4, whether dilation replaces the stride.
-        norm_layer: Makes the batch norm from a number of channels; :class:`torch.nn.BatchNorm2d`
-            by default. Others run, unfused.
+        layers: Number of blocks in each of the four stages.
+        num_classes: Number of classes.
+        zero_init_residual: Initialise the last batch norm's weight of each block with 0, so that
+            the block is the identity.
+        groups: Number of groups of a bottleneck's 3x3 convolutions.
+        width_per_group: Channels of a bottleneck's 3x3 convolutions for each group, in the first
+            stage.
+        replace_stride_with_dilation: For stages 2 to 4, whether to replace the stride by dilation.
+        norm_layer: Called with a number of channels, returns the batch norm; None for
+            :class:`torch.nn.BatchNorm2d`. Other kinds run unfused.
 
     Raises:
-        ValueError: ``replace_stride_with_dilation`` without exactly three elements.
+        ValueError: ``replace_stride_with_dilation`` does not have three elements.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015; names, order of
@@ -134,43 +136,99 @@ def resnet18(*, weights: Source | None = None, progress: bool = True, **kwargs: 
     """ResNet-18.
 
     Args:
-        weights: What :func:`fused_resnet.models.weights.load_weights` takes: a torchvision enum or
-            its name, a path, or a state dict; None leaves the parameters random.
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
         progress: Show the progress of a download.
-        **kwargs: Those of :class:`ResNet`.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
 
     Raises:
-        ValueError: Weights that cannot be read or do not fit.
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
     """
     return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], weights, progress, kwargs)
 
 
 def resnet34(*, weights: Source | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34. Arguments as for :func:`resnet18`."""
+    """ResNet-34.
+
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+    """
     return _resnet("resnet34", BasicBlock, [3, 4, 6, 3], weights, progress, kwargs)
 
 
 def resnet50(*, weights: Source | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50. Arguments as for :func:`resnet18`."""
+    """ResNet-50.
+
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+    """
     return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs)
 
 
 def resnet101(*, weights: Source | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101. Arguments as for :func:`resnet18`."""
+    """ResNet-101.
+
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+    """
     return _resnet("resnet101", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
 
 
 def resnet152(*, weights: Source | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152. Arguments as for :func:`resnet18`."""
+    """ResNet-152.
+
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+    """
     return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], weights, progress, kwargs)
 
 
 def resnext50_32x4d(
     *, weights: Source | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """ResNeXt-50, 32 groups of width 4. Arguments as for :func:`resnet18`.
+    """ResNeXt-50, 32 groups of width 4.
 
-    Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", 2016.
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+
+    Source:
+        Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", 2016.
     """
     kwargs = _fixed("resnext50_32x4d", kwargs, groups=32, width_per_group=4)
     return _resnet("resnext50_32x4d", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs)
@@ -179,7 +237,18 @@ def resnext50_32x4d(
 def resnext101_32x8d(
     *, weights: Source | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """ResNeXt-101, 32 groups of width 8. Arguments as for :func:`resnet18`."""
+    """ResNeXt-101, 32 groups of width 8.
+
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+    """
     kwargs = _fixed("resnext101_32x8d", kwargs, groups=32, width_per_group=8)
     return _resnet("resnext101_32x8d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
 
@@ -187,7 +256,18 @@ def resnext101_32x8d(
 def resnext101_64x4d(
     *, weights: Source | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """ResNeXt-101, 64 groups of width 4. Arguments as for :func:`resnet18`."""
+    """ResNeXt-101, 64 groups of width 4.
+
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+    """
     kwargs = _fixed("resnext101_64x4d", kwargs, groups=64, width_per_group=4)
     return _resnet("resnext101_64x4d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
 
@@ -195,9 +275,20 @@ def resnext101_64x4d(
 def wide_resnet50_2(
     *, weights: Source | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """ResNet-50 with 3x3 convolutions of twice the width. Arguments as for :func:`resnet18`.
+    """ResNet-50 with 3x3 convolutions of twice the width.
 
-    Source: Zagoruyko and Komodakis, "Wide Residual Networks", 2016.
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+
+    Source:
+        Zagoruyko and Komodakis, "Wide Residual Networks", 2016.
     """
     kwargs = _fixed("wide_resnet50_2", kwargs, width_per_group=128)
     return _resnet("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs)
@@ -206,13 +297,24 @@ def wide_resnet50_2(
 def wide_resnet101_2(
     *, weights: Source | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """ResNet-101 with 3x3 convolutions of twice the width. Arguments as for :func:`resnet18`."""
+    """ResNet-101 with 3x3 convolutions of twice the width.
+
+    Args:
+        weights: A torchvision enum or its name, the path of a file, or a state dict; None for
+            random parameters.
+        progress: Show the progress of a download.
+        **kwargs: Further arguments of :class:`ResNet`, by keyword.
+
+    Raises:
+        ValueError: The weights cannot be read or do not fit.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+    """
     kwargs = _fixed("wide_resnet101_2", kwargs, width_per_group=128)
     return _resnet("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
 
 
 def _fixed(name: str, arguments: dict[str, Any], **values: int) -> dict[str, Any]:
-    """The arguments with those that the network's name fixes."""
+    """The arguments together with those that the network's name fixes."""
     for key, value in values.items():
         if arguments.setdefault(key, value) != value:
             raise ValueError(f"{name}: {key}: expected {value}, got {arguments[key]}")

@@ -1,9 +1,8 @@
-"""The networks that a benchmark can build, all with random weights and without a download.
+"""Builds networks of other libraries by name, with random weights and without a download.
 
-A network is named by a source and a name: ``torchvision:resnet50`` (which is what ``resnet50``
-means), ``timm:resnet50``, ``hf:microsoft/resnet-50``, and ``cifar_resnet56`` of the paper. Each is
-the plain PyTorch model of its library, for this package's :func:`~fused_resnet.freeze` as for all
-others.
+A name is ``source:name``: ``torchvision:resnet50`` (or ``resnet50``), ``timm:resnet50``,
+``hf:microsoft/resnet-50``; or the paper's ``cifar_resnet56``. Each is the plain PyTorch model of
+its library.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .optional import MissingPackageError, library
 from .unfused_cifar import PlainCifarResNet
 from .weights import load_into
 
-#: torchvision's residual networks, which are also ours.
+#: torchvision's residual networks, which this package has too.
 MODELS = (
     "resnet18",
     "resnet34",
@@ -37,14 +36,20 @@ CIFAR = tuple(f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110))
 
 
 class UnknownNetworkError(ValueError):
-    """No such network; the message says which there are."""
+    """An unknown network; the message lists the known ones."""
 
 
 def parse(text: str) -> str:
-    """The name in full, ``source:name``; torchvision's and this package's names stay short.
+    """Check the name of a network and normalise it.
+
+    Args:
+        text: ``source:name``, or only the name for torchvision's and this package's networks.
+
+    Returns:
+        ``source:name``; only the name for torchvision's and this package's networks.
 
     Raises:
-        UnknownNetworkError: No such source, or it has no such network.
+        UnknownNetworkError: An unknown source or network.
     """
     source, separator, name = text.partition(":")
     if not separator:
@@ -70,20 +75,24 @@ def parse(text: str) -> str:
 
 
 def size_of(name: str) -> int:
-    """Height and width of the images that the network is for."""
+    """Height and width of the images that a network is made for.
+
+    Args:
+        name: From :func:`parse`.
+    """
     return 32 if name in CIFAR else 224
 
 
 def torchvision_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
-    """torchvision's network of that name, in eval.
+    """A network of torchvision in eval mode.
 
     Args:
         name: One of :data:`MODELS`.
-        state: Its state dict, which also tells the number of classes; None leaves the initial
-            parameters.
+        state: Its state dict, which determines the number of classes; None for the initial
+            parameters and 1000 classes.
 
     Raises:
-        ValueError: The state dict is not that network's.
+        ValueError: The state dict does not fit the network.
         MissingPackageError: torchvision is not installed.
     """
     try:
@@ -98,15 +107,15 @@ def torchvision_model(name: str, state: dict[str, Tensor] | None = None) -> nn.M
 
 
 def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
-    """The network of its own library, in eval.
+    """The network as its own library builds it, in eval mode.
 
     Args:
         name: From :func:`parse`.
-        state: Its state dict, which also tells the number of classes; None leaves the initial
-            parameters.
+        state: Its state dict, which determines the number of classes; None for the initial
+            parameters and the default number of classes.
 
     Raises:
-        ValueError: The state dict is not that network's.
+        ValueError: The state dict does not fit the network.
         MissingPackageError: Its library is not installed.
     """
     source, _, rest = name.rpartition(":")
@@ -129,10 +138,14 @@ def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
 
 
 def classes_of(name: str, state: Mapping[str, Tensor]) -> int:
-    """How many classes a state dict of the network has: the length of its last bias.
+    """The number of classes of a state dict: the length of its classifier's bias.
+
+    Args:
+        name: The network, from :func:`parse`.
+        state: The state dict.
 
     Raises:
-        ValueError: It has no such bias, and so is not the network's.
+        ValueError: The state dict has no such bias, so it does not fit the network.
     """
     source, _, rest = name.rpartition(":")
     if source == "timm":
@@ -148,7 +161,16 @@ def classes_of(name: str, state: Mapping[str, Tensor]) -> int:
 
 
 def our_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
-    """What this package is given to fuse: its own CIFAR network, else :func:`plain_model`."""
+    """The network to fuse: this package's CIFAR network, else :func:`plain_model`.
+
+    Args:
+        name: From :func:`parse`.
+        state: Its state dict; None for the initial parameters.
+
+    Raises:
+        ValueError: The state dict does not fit the network.
+        MissingPackageError: The network's library is not installed.
+    """
     if name not in CIFAR:
         return plain_model(name, state)
     return cifar_resnet(_depth(name), weights=state).eval()

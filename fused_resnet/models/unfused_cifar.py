@@ -1,6 +1,6 @@
-"""The paper's CIFAR network in plain PyTorch, as its users write it, for the other providers.
+"""The paper's CIFAR network in plain PyTorch, which benchmarks compare with.
 
-Keys are those of :func:`fused_resnet.cifar_resnet`.
+The keys of its state dict are those of :func:`fused_resnet.cifar_resnet`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 
 class PlainCifarBlock(nn.Module):
-    """Two 3x3 convolutions; where the shape changes the shortcut subsamples and pads."""
+    """Two 3x3 convolutions and a shortcut, which subsamples and pads where the shape changes.
+
+    Args:
+        inplanes: Channels of the input.
+        planes: Channels of the result.
+        stride: Stride of the first convolution.
+    """
 
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -22,7 +28,14 @@ class PlainCifarBlock(nn.Module):
         self.stride, self.padding = stride, (planes - inplanes) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, inplanes, H, W)`` to ``(N, planes, H / stride, W / stride)``."""
+        """Run the block.
+
+        Args:
+            x: Input, ``(N, inplanes, H, W)``.
+
+        Returns:
+            ``(N, planes, H / stride, W / stride)``.
+        """
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.padding or self.stride != 1:
@@ -32,10 +45,10 @@ class PlainCifarBlock(nn.Module):
 
 
 class PlainCifarResNet(nn.Module):
-    """Stages of 16, 32 and 64 channels for images of 32x32.
+    """A network for 32 x 32 images: 16, 32 and 64 channels in three stages.
 
     Args:
-        depth: 20, 32, 44, 56 or 110.
+        depth: Number of layers: 20, 32, 44, 56 or 110.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, section 4.2, option A.
@@ -55,7 +68,14 @@ class PlainCifarResNet(nn.Module):
                 nn.init.kaiming_normal_(m.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to logits ``(N, 10)``."""
+        """Classify images.
+
+        Args:
+            x: Images, ``(N, 3, H, W)``.
+
+        Returns:
+            Logits, ``(N, 10)``.
+        """
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.layer3(self.layer2(self.layer1(y)))
         return self.linear(y.mean((2, 3)))

@@ -1,4 +1,4 @@
-"""Weights from a file, a dict or torchvision, always as plain tensors and never as code."""
+"""Loads weights from a file, a dict or torchvision; only tensors, no pickled code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: A torchvision enum or its name, a path, or a state dict.
+#: A torchvision enum or its name, the path of a file, or a state dict.
 Source = Any
 
-#: Under these keys training scripts keep the state dict of a checkpoint.
+#: Keys under which training scripts store the state dict of a checkpoint.
 _NESTED = ("state_dict", "model")
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
@@ -23,26 +23,26 @@ _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 def load_weights(
     source: Source, *, name: str | None = None, progress: bool = True
 ) -> dict[str, Tensor]:
-    """The state dict that ``source`` stands for, on the CPU.
+    """Load a state dict onto the CPU.
 
-    A ``{"state_dict": ...}`` or ``{"model": ...}`` around it and a ``module.`` before its keys
-    (left by DataParallel) are removed.
+    A surrounding ``{"state_dict": ...}`` or ``{"model": ...}`` is removed, as is the prefix
+    ``module.`` of keys that DataParallel adds.
 
     Args:
         source: A path to a ``.pth``, ``.pt`` or ``.safetensors`` file; the name of a torchvision
             enum (``"IMAGENET1K_V2"`` with ``name``, or ``"ResNet50_Weights.IMAGENET1K_V2"``); the
             enum itself; or a dict of tensors.
-        name: The network, as torchvision names it.
+        name: The network's name in torchvision; None if ``source`` does not need it.
         progress: Show the progress of a download.
 
     Returns:
         Tensors by key.
 
     Raises:
-        ValueError: No such file or name; a truncated file; a file that holds code or anything but
-            tensors. The message names the file and what to do.
+        ValueError: An unknown file or name; a truncated file; a file with code or objects other
+            than tensors. The message names the file and a remedy.
         RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
-        TypeError: ``source`` is none of the above.
+        TypeError: ``source`` is of another type.
     """
     if isinstance(source, Mapping):
         return _state_dict(source, "weights")
@@ -60,16 +60,18 @@ def load_weights(
 
 
 def load_into(model: nn.Module, source: Source, *, name: str, progress: bool = True) -> None:
-    """Load weights into a network, all of it or nothing.
+    """Load weights into a network; if they do not fit, the network is not changed.
 
     Args:
         model: The network.
-        source: What :func:`load_weights` takes.
+        source: A torchvision enum or its name, the path of a file, or a state dict.
         name: The network's name, for torchvision's enums and for messages.
         progress: Show the progress of a download.
 
     Raises:
-        ValueError: As :func:`load_weights`; keys or shapes that are not the network's.
+        ValueError: The weights cannot be read, or have other keys or shapes than the network.
+        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        TypeError: ``source`` is of another type.
     """
     state = load_weights(source, name=name, progress=progress)
     what = f"file {str(source)!r}" if isinstance(source, str | os.PathLike) else "dict"
@@ -83,7 +85,12 @@ def load_into(model: nn.Module, source: Source, *, name: str, progress: bool = T
 
 
 def number_of_classes(name: str, source: Source | None) -> int | None:
-    """How many classes torchvision's weights have; None for other sources."""
+    """The number of classes of torchvision's weights; None for other sources.
+
+    Args:
+        name: The network's name in torchvision.
+        source: A torchvision enum or its name, the path of a file, a state dict, or None.
+    """
     if source is None or isinstance(source, Mapping):
         return None
     if isinstance(source, str | os.PathLike) and is_path(source):
@@ -92,7 +99,11 @@ def number_of_classes(name: str, source: Source | None) -> int | None:
 
 
 def is_path(source: str | os.PathLike[str]) -> bool:
-    """Whether the source names a file rather than one of torchvision's enums."""
+    """Whether a source is the path of a file rather than the name of a torchvision enum.
+
+    Args:
+        source: The path or the name.
+    """
     text = os.fspath(source)
     return (
         not isinstance(source, str)
@@ -137,14 +148,14 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # In a whole archive the reason is what its pickle asked for; old files have no archive.
+        # If the archive is intact, or a global is refused, the pickle has more than tensors.
         if zipfile.is_zipfile(path) or "GLOBAL" in str(error):
             raise ValueError(
                 f"weights file {str(path)!r}: holds code or objects other than tensors, which are "
                 "not loaded; save model.state_dict() instead"
             ) from error
         raise _damaged(path) from error
-    except Exception as error:  # a damaged file can raise anything from inside the unpickler
+    except Exception as error:  # a damaged file can raise any exception in the unpickler
         raise _damaged(path) from error
 
 
@@ -187,23 +198,23 @@ def _state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
 
 
 def _mismatch(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
-    """How the keys and shapes differ; empty when they do not."""
-    parts = []
-    # Files of before 2018 have no counter of batches; load_state_dict sets it to 0.
+    """How keys and shapes differ; empty if they do not."""
+    problems = []
+    # Files from before 2018 have no batch counter; load_state_dict sets it to 0.
     missing = [k for k in expected if k not in got and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in got if k not in expected]
     if missing:
-        parts.append(f"{len(missing)} missing ({_some(missing)})")
+        problems.append(f"{len(missing)} missing ({_some(missing)})")
     if unexpected:
-        parts.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
+        problems.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
     shapes = [
         f"{k} has shape {tuple(got[k].shape)}, expected {tuple(expected[k].shape)}"
         for k in expected
         if k in got and got[k].shape != expected[k].shape
     ]
     if shapes:
-        parts.append(f"{len(shapes)} of another shape ({_some(shapes)})")
-    return ", ".join(parts)
+        problems.append(f"{len(shapes)} of another shape ({_some(shapes)})")
+    return ", ".join(problems)
 
 
 def _some(names: list[str]) -> str:

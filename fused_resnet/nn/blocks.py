@@ -1,4 +1,4 @@
-"""Residual blocks that run fused, with parameters as PyTorch keeps them."""
+"""Fused residual blocks, with the children and parameters of torchvision's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,26 @@ from .layers import NormLayer
 def conv3x3(
     in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size (at stride 1), without a bias."""
+    """A 3x3 convolution without a bias, padded to keep the size of the map at stride 1.
+
+    Args:
+        in_planes: Channels of the input.
+        out_planes: Channels of the result.
+        stride: Stride in both directions.
+        groups: Number of independent groups of channels.
+        dilation: Distance between the filters' taps, and the padding on each side.
+    """
     return nn.Conv2d(in_planes, out_planes, 3, stride, dilation, dilation, groups, bias=False)
 
 
 def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """A 1x1 convolution without a bias."""
+    """A 1x1 convolution without a bias.
+
+    Args:
+        in_planes: Channels of the input.
+        out_planes: Channels of the result.
+        stride: Stride in both directions.
+    """
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
@@ -29,15 +43,17 @@ class BasicBlock(BasicBlockForward):
     Args:
         inplanes: Channels of the input.
         planes: Channels of the result.
-        stride: Of the first convolution.
-        downsample: Makes the shortcut fit; None when the input does.
-        groups: Only 1.
-        base_width: Only 64.
-        dilation: Only 1.
-        norm_layer: Makes the batch norm from a number of channels.
+        stride: Stride of the first convolution.
+        downsample: Module of the shortcut, which gives the input the shape of the result; None for
+            the identity.
+        groups: Number of groups of channels; only 1 is supported.
+        base_width: Width that a bottleneck scales with; only 64 is supported.
+        dilation: Distance between the filters' taps; only 1 is supported.
+        norm_layer: Called with a number of channels, returns the batch norm; None for
+            :class:`torch.nn.BatchNorm2d`.
 
     Raises:
-        ValueError: Groups, base width or dilation that the block does not have.
+        ValueError: ``groups``, ``base_width`` or ``dilation`` has an unsupported value.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 left.
@@ -77,20 +93,25 @@ class BasicBlock(BasicBlockForward):
 class Bottleneck(BottleneckForward):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut; the stride is on the 3x3.
 
-    Constructor, children and order of initialisation are those of torchvision's block.
+    Constructor, children and order of initialisation are those of torchvision's block, so the same
+    seed gives the same parameters.
 
     Args:
         inplanes: Channels of the input.
         planes: A quarter of the channels of the result.
-        stride: Of the 3x3 convolution.
-        downsample: Makes the shortcut fit; None when the input does.
-        groups: Of the 3x3 convolution.
-        base_width: Channels of the 3x3 convolution for each 64 planes and group.
-        dilation: Of the 3x3 convolution.
-        norm_layer: Makes the batch norm from a number of channels.
+        stride: Stride of the 3x3 convolution.
+        downsample: Module of the shortcut, which gives the input the shape of the result; None for
+            the identity.
+        groups: Number of independent groups of channels of the 3x3 convolution.
+        base_width: Channels of the 3x3 convolution for each group, if ``planes`` is 64; they grow
+            in proportion to ``planes``.
+        dilation: Distance between the taps of the 3x3 filters.
+        norm_layer: Called with a number of channels, returns the batch norm; None for
+            :class:`torch.nn.BatchNorm2d`.
 
     Source:
-        He et al., 2015, figure 5 right; the stride as in torchvision ("ResNet V1.5").
+        He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 right; the stride
+        is on the 3x3 convolution as in torchvision ("ResNet V1.5").
     """
 
     expansion: int = 4

@@ -1,7 +1,7 @@
-"""Fused forwards as mixins: they give a module a forward that runs groups as operations.
+"""Mixins with a fused forward: a module that inherits one runs its groups as single operations.
 
-The modules of this package inherit them, and :func:`fused_resnet.fuse` adds them to the modules of
-other libraries. Each comes with the groups that its forward runs, for the report.
+The modules of this package inherit from them, and :func:`fused_resnet.fuse` adds them to the
+modules of other libraries. Each one also lists the groups that its forward runs, for the report.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ class FusedForward(nn.Module):
     fused_resnet_winograd: bool = True
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # torch.jit.script calls this first; without it, it would fail at a type it doesn't know.
+        # torch.jit.script calls this first; it would otherwise fail later, on an unsupported type.
         raise RuntimeError(
             f"torch.jit.script: {type(self).__name__} has a forward that only Python runs; use "
             "torch.export or torch.jit.trace, or script the model that fuse() or freeze() was given"
         )
 
     def fused_groups(self) -> list[Group]:
-        """The groups among the module's own children, as the next call will run them."""
+        """The groups among the module's own children, as the next call runs them."""
         raise NotImplementedError
 
-    def covered(self) -> list[nn.Module]:
-        """Modules below whose forward runs as part of this one, their groups among its own."""
+    def inlined_modules(self) -> list[nn.Module]:
+        """Submodules whose forward is inlined into this one; their groups are listed here."""
         return []
 
     def block_modules(self) -> BlockModules | None:
-        """The residual block that a call with one tensor computes; None for anything else.
+        """The residual block that a call with one tensor computes; None if it is not a block.
 
-        Whether there is an operation for its convolutions is for the caller to check.
+        The caller has to check that an operation supports the block's convolutions.
         """
         return None
 
@@ -66,22 +66,23 @@ class FusedForward(nn.Module):
         return None if block is None else block.training_decision()
 
 
-#: The shortcut is the identity or a convolution; see :attr:`BlockModules.padding`.
+#: :attr:`BlockModules.padding` of a shortcut that is the identity or a convolution.
 NO_PADDING = (0, 1)
 
 
 @dataclass(frozen=True)
 class BlockModules:
-    """A residual block by its modules: a sequence of convolutions, a shortcut, and nothing else.
+    """The modules of a residual block: a sequence of convolutions and a shortcut.
 
     Attributes:
-        convs: The block's own two or three in order, and then the shortcut's, if it has one.
-        norms: The normalisation behind each convolution.
-        acts: The activation behind each of the block's own convolutions, the last one's behind the
-            addition; None where it is inside the normalisation.
-        members: All modules on which this depends.
-        reads: Checks that the attributes of the block on which it depends are as they were; None
-            for no such check.
+        convs: The two or three convolutions of the main branch in order, followed by the
+            shortcut's convolution if it has one.
+        norms: The batch norm after each convolution, in the order of ``convs``.
+        acts: The activation after each batch norm of the main branch, for the last one after the
+            addition; None where the batch norm contains it.
+        members: All modules that this description depends on.
+        reads: Called with the block, checks that the attributes that this description depends on
+            have not changed; None when there are none.
         padding: Of a shortcut without parameters: channels of zeros on each side, and its stride.
         shortcut: Of a block without a projection: ``"identity"``, ``"zeros"``, or ``"none"``.
     """
@@ -118,17 +119,17 @@ def block_modules_of(
     shortcut: nn.Module | None,
     reads: Callable[[nn.Module], bool] | None = None,
 ) -> BlockModules | None:
-    """The modules of a block with torchvision's children.
+    """The modules of a block whose children are named as in torchvision.
 
     Args:
         block: Has ``conv1``, ``bn1`` to ``conv<count>``, ``bn<count>`` and one ``relu``.
-        count: Number of its own convolutions.
-        shortcut: A sequence of a convolution and a batch norm, or of nothing; None for the
-            identity.
-        reads: Becomes :attr:`BlockModules.reads`.
+        count: Number of convolutions of the main branch.
+        shortcut: An ``nn.Sequential`` of a convolution and a batch norm, or an empty one; None for
+            the identity.
+        reads: Checks that attributes of the block have not changed (:attr:`BlockModules.reads`).
 
     Returns:
-        None where the shortcut is something else.
+        The description, or None for any other shortcut.
     """
     convs = [getattr(block, f"conv{i}") for i in range(1, count + 1)]
     norms = [getattr(block, f"bn{i}") for i in range(1, count + 1)]
@@ -146,17 +147,18 @@ def block_modules_of(
 
 
 class BasicBlockForward(FusedForward):
-    """The forward of a basic block with torchvision's children.
+    """The forward of a basic block whose children are named as in torchvision.
 
     Source:
-        He et al., 2015, figure 5 left; ``torchvision.models.resnet.BasicBlock.forward``.
+        He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 left;
+        ``torchvision.models.resnet.BasicBlock.forward``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)``.
 
         Args:
-            x: ``(N, C, H, W)``.
+            x: Input, ``(N, C, H, W)``.
         """
         m: Any = self
         block = self.block_modules()
@@ -177,17 +179,18 @@ class BasicBlockForward(FusedForward):
 
 
 class BottleneckForward(FusedForward):
-    """The forward of a bottleneck with torchvision's children.
+    """The forward of a bottleneck whose children are named as in torchvision.
 
     Source:
-        He et al., 2015, figure 5 right; ``torchvision.models.resnet.Bottleneck.forward``.
+        He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 right;
+        ``torchvision.models.resnet.Bottleneck.forward``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Three convolutions with their batch norms, the shortcut, and ReLU.
+        """``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut)``.
 
         Args:
-            x: ``(N, C, H, W)``.
+            x: Input, ``(N, C, H, W)``.
         """
         m: Any = self
         block = self.block_modules()
@@ -209,10 +212,13 @@ class BottleneckForward(FusedForward):
 
 
 class ResNetForward(FusedForward):
-    """The forward of a ResNet with torchvision's children: the stem is a sequence of its own."""
+    """The forward of a ResNet whose children are named as in torchvision; the stem is one group."""
 
     def _early_stages(self, x: Tensor) -> Tensor:
-        """The stem and all stages but the last two, whose weights outweigh their maps."""
+        """The stem and the first two stages: their activations are larger than their weights.
+
+        A frozen model runs them in micro-batches, so that the activations stay in the cache.
+        """
         m: Any = self
         x = run_sequence((m.conv1, m.bn1, m.relu, m.maxpool), x)
         return m.layer2(m.layer1(x))
@@ -235,10 +241,10 @@ class ResNetForward(FusedForward):
 
 
 class SequentialForward(FusedForward):
-    """The forward of an ``nn.Sequential`` whose runs are groups."""
+    """The forward of an ``nn.Sequential`` with groups among its modules."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Call the modules in order; the argument has the name that ``nn.Sequential`` gives it."""
+        """Call the modules in order; the argument is named as in ``nn.Sequential.forward``."""
         return run_sequence(self._modules.values(), input)  # type: ignore[arg-type]
 
     def fused_groups(self) -> list[Group]:

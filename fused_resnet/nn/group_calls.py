@@ -1,8 +1,8 @@
-"""Running groups: functions over modules that somebody else built.
+"""Calls groups of existing modules as single operations.
 
-Every function here reads the live parameters, buffers and settings of its modules at every call and
-keeps nothing, so it can't go stale. Which operation runs is decided in :mod:`.groups`; where no
-operation can stand for the modules they are called one by one, as the unfused network would.
+Every function here reads the parameters, buffers and settings of its modules at each call and
+caches nothing, so it can't go stale. :mod:`.groups` decides which operation runs; where none can
+replace the modules they are called one by one, as in the unfused network.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .. import ops
 from .groups import Decision, decide_conv_bn, decide_norm, decide_run
 from .module_kinds import (
     PackedConv,
+    activate,
     eps_of,
     inner_activation,
     is_observed,
@@ -25,8 +27,8 @@ from .module_kinds import (
     result_fits,
 )
 
-#: How the owner of the modules adds the residual: in place like torchvision, where the result keeps
-#: the dtype of the batch norm's, or not.
+#: The addition that the unfused forward uses: in place as in torchvision, where the result has the
+#: dtype of the batch norm's result, or out of place.
 Add = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -38,21 +40,21 @@ def conv_bn(
     residual: Tensor | None = None,
     add: Add = operator.iadd,
 ) -> Tensor:
-    """``act(bn(conv(x)) [+ residual])`` with as much of it in one operation as can be proved equal.
+    """``act(bn(conv(x)) [+ residual])`` as one operation, as far as its result is the same.
 
     Args:
-        conv: The convolution, or the :class:`.PackedConv` in its place.
-        bn: The normalisation.
-        act: The activation; None for none. Any module will do, ReLU is fused.
-        x: ``(N, C, H, W)``.
-        residual: Shape of the result; None for none.
+        conv: The convolution, or the :class:`.PackedConv` that replaces it.
+        bn: The batch norm.
+        act: The activation; None for none. Any module is allowed, only ReLU is fused.
+        x: Input, ``(N, C, H, W)``.
+        residual: Tensor of the result's shape; None for none.
         add: Adds the residual where no operation does.
 
     Returns:
-        What calling the modules in turn returns, up to rounding.
+        The result of calling the modules in turn, up to rounding.
     """
     if isinstance(conv, PackedConv):
-        return _packed(conv, bn, act, x, residual, add)
+        return _call_packed(conv, bn, act, x, residual, add)
     decision = decide_conv_bn(conv, bn, act, residual is not None)
     if not decision.operation or is_observed(x):
         return _one_by_one(bn, act, conv(x), residual, add)
@@ -62,7 +64,7 @@ def conv_bn(
         return _one_by_one(bn, act, conv(x), residual, add)
     assert isinstance(conv, nn.Conv2d)
     y = _conv_bn_add_relu(conv, bn, x, residual, decision.relu)
-    return _rest_of(decision, bn, act, y)
+    return _apply_unfused_activation(decision, bn, act, y)
 
 
 def norm_add_act(
@@ -72,34 +74,38 @@ def norm_add_act(
     residual: Tensor | None = None,
     add: Add = operator.iadd,
 ) -> Tensor:
-    """``act(bn(x) [+ residual])`` with as much of it in one operation as can be proved equal.
+    """``act(bn(x) [+ residual])`` as one operation, as far as its result is the same.
 
     Args:
-        bn: The normalisation.
-        act: The activation; None for none. Any module will do, ReLU is fused.
-        x: ``(N, C, H, W)``.
-        residual: Shape of ``x``; None for none.
+        bn: The batch norm.
+        act: The activation; None for none. Any module is allowed, only ReLU is fused.
+        x: Input, ``(N, C, H, W)``.
+        residual: Tensor of ``x``'s shape; None for none.
         add: Adds the residual where no operation does.
 
     Returns:
-        What calling the modules in turn returns, up to rounding.
+        The result of calling the modules in turn, up to rounding.
     """
     decision = decide_norm(bn, act, residual is not None)
     fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     if not decision.operation or is_observed(x) or x.dim() != 4 or not fits:
         return _one_by_one(bn, act, x, residual, add)
-    return _rest_of(decision, bn, act, _bn_add_relu(bn, x, residual, decision.relu))
+    return _apply_unfused_activation(
+        decision, bn, act, _bn_add_relu(bn, x, residual, decision.relu)
+    )
 
 
-def _rest_of(decision: Decision, bn: nn.Module, act: nn.Module | None, y: Tensor) -> Tensor:
-    """The activation behind an operation that did not apply it."""
+def _apply_unfused_activation(
+    decision: Decision, bn: nn.Module, act: nn.Module | None, y: Tensor
+) -> Tensor:
+    """Apply the activation to an operation's result, unless the operation did."""
     if decision.relu:
         return y
-    rest = act if act is not None else inner_activation(bn)
-    return y if rest is None else rest(y)
+    unfused = act if act is not None else inner_activation(bn)
+    return activate(unfused, y)
 
 
-def _packed(
+def _call_packed(
     conv: PackedConv,
     bn: nn.Module,
     act: nn.Module | None,
@@ -112,9 +118,9 @@ def _packed(
     relu = is_relu(act)
     if residual is not None and not result_fits(conv, x, residual):
         y = add(conv(x, None, False), residual)
-        return y if act is None else act(y)
+        return activate(act, y)
     y = conv(x, residual, relu)
-    return y if relu or act is None else act(y)
+    return y if relu else activate(act, y)
 
 
 def _one_by_one(
@@ -123,15 +129,18 @@ def _one_by_one(
     y: Tensor = bn(z)
     if residual is not None:
         y = add(y, residual)
-    return y if act is None else act(y)
+    return activate(act, y)
 
 
 def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """Call modules one after another, with each run that an operation computes as that operation.
+    """Call modules one after another, with each group among them as one operation.
 
     Args:
-        modules: In the order of their calls.
-        x: The input of the first.
+        modules: The modules in the order of their calls.
+        x: Input of the first module.
+
+    Returns:
+        The result of the last module, up to rounding.
     """
     members = list(modules)
     if is_observed(x):
@@ -141,46 +150,48 @@ def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     at = 0
     while at < len(members):
         first, decision = members[at], decide_run(members, at)
-        behind = members[at + 1 : at + decision.length]
+        following = members[at + 1 : at + decision.length]
         if not decision.operation:
             x = first(x)
         elif isinstance(first, PackedConv):
-            x = _packed_run(first, decision, behind, x)
+            x = _run_packed(first, decision, following, x)
         elif decision.operation == "bn_add_relu":
             x = _bn_add_relu(first, x, None, True)
         elif decision.operation == "conv_bn_relu_maxpool":
             assert isinstance(first, nn.Conv2d)
-            x = _conv_bn_relu_maxpool(first, behind[0], behind[-1], x)
+            x = _conv_bn_relu_maxpool(first, following[0], following[-1], x)
         else:
             assert isinstance(first, nn.Conv2d)
-            x = _conv_bn_add_relu(first, behind[0], x, None, decision.relu)
+            x = _conv_bn_add_relu(first, following[0], x, None, decision.relu)
         at += decision.length
     return x
 
 
-def _packed_run(conv: PackedConv, decision: Decision, behind: list[nn.Module], x: Tensor) -> Tensor:
+def _run_packed(
+    conv: PackedConv, decision: Decision, following: list[nn.Module], x: Tensor
+) -> Tensor:
     if decision.operation == "conv_bn_relu_maxpool":
         return conv(x, None, True, True)
-    act = behind[1] if len(behind) > 1 else None
-    return _packed(conv, behind[0], act, x, None, operator.iadd)
+    act = following[1] if len(following) > 1 else None
+    return _call_packed(conv, following[0], act, x, None, operator.iadd)
 
 
-# The arguments of an operation, from the modules
+# The arguments of an operation, taken from modules
 
 
-def bn_add_relu(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def bn_add_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``relu(bn(x) [+ residual])`` with the parameters, statistics and mode of ``bn``.
 
     Args:
-        bn: Any batch norm. Its class and hooks are not checked: the caller is the module itself.
-        x: ``(N, C, H, W)``.
-        residual: Shape and dtype of ``x``; None for none.
+        bn: Any batch norm; its class and hooks are not checked, since the module itself calls this.
+        x: Input, ``(N, C, H, W)``.
+        residual: Tensor of ``x``'s shape and dtype; None for none.
     """
     return _bn_add_relu(bn, x, residual, True)
 
 
 def norm_arguments(bn: Any) -> dict[str, Any]:
-    """The arguments of an operation that come from a batch norm; counts the call as PyTorch does.
+    """The arguments of an operation that come from a batch norm; updates its batch counter.
 
     Args:
         bn: A batch norm that :func:`.norm_reason` accepts.
@@ -196,7 +207,7 @@ def norm_arguments(bn: Any) -> dict[str, Any]:
         "training": False,
         "eps": eps_of(bn),
     }
-    if not isinstance(bn, nn.BatchNorm2d):  # a FrozenBatchNorm2d has no mode
+    if not isinstance(bn, _NormBase):  # a FrozenBatchNorm2d has no training mode
         return arguments
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -211,7 +222,7 @@ def norm_arguments(bn: Any) -> dict[str, Any]:
 
 
 def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    """The arguments of an operation that come from a convolution, its weight apart.
+    """The arguments of an operation that come from a convolution, except for its weight.
 
     Args:
         conv: A convolution that :func:`.conv_reason` accepts.

@@ -1,9 +1,9 @@
 """Groups: which modules one operation runs, and why the others are not fused.
 
-A *group* is a run of modules that one operation computes: convolution, batch norm, the residual add
-and ReLU, in the stem a max-pool. The decision is made here and nowhere else: the forwards of
+A *group* is a sequence of modules that one operation computes: convolution, batch norm, the
+residual add and ReLU, and a max-pool in the stem. The decision is made here only: the forwards of
 :mod:`.group_calls` act on it and :func:`fused_resnet.report` shows it, so the two can't disagree.
-Decisions read the live modules at every call and are not kept, so they can't go stale.
+Decisions read the modules at every call and are not cached, so they can't go stale.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from .module_kinds import (
 
 
 class Decision(NamedTuple):
-    """How a run of modules is computed.
+    """How a sequence of modules is computed.
 
     Attributes:
-        operation: Operation of :mod:`fused_resnet.ops` for the run; empty: the modules are called.
-        reason: Why the run, or the convolution in front of a ``bn_add_relu``, is not fused.
+        operation: The operation of :mod:`fused_resnet.ops` that computes it; empty when the modules
+            are called one by one.
+        reason: Why the sequence, or the convolution before a ``bn_add_relu``, is not fused.
         relu: Whether the operation applies the ReLU.
-        length: Number of modules of a sequence that the operation stands for.
+        length: Number of modules that the operation replaces.
     """
 
     operation: str
@@ -51,13 +52,13 @@ class Group:
         operation: Operation of :mod:`fused_resnet.ops` that runs it; empty when none does.
         reason: Why no operation runs it; empty when one does.
         conv: The convolution; empty when it is not part of the group.
-        bn: The batch norm; empty when it is not part of the group. Both may be paths into the
-            owner's children.
+        bn: The batch norm; empty when it is not part of the group. ``conv`` and ``bn`` may also be
+            paths of submodules further down.
         pool: The max-pool, when it is part of the group.
         relu: Whether the operation applies ReLU.
         length: Number of modules of a sequence that the group covers.
-        foldable: Whether the batch norm may be folded into the convolution: neither is called for
-            anything else.
+        foldable: Whether the batch norm may be folded into the convolution, because no other group
+            calls either of them.
     """
 
     operation: str
@@ -71,7 +72,7 @@ class Group:
 
     @property
     def path(self) -> str:
-        """The attribute that stands for the group in a report."""
+        """The attribute that names the group in a report."""
         return self.conv or self.bn
 
 
@@ -84,14 +85,14 @@ def decide_conv_bn(
     """How ``act(bn(conv(x)) [+ residual])`` is computed.
 
     Args:
-        conv: The convolution, or the :class:`.PackedConv` in its place.
-        bn: The normalisation.
-        act: The activation behind it; None for none.
-        adds: Whether a residual is added in front of the activation.
+        conv: The convolution, or the :class:`.PackedConv` that replaces it.
+        bn: The batch norm.
+        act: The activation after it; None for none.
+        adds: Whether a residual is added before the activation.
 
     Returns:
-        ``conv_bn_add_relu`` for all of it; ``bn_add_relu`` where the convolution is called as a
-        module; else no operation.
+        ``conv_bn_add_relu`` for all of it; ``bn_add_relu`` where the convolution can't be fused and
+        is called as a module; else no operation, and the reason.
     """
     if isinstance(conv, PackedConv):
         inner = inner_activation(bn)
@@ -110,9 +111,9 @@ def decide_norm(bn: nn.Module, act: nn.Module | None, adds: bool = False) -> Dec
     """How ``act(bn(x) [+ residual])`` is computed.
 
     Args:
-        bn: The normalisation.
-        act: The activation behind it; None for none.
-        adds: Whether a residual is added in front of the activation.
+        bn: The batch norm.
+        act: The activation after it; None for none.
+        adds: Whether a residual is added before the activation.
 
     Returns:
         ``bn_add_relu``, or no operation and the reason.
@@ -129,15 +130,15 @@ def decide_norm(bn: nn.Module, act: nn.Module | None, adds: bool = False) -> Dec
 
 
 def decide_run(members: Sequence[nn.Module], start: int) -> Decision:
-    """How modules that are called one after another are computed from ``start`` on.
+    """The largest group that starts at one module of a sequence.
 
     Args:
-        members: Modules in the order of their calls, each with the result of the one before.
-        start: Index of the first module of the run.
+        members: Modules in the order of their calls, each called with the result of the one before.
+        start: Index of the group's first module.
 
     Returns:
-        An operation and the number of modules that it covers; no operation and 1 when the module at
-        ``start`` is to be called.
+        The operation and the number of modules that it replaces; no operation, and 1, when the
+        module at ``start`` is called by itself.
     """
     first = members[start]
     if isinstance(first, PackedConv):
@@ -154,7 +155,7 @@ def decide_run(members: Sequence[nn.Module], start: int) -> Decision:
         relu = True
         end += 1
     if unfused:
-        # There is nothing to fuse a batch norm without ReLU with: PyTorch runs it.
+        # A batch norm without ReLU has nothing to be fused with: PyTorch runs it.
         return Decision("bn_add_relu", "", True, end - start) if relu else Decision("")
     if relu and end < len(members) and is_max_pool(members[end]):
         return Decision("conv_bn_relu_maxpool", "", True, end + 1 - start)
@@ -219,16 +220,16 @@ def _name(module: nn.Module) -> str:
     return original_class(module).__name__
 
 
-# The groups that the decisions make, by name
+# The groups that follow from the decisions, by name
 
 
 def conv_bn_groups(owner: nn.Module, conv: str, bn: str, act: nn.Module | None) -> list[Group]:
     """The groups of ``act(bn(conv(x)))``.
 
     Args:
-        owner: Has the children.
+        owner: The module that has the convolution and the batch norm as attributes.
         conv: Attribute of the convolution.
-        bn: Attribute of the normalisation.
+        bn: Attribute of the batch norm.
         act: The activation; None for none.
     """
     first = getattr(owner, conv)
@@ -243,11 +244,11 @@ def conv_bn_groups(owner: nn.Module, conv: str, bn: str, act: nn.Module | None) 
 
 
 def residual_block_groups(block: nn.Module, count: int) -> list[Group]:
-    """The groups of a block with torchvision's children.
+    """The groups of a block whose children are named as in torchvision.
 
     Args:
         block: Has ``conv1``, ``bn1`` to ``conv<count>``, ``bn<count>`` and ``relu``.
-        count: Number of its own convolutions.
+        count: Number of convolutions of the main branch.
     """
     groups: list[Group] = []
     relu: nn.Module = block.relu  # type: ignore[assignment]
@@ -296,7 +297,7 @@ def _sequence_groups(names: Sequence[str], members: Sequence[nn.Module]) -> Iter
             pool = names[at + length - 1] if has_pool else ""
             conv, bn = names[at : at + 2]
             yield Group(decision.operation, "", conv, bn, pool, decision.relu, length)
-        elif is_norm(first) and not hasattr(first, "fused_groups"):
+        elif is_norm(first):
             yield Group("", _unfused_norm_reason(members, at), bn=names[at])
         at += length
 

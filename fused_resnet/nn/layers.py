@@ -1,25 +1,27 @@
-"""Layers that run fused, with parameters as PyTorch keeps them."""
+"""Fused layers, with the parameters and buffers of the PyTorch modules that they replace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _NormBase
 
 from .fused_forward import FusedForward, SequentialForward
 from .group_calls import bn_add_relu, conv_bn, run_sequence
 from .groups import Group, conv_bn_groups, sequence_groups
+from .module_kinds import RELU
 
 IntOrPair = int | tuple[int, int]
 NormLayer = Callable[..., nn.Module]
 
-#: The activation of modules that have no child for it. It keeps no state.
-_RELU = nn.ReLU()
-
 
 class _ConvBN(FusedForward):
-    """The children and the arguments that the convolution modules share."""
+    """The children and the constructor of the convolution modules."""
 
     def __init__(
         self,
@@ -57,76 +59,152 @@ class _ConvBN(FusedForward):
         )
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
-        return conv_bn_groups(self, "conv", "bn", _RELU)
+        """The group of the convolution and the batch norm."""
+        return conv_bn_groups(self, "conv", "bn", RELU)
 
 
 class ConvBNReLU2d(_ConvBN):
     r"""Convolution, batch norm and ReLU: :math:`y = \max(0, \mathrm{bn}(w * x + b))`.
 
     Args:
-        in_channels: As in :class:`torch.nn.Conv2d`, and so all up to ``bias``, which is False here.
-        out_channels: See there.
-        kernel_size: See there.
-        stride: See there.
-        padding: See there.
-        dilation: See there.
-        groups: See there.
-        bias: See there.
-        eps: As in :class:`torch.nn.BatchNorm2d`, and so all that follow.
-        momentum: See there; None averages all batches.
-        affine: See there.
-        track_running_stats: See there.
-        device: Of all parameters and buffers.
-        dtype: Of all parameters and buffers.
+        in_channels: Channels of the input.
+        out_channels: Channels of the result.
+        kernel_size: Size of the filters, an int or ``(height, width)``.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side of the input, an int or ``(height, width)``; or ``"same"`` or
+            ``"valid"``.
+        dilation: Distance between the filters' taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
+        bias: Whether the convolution has a bias.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics; None for the mean of all batches.
+        affine: Whether batch norm has a weight and a bias.
+        track_running_stats: Whether running statistics are kept; without them, the statistics of
+            the batch are used in eval mode too.
+        device: Device of the parameters and buffers.
+        dtype: Dtype of the parameters and buffers.
 
     The children are ``conv`` and ``bn``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, OH, OW)``, layout of ``x``."""
-        return conv_bn(self.conv, self.bn, _RELU, x)
+        """Apply convolution, batch norm and ReLU.
+
+        Args:
+            x: Input, ``(N, in_channels, H, W)``.
+
+        Returns:
+            ``(N, out_channels, OH, OW)``, dtype and memory format of ``x``.
+        """
+        return conv_bn(self.conv, self.bn, RELU, x)
 
 
 class ConvBNAddReLU2d(_ConvBN):
     r"""Convolution, batch norm, residual and ReLU: :math:`y = \max(0, \mathrm{bn}(w * x + b) + r)`.
 
-    The arguments are those of :class:`ConvBNReLU2d`; the children are ``conv`` and ``bn``.
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the result.
+        kernel_size: Size of the filters, an int or ``(height, width)``.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side of the input, an int or ``(height, width)``; or ``"same"`` or
+            ``"valid"``.
+        dilation: Distance between the filters' taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
+        bias: Whether the convolution has a bias.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics; None for the mean of all batches.
+        affine: Whether batch norm has a weight and a bias.
+        track_running_stats: Whether running statistics are kept; without them, the statistics of
+            the batch are used in eval mode too.
+        device: Device of the parameters and buffers.
+        dtype: Dtype of the parameters and buffers.
+
+    The children are ``conv`` and ``bn``.
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """As :meth:`ConvBNReLU2d.forward`; ``residual`` has the shape and dtype of the result."""
-        return conv_bn(self.conv, self.bn, _RELU, x, residual)
+        """Apply convolution and batch norm, add the residual and apply ReLU.
+
+        Args:
+            x: Input, ``(N, in_channels, H, W)``.
+            residual: :math:`r`, ``(N, out_channels, OH, OW)``, dtype of the result.
+
+        Returns:
+            ``(N, out_channels, OH, OW)``, dtype and memory format of ``x``.
+        """
+        return conv_bn(self.conv, self.bn, RELU, x, residual)
 
 
-class BNAddReLU2d(nn.BatchNorm2d, FusedForward):
+class BNAddReLU2d(_NormBase, FusedForward):
     r"""Batch norm, an optional residual and ReLU: :math:`y = \max(0, \mathrm{bn}(x) [+ r])`.
 
-    Arguments, parameters and buffers are those of :class:`torch.nn.BatchNorm2d`.
+    Parameters, buffers and ``state_dict`` keys are those of :class:`torch.nn.BatchNorm2d`. It is no
+    subclass of it: converters that replace every ``BatchNorm2d`` by another normalisation, such as
+    ``nn.SyncBatchNorm.convert_sync_batchnorm``, would drop the residual and the ReLU. They leave
+    this module as it is.
+
+    Args:
+        num_features: Number of channels.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics; None for the mean of all batches.
+        affine: Whether batch norm has a weight and a bias.
+        track_running_stats: Whether running statistics are kept; without them, the statistics of
+            the batch are used in eval mode too.
+        device: Device of the parameters and buffers.
+        dtype: Dtype of the parameters and buffers.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(N, C, H, W)``, and ``residual`` like it, to the same shape, dtype and layout."""
+        """Apply batch norm, add the residual and apply ReLU.
+
+        Args:
+            x: Input, ``(N, C, H, W)``.
+            residual: :math:`r`, shape and dtype of ``x``; None means 0.
+
+        Returns:
+            ``(N, C, H, W)``, dtype and memory format of ``x``.
+        """
+        if isinstance(x, Proxy):
+            return self._traced(x, residual)
         return bn_add_relu(self, x, residual)
 
+    def _traced(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """By PyTorch's functions, which ``torch.fx`` records; a trace counts no batches."""
+        by_batch = self.training or self.running_mean is None
+        tracked = not self.training or self.track_running_stats
+        y = F.batch_norm(
+            x,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            by_batch,
+            self.momentum or 0.0,
+            self.eps,
+        )
+        return torch.relu(y if residual is None else y + residual)
+
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
+        """The group of the module itself."""
         return [Group("bn_add_relu")]
 
 
 class Stem(FusedForward):
-    r"""What a ResNet begins with: :math:`y = \mathrm{maxpool}(\max(0, \mathrm{bn}(w * x)))`.
+    r"""The stem of a ResNet: :math:`y = \mathrm{maxpool}(\max(0, \mathrm{bn}(w * x)))`.
 
     Args:
-        in_channels: Of the image.
-        out_channels: Of the result.
-        kernel_size: Of the convolution.
-        stride: Of the convolution.
-        padding: Of the convolution.
-        pool_kernel: Window of the max-pool.
-        pool_stride: Its step.
-        pool_padding: Its padding.
-        norm_layer: Makes the batch norm from a number of channels.
+        in_channels: Channels of the image.
+        out_channels: Channels of the result.
+        kernel_size: Size of the convolution's filters, an int or ``(height, width)``.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side of the image, an int or ``(height, width)``.
+        pool_kernel: Window of the max-pool, an int or ``(height, width)``.
+        pool_stride: Stride of the max-pool, an int or ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side, an int or
+            ``(height, width)``.
+        norm_layer: Called with a number of channels, returns the batch norm; None for
+            :class:`torch.nn.BatchNorm2d`.
 
     The children are ``conv``, ``bn``, ``relu`` and ``pool``.
     """
@@ -150,13 +228,24 @@ class Stem(FusedForward):
         self.pool = nn.MaxPool2d(pool_kernel, pool_stride, pool_padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, PH, PW)``."""
+        """Apply convolution, batch norm, ReLU and max-pool.
+
+        Args:
+            x: Image, ``(N, in_channels, H, W)``.
+
+        Returns:
+            ``(N, out_channels, PH, PW)``, dtype and memory format of ``x``.
+        """
         return run_sequence(self.children(), x)
 
     def fused_groups(self) -> list[Group]:
-        """See :meth:`fused_resnet.nn.fused_forward.FusedForward.fused_groups`."""
+        """The one group of all children."""
         return sequence_groups(dict(self.named_children()))
 
 
 class FusedSequential(SequentialForward, nn.Sequential):
-    """``nn.Sequential`` in which convolution, batch norm, ReLU and max-pool run as one."""
+    """An ``nn.Sequential`` that runs convolution, batch norm, ReLU and max-pool as one operation.
+
+    Args:
+        args: The modules in the order of their calls, or one ``OrderedDict`` of them by name.
+    """

@@ -1,7 +1,7 @@
-"""What a module is: the questions that fusing asks of one layer.
+"""Predicates on single modules: their kind, and why an operation cannot compute them.
 
-All of them look at the live module, so that a hook, a replaced method or another class in a slot
-counts from the next call on.
+They read the module at every call, so a hook, a replaced method or a replaced module takes effect
+from the next call on.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
+#: Stands for a ReLU that a forward applies as a function. It keeps no state, and is no child of any
+#: module, so that a trace must record the function in its place: see :func:`activate`.
+RELU = nn.ReLU()
+
 
 class PackedConv(nn.Module):
-    """What :func:`fused_resnet.freeze` leaves in a convolution's slot: a whole group as one module.
+    """A group with packed weights; :func:`fused_resnet.freeze` replaces a convolution with it.
 
-    Called with ``(x, residual, relu, pool)``; called with ``x`` alone it is the convolution and its
-    batch norm.
+    It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution
+    and its batch norm.
 
     Attributes:
         operation: Name of the operation that it runs.
         relu: Whether the group has a ReLU.
-        span: Number of modules of a sequence that it stands for, itself included.
+        span: Number of modules of a sequence that it replaces, including itself.
     """
 
     operation: str
@@ -32,39 +36,71 @@ class PackedConv(nn.Module):
 
 
 class FoldedBatchNorm(nn.Identity):
-    """Takes the slot of a batch norm that was folded into its convolution's :class:`PackedConv`.
+    """Replaces a batch norm that was folded into the :class:`PackedConv` of its convolution.
 
-    It keeps the activation that the batch norm had inside, and is called only where its owner runs
-    its original forward.
+    It applies the activation that the batch norm contained, if any. It is called only where its
+    owner runs its original forward.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the activation that was inside the batch norm, if there was one."""
+        """Apply the activation that the batch norm contained, if any.
+
+        Args:
+            input: Result of the :class:`PackedConv`.
+        """
         act = self._modules.get("act")
         return input if act is None else act(input)
 
 
+#: Methods that decide what PyTorch's layers compute, as PyTorch defines them. Libraries replace
+#: them on an instance or on the class itself, for example to pad circularly.
+_METHODS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
+    cls: tuple((name, getattr(cls, name)) for name in names)
+    for cls, names in (
+        (nn.Conv2d, ("forward", "_conv_forward")),
+        (nn.BatchNorm2d, ("forward", "_check_input_dim")),
+        (nn.ReLU, ("forward",)),
+        (nn.MaxPool2d, ("forward",)),
+    )
+}
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module was built as, whatever this package has mixed into it since."""
+    """The class of a module before this package derived another one from it."""
     cls = type(module)
     return getattr(cls, "fused_resnet_base", cls)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs anything besides its class's ``forward``."""
+    """Whether a call of the module runs more than its class's own methods, such as a hook."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or has_replaced_method(module)
     )
 
 
-def is_observed(x: Any) -> bool:
-    """Whether modules must be called one by one: a global hook is set, or ``torch.fx`` traces.
+def has_replaced_method(module: nn.Module) -> bool:
+    """Whether a method that decides what the module computes was replaced.
 
-    A trace then records the modules that the unfused network has.
+    On the instance, or for the layers of PyTorch that the operations stand for on the class.
+    """
+    members = module.__dict__
+    if "forward" in members:
+        return True
+    cls = original_class(module)
+    for name, method in _METHODS.get(cls, ()):
+        if name in members or getattr(cls, name) is not method:
+            return True
+    return False
+
+
+def is_observed(x: Any) -> bool:
+    """Whether a global hook is set or ``torch.fx`` traces, so that modules are called one by one.
+
+    The hook and the trace then see the modules of the unfused network.
 
     Args:
         x: The input of the call.
@@ -88,7 +124,7 @@ def conv_reason(conv: nn.Module) -> str:
 
 
 def norm_reason(bn: nn.Module) -> str:
-    """Why a normalisation can't be fused; empty when it can."""
+    """Why a batch norm can't be fused; empty when it can."""
     cls = original_class(bn)
     if not is_fusible_norm_class(cls):
         return f"{cls.__name__} is not a plain BatchNorm2d"
@@ -107,17 +143,17 @@ def is_norm(module: nn.Module) -> bool:
     return is_batch_norm or is_fusible_norm_class(original_class(module))
 
 
-# Classes of other libraries are recognised by name: the libraries are optional, and only an
-# imported one can have made an instance.
+# Classes of other libraries are recognised by name: the libraries are optional and not imported
+# here.
 
 
 def is_fusible_norm_class(cls: type[nn.Module]) -> bool:
-    """Whether instances are batch norms whose formula the operations compute."""
+    """Whether the operations compute the formula of this class."""
     return cls is nn.BatchNorm2d or has_inner_activation(cls) or _is_frozen_batch_norm(cls)
 
 
 def has_inner_activation(cls: type[nn.Module]) -> bool:
-    """Whether instances are timm's batch norms, with the children ``drop`` and ``act``."""
+    """Whether the class is one of timm's batch norms with the children ``drop`` and ``act``."""
     named = cls.__name__ in ("BatchNormAct2d", "FrozenBatchNormAct2d")
     return named and cls.__module__ == "timm.layers.norm_act"
 
@@ -131,12 +167,12 @@ def _is_frozen_batch_norm(cls: type[nn.Module]) -> bool:
 
 
 def eps_of(bn: nn.Module) -> float:
-    """What is added to the variance; the frozen batch norms of transformers don't store it."""
+    """The epsilon of a batch norm; the frozen batch norms of transformers don't store theirs."""
     return getattr(bn, "eps", 1e-5)
 
 
 def inner_activation(bn: nn.Module) -> nn.Module | None:
-    """The activation that is part of a normalisation; None for none."""
+    """The activation that a batch norm contains; None for none."""
     cls = original_class(bn)
     if cls is nn.BatchNorm2d or not (cls is FoldedBatchNorm or has_inner_activation(cls)):
         return None
@@ -147,8 +183,20 @@ def inner_activation(bn: nn.Module) -> nn.Module | None:
 
 
 def is_relu(act: nn.Module | None) -> bool:
-    """Whether the module is a ReLU and nothing else."""
+    """Whether the module is a plain ReLU without hooks."""
     return act is not None and original_class(act) is nn.ReLU and not is_hooked(act)
+
+
+def activate(act: nn.Module | None, y: Tensor) -> Tensor:
+    """Apply an activation; None for none.
+
+    Args:
+        act: A child of the module that runs, or :data:`RELU`.
+        y: Any shape.
+    """
+    if act is None:
+        return y
+    return torch.relu(y) if act is RELU else act(y)
 
 
 def is_max_pool(pool: nn.Module) -> bool:
@@ -176,12 +224,12 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
 def result_fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
     """Whether a residual has the shape and dtype of the convolution's result.
 
-    An add in PyTorch broadcasts and promotes; the fused operations do neither.
+    PyTorch's addition broadcasts and promotes; the fused operations do neither.
 
     Args:
         conv: A convolution, or a :class:`PackedConv`.
-        x: ``(N, C, H, W)``, the input of the convolution.
-        residual: What is added to its result.
+        x: Input of the convolution, ``(N, C, H, W)``.
+        residual: The tensor that is added to its result.
     """
     device = x.device.type
     cast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64

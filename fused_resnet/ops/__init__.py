@@ -1,4 +1,4 @@
-"""The operations as functions; see :mod:`.functional` for what all of them share."""
+"""The public operations; :mod:`.functional` documents what all of them have in common."""
 
 from .functional import bn_add_relu, conv_bn_add_relu, conv_bn_relu_maxpool
 from .packed import (

@@ -15,9 +15,12 @@ from .fakes import accumulator
 
 
 def register_formulas(library: str) -> None:
-    """Make the operators of a library differentiable; each is differentiated by its own kind.
+    """Make the operators of a library differentiable; a backward runs on the same library.
 
-    ``conv_bn_relu_maxpool`` and the packed forms have no gradient: see ``ops.py``.
+    ``conv_bn_relu_maxpool`` and the operators on packed weights have no gradient.
+
+    Args:
+        library: Name of the library in ``torch.ops``.
     """
     operators = getattr(torch.ops, library)
 
@@ -25,7 +28,7 @@ def register_formulas(library: str) -> None:
         register_autograd(f"{library}::{name}", backward, setup_context=setup)
 
     formula("bn_add_relu", partial(_bn_backward, operators), _bn_setup)
-    formula("bn_add_relu_given", partial(_given_backward, operators), _given_setup)
+    formula("bn_add_relu_apply", partial(_apply_backward, operators), _apply_setup)
     formula("bn_add_relu_backward", _bn_double_backward, _bn_backward_setup)
     formula("conv_bn_add_relu", _conv_backward, _conv_setup)
     formula("conv_statistics", _statistics_backward, _statistics_setup)
@@ -78,10 +81,10 @@ def bn_backward(
     )
 
 
-# bn_add_relu_given: the forward of inference, the gradient of training
+# bn_add_relu_apply: the statistics are arguments, but the gradient treats them as those of x
 
 
-def _given_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _apply_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, mean, var, residual, eps, relu = inputs
     ctx.save_for_backward(x, output if relu else None, weight, mean, var)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -89,7 +92,7 @@ def _given_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.training, ctx.eps, ctx.relu = True, eps, relu
 
 
-def _given_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _apply_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx, dweight, dbias, _, _, dresidual, *rest = _bn_backward(operators, ctx, grad)
     return dx, dweight, dbias, None, None, dresidual, *rest[:-1]
 
@@ -101,12 +104,12 @@ def _bn_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _bn_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """Differentiate the reference twice: gradient penalties are rare, so clarity before speed."""
+    """Differentiate the reference twice: simple rather than fast, since it is rarely needed."""
     grad, x, y, weight, mean, var = ctx.saved_tensors
     training, eps, relu, _ = ctx.flags
     with torch.enable_grad():
-        # The batch statistics are functions of x: they are computed anew, not taken as given. The
-        # mask is locally constant, so it is applied to the gradient outside of the reference.
+        # The batch statistics depend on x, so they are recomputed here. The ReLU mask is locally
+        # constant, so it is applied to the gradient, outside of the reference.
         leaves = [t.detach().requires_grad_() for t in (grad, x, weight) if t is not None]
         g, xs = leaves[:2]
         w = leaves[2] if weight is not None else torch.ones_like(mean)
@@ -151,9 +154,9 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    r"""The gradient without the convolution's result, which the forward never stored.
+    r"""The gradient without the convolution's result, which the forward does not store.
 
-    Let :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}`, :math:`dz` the gradient behind ReLU and
+    Let :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}`, :math:`dz` the masked gradient and
     :math:`D = \partial \langle dz, w * x \rangle / \partial w`. Then :math:`dw = s D`, and, as
     :math:`w * x` is linear in :math:`w`, per output channel
     :math:`\langle dz, w * x \rangle = \langle w, D \rangle`, so
@@ -210,7 +213,7 @@ def _statistics_setup(
 
 
 def _statistics_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    """That of the convolution: bn_add_relu_given's gradient holds the statistics' part."""
+    """The convolution's gradient; bn_add_relu_apply's includes the terms of the statistics."""
     x, weight = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.geometry
     dx, dweight, dbias = torch.ops.aten.convolution_backward(

@@ -1,7 +1,7 @@
-"""Argument checks shared by every operation: operation, argument, expected, got.
+"""Argument checks of the operations; messages name the operation, the argument, expected and got.
 
-The compiled operators check again what memory safety needs (``csrc/checks.h``), for those who call
-them bare; these are here so that every backend gives the same message.
+They give the same message for every backend. The compiled operators repeat those that memory safety
+depends on (``csrc/checks.h``), for direct calls.
 """
 
 from __future__ import annotations
@@ -9,23 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Storage types that the operations take.
+#: Storage types that the operations support.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-#: (height, width)
+#: ``(height, width)``.
 Pair = tuple[int, int]
+
+#: Strides, paddings, dilations and windows are below 2^31, as in ``csrc/checks.h``.
+MOST = 2**31 - 1
 
 
 def pair(op: str, name: str, value: int | Pair, least: int) -> Pair:
-    """``value`` as ``(height, width)``, each at least ``least``."""
-    if type(value) is tuple and len(value) == 2:  # at every call of a module: the short way
+    """``value`` as ``(height, width)``, each at least ``least`` and at most :data:`MOST`."""
+    if type(value) is tuple and len(value) == 2:  # the common case, at every call of a module
         first, second = value
-        if type(first) is type(second) is int and first >= least and second >= least:
+        if type(first) is type(second) is int and least <= first <= MOST >= second >= least:
             return value
     result = (value, value) if isinstance(value, int) else tuple(value)
-    if len(result) != 2 or any(not isinstance(v, int) or v < least for v in result):
-        raise ValueError(f"{op}: {name}: expected an int >= {least} or a pair, got {value!r}")
+    if len(result) != 2 or any(not isinstance(v, int) or not least <= v <= MOST for v in result):
+        raise ValueError(
+            f"{op}: {name}: expected an int >= {least} and < 2**31 or a pair, got {value!r}"
+        )
     return result[0], result[1]
 
 
@@ -53,7 +58,7 @@ def channel_vector(op: str, name: str, v: Tensor | None, channels: int, like: Te
 
 
 def same_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
-    """``t`` is where ``like`` is."""
+    """``t`` is on the device of ``like``."""
     if t.device != like.device:
         raise ValueError(f"{op}: {name}: expected device {like.device}, got {t.device}")
 
@@ -77,7 +82,7 @@ def statistics(
     values_per_channel: int,
     shape: tuple[int, ...],
 ) -> None:
-    """Running statistics come together, are there in inference, and can be computed in training."""
+    """Both or no running statistics; both in inference; more than one value each in training."""
     if (running_mean is None) != (running_var is None):
         raise ValueError(
             f"{op}: running_mean, running_var: expected both or neither, got one of them"
@@ -102,7 +107,7 @@ def convolution(
     dilation: Pair,
     groups: int,
 ) -> tuple[int, ...]:
-    """The convolution's arguments fit each other. Returns the shape of its result."""
+    """The convolution's arguments are consistent. Returns the shape of its result."""
     if weight.dim() != 4:
         raise ValueError(
             f"{op}: conv_weight: expected 4 dimensions (K, C / groups, kh, kw), "
@@ -142,7 +147,7 @@ def pool(
     stride: int | Pair,
     padding: int | Pair,
 ) -> tuple[Pair, Pair, Pair]:
-    """The max-pool's arguments fit a map of this shape. Returns them as pairs."""
+    """The max-pool's arguments are valid for a map of this shape. Returns them as pairs."""
     kernels = pair(op, "pool_kernel", kernel, 1)
     paddings = pair(op, "pool_padding", padding, 0)
     if any(2 * p > k for p, k in zip(paddings, kernels, strict=True)):

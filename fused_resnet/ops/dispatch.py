@@ -1,6 +1,6 @@
-"""Which backend runs a call: the one that was asked for, or under ``auto`` the fastest.
+"""The backend that runs a call: the one that was forced, or the fastest one under ``auto``.
 
-While a compiler traces, ``auto`` is the device's own kernels and nothing is timed.
+While a compiler traces, ``auto`` means the device's own kernels, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ def fastest_backend(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
 
     Args:
         op: Name of the operator.
-        backend: Backend of the device's own kernels, ``"cpu"`` or ``"cuda"``, or the one that was
-            forced.
+        backend: The backend of the device's own kernels, ``"cpu"`` or ``"cuda"``, or the one that
+            was forced.
         arguments: All arguments of the operator; the first is the feature map.
     """
     if torch.compiler.is_compiling() or current_backend() != "auto":
         return backend
-    among = candidates(op, backend)
-    return tuner.choose(op, backend, among, arguments) if len(among) > 1 else backend
+    options = candidates(op, backend)
+    return tuner.choose(op, backend, options, arguments) if len(options) > 1 else backend
 
 
 def has_single_backend(op: str, backend: str) -> bool:
-    """Whether no other backend can take the place of ``backend`` for an operator.
+    """Whether ``backend`` is the only one that can run an operator.
 
     Args:
         op: Name of the operator.

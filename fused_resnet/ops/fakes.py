@@ -1,6 +1,6 @@
-"""Fake implementations: the operators' shapes, dtypes and strides, without their numbers.
+"""Fake (meta) implementations: the shapes, dtypes and strides of the operators' results.
 
-They answer under ``torch.compile`` and ``torch.export``, and for meta tensors.
+They run under ``torch.compile`` and ``torch.export``, and for meta tensors.
 """
 
 from __future__ import annotations
@@ -14,22 +14,30 @@ from torch._prims_common import suggest_memory_format
 
 from .. import _C
 
-#: By the name of the operator, whatever library it is in.
+#: By the name of the operator; the same for all libraries.
 FAKES: dict[str, Callable[..., Any]] = {}
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function into :data:`FAKES`."""
+    """A decorator that adds a function to :data:`FAKES`.
 
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+    Args:
+        name: Of the operator.
+    """
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
         FAKES[name] = function
         return function
 
-    return enter
+    return add
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums over a map."""
+    """The dtype of statistics and of sums over a feature map.
+
+    Args:
+        x: The feature map.
+    """
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
@@ -77,7 +85,7 @@ def _(grad, x, y, weight, mean, var, training, eps, relu, need_residual):  # typ
     return _map_like(x, x.shape), vector, torch.empty_like(vector), residual
 
 
-@fake("bn_add_relu_given")
+@fake("bn_add_relu_apply")
 def _(x, weight, bias, mean, var, residual, eps, relu):  # type: ignore[no-untyped-def]
     return _map_like(x, x.shape)
 
@@ -157,14 +165,15 @@ def _(  # type: ignore[no-untyped-def]
 
 @fake("residual_block")
 def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups, winograd
+    x, packed, scale, shift, concatenated, concatenated_shift, bottleneck, stride, dilation,
+    groups, winograd,
 ):  # fmt: skip
     channels = scale[2 if bottleneck else 1].shape[0]
     size = [_window(n, 1, stride, 0, 1) for n in x.shape[2:]]
     return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
 
 
-@fake("residual_row")
+@fake("residual_segment")
 def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, convs, projected, padding, stride, dilation, groups, winograd
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The operations as functions: checks, the choice of a backend, and the call. Nothing else.
+"""The public operations: argument checks, the choice of a backend, and the call.
 
 Arguments follow :func:`torch.nn.functional.batch_norm` and :func:`torch.nn.functional.conv2d`.
 All are differentiable in every floating-point argument but the running statistics, work under
@@ -63,21 +63,23 @@ def bn_add_relu(
 
     .. math:: y = \max(0,\; \gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta + r)
 
-    :math:`\mu, \sigma^2` are the running statistics, or those of the batch (biased variance) when
-    training, which then also move the running ones: ``running = (1 - momentum) * running +
-    momentum * batch``, with the unbiased variance.
+    In inference :math:`\mu` and :math:`\sigma^2` are the running statistics. In training they are
+    the mean and the biased variance of the batch, and the running statistics are updated:
+    ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance.
 
     Args:
-        x: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
-        bn_weight: :math:`\gamma`, ``(C,)``, dtype of ``x`` or float32; None means 1.
-        bn_bias: :math:`\beta`, as ``bn_weight``; None means 0.
-        running_mean: ``(C,)``, updated in place when training; None keeps no statistics.
-        running_var: As ``running_mean``.
+        x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+        bn_weight: Scale :math:`\gamma`, ``(C,)``, dtype of ``x`` or float32; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(C,)``, dtype of ``x`` or float32; None means 0.
+        running_mean: Running mean, ``(C,)``, updated in place when training; None when no running
+            statistics are kept.
+        running_var: Running (unbiased) variance, ``(C,)``, updated in place when training; None
+            when no running statistics are kept.
         residual: :math:`r`, shape and dtype of ``x``; None means 0.
-        training: Use and record the statistics of the batch.
+        training: Normalise with the statistics of the batch and update the running ones.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
-        relu: False leaves the maximum out.
+        relu: Whether to apply ReLU to the sum.
 
     Returns:
         ``(N, C, H, W)``, dtype and memory format of ``x``.
@@ -146,30 +148,33 @@ def conv_bn_add_relu(
 
     .. math:: y = \max(0,\; \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta + r)
 
-    In inference one kernel does it all, with batch norm, residual and ReLU applied while the
-    convolution's result is still in registers; that result is never stored, and the gradient does
-    not need it (see ``ops/autograd.py``). In training, on the CPU, the convolution takes its batch
-    statistics in the same pass, and its gradient applies batch norm's while it reads. On CUDA the
-    convolution is PyTorch's and what follows is :func:`bn_add_relu`; where ``cuda`` or ``triton``
-    was asked for by name it is that backend's, with the statistics.
+    In inference one kernel computes all of it: batch norm, residual and ReLU are applied while the
+    convolution's result is still in registers. That result is never stored, and the backward pass
+    does not need it (:mod:`fused_resnet.ops.autograd`). In training on the CPU, the convolution
+    computes the batch's statistics in the same pass, and its backward applies batch norm's gradient
+    while it reads. On CUDA, PyTorch's convolution runs in training, followed by
+    :func:`bn_add_relu`; with the backends ``cuda`` and ``triton``, when forced by name, their own
+    convolution, which computes the statistics in its epilogue.
 
     Args:
-        x: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
-        conv_weight: :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
-        bn_weight: :math:`\gamma`, ``(K,)``, dtype of ``x`` or float32; None means 1.
-        bn_bias: :math:`\beta`, as ``bn_weight``; None means 0.
-        running_mean: ``(K,)``, updated in place when training; None keeps no statistics.
-        running_var: As ``running_mean``.
+        x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+        conv_weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        bn_weight: Scale :math:`\gamma`, ``(K,)``, dtype of ``x`` or float32; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(K,)``, dtype of ``x`` or float32; None means 0.
+        running_mean: Running mean, ``(K,)``, updated in place when training; None when no running
+            statistics are kept.
+        running_var: Running (unbiased) variance, ``(K,)``, updated in place when training; None
+            when no running statistics are kept.
         residual: :math:`r`, shape and dtype of the result; None means 0.
-        conv_bias: :math:`b`, ``(K,)``; None means 0.
-        stride: Of the convolution, an int or ``(height, width)``.
+        conv_bias: Bias of the convolution :math:`b`, ``(K,)``; None means 0.
+        stride: Stride of the convolution, an int or ``(height, width)``.
         padding: Zeros on each side, an int or ``(height, width)``.
-        dilation: Distance between taps, an int or ``(height, width)``.
+        dilation: Distance between the filter's taps, an int or ``(height, width)``.
         groups: Number of independent groups of channels.
-        training: Use and record the statistics of the batch.
+        training: Normalise with the statistics of the batch and update the running ones.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
-        relu: False leaves the maximum out.
+        relu: Whether to apply ReLU to the sum.
 
     Returns:
         ``(N, K, OH, OW)``, dtype and memory format of ``x``.
@@ -180,7 +185,8 @@ def conv_bn_add_relu(
         TypeError: Wrong dtype.
 
     Source:
-        As :func:`bn_add_relu`. Under autocast ``x`` and ``conv_weight`` are cast as
+        Ioffe and Szegedy, "Batch Normalization", 2015; He et al., "Deep Residual Learning for Image
+        Recognition", 2015. Under autocast ``x`` and ``conv_weight`` are cast as
         ``torch.nn.functional.conv2d`` casts them.
     """
     op = "conv_bn_add_relu"
@@ -213,10 +219,10 @@ def conv_bn_add_relu(
         z, mean, var = operators.conv_statistics(
             x, conv_weight, conv_bias, stride, padding, dilation, groups
         )
-        # Before the next operator saves its tensors: checkpointing computes no further than that.
+        # Before the next operator saves its tensors: checkpointing recomputes no further than that.
         if running_mean is not None and running_var is not None:
             update_running("library", mean, var, running_mean, running_var, momentum, count)
-        return operators.bn_add_relu_given(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        return operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
         z,
@@ -257,40 +263,44 @@ def conv_bn_relu_maxpool(
     .. math:: y = \mathrm{maxpool}(\max(0,\;
         \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta))
 
-    In inference one kernel keeps the rows of the large map that a pooled row needs in the cache and
-    never writes the map. In training, on the CPU, the normalised map is not written either, and
-    the places of the maxima are kept in a byte each; else, when a gradient is wanted, the pool
-    follows :func:`conv_bn_add_relu` as an operation of its own.
+    In inference one kernel keeps only the rows of the convolution's map that a pooled row needs,
+    in the cache, and never writes the whole map. In training on the CPU, the normalised map is not
+    written either, and the positions of the maxima are saved in a byte each. Otherwise, when a
+    gradient is required, :func:`conv_bn_add_relu` runs, followed by PyTorch's max-pool.
 
     Args:
-        x: ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
-        conv_weight: As in :func:`conv_bn_add_relu`, and so all up to ``eps``.
-        bn_weight: See there.
-        bn_bias: See there.
-        running_mean: See there.
-        running_var: See there.
-        conv_bias: See there.
-        stride: See there.
-        padding: See there.
-        dilation: See there.
-        groups: See there.
-        training: See there.
-        momentum: See there.
-        eps: See there.
+        x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+        conv_weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        bn_weight: Scale :math:`\gamma`, ``(K,)``, dtype of ``x`` or float32; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(K,)``, dtype of ``x`` or float32; None means 0.
+        running_mean: Running mean, ``(K,)``, updated in place when training; None when no running
+            statistics are kept.
+        running_var: Running (unbiased) variance, ``(K,)``, updated in place when training; None
+            when no running statistics are kept.
+        conv_bias: Bias of the convolution :math:`b`, ``(K,)``; None means 0.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side of ``x``, an int or ``(height, width)``.
+        dilation: Distance between the filter's taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
+        training: Normalise with the statistics of the batch and update the running ones.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
         pool_kernel: Window of the max-pool, an int or ``(height, width)``.
-        pool_stride: Its step.
-        pool_padding: Its padding with minus infinity, at most half the window.
+        pool_stride: Stride of the max-pool, an int or ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side, an int or
+            ``(height, width)``; at most half the window.
 
     Returns:
         ``(N, K, PH, PW)``, dtype and memory format of ``x``.
 
     Raises:
-        ValueError: As :func:`conv_bn_add_relu`; a pool window larger than the padded map, or
-            padding of more than half of it.
+        ValueError: Wrong rank, shape, channel count or device; a kernel larger than the padded map;
+            no running statistics when not training; a single value per channel when training; a
+            pool window larger than the padded map, or padding of more than half the window.
         TypeError: Wrong dtype.
 
     Source:
-        He et al., 2015, table 1.
+        He et al., "Deep Residual Learning for Image Recognition", 2015, table 1.
     """
     op = "conv_bn_relu_maxpool"
     checks.feature_map(op, "x", x)
@@ -341,7 +351,7 @@ def conv_bn_relu_maxpool(
 def _autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast what ``conv2d`` would cast; batch norm's parameters stay as they are."""
+    """Cast as ``conv2d`` does under autocast; batch norm's parameters are not cast."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
         return x, weight, bias
@@ -394,4 +404,6 @@ def _resolve(op: str, x: Tensor, training: bool) -> str:
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # torch.jit.trace checks what it recorded by a second trace, and that one without gradients.
+    enabled = torch.is_grad_enabled() or torch.jit.is_tracing()
+    return enabled and any(t is not None and t.requires_grad for t in tensors)

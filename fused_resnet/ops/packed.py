@@ -1,4 +1,4 @@
-"""The operations that a frozen network is made of: weights packed, batch norms folded, no gradient.
+"""The operations of frozen networks: packed weights, folded batch norms, no gradient.
 
 They are part of :mod:`fused_resnet.ops`.
 """
@@ -21,7 +21,7 @@ from .registry import OPERATORS, packers
 
 
 def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
-    """Lay a convolution's weight out for this machine's kernels.
+    """Pack a convolution's weight into the layout of this machine's kernels.
 
     Args:
         weight: ``(K, C / groups, kh, kw)`` on the CPU or on CUDA; float32, bfloat16, float16 or
@@ -29,10 +29,10 @@ def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
         groups: Number of independent groups of channels.
 
     Returns:
-        A vector whose layout depends on the device and the instruction set in use: rebuild it, do
-        not ship it. On CUDA the dtype is kept, on the CPU too where the kernels multiply in it;
-        else it is float32: for float16, and for bfloat16 without AMX and AVX512-BF16 (the
-        instruction sets ``amx`` and ``avx512_bf16`` of :func:`fused_resnet.build_info`).
+        A vector whose layout depends on the device and the instruction set in use, so it must not
+        be stored. Its dtype is that of ``weight`` on CUDA, and on the CPU if the kernels multiply
+        in that dtype; else it is float32: for float16, and for bfloat16 without AMX and AVX512-BF16
+        (the instruction sets ``amx`` and ``avx512_bf16`` of :func:`fused_resnet.build_info`).
 
     Raises:
         ValueError: Wrong rank, or groups that do not divide K.
@@ -47,12 +47,12 @@ def unpack_conv_weight(
     """The exact inverse of :func:`pack_conv_weight`.
 
     Args:
-        packed: What :func:`pack_conv_weight` returned on this machine.
-        weight_shape: ``(K, C / groups, kh, kw)``.
-        groups: As it was packed.
+        packed: The result of :func:`pack_conv_weight` on this machine.
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
+        groups: Number of groups that the weight was packed for.
 
     Returns:
-        The weight, in the dtype that it was packed in.
+        The weight, ``weight_shape``, in the dtype of ``packed``.
 
     Raises:
         ValueError: ``packed`` does not belong to that shape.
@@ -80,20 +80,20 @@ def conv_bn_add_relu_packed(
     .. math:: y = \max(0,\; \mathrm{scale} \cdot (w * x) + \mathrm{shift} + r)
 
     Args:
-        x: ``(N, C, H, W)``; float32, bfloat16, float16, and on the CPU float64.
-        packed: From :func:`pack_conv_weight`, of a weight in the dtype of ``x``.
-        scale: ``(K,)``, float32 (float64 for float64 ``x``).
-        shift: As ``scale``.
-        residual: Shape and dtype of the result, or None.
-        weight_shape: ``(K, C / groups, kh, kw)`` of the weight that was packed.
-        stride: Of the convolution, an int or ``(height, width)``.
+        x: Input, ``(N, C, H, W)``; float32, bfloat16, float16, and on the CPU float64.
+        packed: Filters :math:`w` in the dtype of ``x``, from :func:`pack_conv_weight`.
+        scale: Scale of each output channel, ``(K,)``, float32 (float64 for float64 ``x``).
+        shift: Shift of each output channel, ``(K,)``, float32 (float64 for float64 ``x``).
+        residual: :math:`r`, shape and dtype of the result; None means 0.
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, an int or ``(height, width)``.
         padding: Zeros on each side, an int or ``(height, width)``.
-        dilation: Distance between taps, an int or ``(height, width)``.
+        dilation: Distance between the filter's taps, an int or ``(height, width)``.
         groups: Number of independent groups of channels.
-        relu: False leaves the maximum out.
-        winograd: Whether a 3x3 convolution of stride 1 may run by Winograd's algorithm on the CPU
-            where it is the faster way: in float32 arithmetic, with a relative error of about 1e-6
-            before the result is rounded to its dtype; not in float64.
+        relu: Whether to apply ReLU to the sum.
+        winograd: Whether a 3x3 convolution of stride 1 may use Winograd's algorithm on the CPU
+            where that is faster: in float32 arithmetic, with a relative error of about 1e-6 before
+            the result is rounded to its dtype; never for float64.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
@@ -142,18 +142,19 @@ def conv_bn_relu_maxpool_packed(
     .. math:: y = \mathrm{maxpool}(\max(0,\; \mathrm{scale} \cdot (w * x) + \mathrm{shift}))
 
     Args:
-        x: As in :func:`conv_bn_add_relu_packed`, and so all up to ``groups``.
-        packed: See there.
-        scale: See there.
-        shift: See there.
-        weight_shape: See there.
-        stride: See there.
-        padding: See there.
-        dilation: See there.
-        groups: See there.
+        x: Image, ``(N, C, H, W)``; float32, bfloat16, float16, and on the CPU float64.
+        packed: Filters :math:`w` in the dtype of ``x``, from :func:`pack_conv_weight`.
+        scale: Scale of each output channel, ``(K,)``, float32 (float64 for float64 ``x``).
+        shift: Shift of each output channel, ``(K,)``, float32 (float64 for float64 ``x``).
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side of ``x``, an int or ``(height, width)``.
+        dilation: Distance between the filter's taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
         pool_kernel: Window of the max-pool, an int or ``(height, width)``.
-        pool_stride: Its step.
-        pool_padding: Its padding with minus infinity, at most half the window.
+        pool_stride: Stride of the max-pool, an int or ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side, an int or
+            ``(height, width)``; at most half the window.
 
     Returns:
         ``(N, K, PH, PW)``, dtype of ``x``, channels_last.
@@ -189,8 +190,8 @@ def residual_block(
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
     *,
-    joined: Tensor | None = None,
-    joined_shift: Tensor | None = None,
+    concatenated: Tensor | None = None,
+    concatenated_shift: Tensor | None = None,
     bottleneck: bool,
     stride: int = 1,
     dilation: int = 1,
@@ -206,26 +207,31 @@ def residual_block(
     and groups on the 3x3. The shortcut :math:`s` is the identity, or a 1x1 convolution with the
     stride and its affine step.
 
-    On the CPU the batch goes through the block in parts that stay in the cache, and what is between
-    the convolutions lies in memory that the next block uses again. On CUDA a bottleneck of 64 or
-    128 middle channels, in float16 and bfloat16, runs its last two convolutions as one kernel that
-    keeps what is between them on chip.
+    On the CPU the batch goes through the block in micro-batches that stay in the cache, and the
+    maps between the convolutions are in scratch memory that the next block reuses. On CUDA a
+    bottleneck of 64 or 128 middle channels, in float16 and bfloat16, runs its last two convolutions
+    as one kernel, with the map between them in shared memory.
 
     Args:
-        x: ``(N, C, H, W)`` on the CPU or on CUDA.
-        packed: From :func:`pack_conv_weight`, for each convolution of the block in order, and then
-            for the shortcut's if it has one.
-        scale: ``(K,)`` of each; float32 (float64 for float64 ``x``).
-        shift: As ``scale``.
-        joined: On CUDA, the weights of the last convolution and of the shortcut, each times its
-            scale, one filter of both after another: the two then run as one sum. None: two.
-        joined_shift: The sum of their shifts.
-        bottleneck: Which kind of block.
-        stride: Of the block, in both directions.
-        dilation: Of a bottleneck's 3x3.
-        groups: Of a bottleneck's 3x3.
-        winograd: On the CPU, whether a 3x3 of stride 1 may run by Winograd's algorithm: in float32
-            arithmetic, with a relative error of about 1e-6 before rounding; not in float64.
+        x: Input, ``(N, C, H, W)``, on the CPU or on CUDA.
+        packed: Filters of each convolution from :func:`pack_conv_weight`: the main branch's in
+            order, followed by the shortcut's if it has one.
+        scale: Scale of each convolution's output channels, ``(K,)``, in the order of ``packed``;
+            float32 (float64 for float64 ``x``).
+        shift: Shift of each convolution's output channels, ``(K,)``, in the order of ``packed``;
+            float32 (float64 for float64 ``x``).
+        concatenated: On CUDA, the filters of the last convolution and of the shortcut, multiplied
+            by their scales and concatenated along the input channels, so that both run as one
+            GEMM; None runs two convolutions.
+        concatenated_shift: The sum of the shifts of these two, ``(K,)``; None without
+            ``concatenated``.
+        bottleneck: Whether the block is a bottleneck rather than a basic block.
+        stride: Stride of the block in both directions.
+        dilation: Distance between the taps of a bottleneck's 3x3 filters.
+        groups: Number of independent groups of channels of a bottleneck's 3x3 convolution.
+        winograd: Whether a 3x3 convolution of stride 1 may use Winograd's algorithm on the CPU: in
+            float32 arithmetic, with a relative error of about 1e-6 before the result is rounded to
+            its dtype; never for float64.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
@@ -235,7 +241,8 @@ def residual_block(
         TypeError: Wrong dtype.
 
     Source:
-        He et al., 2015, figure 5; the position of the stride is torchvision's.
+        He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5; the stride is
+        where torchvision has it.
     """
     backend = resolve_backend("residual_block", x)
     if backend == "reference":
@@ -243,19 +250,19 @@ def residual_block(
             _conv_reference, x, packed, scale, shift, bottleneck, stride, dilation, groups
         )
     operands = (
-        list(packed), list(scale), list(shift), joined, joined_shift, bottleneck, stride, dilation,
-        groups, winograd,
+        list(packed), list(scale), list(shift), concatenated, concatenated_shift,
+        bottleneck, stride, dilation, groups, winograd,
     )  # fmt: skip
     return run_residual_block(backend, x, operands)
 
 
 def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Tensor:
-    """:func:`residual_block` on a backend that has it as an operator.
+    """Call the operator ``residual_block`` of a backend, or of the fastest one under ``auto``.
 
     Args:
-        backend: What :func:`resolve_backend` says, and not ``"reference"``.
-        x: See there.
-        operands: The operator's own arguments behind ``x``, in its order.
+        backend: The result of :func:`.resolve_backend`, which must not be ``"reference"``.
+        x: Input, ``(N, C, H, W)``.
+        operands: The operator's arguments after ``x``, in the order of its schema.
     """
     arguments = (x, *operands)
     backend = fastest_backend("residual_block", backend, arguments)
@@ -275,7 +282,7 @@ def _conv_reference(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    """In PyTorch, arguments as those of the operator ``conv_bn_add_relu_packed``."""
+    """The operator ``conv_bn_add_relu_packed`` in plain PyTorch, with the same arguments."""
     weight = unpack_conv_weight(packed, weight_shape, groups)
     geometry = (stride, padding, dilation, groups)
     return reference.conv_affine_add_relu(x, weight, scale, shift, residual, *geometry, relu=relu)

@@ -1,9 +1,9 @@
-"""The libraries of operators: what PyTorch must know of them beyond their kernels.
+"""Registers the operator libraries, their fake implementations and their gradients.
 
-``torch.ops.fused_resnet`` has the kernels of the compiled extension, for the CPU and for CUDA;
-``torch.ops.fused_resnet_triton`` Triton's and ``torch.ops.fused_resnet_library`` those of
-:mod:`fused_resnet.library`, under the same schemas (``csrc/schemas.h``). All have the same fakes
-and the same gradients.
+``torch.ops.fused_resnet`` has the kernels of the compiled extension, for the CPU and for CUDA,
+``torch.ops.fused_resnet_triton`` those of :mod:`fused_resnet.backends.triton` and
+``torch.ops.fused_resnet_library`` those of :mod:`fused_resnet.backends.aten`, all with the same
+schemas (``csrc/schemas.h``), fakes and gradients.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from torch.library import Library, register_fake
 
 from .. import _C
 from ..backends import aten, aten_training
-from . import fakes_training  # noqa: F401  (enters its functions into FAKES)
+from . import (
+    fakes_training,  # noqa: F401  (enters its functions into FAKES)
+    flops,
+)
 from .autograd import register_formulas
 from .fakes import FAKES
 
-#: The operators of :mod:`fused_resnet.triton`.
+#: The operators of :mod:`fused_resnet.backends.triton`.
 TRITON = (
     "bn_add_relu",
     "bn_add_relu_backward",
-    "bn_add_relu_given",
+    "bn_add_relu_apply",
     "conv_bn_add_relu",
     "conv_bn_add_relu_packed",
     "conv_bn_relu_maxpool",
@@ -42,10 +45,14 @@ TRITON = (
 
 
 def triton_operator(name: str) -> Callable[..., Any]:
-    """The operator, its module imported at the first call: most processes never need Triton."""
+    """A Triton operator; its module is imported at the first call, as few processes need Triton.
+
+    Args:
+        name: Of the operator, one of :data:`TRITON`.
+    """
 
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("fused_resnet.triton"), name)(*arguments)
+        return getattr(importlib.import_module("fused_resnet.backends.triton"), name)(*arguments)
 
     return call
 
@@ -67,8 +74,9 @@ for _namespace in ("fused_resnet", "fused_resnet_triton", "fused_resnet_library"
     for _name, _fake in FAKES.items():
         register_fake(f"{_namespace}::{_name}", _fake)
     register_formulas(_namespace)
+    flops.register(_namespace)
 
-#: Where the operators of a backend are.
+#: The operators of each backend.
 OPERATORS: dict[str, Any] = {
     "cpu": torch.ops.fused_resnet,
     "cuda": torch.ops.fused_resnet,
@@ -90,25 +98,32 @@ def primitives_of(backend: str) -> Any:
     )
 
 
-#: Whether the extension packs weights for CUDA. Where it was built without, Triton's operators do:
-#: the layout is the same.
+#: Whether the extension was built with CUDA. If not, Triton's operators pack weights for CUDA, in
+#: the same layout.
 _PACKS_CUDA = bool(_C.build_info()["cuda"])
 
 
 def packers(device: torch.device) -> Any:
-    """Where the operators are that lay weights out for a device."""
+    """The operators that pack weights for a device.
+
+    Args:
+        device: On which the weights are.
+    """
     return OPERATORS["triton" if device.type == "cuda" and not _PACKS_CUDA else "cuda"]
 
 
 @functools.cache
 def candidates(op: str, backend: str) -> dict[str, Any]:
-    """The backends that can stand in for a device's own kernels, themselves among them.
+    """The backends that can run an operator on a device, including the device's own kernels.
 
-    On CUDA they read the same packed weights.
+    On CUDA all of them read the same packed weights.
 
     Args:
-        op: The operator.
-        backend: ``"cpu"`` or ``"cuda"``.
+        op: Name of the operator.
+        backend: The backend of the device's own kernels, ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The operators of each, by the name of the backend.
     """
     names = [backend]
     if op in aten.operators(backend):

@@ -3,8 +3,7 @@ r"""The least time that a GPU can take for a network: bytes, flops and microseco
 .. math:: t = \sum_{\text{kernels}} \max(\text{bytes} / \text{bandwidth},\;
     \text{flops} / \text{peak})
 
-:mod:`.cards` holds the GPUs, :mod:`.layers` a network's shapes, :mod:`.kernels` the counting and
-:mod:`.measured` what was timed on a real card.
+:mod:`.cards` lists the GPUs, :mod:`.layers` a network's shapes, and :mod:`.kernels` counts.
 """
 
 from .cards import CARDS, Card, card_of

@@ -11,11 +11,11 @@ class Card:
 
     Attributes:
         name: The short name.
-        names: What a driver calls it, each in full.
-        bandwidth: Of the memory, bytes a second.
-        peaks: Flops a second by precision: of dense matrix products on tensor cores, and for
-            float32 on the ordinary cores.
-        source: Where the numbers are from.
+        names: The full names that a driver reports.
+        bandwidth: Memory bandwidth in bytes per second.
+        peaks: Peak flops per second by precision: of dense matrix products on tensor cores, for
+            float32 on CUDA cores.
+        source: Source of the numbers.
     """
 
     name: str
@@ -30,7 +30,7 @@ def _peaks(half: float, tf32: float, float32: float) -> dict[str, float]:
     return {precision: value * 1e12 for precision, value in teraflops.items()}
 
 
-# From the H100 on, data sheets give the tensor cores' peaks with 2:4 sparsity. These are half of
+# From the H100 on, data sheets give the tensor cores' peaks with 2:4 sparsity; these are half of
 # them, rounded.
 CARDS = {
     card.name: card
@@ -69,8 +69,11 @@ CARDS = {
 
 
 def card_of(device_name: str) -> Card | None:
-    """The card that a driver's name stands for; None for one that is not in the table.
+    """The card of a driver's name; None if it is not in the table.
 
-    Only in full: an H100 PCIe or NVL has another memory than the SXM card.
+    Names must match in full: an H100 PCIe or NVL has another memory than the SXM card.
+
+    Args:
+        device_name: ``torch.cuda.get_device_name()``.
     """
     return next((card for card in CARDS.values() if device_name in card.names), None)

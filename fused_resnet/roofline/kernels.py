@@ -1,10 +1,10 @@
-"""Which kernels a network runs, and what each moves and computes.
+"""The kernels of a network, with their bytes and flops.
 
-A kernel reads each of its inputs once and writes its result once; nothing stays in a cache from one
-kernel to the next. A convolution whose stride is larger than its kernel reads only the pixels that
-it uses. Flops are those of matrix products, two for a multiplication and its addition. Batch norm,
-additions, ReLU and pools compute next to nothing for what they move, and their vectors of one
-number a channel are below a thousandth of the maps: neither is counted.
+A kernel reads each of its inputs once and writes its result once; nothing stays in a cache between
+kernels. A convolution whose stride is larger than its kernel reads only the pixels that it uses.
+Flops are those of matrix products, two for a multiplication and its addition. The flops of batch
+norm, additions, ReLU and pools are negligible against their bytes, and vectors of one number per
+channel are below a thousandth of the maps: neither is counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .layers import Block, Conv, Network, Pool, network
 #: Bytes of an element in memory, by precision.
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
 
-#: The stages whose blocks are one kernel each; None: not even a convolution and its batch norm are.
+#: The stages whose blocks are one kernel each; None if nothing is fused.
 FUSIONS: dict[str, tuple[int, ...] | None] = {
     "none": None,
     "conv": (),
@@ -32,12 +32,12 @@ class Kernel:
     """One kernel.
 
     Attributes:
-        path: Of the first module that it stands for.
-        steps: What it does, for example ``("conv", "bn", "relu")``, or ``("block",)``.
-        layer: Whose shapes it has; those of the result for a step behind a convolution.
-        read: Bytes.
-        written: Bytes.
-        flops: Of matrix products.
+        path: Path of the first module that it computes.
+        steps: Its operators, for example ``("conv", "bn", "relu")``, or ``("block",)``.
+        layer: The layer of its shapes; for an operator after a convolution, those of the result.
+        read: Bytes read.
+        written: Bytes written.
+        flops: Flops of matrix products.
     """
 
     path: str
@@ -49,28 +49,38 @@ class Kernel:
 
     @property
     def what(self) -> str:
-        """Steps and shapes, the same for all layers that are alike."""
+        """Operators and shapes; equal for kernels with equal shapes."""
         if isinstance(self.layer, Conv) and self.steps[0] != "conv":
             return f"{self.steps[0]} {self.layer.filters}, {self.layer.out}x{self.layer.out}"
         return " + ".join((str(self.layer), *self.steps[1:]))
 
     @property
     def bytes(self) -> int:
-        """All that it moves."""
+        """Bytes read and written."""
         return self.read + self.written
 
     @property
     def intensity(self) -> float:
-        """Flops for each byte."""
+        """Flops per byte."""
         return self.flops / self.bytes
 
     def bound(self, card: Card, precision: str) -> str:
-        """What limits it on a card: ``"memory"`` or ``"compute"``."""
+        """What limits it on a card: ``"memory"`` or ``"compute"``.
+
+        Args:
+            card: The GPU.
+            precision: A key of :data:`ITEMSIZE`.
+        """
         moving = self.bytes / card.bandwidth
         return "memory" if moving >= self.flops / card.peaks[precision] else "compute"
 
     def seconds(self, card: Card, precision: str) -> float:
-        """The least that it can take on a card."""
+        """The least time on a card.
+
+        Args:
+            card: The GPU.
+            precision: A key of :data:`ITEMSIZE`.
+        """
         return max(self.bytes / card.bandwidth, self.flops / card.peaks[precision])
 
 
@@ -81,7 +91,7 @@ def kernels(
 
     Args:
         name: One of :data:`fused_resnet.models.sources.MODELS`.
-        batch: Images.
+        batch: Number of images.
         precision: A key of :data:`ITEMSIZE`.
         fusion: ``"none"``: convolutions, batch norms, ReLUs, additions and pools each by itself.
             ``"conv"``: a convolution with its batch norm, addition and ReLU; the shortcut's
@@ -90,7 +100,7 @@ def kernels(
         size: Height and width of the images.
 
     Raises:
-        ValueError: One of these is not known.
+        ValueError: ``name``, ``precision`` or ``fusion`` is unknown.
     """
     for argument, value, known in (
         ("precision", precision, ITEMSIZE),
@@ -104,9 +114,15 @@ def kernels(
     return tuple(_network(network(name, size), counter, FUSIONS[fusion]))
 
 
-def total(parts: Iterable[Kernel], card: Card, precision: str) -> float:
-    """Seconds of all kernels, one after the other."""
-    return sum(kernel.seconds(card, precision) for kernel in parts)
+def total(kernels: Iterable[Kernel], card: Card, precision: str) -> float:
+    """Seconds of all kernels in sequence.
+
+    Args:
+        kernels: The kernels of a network.
+        card: The GPU.
+        precision: A key of :data:`ITEMSIZE`.
+    """
+    return sum(kernel.seconds(card, precision) for kernel in kernels)
 
 
 def _network(net: Network, counter: _Counter, whole: tuple[int, ...] | None) -> Iterator[Kernel]:
@@ -140,7 +156,7 @@ def _layers(block: Block, counter: _Counter, fused: bool) -> Iterator[Kernel]:
 
 
 class _Counter:
-    """Makes the kernels of a batch in a storage type."""
+    """Counts the kernels of a batch in a storage type."""
 
     def __init__(self, batch: int, itemsize: int) -> None:
         self.batch, self.itemsize = batch, itemsize
@@ -155,7 +171,7 @@ class _Counter:
         weight: int = 0,
         flops: int = 0,
     ) -> Kernel:
-        """From elements and flops of one image, and the elements of all weights."""
+        """A kernel, from the elements and flops of one image and the elements of all weights."""
         return Kernel(
             path,
             steps,
@@ -168,7 +184,7 @@ class _Counter:
     def group(
         self, conv: Conv, fused: bool, relu: bool = True, add: bool = False
     ) -> Iterator[Kernel]:
-        """A convolution, its batch norm and what else follows: one kernel, or each its own."""
+        """A convolution, its batch norm, addition and ReLU, as one kernel or one each."""
         if fused:
             steps = ("conv", "bn", *(["add"] if add else []), *(["relu"] if relu else []))
             read = conv.read + (conv.written if add else 0)
@@ -184,7 +200,7 @@ class _Counter:
             yield self._pointwise(f"{owner}.relu".lstrip("."), "relu", conv)
 
     def add(self, block: Block) -> Iterator[Kernel]:
-        """The addition of the shortcut, and the ReLU behind it."""
+        """The addition of the shortcut, and its ReLU."""
         yield self._pointwise(block.path, "add", block.convs[-1], inputs=2)
         yield self._pointwise(f"{block.path}.relu", "relu", block.convs[-1])
 
@@ -197,13 +213,13 @@ class _Counter:
         return self._kernel(pool.path, ("maxpool",), pool, read, written)
 
     def stem(self, conv: Conv, pool: Pool) -> Kernel:
-        """The stem in one, the large map between convolution and pool never written."""
+        """The fused stem; the large map between convolution and pool is not written."""
         written = pool.channels * pool.out**2
         steps = ("conv", "bn", "relu", "maxpool")
         return self._kernel(conv.path, steps, conv, conv.read, written, conv.weight, conv.flops)
 
     def block(self, block: Block) -> Kernel:
-        """A block in one: its input, all its weights, its result."""
+        """A fused block: it moves its input, all its weights and its result."""
         first, last = block.convs[0], block.convs[-1]
         return self._kernel(
             block.path,

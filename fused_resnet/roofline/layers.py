@@ -1,4 +1,4 @@
-"""A network's convolutions, pool and blocks, with the sizes that they run at."""
+"""A network's convolutions, pool and blocks, with their sizes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..models.sources import MODELS
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution in its place.
+    """A convolution of a network.
 
     Attributes:
-        path: Of the module.
-        channels: Of its input.
-        filters: Channels of its result.
+        path: Path of the module.
+        channels: Input channels.
+        filters: Output channels.
         kernel: Height and width of a filter.
-        stride: In both directions, as all that follow.
-        padding: On each side.
+        stride: Stride in both directions.
+        padding: Padding on each side.
         dilation: Distance between taps.
-        groups: Of channels.
+        groups: Number of groups.
         size: Height and width of the input.
     """
 
@@ -45,12 +45,12 @@ class Conv:
 
     @property
     def read(self) -> int:
-        """Elements of one image that it reads: with a stride beyond the kernel not all."""
+        """Elements of one image that it reads, not all if the stride exceeds the kernel."""
         return self.channels * min(self.size, self.out * self.kernel) ** 2
 
     @property
     def written(self) -> int:
-        """Elements of one image's result."""
+        """Elements of the result of one image."""
         return self.filters * self.out**2
 
     @property
@@ -60,7 +60,7 @@ class Conv:
 
     @property
     def flops(self) -> int:
-        """For one image, a multiplication and an addition counted as two."""
+        """Flops for one image, a multiplication and an addition counted as two."""
         return 2 * self.weight * self.out**2
 
     def __str__(self) -> str:
@@ -72,7 +72,16 @@ class Conv:
 
 @dataclass(frozen=True)
 class Pool:
-    """The stem's max-pool; attributes as in :class:`Conv`."""
+    """The stem's max-pool.
+
+    Attributes:
+        path: Path of the module.
+        channels: Number of channels.
+        kernel: Height and width of the window.
+        stride: Stride in both directions.
+        padding: Padding on each side.
+        size: Height and width of the input.
+    """
 
     path: str
     channels: int
@@ -96,10 +105,10 @@ class Block:
     """A basic block or a bottleneck.
 
     Attributes:
-        path: Of the module.
+        path: Path of the module.
         stage: 1 to 4.
-        convs: In the order in which they run.
-        downsample: The shortcut's convolution, if it has one.
+        convs: The convolutions in order.
+        downsample: The shortcut's convolution, or None.
     """
 
     path: str
@@ -109,7 +118,7 @@ class Block:
 
     @property
     def all_convs(self) -> tuple[Conv, ...]:
-        """The shortcut's, if there is one, comes last."""
+        """All convolutions; the shortcut's, if there is one, is the last."""
         return (*self.convs, self.downsample) if self.downsample else self.convs
 
     @property
@@ -130,12 +139,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Network:
-    """All of a network.
+    """The layers of a network.
 
     Attributes:
-        stem: Its first convolution.
-        pool: Its max-pool.
-        blocks: Of all stages, in order.
+        stem: The first convolution.
+        pool: The max-pool.
+        blocks: The blocks of all stages, in order.
         features: Channels of the last map.
         classes: Length of the logits.
     """
@@ -153,18 +162,18 @@ class Network:
 
 
 def network(name: str, size: int = 224) -> Network:
-    """Walk a network.
+    """The layers of a network by name.
 
     Args:
         name: One of :data:`fused_resnet.models.sources.MODELS`.
         size: Height and width of the images.
 
     Raises:
-        ValueError: No such network.
+        ValueError: The network is unknown.
     """
     if name not in MODELS:
         raise ValueError(f"roofline: name: expected one of {', '.join(MODELS)}, got {name!r}")
-    with torch.device("meta"):  # the shapes of the parameters, and none of their memory
+    with torch.device("meta"):  # parameters without memory
         model: Any = getattr(resnet, name)()
     stem = _conv("conv1", model.conv1, size)
     window = model.maxpool

@@ -1,1 +1,1 @@
-"""The choice of the fastest backend for a call: timing, the cache file, the shipped defaults."""
+"""The fastest backend for a call: timing, the cache file, and the shipped table of defaults."""

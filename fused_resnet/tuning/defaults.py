@@ -1,7 +1,7 @@
-"""What the tuner believes where nothing may be timed: a table that is shipped.
+"""The shipped table of timings, for calls that may not be timed.
 
-``defaults.json`` says of itself where its numbers are from, how they were made and how an
-entry is picked; the rule is :func:`nearest`. It holds times only of devices that were measured.
+``defaults.json`` documents where and how its numbers were measured; :func:`nearest` picks an entry.
+It has entries only for devices that were measured.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("defaults.json")
 
-#: How far an entry may be: the binary logarithms of images, pixels of each, input and output
-#: channels, each over the entry's, added up without signs. 1: one may be twice or half the entry's.
+#: The largest distance of an entry: the sum of the absolute binary logarithms of the ratios of
+#: images, pixels, input channels and output channels. At 1, one of them may be twice or half.
 REACH = 1.0
 
 
 class Conv(NamedTuple):
-    """A call of ``conv_bn_add_relu``, read back from its key.
+    """A call of ``conv_bn_add_relu``, parsed from its key.
 
     Attributes:
         x: Shape of the input.
         weight: Shape of the weight.
         dtype: Of both.
         layout: Memory format of the input: ``channels_last``, ``contiguous`` or ``strided``.
-        residual: Whether one is added.
-        stride: As the key has it, and so ``padding``, ``dilation``, ``groups`` and ``relu``.
-        padding: See there.
-        dilation: See there.
-        groups: See there.
-        relu: See there.
+        residual: Whether a residual is added.
+        stride: ``(height, width)`` as text.
+        padding: ``(height, width)`` as text.
+        dilation: ``(height, width)`` as text.
+        groups: Number of groups as text.
+        relu: ``True`` or ``False`` as text.
     """
 
     x: tuple[int, ...]
@@ -49,17 +49,17 @@ class Conv(NamedTuple):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """All in which an entry must be the same as the call."""
+        """The properties that must be equal in an entry and the call."""
         return (self.weight[2:], *self[2:])
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """In which it may differ: images, pixels of each, input channels, output channels."""
+        """The sizes that may differ: images, pixels of each, input channels, output channels."""
         n, c, h, w = self.x
         return n, h * w, c, self.weight[0]
 
     def words(self) -> str:
-        """The call in a few of them: its input, its filters, what is not plain."""
+        """A short description: the input, the filters, and settings other than the defaults."""
         shape, filters = ("x".join(map(str, sizes)) for sizes in (self.x, self.weight[2:]))
         words = [f"{shape} {self.layout}", f"{self.weight[0]} of {filters}"]
         words += [f"stride {self.stride}"] if self.stride != "(1, 1)" else []
@@ -71,7 +71,14 @@ class Conv(NamedTuple):
 
 
 def read_key(key: str) -> Conv | None:
-    """The call that a key stands for; None where it is another operator's, or no key."""
+    """The call of a key.
+
+    Args:
+        key: From :func:`.tuner.key_of`.
+
+    Returns:
+        The call; None for a key of another operator, and for any other text.
+    """
     op, _, rest = key.partition("(")
     words = re.split(r", (?![^(\[]*[)\]])", rest.removesuffix(")"))
     if op != "conv_bn_add_relu" or len(words) != 14:
@@ -87,12 +94,15 @@ def _sizes(word: str) -> tuple[int, ...]:
 
 
 def nearest(device: str, isa: str, key: str) -> dict[str, float]:
-    """Milliseconds by candidate of the entry that is nearest to a call; empty where none is near.
+    """The timings of the entry nearest to a call.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        isa: On a CPU, the instruction set in use: each has a table of its own.
-        key: Of the call (:func:`fused_resnet.tuner.key_of`).
+        isa: On a CPU, the instruction set in use; each has its own table.
+        key: Of the call, from :func:`.tuner.key_of`.
+
+    Returns:
+        Milliseconds of each candidate; empty if no entry is within :data:`REACH`.
     """
     call = read_key(key)
     if call is None:
@@ -105,7 +115,14 @@ def nearest(device: str, isa: str, key: str) -> dict[str, float]:
 
 
 def table_of(isa: str, dtype: str) -> str:
-    """The instruction set whose table holds: but for bfloat16, AVX512-BF16 and AMX are AVX-512."""
+    """The instruction set whose table applies.
+
+    AVX512-BF16 and AMX have tables for bfloat16 only; other dtypes run as on AVX-512.
+
+    Args:
+        isa: The instruction set in use.
+        dtype: Of the call.
+    """
     if dtype == "bfloat16":
         return isa
     return "avx512" if isa.startswith("amx") else isa.removesuffix("_bf16")

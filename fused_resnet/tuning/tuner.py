@@ -1,17 +1,17 @@
-"""Which backend is the fastest for a call: timed once, remembered in memory and on disk.
+"""Finds the fastest backend for a call: timed once, cached in memory and on disk.
 
-``FUSED_RESNET_TUNE=0`` times nothing: a call that has not been timed before runs as a shipped table
-of times says (:mod:`fused_resnet.tuning_defaults`), and on the device's own kernels where that says
-nothing. So does every call under ``torch.use_deterministic_algorithms``, whatever was timed, and a
-new one while a CUDA graph is captured; what a compiler traces runs on the device's own kernels.
-``1``, the default, lets each new call's candidates take turns three times, ``exhaustive`` twenty
-times. A candidate that fails is dropped, with a warning, and never chosen.
+With ``FUSED_RESNET_TUNE=1``, the default, the candidates of each new call are timed in three
+alternating rounds, with ``exhaustive`` in twenty. With ``0`` nothing is timed: calls without a
+cached timing use the shipped table (:mod:`.defaults`), and the device's own kernels where it has no
+entry. The table also decides for new calls while a CUDA graph is captured, and for all calls under
+``torch.use_deterministic_algorithms``. Calls that a compiler traces use the device's own kernels. A
+candidate that fails is dropped with a warning.
 
-A process decides once for each call, and keeps to it: ``FUSED_RESNET_TUNE``, ``FUSED_RESNET_CACHE``
-and the file are read when a call is first met. After a change of them :func:`forget` begins anew.
+A process decides once for each call: ``FUSED_RESNET_TUNE``, ``FUSED_RESNET_CACHE`` and the file are
+read at the first one. :func:`forget` drops the decisions, so that a change takes effect.
 
-The choices are one of this package's two pieces of global state (the other is the backend that was
-asked for). A lock guards them; what two threads time at once is timed twice and kept once.
+The decisions are one of the package's two pieces of global state (the other is the forced backend).
+A lock protects them; a call that two threads time concurrently is timed twice and stored once.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .. import _C
 from .._version import __version__
 from . import cache, defaults, processor
 
-#: Changes when kernels do, so that old timings are not believed.
+#: Increased when kernels change, which invalidates older timings.
 KERNELS = 3
 
-#: By how much another candidate must beat the device's own kernels: a lead that the next run may
-#: take back is none.
+#: Relative time by which a candidate must beat the device's own kernels: differences below it are
+#: within the noise.
 MARGIN = 0.03
 
-#: Rounds in which all candidates take turns, of which the fastest counts.
+#: Rounds in which the candidates alternate, by mode; the fastest time counts.
 ROUNDS = {"1": 3, "exhaustive": 20}
 
 _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
@@ -49,8 +49,8 @@ _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
 )
 _lock = threading.Lock()
 _known: dict[str, dict[str, dict[str, float]]] = {}  # machine, key: milliseconds by candidate
-# What was decided, by what a call is told apart by: the candidates that there were, and the choice.
-# Written and read in one step each, so without the lock.
+# The candidates and the choice, by the fingerprint of a call. Reads and writes are atomic, so they
+# need no lock.
 _decided: dict[tuple[Any, ...], tuple[Mapping[str, Any], str]] = {}
 
 
@@ -60,20 +60,20 @@ def mode() -> str:
     Raises:
         ValueError: Anything else.
     """
-    given = os.environ.get("FUSED_RESNET_TUNE", "1")
-    if given != "0" and given not in ROUNDS:
-        raise ValueError(f"FUSED_RESNET_TUNE: expected 0, 1 or exhaustive, got {given!r}")
-    return given
+    value = os.environ.get("FUSED_RESNET_TUNE", "1")
+    if value != "0" and value not in ROUNDS:
+        raise ValueError(f"FUSED_RESNET_TUNE: expected 0, 1 or exhaustive, got {value!r}")
+    return value
 
 
 class Call(NamedTuple):
-    """A call that could be timed; its four-dimensional tensors are shapes without numbers.
+    """A recorded call that can be timed later; its four-dimensional tensors are meta tensors.
 
     Attributes:
-        op: The operator.
-        default: The candidate that runs where none was timed.
-        candidates: By name, what has the operator as an attribute.
-        device: Where it runs.
+        op: Name of the operator.
+        default: The candidate that runs without timings.
+        candidates: Libraries that have the operator as an attribute, by the backend's name.
+        device: Device of the call.
         arguments: Of the operator.
     """
 
@@ -85,24 +85,24 @@ class Call(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What the call is remembered by."""
+        """The key of the call in the cache."""
         return key_of(self.op, self.arguments)
 
     def with_numbers(self) -> tuple[Any, ...]:
-        """Arguments to time it by."""
+        """The arguments with random numbers in place of the meta tensors."""
         return tuple(
             torch.randn_like(a, device=self.device) if _is_map(a) else a for a in self.arguments
         )
 
     def decide(self) -> tuple[str, dict[str, float]]:
-        """The candidate that will run, and the milliseconds of each, timed now if need be."""
+        """The candidate to run, and the milliseconds of each, timed now if they are not cached."""
         times = timings(self.op, self.candidates, self.with_numbers())
         return fastest(times, self.default, self.candidates), times
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Call]]:
-    """Note the calls of this thread that would be timed, in order, in place of timing them."""
+    """Record the calls of this thread that would be timed, in order, instead of timing them."""
     calls: list[Call] = []
     token = _recorded.set(calls)
     try:
@@ -116,13 +116,13 @@ def _is_map(argument: Any) -> bool:
 
 
 def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> str:
-    """The candidate that ran this call fastest.
+    """The fastest candidate for a call.
 
     Args:
-        op: The operator.
-        default: The candidate that runs where none was timed.
-        candidates: By name, what has the operator as an attribute.
-        arguments: Of the operator; the first is the map whose device and dtype count.
+        op: Name of the operator.
+        default: The candidate that runs without timings.
+        candidates: Libraries that have the operator as an attribute, by the backend's name.
+        arguments: Of the operator; the first is the feature map, whose device and dtype count.
     """
     calls = _recorded.get()
     if calls is not None:
@@ -130,31 +130,32 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
         calls.append(Call(op, default, candidates, arguments[0].device, maps))
         return default
     x = arguments[0]
-    if type(x) not in _PLAIN:  # a fake or a proxy, whose sizes may be no numbers
+    # A fake tensor or a proxy, whose sizes may be symbolic; a meta tensor, which takes no time.
+    if type(x) not in _PLAIN or x.device.type not in ("cpu", "cuda"):
         return default
-    # All that the longer way depends on, and much faster to make than what it looks up.
+    # Everything that the decision depends on; much faster to make than the key of the cache.
     deterministic = torch.are_deterministic_algorithms_enabled()
     call = (op, torch.get_num_threads(), deterministic, _fingerprint(arguments))
     decided = _decided.get(call)
     if decided is not None and decided[0] is candidates:
         return decided[1]
-    if torch.jit.is_tracing() or x.numel() == 0:  # sizes that are tensors; nothing to time
+    if torch.jit.is_tracing() or x.numel() == 0:  # sizes are tensors; nothing to time
         return default
     times = {} if deterministic else timings(op, candidates, arguments)
-    chosen = fastest(times or _shipped(op, arguments), default, candidates)
-    if _may_time(x):  # else it may yet be timed
-        _decided[call] = (candidates, chosen)
-    return chosen
+    choice = fastest(times or _shipped(op, arguments), default, candidates)
+    if _may_time(x):  # otherwise a later call can be timed
+        _decided[call] = (candidates, choice)
+    return choice
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-#: What a call's arguments are besides tensors: asked for because it is the fastest question.
+#: Types of arguments that are not tensors: the fastest test.
 _SETTINGS = frozenset((type(None), tuple, int, float, bool))
 
 
 def _fingerprint(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What :func:`key_of` says of them, without a word: a quarter of its time."""
+    """The same information as :func:`key_of` without text, in a quarter of its time."""
     x = arguments[0]
     found: list[Any] = [x.get_device(), x.is_cuda and torch.backends.cudnn.allow_tf32]
     add = found.append
@@ -180,7 +181,13 @@ def _shipped(op: str, arguments: tuple[Any, ...]) -> dict[str, float]:
 
 
 def fastest(times: Mapping[str, float], default: str, candidates: Mapping[str, Any]) -> str:
-    """The candidate of the least time, if it is clearly less than the default's."""
+    """The candidate with the least time, if it beats the default by :data:`MARGIN`.
+
+    Args:
+        times: Milliseconds of each candidate; may be empty.
+        default: The candidate that runs without timings.
+        candidates: The candidates that exist, by name.
+    """
     times = {name: ms for name, ms in times.items() if name in candidates}
     if not times:
         return default
@@ -191,7 +198,16 @@ def fastest(times: Mapping[str, float], default: str, candidates: Mapping[str, A
 
 
 def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> dict[str, float]:
-    """Milliseconds of each candidate for this call: remembered, or timed now if that is allowed."""
+    """The timings of a call, from the cache or measured now if that is allowed.
+
+    Args:
+        op: Name of the operator.
+        candidates: Libraries that have the operator as an attribute, by the backend's name.
+        arguments: Of the operator; the first is the feature map.
+
+    Returns:
+        Milliseconds of each candidate; empty if the call may not be timed.
+    """
     x = arguments[0]
     machine, key = machine_of(x.device), key_of(op, arguments)
     with _lock:
@@ -201,10 +217,10 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
         times = known.get(key)
     if times is not None:
         return times
-    given = mode()
-    if given == "0" or x.numel() == 0 or not _may_time(x):
+    how = mode()
+    if how == "0" or x.numel() == 0 or not _may_time(x):
         return {}
-    times = measure(op, candidates, arguments, ROUNDS[given])
+    times = measure(op, candidates, arguments, ROUNDS[how])
     with _lock:
         known[key] = times
     if times:
@@ -213,7 +229,7 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
 
 
 def _may_time(x: Tensor) -> bool:
-    """Whether calls now run, and nobody records them."""
+    """Whether calls run eagerly, without a trace or the capture of a CUDA graph."""
     if type(x) not in _PLAIN or torch.jit.is_tracing():
         return False
     if x.device.type == "cuda":
@@ -222,7 +238,12 @@ def _may_time(x: Tensor) -> bool:
 
 
 def key_of(op: str, arguments: tuple[Any, ...]) -> str:
-    """The call without its numbers: shapes, dtypes, memory formats, settings."""
+    """The key of a call in the cache: shapes, dtypes, memory formats and settings.
+
+    Args:
+        op: Name of the operator.
+        arguments: Of the operator.
+    """
     return op + "(" + ", ".join(map(_word, arguments)) + ")"
 
 
@@ -241,7 +262,11 @@ def _word(argument: Any) -> str:
 
 
 def machine_of(device: torch.device) -> str:
-    """All that timings depend on besides the call."""
+    """Everything that timings depend on besides the call: device, versions, settings.
+
+    Args:
+        device: Of the call.
+    """
     if device.type == "cuda":
         float32 = "tf32" if torch.backends.cudnn.allow_tf32 else "strict float32"
         return f"{_cuda_machine(device.index if device.index is not None else 0)}, {float32}"
@@ -284,16 +309,26 @@ def _driver() -> str:
 def measure(
     op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...], rounds: int
 ) -> dict[str, float]:
-    """Milliseconds of each candidate: the fastest of some rounds in which they take turns."""
+    """Time the candidates in alternating rounds.
+
+    Args:
+        op: Name of the operator.
+        candidates: Libraries that have the operator as an attribute, by the backend's name.
+        arguments: Of the operator; the first is the feature map.
+        rounds: Number of rounds.
+
+    Returns:
+        Milliseconds of each candidate, the fastest of the rounds.
+    """
     device = arguments[0].device
     with torch.no_grad():
         if device.type != "cuda":
-            return _take_turns(op, candidates, arguments, rounds, _clock)
-        with torch.cuda.device(device):  # whose stream the events are recorded on
-            return _take_turns(op, candidates, arguments, rounds, _cuda_clock)
+            return _alternate(op, candidates, arguments, rounds, _clock)
+        with torch.cuda.device(device):  # the events are recorded on its stream
+            return _alternate(op, candidates, arguments, rounds, _cuda_clock)
 
 
-def _take_turns(
+def _alternate(
     op: str,
     candidates: Mapping[str, Any],
     arguments: tuple[Any, ...],
@@ -337,7 +372,7 @@ def _cuda_clock(call: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def forget() -> None:
-    """Drop what is in memory; the file stays."""
+    """Drop all timings and decisions in memory; the cache file is kept."""
     with _lock:
         _known.clear()
         _decided.clear()

@@ -1,4 +1,4 @@
-"""Frozen residual blocks against float64: whole, as :func:`fused_resnet.ops.residual_block`."""
+"""Frozen residual blocks against float64, by :func:`fused_resnet.ops.residual_block`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .operands import BATCH_NORM, Draw, Inputs, Subject, folded
 
 
 class Conv(NamedTuple):
-    """One convolution of a block, and what the names of its arguments begin with."""
+    """One convolution of a block, and the prefix of its arguments' names."""
 
     prefix: str
     weight: tuple[int, int, int, int]
@@ -26,16 +26,16 @@ class Conv(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """One block; each is here for a reason that its name gives.
+    """One block; the name says what it covers.
 
     Attributes:
-        name: The reason.
+        name: Name of the case.
         x: Shape of the input.
         widths: Output channels of its convolutions: two of 3x3, or 1x1, 3x3 and 1x1.
-        stride: Of the block.
-        shortcut: Whether its shortcut is a 1x1 convolution, or nothing.
-        joined: Whether the shortcut and the last convolution are given as one sum, where a backend
-            takes that.
+        stride: Stride of the block.
+        shortcut: Whether its shortcut is a 1x1 convolution, not the identity.
+        concatenated: Whether the last convolution and the shortcut's are one GEMM over concatenated
+            channels, on backends that support it.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Block:
     widths: tuple[int, ...]
     stride: int = 1
     shortcut: bool = False
-    joined: bool = False
+    concatenated: bool = False
 
     @property
     def bottleneck(self) -> bool:
-        """Which kind of block."""
+        """Whether it is a bottleneck, not a basic block."""
         return len(self.widths) == 3
 
     def convs(self) -> Iterator[Conv]:
-        """In order; the shortcut's is the last."""
+        """The convolutions in order; the shortcut's is the last."""
         channels, strided = self.x[1], 1 if self.bottleneck else 0
         for i, k in enumerate(self.widths):
             size = 1 if self.bottleneck and i != 1 else 3
@@ -64,16 +64,18 @@ class Block:
 
 CASES = (
     Block("basic", (2, 64, 8, 7), (64, 64)),
-    Block("basic/2, shortcut", (1, 24, 9, 8), (40, 40), 2, shortcut=True, joined=True),
+    Block("basic/2, shortcut", (1, 24, 9, 8), (40, 40), 2, shortcut=True, concatenated=True),
     Block("bottleneck of 64, on chip on a GPU", (1, 128, 7, 6), (64, 64, 128)),
     Block("bottleneck of 64, shortcut", (1, 32, 7, 6), (64, 64, 128), shortcut=True),
-    Block("bottleneck/2, shortcut", (1, 24, 7, 6), (16, 24, 40), 2, shortcut=True, joined=True),
+    Block(
+        "bottleneck/2, shortcut", (1, 24, 7, 6), (16, 24, 40), 2, shortcut=True, concatenated=True
+    ),
     Block("bottleneck of odd channels", (1, 21, 7, 6), (17, 19, 21)),
 )
 
 
 def subjects() -> Iterator[Subject]:
-    """One a block."""
+    """The cases."""
     for block in CASES:
         yield Subject(
             block.name, partial(_unfused, block), partial(_fused, block), partial(_inputs, block)
@@ -95,7 +97,7 @@ def _batch_norm(conv: Conv, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _unfused(block: Block, **inputs: Tensor) -> Tensor:
-    """The block by the calls of an unfused model."""
+    """The block as an unfused model computes it."""
 
     def run(conv: Conv, h: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         return reference.conv_bn_add_relu(
@@ -118,26 +120,26 @@ def _unfused(block: Block, **inputs: Tensor) -> Tensor:
 
 
 def _fused(block: Block, **inputs: Tensor) -> Tensor:
-    """Fold and pack as ``freeze`` does, then call the operation."""
+    """Fold and pack like ``freeze``, then call the operation."""
     x, convs = inputs["x"], list(block.convs())
     packed = [ops.pack_conv_weight(inputs[f"{conv.prefix}.weight"]) for conv in convs]
     affine = [folded(x.dtype, *_batch_norm(conv, inputs)) for conv in convs]
     scale, shift = [a[0] for a in affine], [a[1] for a in affine]
-    joined = joined_shift = None
-    if block.joined and resolve_backend("residual_block", x) in ("cuda", "triton"):
-        parts = [
+    concatenated = concatenated_shift = None
+    if block.concatenated and resolve_backend("residual_block", x) in ("cuda", "triton"):
+        scaled = [
             p.double().view(s.numel(), -1) * s.double().view(-1, 1)
             for p, s in zip(packed[-2:], scale[-2:], strict=True)
         ]
-        joined = torch.cat(parts, 1).to(packed[-1].dtype).flatten()
-        joined_shift = shift[-2] + shift[-1]
+        concatenated = torch.cat(scaled, 1).to(packed[-1].dtype).flatten()
+        concatenated_shift = shift[-2] + shift[-1]
     return ops.residual_block(
         x,
         packed,
         scale,
         shift,
-        joined=joined,
-        joined_shift=joined_shift,
+        concatenated=concatenated,
+        concatenated_shift=concatenated_shift,
         bottleneck=block.bottleneck,
         stride=block.stride,
     )

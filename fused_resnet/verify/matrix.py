@@ -1,28 +1,28 @@
-"""Every operation on every backend, each cell with its measured error: the table of what there is.
+"""Every operation on every backend, each cell with its measured error.
 
-A backend whose device is there runs on it. On a machine without a GPU the ``cuda`` and ``triton``
-backends are emulated on CPU tensors (:mod:`.emulation`): the same sources, executed or interpreted.
+The kernels of a backend run on its device. The tests of a source checkout can also run them on CPU
+tensors where there is no GPU (``python tests/verify_matrix.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from ..backends import aten as library
+from ..backends import aten
 from ..backends.availability import NAMES, backends, use_backend
-from . import emulation
 from .operations import DTYPES, comparisons
 from .rows import Row, worst
 
-#: Operation and mode of every line, in the table's order. ``frozen``: inference, weights packed.
+#: Operation and mode of every line of the table, in its order. ``frozen`` is inference with packed
+#: weights.
 LINES = (
     ("bn_add_relu", "inference"),
     ("bn_add_relu", "training"),
@@ -38,7 +38,7 @@ LINES = (
 
 _FROZEN = {name: f"{name}_packed" for name in ("conv_bn_add_relu", "conv_bn_relu_maxpool")}
 
-#: The fast memory format. ``fused-resnet verify`` looks at the other one too.
+#: The fast memory format. ``fused-resnet verify`` also measures the contiguous one.
 MEMORY_FORMAT = "channels_last"
 
 
@@ -47,139 +47,133 @@ class Cell:
     """One operation on one backend.
 
     Attributes:
-        operation: Of :data:`LINES`, and so ``mode``.
-        mode: See there.
+        operation: Name of the operation.
+        mode: ``inference``, ``training``, ``backward`` or ``frozen``.
         dtype: Storage type, without ``torch.``.
-        backend: Of :data:`fused_resnet.backends.NAMES`.
-        means: What ran the kernels: ``device``, ``executor`` or ``interpreter``. Empty where there
-            is no such kernel, by design, or nothing to run it.
+        backend: Name of the backend.
+        runner: What ran the kernels: ``device``, ``simulator`` or ``interpreter``. Empty where
+            there is no such kernel by design, or nothing to run it.
         reason: Why it did not run, or how it failed, in one line.
-        row: What was measured.
+        row: The measured errors; None if it did not run.
     """
 
     operation: str
     mode: str
     dtype: str
     backend: str
-    means: str = ""
+    runner: str = ""
     reason: str = ""
     row: Row | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether it ran within its bound, or is none by design."""
+        """Whether its error is within the bound, or the design has no such kernel."""
         return self.row.passed if self.row is not None else not self.reason
 
     def __str__(self) -> str:
-        """Its error, and in brackets that over PyTorch's own; ``-`` where the design has none."""
+        """Its error, and in brackets over PyTorch's own; ``-`` where there is no kernel."""
         if self.row is None:
-            failed = "failed" if self.means else "not run"
+            failed = "failed" if self.runner else "not run"
             return failed if self.reason else "-"
         ratio = "" if self.row.ratio is None else f" ({self.row.ratio:.2f})"
         return f"{self.row.error:.1e}{ratio}{'' if self.row.passed else ' FAIL'}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The cell as a dictionary for JSON."""
         return {**asdict(self), "passed": self.passed}
 
 
 def has(operation: str, mode: str, dtype: torch.dtype, backend: str) -> bool:
-    """Whether the design has that operation in that mode and storage type on that backend."""
+    """Whether there is such a kernel by design.
+
+    Args:
+        operation: Name of the operation.
+        mode: ``inference``, ``training``, ``backward`` or ``frozen``.
+        dtype: Storage type.
+        backend: Name of the backend.
+    """
     if dtype is torch.float64 and backend not in ("reference", "cpu"):
         return False
     # Packed weights are laid out for this package's kernels.
-    return backend != "library" or (operation in library.OPERATIONS and mode != "frozen")
+    return backend != "library" or (operation in aten.OPERATIONS and mode != "frozen")
 
 
-class Means(NamedTuple):
-    """What runs a backend's kernels here.
+class Runner(NamedTuple):
+    """What runs a backend's kernels.
 
     Attributes:
-        word: ``device``, ``executor`` or ``interpreter``.
-        device: Where the tensors are.
-        chosen: Makes the context in which an operation goes to the backend.
+        name: ``device``, ``simulator`` or ``interpreter``.
+        device: The device of the tensors.
+        context: Makes the context in which operations run on the backend.
     """
 
-    word: str
+    name: str
     device: str
-    chosen: Callable[[], AbstractContextManager[Any]]
+    context: Callable[[], AbstractContextManager[Any]]
 
 
-def means_of(backend: str, checkout: Path) -> Means:
-    """What runs a backend's kernels on this machine.
+#: By backend, what runs its kernels, or why nothing does.
+Runners = Mapping[str, Runner | str]
 
-    Args:
-        backend: Of :data:`fused_resnet.backends.NAMES`.
-        checkout: The root of a source checkout, whose tests hold the emulators.
 
-    Raises:
-        EmulationMissing: There is no device and no emulator.
-    """
-    status = backends()[backend]
-    if status:
-        gpu = torch.cuda.is_available() and backend in ("cuda", "triton", "library")
-        return Means("device", "cuda" if gpu else "cpu", lambda: use_backend(backend))
-    if backend not in ("cuda", "triton"):
-        raise emulation.EmulationMissing(status.reason)
-    emulators = emulation.load(checkout)
-    missing = emulators.missing(backend)
-    if missing:
-        raise emulation.EmulationMissing(missing)
-
-    @contextlib.contextmanager
-    def chosen() -> Iterator[None]:
-        with (
-            emulators.operators(backend) as operators,
-            emulation.emulated(backend, operators),
-        ):
-            yield
-
-    return Means(emulators.MEANS[backend], "cpu", chosen)
+def device_runners() -> dict[str, Runner | str]:
+    """By backend its device, or the reason why this machine has none."""
+    found: dict[str, Runner | str] = {}
+    gpu = torch.cuda.is_available()
+    for backend, status in backends().items():
+        if status:
+            device = "cuda" if gpu and backend in ("cuda", "triton", "library") else "cpu"
+            found[backend] = Runner("device", device, partial(use_backend, backend))
+        else:
+            found[backend] = f"there is no device for it: {status.reason}"
+    return found
 
 
 def verify_matrix(
     dtypes: Sequence[torch.dtype] = DTYPES,
-    checkout: Path = emulation.OWN_ROOT,
+    runners: Runners | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Cell]:
-    """All cells, line by line. Float32 is strict: tf32 is off meanwhile.
+    """All cells, line by line. tf32 is off, so that float32 products are exact.
 
     Args:
         dtypes: Storage types.
-        checkout: See :func:`means_of`.
+        runners: By backend, what runs its kernels, or why nothing does; None for the devices of
+            this machine.
         progress: Called with a short text before each cell.
+
+    Yields:
+        The cells of a line, in the order of the backends' names.
     """
-    found: dict[str, Means | str] = {}
-    for backend in NAMES:
-        try:
-            found[backend] = means_of(backend, checkout)
-        except emulation.EmulationMissing as error:
-            found[backend] = str(error)
+    if runners is None:
+        runners = device_runners()
     for operation, mode in LINES:
         for dtype in dtypes:
             for backend in NAMES:
                 name = str(dtype).removeprefix("torch.")
                 progress(f"{operation} {mode} {name} {backend}")
-                yield _cell(operation, mode, dtype, backend, found[backend])
+                yield _cell(operation, mode, dtype, backend, runners[backend])
 
 
-def _cell(operation: str, mode: str, dtype: torch.dtype, backend: str, means: Means | str) -> Cell:
+def _cell(
+    operation: str, mode: str, dtype: torch.dtype, backend: str, runner: Runner | str
+) -> Cell:
     where = (operation, mode, str(dtype).removeprefix("torch."), backend)
     if not has(operation, mode, dtype, backend):
         return Cell(*where)
-    if isinstance(means, str):
-        return Cell(*where, reason=means)
+    if isinstance(runner, str):
+        return Cell(*where, reason=runner)
     if mode == "frozen":
         operation, mode = _FROZEN.get(operation, operation), "inference"
     try:
         with _strict_float32():
             compared = comparisons(
-                operation, dtype, MEMORY_FORMAT, mode, means.chosen, means.device
+                operation, dtype, MEMORY_FORMAT, mode, runner.context, runner.device
             )
             row = worst(compared, operation, mode, dtype, MEMORY_FORMAT)
-    except Exception as error:  # a kernel that fails is a cell that fails, and the next one runs
-        return Cell(*where, means.word, f"{type(error).__name__}: {_first_line(error)}")
-    return Cell(*where, means.word, row=row)
+    except Exception as error:  # a failed kernel fails its own cell, and the next one runs
+        return Cell(*where, runner.name, f"{type(error).__name__}: {_first_line(error)}")
+    return Cell(*where, runner.name, row=row)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,11 @@
 """Whole networks against float64: inference, and one training step.
 
-Why two kinds of parameters. ReLU's kink makes the gradient of a network jump: an activation that
-rounding carries across zero changes every gradient before it, and on small maps PyTorch's own
-float32 gradients differ from float64 by 1e-2. So the training step is verified twice. In float64
-with ordinary parameters, where nothing is carried across, fused and unfused must agree in every
-single tensor. In float32 with parameters that keep every activation clear of zero, on one side or
-the other (:func:`_clear_of_kinks`), where the errors are those of arithmetic alone and their ratio
-is sharp.
+The training step has two kinds of parameters, because the gradient of ReLU is discontinuous: an
+activation whose sign changes by rounding changes every gradient before it, and on small maps
+PyTorch's own float32 gradients differ from float64 by 1e-2. In float64, with ordinary parameters,
+no sign changes, and fused and unfused must agree in every tensor. In float32 the parameters keep
+every activation away from zero (:func:`_clear_of_kinks`), so that errors are those of arithmetic
+alone and their ratio is sharp.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ MODELS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 #: Images of 64x64 leave 2x2 in the last stage; a batch of 4 gives its batch norms 16 values each.
 BATCH, SIZE = 4, 64
 
-#: Of parameters and images. A deep network's error is the sum of so many that one seed will do.
+#: Seeds of parameters and images. The error of a deep network averages over enough terms for one.
 SEEDS = {"resnet101": (0,), "resnet152": (0,)}
 DEFAULT_SEEDS = (0, 1)
 
-#: In float32 Winograd's algorithm may give digits for speed: up to this error it passes even where
-#: the ratio would not.
+#: In float32 Winograd's algorithm trades digits for speed: up to this error it passes whatever the
+#: ratio.
 WINOGRAD_BOUND = 5e-6
 
 #: Bound in float64, where the unfused network is the truth.
@@ -57,10 +56,10 @@ def verify_networks(
     The training step is verified in float32 and float64.
 
     Args:
-        models: Of :data:`MODELS`, or any of torchvision's residual networks.
+        models: Names of torchvision's residual networks.
         dtypes: Storage types.
         backend: A name of :func:`fused_resnet.backends`, or ``"auto"``.
-        seeds: Of parameters and images; :data:`SEEDS` if None.
+        seeds: Seeds of parameters and images; :data:`SEEDS` if None.
         progress: Called with a short text before each part.
 
     Raises:
@@ -79,7 +78,7 @@ def verify_networks(
 
 
 class Problem(NamedTuple):
-    """A network in float32 and eval, images and their classes, all of one seed."""
+    """A network in float32 and eval mode, images and their labels, of one seed."""
 
     model: nn.Module
     images: Tensor
@@ -100,7 +99,7 @@ def _inference(
     logits: dict[tuple[torch.dtype, str], list[Tensor]] = {}
     for model, images, _, _ in problems:
         for dtype in dict.fromkeys((torch.float64, *dtypes)):
-            # The truth keeps the parameters of the storage type, so only arithmetic is compared.
+            # The truth has the rounded parameters, so that only arithmetic is compared.
             stored = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             x = images.to(dtype).contiguous(memory_format=torch.channels_last)
             with torch.inference_mode():
@@ -150,7 +149,7 @@ def _training(
 def _step(
     into: dict[str, list[Tensor]], model: nn.Module, images: Tensor, labels: Tensor, each: bool
 ) -> None:
-    """One training step; append losses, gradients and statistics, each by itself or by kind."""
+    """One training step; append losses, gradients and statistics, singly or grouped by kind."""
     losses = F.cross_entropy(model.train()(images), labels, reduction="none")
     losses.mean().backward()
     into.setdefault("loss", []).append(losses.detach())
@@ -171,10 +170,10 @@ def _comparison(what: str, error: float, own_error: float, dtype: torch.dtype) -
 
 @torch.no_grad()
 def _clear_of_kinks(model: nn.Module, generator: torch.Generator) -> None:
-    """Shift every batch norm by six deviations, so that its channels are always positive or never.
+    """Shift every batch norm by six deviations, so that each channel has one sign.
 
-    One channel in four goes below zero where only a ReLU reads it. Both summands of a residual stay
-    above: opposite signs could cancel, and the sum's sign would be a matter of rounding.
+    One channel in four becomes negative where only a ReLU reads it. Both summands of a residual
+    addition are positive: opposite signs could cancel, and rounding would decide the sum's sign.
     """
     summands = {id(bn) for bn in last_batch_norms(model)}
     summands |= {id(m[1]) for path, m in model.named_modules() if path.endswith("downsample")}
@@ -183,6 +182,6 @@ def _clear_of_kinks(model: nn.Module, generator: torch.Generator) -> None:
         if id(bn) not in summands:
             sign[torch.rand(sign.shape, generator=generator) < 0.25] = -1.0
         bn.bias.copy_(6.0 * sign * bn.weight)
-    # Activations of 6 and more make logits of 10 and more, and so a softmax of one or two classes,
-    # whose rounding alone would decide every gradient's error. A tenth spreads it over all.
+    # Activations of 6 and more would make logits of 10 and more, and a softmax of one or two
+    # classes, whose rounding would dominate every gradient's error.
     model.get_parameter("fc.weight").mul_(0.1)

@@ -1,4 +1,4 @@
-"""What verified operations are called with: maps, weights and batch norms, drawn from a seed."""
+"""Seeded operands of the verified operations: maps, weights and batch norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.folding import fold
 
-#: By the name of the argument.
+#: Tensors by the name of the argument.
 Inputs = dict[str, Tensor]
 
 #: The four vectors of a batch norm, in the order of every signature.
@@ -18,12 +18,12 @@ BATCH_NORM = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
 class Draw:
-    """Draws normal numbers in float32 and stores them as an operation is given them.
+    """Draws normal numbers in float32 and converts them to an operation's dtypes and layout.
 
     Args:
-        seed: The same numbers for the same seed, whatever the dtype and the layout.
-        dtype: Of maps and weights of convolutions.
-        affine: Of the batch norm's vectors.
+        seed: Seed of the numbers, which are the same for every dtype and layout.
+        dtype: Storage type of maps and convolution weights.
+        affine: Storage type of the batch norm's vectors.
         layout: Memory format of maps and weights.
     """
 
@@ -37,16 +37,33 @@ class Draw:
         return torch.randn(shape, generator=self.generator) * scale + mean
 
     def feature_map(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        """``(N, C, H, W)``."""
+        """A feature map.
+
+        Args:
+            shape: ``N, C, H, W``.
+            scale: Standard deviation.
+            mean: Mean.
+        """
         drawn = self._normal(*shape, scale=scale, mean=mean)
         return drawn.to(self.dtype).contiguous(memory_format=self.layout)
 
     def conv_weight(self, k: int, c: int, kh: int, kw: int) -> Tensor:
-        """``(K, C / groups, kh, kw)``, scaled so that maps behind ReLU keep their variance."""
+        """``(K, C / groups, kh, kw)``, scaled so that maps after ReLU keep their variance.
+
+        Args:
+            k: Output channels.
+            c: Input channels of a group.
+            kh: Height of a filter.
+            kw: Width of a filter.
+        """
         return self.feature_map(k, c, kh, kw, scale=(2 / (c * kh * kw)) ** 0.5)
 
     def batch_norm(self, channels: int) -> Inputs:
-        """The vectors of :data:`BATCH_NORM`, none of them at its initial value."""
+        """The vectors of :data:`BATCH_NORM`, none of them at its initial value.
+
+        Args:
+            channels: Their length.
+        """
         drawn = [
             self._normal(channels, scale=0.3, mean=1.0),
             self._normal(channels, scale=0.3),
@@ -57,13 +74,13 @@ class Draw:
 
 
 class Subject(NamedTuple):
-    """One case of an operation, and the two functions that are held against each other.
+    """One case of an operation: two functions whose results are compared.
 
     Attributes:
-        name: Of the case.
-        unfused: Plain PyTorch, which in float64 is the truth.
+        name: Name of the case.
+        unfused: Plain PyTorch, the truth in float64.
         fused: The operation.
-        inputs: Draws the tensors that both take.
+        inputs: Draws the arguments of both.
     """
 
     name: str
@@ -75,7 +92,15 @@ class Subject(NamedTuple):
 def folded(
     dtype: torch.dtype, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A batch norm as scale and shift, as a frozen network of that dtype keeps them."""
+    """A batch norm as scale and shift, in the dtype of a frozen network.
+
+    Args:
+        dtype: Storage type of the maps.
+        weight: ``(C,)``.
+        bias: ``(C,)``.
+        mean: ``(C,)``, the running mean.
+        var: ``(C,)``, the running variance.
+    """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     scale, shift = fold(None, weight, bias, mean, var, 1e-5, torch.float64)
     return scale.to(wide), shift.to(wide)

@@ -26,14 +26,14 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 #: the gradients of that. ``backward in eval``: gradients with the batch norm frozen.
 MODES = ("inference", "training", "backward", "backward in eval")
 
-#: Bound in float64, where the reference is itself the truth: sums of some thousand terms in another
-#: order, at 2.2e-16 each.
+#: Bound in float64, where the reference is the truth: sums of some thousand terms in another order,
+#: with an error of 2.2e-16 each.
 FLOAT64_BOUND = 1e-13
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one operation; each is here for a reason that its name gives."""
+    """One shape of one operation; the name says what it covers."""
 
     name: str
     x: tuple[int, int, int, int]
@@ -42,8 +42,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-#: Small, and between them: the shapes of a ResNet's layers, channels that are no multiple of a
-#: vector, a single channel, odd sizes, strides, dilation, groups, no ReLU.
+#: Small shapes that together cover a ResNet's layers, channels that are not a multiple of the
+#: vector width, a single channel, odd sizes, strides, dilation, groups, and no ReLU.
 CASES: dict[str, tuple[Case, ...]] = {
     "bn_add_relu": (
         Case("64 channels", (2, 64, 14, 14)),
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
 }  # fmt: skip
 
-#: The operations of frozen networks: they have no gradient, and no statistics to move.
+#: The operations of frozen networks, which have no gradient and no running statistics.
 FROZEN = ("conv_bn_add_relu_packed", "conv_bn_relu_maxpool_packed", "residual_block")
 
 Function = Callable[..., Tensor]
@@ -91,7 +91,7 @@ def verify_operations(
     backend: str = "auto",
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Row]:
-    """One row an operation, dtype, memory format and mode; the worst of its cases and tensors.
+    """One row per operation, dtype, memory format and mode: the worst of its cases and tensors.
 
     Args:
         dtypes: Storage types, of :data:`DTYPES`.
@@ -113,8 +113,13 @@ def verify_operations(
 
 
 def rows_of(dtypes: Sequence[torch.dtype], backend: str) -> list[tuple[str, torch.dtype, str, str]]:
-    """Operation, dtype, memory format and mode of every row that there is."""
-    # A packed weight is for the compiled kernels alone.
+    """Operation, dtype, memory format and mode of every row.
+
+    Args:
+        dtypes: Storage types.
+        backend: A name of :func:`fused_resnet.backends`, or ``"auto"``.
+    """
+    # The reference has no packed weights.
     return [
         (operation, dtype, memory_format, mode)
         for operation in (*CASES, "residual_block")
@@ -130,28 +135,29 @@ def comparisons(
     dtype: torch.dtype,
     memory_format: str,
     mode: str,
-    chosen: Callable[[], AbstractContextManager[Any]],
+    context: Callable[[], AbstractContextManager[Any]],
     device: str = "cpu",
 ) -> Iterator[Comparison]:
     """All tensors of all cases of one operation.
 
     Args:
-        operation: Of :data:`CASES`, or ``"residual_block"``.
+        operation: A key of :data:`CASES`, or ``"residual_block"``.
         dtype: Storage type.
-        memory_format: Of :data:`FORMATS`.
-        mode: Of :data:`MODES`.
-        chosen: Makes the context in which the operation is called: the choice of a backend.
-        device: Where it is called, and PyTorch's own run. Float64 is computed on the CPU.
+        memory_format: A key of :data:`FORMATS`.
+        mode: One of :data:`MODES`.
+        context: Makes the context that selects the backend of the operation.
+        device: The device of the operation and of PyTorch's unfused run. The exact result is
+            computed on the CPU.
     """
     for number, subject in enumerate(_subjects(operation)):
         # The batch norm of a half-precision model is float32 under autocast and half after .half():
-        # the cases take turns.
+        # the cases alternate.
         affine = torch.float32 if number % 2 == 0 and dtype.itemsize == 2 else dtype
         inputs = subject.inputs(Draw(number, dtype, affine, FORMATS[memory_format]))
         exact = {name: t.double() for name, t in inputs.items()}
         truth = _run(subject.unfused, exact, mode)
         there = {name: t.to(device) for name, t in inputs.items()}
-        with chosen():
+        with context():
             answer = _run(subject.fused, there, mode)
         if dtype is torch.float64:
             for name in truth:
@@ -192,7 +198,7 @@ def _inputs(case: Case, unfused: Function, draw: Draw) -> Inputs:
 
 
 def _run(function: Function, inputs: Inputs, mode: str) -> dict[str, Tensor]:
-    """What one call gives, by name. The inputs stay as they were."""
+    """The results of one call by name. The inputs are not modified."""
     mine = {name: t.clone() for name, t in inputs.items()}
     gradient = mine.pop("gradient", None)
     if mode == "inference":
@@ -221,7 +227,7 @@ def _conv_packed(
     groups: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Fold and pack as ``freeze`` does, then call the packed operation."""
+    """Fold and pack like ``freeze``, then call the packed operation."""
     scale, shift = folded(x.dtype, bn_weight, bn_bias, running_mean, running_var)
     return ops.conv_bn_add_relu_packed(
         x,
@@ -244,7 +250,7 @@ def _stem_packed(
     running_var: Tensor,
     **options: Any,
 ) -> Tensor:
-    """As :func:`_conv_packed`."""
+    """Fold and pack like ``freeze``, then call the packed operation."""
     scale, shift = folded(x.dtype, bn_weight, bn_bias, running_mean, running_var)
     return ops.conv_bn_relu_maxpool_packed(
         x,

@@ -1,4 +1,4 @@
-"""How an error is measured and judged: one rule for operations and networks."""
+"""How errors are measured, and the bound that they must keep, for operations and networks."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 #: The largest ratio of our error to PyTorch's own that passes.
 LIMIT = 1.5
 
-#: Errors of up to this many units of the dtype's eps are rounding, and pass whatever the ratio: the
-#: ratio of two such numbers is chance.
+#: Errors up to this many times the dtype's eps are rounding and pass whatever the ratio, since the
+#: ratio of two such numbers is random.
 ROUNDING = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One verdict.
+    """The result of one check.
 
     Attributes:
         subject: The operation or network.
         mode: ``inference``, ``training``, ``backward``, ...
         dtype: Storage type, without ``torch.``.
         memory_format: ``channels_last`` or ``contiguous``.
-        what: What came closest to its bound: a case and the tensor compared.
+        what: The case and the tensor whose error is closest to its bound.
         error: Relative L2 error against float64.
-        pytorch_error: That of the unfused run in the same dtype; None in float64, where the unfused
-            run is the truth.
-        ratio: The first over the second; None where the second is None or zero.
+        pytorch_error: Error of the unfused run in the same dtype; None in float64, where the
+            unfused run is the truth.
+        ratio: ``error / pytorch_error``; None if that is None or zero.
         bound: The largest error that passes.
-        passed: The verdict.
+        passed: Whether ``error`` is at most ``bound``.
     """
 
     subject: str
@@ -47,13 +47,20 @@ class Row:
     passed: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tensor, or several taken together, of one case."""
+    """The error of one tensor, or of several as one vector, in one case.
+
+    Attributes:
+        what: The case and the tensor.
+        error: Relative L2 error against float64.
+        pytorch_error: Error of the unfused run in the same dtype; None in float64.
+        bound: The largest error that passes.
+    """
 
     what: str
     error: float
@@ -62,14 +69,18 @@ class Comparison:
 
     @property
     def closeness(self) -> float:
-        """Error over bound: what does not pass is above 1, or not a number."""
+        """Error over bound: above 1, or NaN, for an error that does not pass."""
         return self.error / self.bound
 
 
 def relative_error(answer: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
-    r"""Relative L2 error :math:`\|a - t\| / \|t\|` of all tensors taken as one vector.
+    r"""Relative L2 error :math:`\|a - t\| / \|t\|` of all tensors as one vector.
 
-    Computed in float64; not a number if an answer holds one.
+    Computed in float64; NaN if a result contains one.
+
+    Args:
+        answer: The results.
+        truth: The exact results.
     """
     distance = norm = 0.0
     for a, t in zip(answer, truth, strict=True):
@@ -84,7 +95,14 @@ def relative_error(answer: Iterable[Tensor], truth: Iterable[Tensor]) -> float:
 
 
 def compare(what: str, error: float, pytorch_error: float, dtype: torch.dtype) -> Comparison:
-    """Hold an error against PyTorch's own in the same dtype."""
+    """Compare an error with PyTorch's own in the same dtype.
+
+    Args:
+        what: The case and the tensor.
+        error: Relative L2 error against float64.
+        pytorch_error: That of the unfused run.
+        dtype: Storage type.
+    """
     bound = max(LIMIT * pytorch_error, ROUNDING * torch.finfo(dtype).eps)
     return Comparison(what, error, pytorch_error, bound)
 
@@ -96,8 +114,16 @@ def worst(
     dtype: torch.dtype,
     memory_format: str,
 ) -> Row:
-    """The row of the comparison that came closest to its bound."""
-    # A NaN compares false with everything, so it is looked for by name.
+    """The row of the comparison closest to its bound.
+
+    Args:
+        comparisons: At least one comparison.
+        subject: The operation or network.
+        mode: ``inference``, ``training``, ``backward``, ...
+        dtype: Storage type.
+        memory_format: ``channels_last`` or ``contiguous``.
+    """
+    # A NaN compares false with everything, so it is ordered first.
     found = max(comparisons, key=lambda c: (c.closeness != c.closeness, c.closeness))
     own = found.pytorch_error
     return Row(

@@ -14,14 +14,6 @@ import torch
 
 import fused_resnet as fr
 
-# The executor's tests are run on the device too, and share its helpers.
-pytest.register_assert_rewrite(
-    "device", "precisions", "test_bn_add_relu", "test_conv_bn_add_relu",
-    "test_conv_bn_relu_maxpool", "test_residual_block",
-)  # fmt: skip
-
-from device import Device  # noqa: E402
-
 #: The test after which the CUDA context was found unusable.
 _lost = ""
 
@@ -70,13 +62,3 @@ def _errors_belong_to_their_test(request: pytest.FixtureRequest) -> Iterator[Non
     except RuntimeError:
         _lost = request.node.nodeid
         raise
-
-
-@pytest.fixture
-def simt() -> Iterator[Device]:
-    """The device in the executor's place, for the executor's own tests."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty then fills with NaN
-    yield Device()
-    torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,16 +1,20 @@
-"""Makes the small calls; a program of its own, for compute-sanitizer and for the executor.
+"""Makes the small calls; a program of its own, for compute-sanitizer and for the simulator.
 
-python run_small_calls.py device                     each on the GPU, synchronised, results unused
-python run_small_calls.py executor RESULTS.pt        each on the CPU executor, results kept
+python run_small_calls.py device                   each on the GPU, synchronised, results unused
+python run_small_calls.py simulator RESULTS.pt     each on the CPU simulator, results kept
+python run_small_calls.py launches LAUNCHES.json   the same, but the kernels' launches are kept
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "simt")]
+FOLDERS = (HERE.parents[1], HERE.parent, HERE.parent / "conformance", HERE.parent / "simt")
+sys.path[:0] = map(str, FOLDERS)
 
 import torch  # noqa: E402
 from small_calls import calls  # noqa: E402
@@ -19,17 +23,20 @@ from torch.utils._pytree import tree_map  # noqa: E402
 
 
 def main() -> None:
-    if sys.argv[1] == "executor":
-        import executor
-
-        # The executor defines the CUDA kernels' names a second time: never in one process with the
-        # device's own.
-        torch.ops.load_library(str(executor.build("plain")))
-        operators, device = torch.ops.fused_resnet_simt, "cpu"
-    else:
+    kept, *path = sys.argv[1:]
+    simt = None
+    if kept == "device":
         import fused_resnet  # noqa: F401  (registers the operators)
 
         operators, device = torch.ops.fused_resnet, "cuda"
+    else:
+        import simulator
+        from driver import Simt
+
+        # The simulator defines the CUDA kernels' names a second time: never in one process with the
+        # device's own.
+        simt = Simt(simulator.build("plain"), "plain", 0)
+        operators, device = simt.ops, "cpu"
     results = []
     for call in calls():
         # Seen in the log when a tool stops the process.
@@ -43,8 +50,10 @@ def main() -> None:
             torch.cuda.synchronize()
         else:
             results.append(result)
-    if len(sys.argv) > 2:
-        torch.save(results, sys.argv[2])
+    if kept == "simulator":
+        torch.save(results, path[0])
+    if kept == "launches":
+        Path(path[0]).write_text(json.dumps([asdict(launch) for launch in simt.launches()]))
     print("all calls were made", flush=True)
 
 

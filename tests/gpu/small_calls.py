@@ -1,7 +1,7 @@
 """Small calls of every operator, for tools that slow a device down or replace it.
 
 Each is a label, an operator's name, its arguments on the CPU, and whether float32 is tf32. Shapes
-are the executor's awkward ones: in them lie most edges of tiles, packs and pipelines.
+are the simulator's awkward ones: in them lie most edges of tiles, packs and pipelines.
 """
 
 from __future__ import annotations
@@ -11,35 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import FORMATS, Conv, batch_norm, conv_weight, normal
-from precisions import PRECISIONS, Precision
+from precisions import PRECISIONS, TF32, Precision
+from shapes import AWKWARD, AWKWARD_MAPS, PLANNED, STEMS, channels_last, geometry
+from shapes import packed as _packed
 from torch import Tensor
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = PRECISIONS[:2]
 
-CONVS = [
-    Conv("packs", (1, 16, 6, 5), 24, args={"padding": 1}),
-    Conv("no-packs", (1, 3, 6, 5), 5, args={"padding": 1}),
-    Conv("packs-in-only", (1, 8, 4, 4), 7, (1, 1)),
-    Conv("packs-out-only", (1, 5, 4, 4), 8, (1, 1)),
-    Conv("groups-of-packs", (1, 32, 4, 5), 32, args={"padding": 1, "groups": 2}),
-    Conv("groups-of-four", (1, 8, 4, 5), 8, args={"padding": 1, "groups": 2}),
-    Conv("strided-dilated", (2, 8, 5, 5), 8, args={"padding": 2, "dilation": 2, "stride": 2}),
-]
-PLANNED = Conv("planned", (1, 72, 11, 13), 136, args={"padding": 1})
-STEMS = [
-    Conv("stem", (1, 3, 23, 21), 20, (7, 7), {"stride": 2, "padding": 3}),
-    Conv("odd-places", (1, 3, 13, 15), 16, (3, 3), {"padding": 1}),
-    Conv("two-blocks-of-channels", (1, 3, 21, 23), 72, (7, 7), {"stride": 2, "padding": 3}),
-]
-MAPS = {
-    "one-channel": (3, 1, 5, 5),
-    "prime-channels": (2, 37, 5, 3),
-    "one-pixel": (5, 16, 1, 1),
-    "packs-in-both-formats": (2, 24, 4, 4),
-    "two-slabs": (2, 8, 40, 41),
-}
+#: The two ways of the stem's pixels, and more channels than a block has.
+SMALL_STEMS = [STEMS[2], STEMS[4], STEMS[3]]
 
 
 class Call(NamedTuple):
@@ -56,14 +38,14 @@ def calls() -> Iterator[Call]:
     for precision in PRECISIONS:
         yield from _convolutions(precision)
         yield from _blocks(precision)
-    for precision in HALVES:
+    for precision in (*HALVES, TF32):
         yield from _stems(precision)
 
 
 def _batch_norms() -> Iterator[Call]:
     for dtype in DTYPES:
         for fmt, layout in FORMATS.items():
-            for name, shape in MAPS.items():
+            for name, shape in AWKWARD_MAPS.items():
                 label = f"{name} {fmt} {dtype}"
                 x, r, grad = (
                     t.contiguous(memory_format=layout)
@@ -78,23 +60,9 @@ def _batch_norms() -> Iterator[Call]:
                     yield Call(f"{training=} {label}", "bn_add_relu_backward", arguments)
 
 
-def geometry(case: Conv) -> tuple[Any, ...]:
-    """Stride, padding, dilation and groups as the operators take them."""
-    pairs = [case.args.get(n, d) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
-    return (*([v, v] if isinstance(v, int) else list(v) for v in pairs), case.args.get("groups", 1))
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def _packed(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).reshape(-1)
-
-
 def _convolutions(precision: Precision) -> Iterator[Call]:
     dtype, tf32 = precision.dtype, precision.tf32
-    for case in CONVS:
+    for case in AWKWARD:
         label = f"{case} {precision}"
         x, w, bn = _operands(case, dtype)
         place = geometry(case)
@@ -124,14 +92,18 @@ def _operands(case: Conv, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Ten
 def _blocks(precision: Precision) -> Iterator[Call]:
     """With 64 and 128 middle channels, of which the last two convolutions are one kernel, and not.
 
-    The last one has its shortcut joined to its last convolution.
+    The last ones have their shortcuts concatenated to their last convolutions, whose tiles are
+    large where maps are, for the simulator's eight multiprocessors.
     """
-    for channels, widths, stride, joined in (
-        (64, [64, 64, 256], 1, False),
-        (72, [128, 128, 72], 2, False),
-        (24, [16, 24, 40], 2, False),
-        (24, [16, 40], 2, False),
-        (24, [16, 24, 40], 2, True),
+    small, large = (9, 7), (64, 64)
+    for channels, widths, stride, concatenated, size in (
+        (64, [64, 64, 256], 1, False, small),
+        (72, [128, 128, 72], 2, False, small),
+        (24, [16, 24, 40], 2, False, small),
+        (24, [16, 40], 2, False, small),
+        (24, [16, 24, 40], 2, True, small),
+        (16, [16, 16, 64], 1, True, large),
+        (16, [16, 16, 128], 1, True, large),
     ):
         sizes = [1, 3, 1] if len(widths) == 3 else [3, 3]
         ins, outs, kernels = [channels, *widths[:-1], channels], [*widths, widths[-1]], [*sizes, 1]
@@ -142,22 +114,23 @@ def _blocks(precision: Precision) -> Iterator[Call]:
         scale = [torch.rand(k) + 0.5 for k in outs]
         shift = [torch.randn(k) * 0.1 for k in outs]
         both = (None, None)
-        if joined:
+        if concatenated:
             parts = [
                 (w.double() * s.double().view(-1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1)
                 for w, s in zip(weights[-2:], scale[-2:], strict=True)
             ]
             both = (torch.cat(parts, 1).to(precision.dtype).flatten(), shift[-2] + shift[-1])
-        x = channels_last(normal(1, channels, 9, 7, dtype=precision.dtype))
+        x = channels_last(normal(1, channels, *size, dtype=precision.dtype))
         packed = [_packed(w) for w in weights]
         rest = (len(widths) == 3, stride, 1, 1, False)
-        label = f"{channels} to {widths}{', joined' if joined else ''} {precision}"
+        label = f"{channels} to {widths}{', concatenated' if concatenated else ''} {precision}"
         arguments = (x, packed, scale, shift, *both, *rest)
         yield Call(label, "residual_block", arguments, precision.tf32)
 
 
 def _stems(precision: Precision) -> Iterator[Call]:
-    for case in STEMS:
+    for case in SMALL_STEMS:
         x, w, bn = _operands(case, precision.dtype)
         arguments = (x, w, None, *bn, *geometry(case), EPS, [3, 3], [2, 2], [1, 1])
-        yield Call(f"{case} {precision}", "conv_bn_relu_maxpool", arguments)
+        label = f"{case} {precision}"
+        yield Call(label, "conv_bn_relu_maxpool", arguments, precision.tf32)

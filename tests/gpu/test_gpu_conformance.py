@@ -1,4 +1,4 @@
-"""The device against the CPU executor, call by call on the same inputs.
+"""The device against the CPU simulator, call by call on the same inputs.
 
 What has the same operations in the same order has the same bits: batch norm in inference, and
 convolutions in strict float32 by a given plan. Tensor cores add in an order, and with guard bits,
@@ -32,14 +32,14 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory):
-    """The executor's results, computed in a process of its own, with the calls."""
-    import executor
+    """The simulator's results, computed in a process of its own, with the calls."""
+    import simulator
 
-    reason = executor.missing()
+    reason = simulator.missing()
     if reason:
         pytest.skip(reason)
-    path = tmp_path_factory.mktemp("executor") / "results.pt"
-    command = [sys.executable, str(HERE / "run_small_calls.py"), "executor", str(path)]
+    path = tmp_path_factory.mktemp("simulator") / "results.pt"
+    command = [sys.executable, str(HERE / "run_small_calls.py"), "simulator", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     results = torch.load(path, weights_only=True)
@@ -55,7 +55,7 @@ def same_bits_expected(call: Call) -> bool:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_device_and_executor_agree(executed, operator):
+def test_device_and_simulator_agree(executed, operator):
     pairs = [(call, result) for call, result in executed if call.operator == operator]
     assert pairs
     device, differences = Device(), []

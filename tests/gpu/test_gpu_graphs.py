@@ -1,4 +1,4 @@
-"""CUDA graphs of frozen networks on a device; the policy is tests/test_graphs.py."""
+"""CUDA graphs of frozen networks on a device; the policy is tests/inference/test_cuda_graphs.py."""
 
 from __future__ import annotations
 

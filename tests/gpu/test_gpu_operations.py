@@ -340,5 +340,5 @@ def test_bare_operators_check_for_themselves():
 
 
 def test_every_precision_is_here():
-    """The decorators are the executor's: a precision left out there would be left out here."""
+    """The decorators are the simulator's: a precision left out there would be left out here."""
     assert [p.name for p in PRECISIONS] == ["float16", "bfloat16", "tf32", "float32"]

@@ -1,4 +1,4 @@
-// The operators of csrc/schemas.h under a name of their own, for the executor's CPU tensors.
+// The operators of csrc/schemas.h under a name of their own, for the simulator's CPU tensors.
 #include <torch/library.h>
 
 #include "../../csrc/schemas.h"

@@ -1,4 +1,4 @@
-"""What a test sees of an executor: launches, reports, schedules, operators."""
+"""What a test sees of a simulator: launches, reports, schedules, operators."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Launch:
 
 
 class Runtime:
-    """The executor's own functions in one library."""
+    """The simulator's own functions in one library."""
 
     def __init__(self, path: Path, seed: int = 0) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class Runtime:
     def check(self) -> None:
         """Fails if anything was wrong since the last call."""
         reports = self.reports()
-        assert not reports, "the executor reports: " + "\n".join(reports)
+        assert not reports, "the simulator reports: " + "\n".join(reports)
 
     def _line_of(self, match: re.Match[str]) -> str:
         command = ["addr2line", "-i", "-s", "-e", str(self.path), match[1]]
@@ -70,7 +70,7 @@ class Runtime:
 
 
 class Simt(Runtime):
-    """The operators on the executor."""
+    """The operators on the simulator."""
 
     def __init__(self, path: Path, variant: str, seed: int) -> None:
         torch.ops.load_library(str(path))

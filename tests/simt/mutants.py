@@ -1,4 +1,4 @@
-"""Bugs to plant in CUDA's sources, each of which a build of the executor must catch.
+"""Bugs to plant in CUDA's sources, each of which a build of the simulator must catch.
 
 ``python tests/simt/mutants.py [words of a bug]`` plants them and prints the table.
 """

@@ -1,4 +1,4 @@
-"""Bugs planted in batch norm's CUDA kernels; test_bn_add_relu.py catches each."""
+"""Bugs planted in batch norm's CUDA kernels; the conformance suite catches each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOMENTS = "csrc/cuda/kernels/moments.cuh"
 WALK = "csrc/cuda/kernels/bn_walk.cuh"
 PLAN = "csrc/cuda/bn_add_relu.cu"
 
-_TESTS = "tests/simt/test_bn_add_relu.py"
+_TESTS = "tests/conformance/test_bn_add_relu.py"
 _FORWARD = f"{_TESTS}::test_forward_of_awkward_shapes"
 _BACKWARD = f"{_TESTS}::test_backward_of_awkward_shapes"
 

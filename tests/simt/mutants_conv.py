@@ -13,14 +13,14 @@ CONV = f"{KERNELS}/conv_bn_add_relu.cuh"
 STATISTICS = f"{KERNELS}/conv_statistics.cuh"
 MOMENTS = f"{KERNELS}/moments.cuh"
 BLOCK = f"{KERNELS}/residual_block.cuh"
-_CONV_TESTS = "tests/simt/test_conv_bn_add_relu.py"
+_CONV_TESTS = "tests/conformance/test_conv_bn_add_relu.py"
 SHAPES = f"{_CONV_TESTS}::test_awkward_shapes"
 ALL_SHAPES = f"{_CONV_TESTS}::test_operation"
-SPLITS = f"{_CONV_TESTS}::test_split_of_awkward_shapes"
+SPLITS = "tests/simt/test_cuda_conv_bn_add_relu.py::test_split_of_awkward_shapes"
 FLAGS = f"{_CONV_TESTS}::test_flags"
 CONV_STATISTICS = f"{_CONV_TESTS}::test_statistics_are_those_of_the_rounded_result"
-ON_CHIP = "tests/simt/test_residual_block.py::test_one_tile_on_chip"
-SHORTCUT = "tests/simt/test_residual_block.py::test_the_shortcut_in_the_same_sum"
+ON_CHIP = "tests/conformance/test_residual_block.py::test_one_tile_on_chip"
+SHORTCUT = "tests/conformance/test_residual_block.py::test_the_shortcut_in_the_same_sum"
 RACE = ("race",)
 ASAN = ("asan",)
 
@@ -52,7 +52,7 @@ MUTANTS = [
     Mutant(
         "pipeline: no group committed in the last steps",
         TILE,
-        "    // Also an empty group counts, so that the wait above always names the same one.\n",
+        "    // Commit empty groups too, so that the wait above always refers to the same one.\n",
         "    if (step + T::kStages - 1 < steps)\n",
         ALL_SHAPES,
     ),
@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "image: dilation forgotten in a tap's place",
         SOURCE,
-        "(at.ky * p_.image.dilation_h * p_.image.w",
-        "(at.ky * p_.image.w",
+        "static_cast<int64_t>(at.ky * p_.image.dilation_h) * p_.image.w;",
+        "static_cast<int64_t>(at.ky) * p_.image.w;",
         SHAPES,
     ),
     Mutant(
@@ -320,7 +320,7 @@ MUTANTS = [
     Mutant(
         "on chip: no barrier before the slabs take the filters' place",
         BLOCK,
-        "    __syncthreads();  // the slabs take w2's place\n",
+        "    __syncthreads();  // the slabs reuse the memory of w2\n",
         "",
         ON_CHIP,
         RACE,

@@ -1,4 +1,4 @@
-"""Bugs planted in the stem's CUDA kernel; test_conv_bn_relu_maxpool.py catches each."""
+"""Bugs planted in the stem's CUDA kernel; the conformance suite catches each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from planting import Mutant
 KERNEL = "csrc/cuda/kernels/conv_bn_relu_maxpool.cuh"
 PLAN = "csrc/cuda/conv_bn_relu_maxpool.cu"
 
-_TESTS = "tests/simt/test_conv_bn_relu_maxpool.py"
+_TESTS = "tests/conformance/test_conv_bn_relu_maxpool.py"
 _STEM = f"{_TESTS}::test_stem"
 _WINDOWS = f"{_TESTS}::test_maxpool_windows"
 _NON_FINITE = f"{_TESTS}::test_non_finite_values_reach_what_they_should"

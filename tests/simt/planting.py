@@ -1,4 +1,4 @@
-"""Plants a bug in a copy of CUDA's sources and sees which build of the executor catches it."""
+"""Plants a bug in a copy of CUDA's sources and sees which build of the simulator catches it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import executor
+import simulator
 from rich.table import Table
 
-ROOT = executor.ROOT
+ROOT = simulator.ROOT
 COPIED = ("csrc", "tests/simt/include", "tests/simt/runtime", "tests/simt/bindings.cpp")
 
 
@@ -66,8 +66,9 @@ def watch(mutant: Mutant, variant: str, library: Path) -> Catch | None:
     """Runs the mutant's tests with a library that has the bug in it."""
     env = {**os.environ, "FR_SIMT_LIBRARY": str(library), "FR_SIMT_VARIANT": variant}
     if variant == "asan":
-        env |= executor.sanitizer_environment()
+        env |= simulator.sanitizer_environment()
     command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["--backend", "simulator"]
     command += ["--capture=sys"]  # what a sanitizer says as the process ends is seen
     command += [] if variant == "plain" else ["-m", "variants"]
     # A bug may also make a kernel run for ever.
@@ -101,7 +102,7 @@ def catch(mutant: Mutant) -> Catch | None:
         (root / "tests" / "simt").mkdir(parents=True)
         plant(mutant, root)
         for variant in mutant.variants:
-            library = executor.build(variant, root, root / "objects")
+            library = simulator.build(variant, root, root / "objects")
             caught = watch(mutant, variant, library)
             if caught:
                 return caught

@@ -14,12 +14,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import executed
-import executor
-from executor import ROOT
+import launch_record
+import simulator
 from rich.console import Console
 from rich.table import Table
 from sass import instructions
+from simulator import ROOT
 from toolkit import tool
 
 KERNELS = sorted((ROOT / "csrc" / "cuda" / "kernels").glob("*.cuh"))
@@ -186,7 +186,7 @@ def is_tensor_core(instance: Instance) -> bool:
     return any(f"fr::{name}" in instance.kernel for name in ("Float16", "BFloat16", "Tf32"))
 
 
-def wrong(instance: Instance, run: executed.Executed | None) -> list[str]:
+def wrong(instance: Instance, run: launch_record.KernelLaunches | None) -> list[str]:
     """What is not as it should be."""
     found = []
     if instance.stack:
@@ -234,7 +234,7 @@ def short(name: str) -> str:
     return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace("_kernel", "")
 
 
-def table(instances: list[Instance], runs: dict[str, executed.Executed]) -> Table:
+def table(instances: list[Instance], runs: dict[str, launch_record.KernelLaunches]) -> Table:
     architectures = [name for name in CARDS if any(i.architecture == name for i in instances)]
     shown = Table("kernel", "threads", "meant", "shared", title="registers / blocks")
     for name in (*architectures, "tensor", "copies"):
@@ -266,9 +266,9 @@ def extension() -> Path | None:
     return next(iter(sorted((ROOT / "fused_resnet").glob("_C*.so"))), None)
 
 
-def runs() -> dict[str, executed.Executed]:
-    """What the executor's tests have seen of the kernels' launches, if they ran."""
-    return {} if executor.missing() else executed.load(executor.library()).kernels
+def runs() -> dict[str, launch_record.KernelLaunches]:
+    """How the kernels are launched, as the simulator sees it where it can be built."""
+    return {} if simulator.missing() else launch_record.of_small_calls()
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from precisions import PRECISIONS
 from tolerances import assert_as_exact_as_pytorch, error
 
 from fused_resnet import ops, reference
+from fused_resnet.ops import functional
 
 CASES = [
     Conv("3x3", (2, 16, 7, 6), 24, args={"padding": 1}),
@@ -17,19 +18,19 @@ CASES = [
 
 
 @pytest.fixture
-def on_executor(simt, monkeypatch):
-    """The package's own operators, with the executor in the place of a CUDA device."""
+def on_simulator(simt, monkeypatch):
+    """The package's own operators, with the simulator in the place of a CUDA device."""
     library = torch.library.Library("fused_resnet", "IMPL")
     library.impl("conv_statistics", simt.ops.conv_statistics.default, "CPU")
-    monkeypatch.setattr(ops, "select", lambda op, x: "cuda")
-    monkeypatch.setattr(ops, "current_backend", lambda: "cuda")
+    monkeypatch.setattr(functional, "resolve_backend", lambda op, x: "cuda")
+    monkeypatch.setattr(functional, "current_backend", lambda: "cuda")
     yield simt
     library._destroy()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[:2] + PRECISIONS[3:], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_step(on_executor, case, precision):
+def test_one_step(on_simulator, case, precision):
     """Result, running statistics and every gradient, to PyTorch's own error."""
     dtype = precision.dtype
     x, weight = normal(*case.x, dtype=dtype), conv_weight(case, dtype)
@@ -55,5 +56,5 @@ def test_one_step(on_executor, case, precision):
         assert error(mine, exact) < (1e-6 if dtype is torch.float32 else 2e-2)
     for mine, theirs, exact in zip(ours[2], eager[2], truth[2], strict=True):
         assert error(mine, exact) <= 1.5 * max(error(theirs, exact), 1e-7)
-    names = [launch.kernel for launch in on_executor.launches()]
+    names = [launch.kernel for launch in on_simulator.launches()]
     assert any("conv_statistics_kernel" in name for name in names)

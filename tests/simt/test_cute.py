@@ -1,12 +1,12 @@
-"""The executor's fragments are NVIDIA's: registers laid out by CuTe's own layouts go in and out."""
+"""The simulator's fragments match NVIDIA's: registers are filled and read by CuTe's layouts."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-import executor
 import pytest
+import simulator
 import torch
 from driver import Runtime
 from fragments import Map, Maps, check_multiply, load_matrices
@@ -14,8 +14,8 @@ from toolkit import cuda_includes, cutlass_include
 
 HERE = Path(__file__).resolve().parent
 
-if executor.missing():
-    pytest.skip(str(executor.missing()), allow_module_level=True)
+if simulator.missing():
+    pytest.skip(str(simulator.missing()), allow_module_level=True)
 if cutlass_include() is None:
     pytest.skip("nvidia-cutlass is not installed: CuTe's headers", allow_module_level=True)
 if not cuda_includes():
@@ -27,7 +27,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
     """(instruction, operand) -> (thread, value) -> index"""
     program = tmp_path_factory.mktemp("cute") / "layouts"
     headers = [f"-I{path}" for path in (cutlass_include(), *cuda_includes())]
-    command = [executor.compiler(), "-std=c++17", "-w", *headers, str(HERE / "cute_layouts.cpp")]
+    command = [simulator.compiler(), "-std=c++17", "-w", *headers, str(HERE / "cute_layouts.cpp")]
     subprocess.run([*command, "-o", str(program)], check=True)
     found: dict[tuple[str, str], dict] = {}
     done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
@@ -40,7 +40,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
 
 @pytest.fixture(scope="module")
 def toys() -> Runtime:
-    return Runtime(executor.build_toys("plain"))
+    return Runtime(simulator.build_toys("plain"))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,17 @@
-"""Every planted bug must be caught: the tests and the executor, tested."""
+"""Every planted bug must be caught: the tests and the simulator, tested."""
 
 from __future__ import annotations
 
-import executor
 import pytest
+import simulator
 from mutants import MUTANTS, QUICK
 from planting import Catch, Mutant, catch, table, with_bug
 from rich.console import Console
 
 RESULTS: list[tuple[Mutant, Catch | None]] = []
 
-if executor.missing():
-    pytest.skip(str(executor.missing()), allow_module_level=True)
+if simulator.missing():
+    pytest.skip(str(simulator.missing()), allow_module_level=True)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_can_be_planted(mutant: Mutant) -> None:
 def test_there_are_enough_of_every_kernel() -> None:
     assert len(MUTANTS) >= 25
     assert len({mutant.bug for mutant in MUTANTS}) == len(MUTANTS)
-    kernels = sorted((executor.ROOT / "csrc/cuda/kernels").glob("*.cuh"))
+    kernels = sorted((simulator.ROOT / "csrc/cuda/kernels").glob("*.cuh"))
     with_kernels = {f"csrc/cuda/kernels/{p.name}" for p in kernels if "__global__" in p.read_text()}
     assert with_kernels <= {mutant.file for mutant in MUTANTS}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from typing import Any
 
 import pytest
@@ -14,12 +13,9 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.inference import frozen_block, frozen_row
+from fused_resnet.inference import frozen_block, frozen_conv, segment
 from fused_resnet.ops import packed as packed_ops
 from fused_resnet.ops.registry import OPERATORS
-
-# The package's attribute of that name is the function.
-freeze_module = importlib.import_module("fused_resnet.inference.freeze")
 
 SIZE = 64
 NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
@@ -27,8 +23,8 @@ halves = pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
 
 
 @pytest.fixture
-def on_executor(simt, monkeypatch) -> Any:
-    """The operations' calls go to the executor; the package itself knows nothing of it."""
+def on_simulator(simt, monkeypatch) -> Any:
+    """The operations' calls go to the simulator; the package itself knows nothing of it."""
     for backend in ("cpu", "cuda"):
         monkeypatch.setitem(OPERATORS, backend, simt.ops)
     return simt
@@ -74,8 +70,8 @@ def convolutions(model: nn.Module) -> int:
 
 @halves
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_convolution_of_the_family(on_executor, name, precision):
-    counts = check(on_executor, name, precision)
+def test_every_convolution_of_the_family(on_simulator, name, precision):
+    counts = check(on_simulator, name, precision)
     finished = counts.pop("conv_split_finish_kernel", 0)
     assert finished > 0  # maps of 2x2 pixels cannot fill a card without a split
     assert counts.pop("conv_bn_relu_maxpool_kernel") == 1
@@ -83,12 +79,12 @@ def test_every_convolution_of_the_family(on_executor, name, precision):
 
 
 @pytest.fixture
-def as_cuda(on_executor, monkeypatch) -> Any:
+def as_cuda(on_simulator, monkeypatch) -> Any:
     """Frozen modules take the ways that they have for tensors on CUDA."""
-    monkeypatch.setattr(freeze_module, "packed_dtype", lambda dtype, device: dtype)
-    for module in (packed_ops, frozen_block, frozen_row):
-        monkeypatch.setattr(module, "select", lambda op, x: "cuda")
-    return on_executor
+    monkeypatch.setattr(frozen_conv, "packed_dtype", lambda dtype, device: dtype)
+    for module in (packed_ops, frozen_block, segment):
+        monkeypatch.setattr(module, "resolve_backend", lambda op, x: "cuda")
+    return on_simulator
 
 
 #: Kernels of a frozen network: (convolutions alone, ends of blocks on chip). Of ResNet-50's 16

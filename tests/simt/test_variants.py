@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import executor
 import pytest
+import simulator
 
 HERE = Path(__file__).resolve().parent
 
-if executor.missing():
-    pytest.skip(str(executor.missing()), allow_module_level=True)
+if simulator.missing():
+    pytest.skip(str(simulator.missing()), allow_module_level=True)
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,13 @@ if executor.missing():
 def test_operators(variant: str, seed: int) -> None:
     env = {**os.environ, "FR_SIMT_VARIANT": variant, "FR_SIMT_SEED": str(seed)}
     # Built here: under AddressSanitizer the compiler would be checked too.
-    env["FR_SIMT_LIBRARY"] = str(executor.build(variant))
+    env["FR_SIMT_LIBRARY"] = str(simulator.build(variant))
     if variant == "asan":
-        env |= executor.sanitizer_environment()
+        env |= simulator.sanitizer_environment()
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["--capture=sys"]  # what a sanitizer says as the process ends is seen
-    command += ["-m", "variants and not slow", str(HERE)]
+    command += ["-m", "variants and not slow", "--backend", "simulator"]
+    command += [str(HERE), str(HERE.parent / "conformance")]
     done = subprocess.run(command, cwd=HERE.parent.parent, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)

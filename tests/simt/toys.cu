@@ -1,5 +1,5 @@
-// Small kernels that show what the executor does: each instruction by itself, and each mistake that
-// a build must report. Plain C functions launch them, so a test needs no more than ctypes.
+// Small kernels that show what the simulator does: each instruction by itself, and each mistake
+// that a build must report. Plain C functions launch them, so a test needs no more than ctypes.
 #include "device.cuh"
 
 namespace fr {

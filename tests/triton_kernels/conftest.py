@@ -1,11 +1,11 @@
-"""The hardened interpreter as a fixture."""
+"""Triton's host functions in the hardened interpreter, as a fixture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from backends import Interpreted
 
 try:
     import triton.language  # noqa: F401
@@ -21,27 +21,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"SKIPPED {MISSING}")
 
 
-class Interpreted:
-    """The host functions of ``fused_resnet.triton`` on CPU tensors, by the names of operators."""
-
-    def __init__(self, interpreter) -> None:
-        from fused_resnet.backends import triton as kernels
-
-        self._interpreter = interpreter
-        self.ops = SimpleNamespace(**{name: getattr(kernels, name) for name in kernels.__all__})
-
-    def launches(self) -> list:
-        """Kernels that ran since the last call."""
-        return self._interpreter.launches()
-
-    def seed(self, seed: int) -> None:
-        """In which order programs run."""
-        self._interpreter.seed = seed
-
-
 @pytest.fixture
-def interpreted() -> Iterator[Interpreted]:
-    from interpreter import Interpreter
-
-    with Interpreter() as interpreter:
-        yield Interpreted(interpreter)
+def interpreted(interpreter: Any) -> Interpreted:
+    """The host functions of ``fused_resnet.backends.triton`` on CPU tensors."""
+    return Interpreted(interpreter)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fused_resnet.backends import triton as kernels
 from fused_resnet.backends.triton import _conv_plan
+from fused_resnet.backends.triton._bn_map import CONFIGS as BN_CONFIGS
 from fused_resnet.backends.triton._conv_shape import conv_shape
-from fused_resnet.backends.triton.bn_add_relu import CONFIGS as BN_CONFIGS
 from fused_resnet.backends.triton.conv_bn_relu_maxpool import CONFIGS as STEM_CONFIGS
 from fused_resnet.backends.triton.residual_block import CONFIGS as BLOCK_CONFIGS
 

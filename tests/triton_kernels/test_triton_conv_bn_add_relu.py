@@ -1,132 +1,28 @@
-"""The convolution's Triton kernels and their host functions, in the hardened interpreter."""
+"""What only Triton's convolution has: every configuration, splits, descriptors, fused inputs."""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONVS, FORMATS, Conv, normal
-from precisions import PRECISIONS, Precision, half_precisions, precisions
-from test_conv_bn_add_relu import (
-    AWKWARD,
-    PLANNED,
-    Operands,
-    channels_last,
-    folded,
-    geometry,
-    packed,
-)
+from cases import CONVS, Conv, normal
+from conv_operands import Operands, with_affine_residual
+from precisions import BFLOAT16, FLOAT16, FLOAT32, TF32, half_precisions, precisions
+from shapes import AWKWARD, PLANNED, channels_last, geometry, packed
 from tolerances import error
 from torch import Tensor
 
 from fused_resnet.backends.triton import _conv_plan
 
-FLOAT16, BFLOAT16, TF32, FLOAT32 = PRECISIONS
-#: Large ones cost seconds each and are of no other kind for these kernels.
-LARGE = {"many-blocks"}
-
-
-def check(interpreted, case: Conv, precision: Precision, **flags) -> list:
-    """The launches."""
-    operands = Operands(case, precision)
-    result = operands.run(interpreted, **flags)
-    precision.check(result, operands.eager(**flags), operands.truth(**flags))
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    return interpreted.launches()
-
-
-@precisions
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, id=str(c), marks=[pytest.mark.slow] * (str(c) in LARGE)) for c in CONVS],
-)
-def test_operation(interpreted, case, precision):
-    check(interpreted, case, precision)
-
-
-@precisions
-@pytest.mark.parametrize("case", AWKWARD, ids=str)
-def test_awkward_shapes(interpreted, case, precision):
-    check(interpreted, case, precision)
-
-
-@precisions
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_flags(interpreted, precision, relu, residual, bias):
-    check(interpreted, AWKWARD[0], precision, relu=relu, residual=residual, bias=bias)
-
-
-@half_precisions
-def test_contiguous_maps_come_back_contiguous(interpreted, precision):
-    operands = Operands(AWKWARD[0], precision)
-    result = operands.run(interpreted, x=operands.x.contiguous())
-    assert result.is_contiguous()
-    assert torch.equal(result, operands.run(interpreted))
-
-
-@precisions
-def test_views(interpreted, precision):
-    """One that begins between multiples of 16 bytes, and one of some of the channels."""
-    operands = Operands(AWKWARD[0], precision)
-    expected = operands.run(interpreted)
-    n, c, h, w = operands.x.shape
-    storage = torch.empty(operands.x.numel() + 1, dtype=operands.x.dtype)
-    view = storage[1:].view(n, h, w, c).permute(0, 3, 1, 2)
-    view.copy_(operands.x)
-    assert torch.equal(operands.run(interpreted, x=view), expected)
-    wide = channels_last(torch.cat([operands.x, operands.x], 1))
-    assert torch.equal(operands.run(interpreted, x=wide[:, :16]), expected)
-
-
-@precisions
-def test_empty_batch(interpreted, precision):
-    operands = Operands(Conv("empty", (0, 16, 6, 5), 24, args={"padding": 1}), precision)
-    assert operands.run(interpreted).shape == (0, 24, 6, 5)
-    z, mean, var = statistics(interpreted, operands, None)
-    assert z.shape == (0, 24, 6, 5)
-    assert mean.shape == var.shape == (24,)
-    assert interpreted.launches() == []
-
-
-@precisions
-def test_non_finite_values_pass_through(interpreted, precision):
-    operands = Operands(AWKWARD[0], precision)
-    operands.x[0, 3, 2, 2] = float("nan")
-    operands.residual[0, 5, 5, 4] = float("inf")
-    operands.residual[0, 6, 5, 4] = float("nan")
-    result, truth = operands.run(interpreted), operands.truth()
-    assert torch.equal(result.isnan(), truth.isnan())
-    assert torch.equal(result.isinf(), truth.isinf())
-
-
-@precisions
-def test_the_same_bits_in_any_order_of_programs(interpreted, precision):
-    operands = Operands(CONVS[4], precision)
-    results = []
-    for seed in (0, 1, 2):
-        interpreted.seed(seed)
-        results.append(operands.run(interpreted))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
 # Configurations: every tile, and each way through the depth, with and without a split
 
 
-def configured(
-    interpreted, operands: Operands, config, affine: tuple = (None, None), prologue: bool = False
-) -> Tensor:
-    scale, shift = folded(operands)
+def configured(interpreted, operands: Operands, config, affine: tuple = (None, None)) -> Tensor:
     with operands.precision.set():
         return interpreted.ops.conv_bn_add_relu_packed(
             operands.x,
             packed(operands.weight),
-            scale,
-            shift,
+            *operands.folded(),
             operands.residual,
             operands.weight.shape,
             *geometry(operands.case),
@@ -225,19 +121,10 @@ def check_plan(x: tuple, k: int):
 @pytest.mark.parametrize("split_k", [1, 2])
 def test_residual_with_an_affine_step_of_its_own(interpreted, precision, case, split_k):
     operands = Operands(case, precision)
-    scale, shift = torch.rand(case.k) + 0.5, torch.randn(case.k)
-
-    def along(t: Tensor) -> Tensor:
-        return t.view(-1, 1, 1)
-
+    affine = torch.rand(case.k) + 0.5, torch.randn(case.k)
     config = plan(operands)._replace(split_k=split_k)
-    result = configured(interpreted, operands, config, (scale, shift))
-    added = operands.residual.double() * along(scale.double()) + along(shift.double())
-    truth = (operands.truth(residual=False, relu=False) + added).relu()
-    dtype = precision.dtype
-    eager = operands.eager(residual=False, relu=False)
-    eager += operands.residual * along(scale.to(dtype)) + along(shift.to(dtype))
-    precision.check(result, eager.relu(), truth)
+    result = configured(interpreted, operands, config, affine)
+    precision.check(result, *with_affine_residual(operands, *affine))
 
 
 @precisions
@@ -280,8 +167,8 @@ def test_a_second_convolution_in_the_same_sum(interpreted, precision, widths):
         )
         return (z + shift.to(z.dtype).view(-1, 1, 1)).relu()
 
-    joined = torch.cat([t.permute(0, 2, 3, 1).flatten(1) for t in (w, w2)], 1).flatten()
-    args = (x, x2, joined, shift, w.shape, (1, 1), (1, 1), (1, 1), (2, 2), True)
+    concatenated = torch.cat([t.permute(0, 2, 3, 1).flatten(1) for t in (w, w2)], 1).flatten()
+    args = (x, x2, concatenated, shift, w.shape, (1, 1), (1, 1), (1, 1), (2, 2), True)
     with precision.set():
         result = interpreted.ops.conv_conv_add_relu_packed(*args)
         precision.check(result, plain(lambda t: t), plain(precision.operand))
@@ -292,92 +179,24 @@ def test_a_second_convolution_in_the_same_sum(interpreted, precision, widths):
             precision.check(result, plain(lambda t: t), plain(precision.operand))
 
 
-# Statistics
-
-
-def statistics(interpreted, operands: Operands, bias: Tensor | None, **options):
-    with operands.precision.set():
-        return interpreted.ops.conv_statistics(
-            operands.x, operands.weight, bias, *geometry(operands.case), **options
-        )
-
-
-def assert_statistics(z: Tensor, mean: Tensor, var: Tensor, limit: float = 1e-6) -> None:
-    assert error(mean, z.double().mean((0, 2, 3))) < 1e-6
-    assert error(var, z.double().var((0, 2, 3), correction=0)) < limit
-
-
-@precisions
-@pytest.mark.parametrize("case", [*AWKWARD[:5], CONVS[3]], ids=str)
-def test_statistics_are_those_of_the_rounded_result(interpreted, precision, case):
-    operands = Operands(case, precision)
-    z, mean, var = statistics(interpreted, operands, operands.bias)
-    x, weight = map(precision.operand, (operands.x, operands.weight))
-    truth = F.conv2d(x, weight, operands.bias.double(), **case.args)
-    eager = F.conv2d(operands.x, operands.weight, operands.bias.to(z.dtype), **case.args)
-    precision.check(z, eager, truth)
-    assert_statistics(z, mean, var)
-
-
 @pytest.mark.parametrize("config", _conv_plan.CONFIGS["half"], ids=lambda c: str(c[:3]))
 def test_statistics_of_every_tile(interpreted, config):
     operands = Operands(PLANNED, BFLOAT16)
-    assert_statistics(*statistics(interpreted, operands, None, config=config))
+    z, mean, var = interpreted.ops.conv_statistics(
+        operands.x, operands.weight, None, *geometry(operands.case), config=config
+    )
+    assert error(mean, z.double().mean((0, 2, 3))) < 1e-6
+    assert error(var, z.double().var((0, 2, 3), correction=0)) < 1e-6
 
 
-def test_statistics_survive_a_large_mean(interpreted):
-    operands = Operands(CONVS[3], FLOAT32)
-    assert_statistics(*statistics(interpreted, operands, torch.full((64,), 1000.0)), limit=1e-5)
-
-
-# Errors
-
-
-def test_float64_is_refused(interpreted):
-    operands = Operands(AWKWARD[0], Precision("float64", torch.float64))
-    message = "conv_bn_add_relu: x: expected dtype float32, bfloat16 or float16"
-    with pytest.raises(TypeError, match=message):
-        operands.run(interpreted)
-
-
-def test_wrong_operands_are_named(interpreted):
-    operands = Operands(AWKWARD[0], FLOAT16)
-    operands.residual = operands.residual[..., :-1]
-    message = re.escape("conv_bn_add_relu: residual: expected shape [1, 24, 6, 5], got [1, 24, 6")
-    with pytest.raises(ValueError, match=message):
-        operands.run(interpreted)
-    operands = Operands(AWKWARD[0], FLOAT16)
-    operands.weight = operands.weight.float()
-    with pytest.raises(TypeError, match=r"conv_bn_add_relu: weight: expected dtype torch\.float16"):
-        operands.run(interpreted)
+def test_half_an_affine_step_is_refused(interpreted):
     operands = Operands(AWKWARD[0], FLOAT16)
     with pytest.raises(ValueError, match="residual_scale, residual_shift: expected bo"):
         configured(interpreted, operands, None, (torch.ones(24), None))
-    operands.bn = (operands.bn[0][:3], *operands.bn[1:])
-    with pytest.raises(ValueError, match="conv_bn_add_relu: bn_weight: expected shape"):
-        operands.run(interpreted)
-
-
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_weights_are_packed_filter_by_filter(interpreted, fmt):
-    weight = normal(4, 3, 2, 5, dtype=torch.bfloat16).contiguous(memory_format=FORMATS[fmt])
-    flat = interpreted.ops.pack_conv_weight(weight, 1)
-    assert torch.equal(flat, packed(weight))
-    assert flat.data_ptr() != weight.data_ptr()
-    assert torch.equal(interpreted.ops.unpack_conv_weight(flat, weight.shape, 1), weight)
-    with pytest.raises(ValueError, match="pack_conv_weight: groups: expected a divisor of the 4"):
-        interpreted.ops.pack_conv_weight(weight, 3)
-    with pytest.raises(ValueError, match=r"unpack_conv_weight: packed: expected shape \[120\]"):
-        interpreted.ops.unpack_conv_weight(flat[1:], weight.shape, 1)
 
 
 def test_a_packed_weight_with_gaps(interpreted):
     operands = Operands(AWKWARD[0], FLOAT16)
-    expected = configured(interpreted, operands, None)
-    scale, shift = folded(operands)
     spread = torch.stack([packed(operands.weight)] * 2, 1)[:, 0]
-    result = interpreted.ops.conv_bn_add_relu_packed(
-        operands.x, spread, scale, shift, operands.residual, operands.weight.shape,
-        *geometry(operands.case), True,
-    )  # fmt: skip
-    assert torch.equal(result, expected)
+    expected = operands.run_packed(interpreted, packed(operands.weight))
+    assert torch.equal(operands.run_packed(interpreted, spread), expected)

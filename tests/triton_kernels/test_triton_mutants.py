@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
-from triton_mutants import MUTANTS, ROOT, Catch, Mutant, catch, table
+from triton_mutants import KERNELS, MUTANTS, ROOT, Catch, Mutant, catch, table
 
 RESULTS: list[tuple[Mutant, Catch | None]] = []
 
@@ -23,7 +23,7 @@ def test_is_caught(mutant: Mutant) -> None:
 
 def test_there_are_some_of_every_file_with_kernels() -> None:
     assert len({mutant.bug for mutant in MUTANTS}) == len(MUTANTS) >= 12
-    files = sorted((ROOT / "fused_resnet" / "triton").glob("*.py"))
+    files = sorted((ROOT / KERNELS).glob("*.py"))
     with_kernels = {path.name for path in files if "@triton.jit" in path.read_text()}
     assert with_kernels == {mutant.file for mutant in MUTANTS}
 

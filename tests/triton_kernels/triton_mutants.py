@@ -19,11 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path("fused_resnet/backends/triton")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """In ``file`` of ``fused_resnet/triton``, ``old``, which is there once, becomes ``new``.
+    """In ``file`` of the Triton backend, ``old``, which occurs once, is replaced by ``new``.
 
     Quick ones are planted in every `make test`.
     """
@@ -36,10 +37,10 @@ class Mutant:
     quick: bool = False
 
 
-BN, CONV, STEM, BLOCK = (
-    f"tests/triton_kernels/test_triton_{name}.py::"
-    for name in ("bn_add_relu", "conv_bn_add_relu", "conv_bn_relu_maxpool", "residual_block")
-)
+OPERATIONS = ("bn_add_relu", "conv_bn_add_relu", "conv_bn_relu_maxpool", "residual_block")
+#: The conformance suite's tests, and those of configurations that only Triton's kernels have.
+BN, CONV, STEM, BLOCK = (f"tests/conformance/test_{name}.py::" for name in OPERATIONS)
+BN_TILES, CONV_TILES = (f"tests/triton_kernels/test_triton_{name}.py::" for name in OPERATIONS[:2])
 
 MUTANTS = [
     Mutant(
@@ -54,46 +55,46 @@ MUTANTS = [
         "_common.py",
         "channel_vector(var, c, valid, 1.0) + eps",
         "channel_vector(var, c, valid, 1.0)",
-        CONV + "test_awkward_shapes[packs-float32]",
+        CONV + "test_awkward_shapes[interpreter-float32-packs]",
     ),
     Mutant(
         "statistics: tiles merged as if their means were one",
         "bn_add_relu.py",
         "m2 += tile_m2.to(tl.float64) + delta * delta * (before * share)",
         "m2 += tile_m2.to(tl.float64)",
-        BN + "test_every_configuration[channels_last-32x64]",
+        BN_TILES + "test_every_configuration[channels_last-32x64]",
     ),
     Mutant(
         "statistics: the last slab counts as a whole one",
         "bn_add_relu.py",
         "count = tl.minimum(R - s * slab_rows, slab_rows).to(tl.float64)\n        total",
         "count = (s * 0 + slab_rows).to(tl.float64)\n        total",
-        BN + "test_every_configuration[channels_last-32x64]",
+        BN_TILES + "test_every_configuration[channels_last-32x64]",
     ),
     Mutant(
         "statistics: lanes past the map's end are values",
         "bn_add_relu.py",
         "d = tl.where(valid, v - rough[None, :], 0.0)",
         "d = v - rough[None, :]",
-        BN + "test_forward[True-float32-channels_last-prime-channels]",
+        BN + "test_forward_of_awkward_shapes",
     ),
     Mutant(
         "NCHW: an image's channels follow each other too closely",
-        "bn_add_relu.py",
+        "_bn_map.py",
         "(image.to(tl.int64) * C * P + r - image * P)",
         "(image.to(tl.int64) * C * P + r)",
-        BN + "test_forward[False-bfloat16-contiguous-prime-channels]",
+        BN + "test_forward_of_awkward_shapes",
     ),
     Mutant(
         "backward: the gradient passes where y is 0",
-        "bn_add_relu.py",
+        "bn_add_relu_backward.py",
         "dz = tl.where(y <= 0.0, 0.0, dz)",
         "dz = tl.where(y < 0.0, 0.0, dz)",
-        BN + "test_flags[False-True-True]",
+        BN + "test_backward_flags",
     ),
     Mutant(
         "backward: sums lose their low part",
-        "bn_add_relu.py",
+        "bn_add_relu_backward.py",
         "low + ((high - (total - part)) + (v - part))",
         "low",
         BN + "test_backward_sums_what_cancels",
@@ -104,7 +105,7 @@ MUTANTS = [
         "_implicit_gemm.py",
         "a = tl.where(a_valid, v, 0.0).to(a.dtype)",
         "a = v.to(a.dtype)",
-        CONV + "test_batch_norm_and_relu_of_the_input[packs-float16]",
+        CONV_TILES + "test_batch_norm_and_relu_of_the_input[packs-float16]",
         quick=True,
     ),
     Mutant(
@@ -112,35 +113,35 @@ MUTANTS = [
         "_implicit_gemm.py",
         "inside = row_valid & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)",
         "inside = row_valid & (iy >= 0) & (iy < H) & (ix >= 0)",
-        CONV + "test_operation[3x3-float16]",
+        CONV + "test_operation",
     ),
     Mutant(
         "flat: the depth's end is not looked at",
         "_implicit_gemm.py",
         "k_valid = k < depth",
         "k_valid = k >= 0",
-        CONV + "test_awkward_shapes[no-packs-float16]",
+        CONV + "test_awkward_shapes[interpreter-float16-no-packs]",
     ),
     Mutant(
         "taps: a block of channels reads the next pixel's",
         "_implicit_gemm.py",
         "k_valid = c < group_c",
         "k_valid = c >= 0",
-        CONV + "test_every_configuration[pointwise-bfloat16-128x128x64]",
+        CONV_TILES + "test_every_configuration[pointwise-bfloat16-128x128x64]",
     ),
     Mutant(
         "tf32 is cut off, not rounded",
         "_implicit_gemm.py",
         "tl.dot(round_to_tf32(a), round_to_tf32(b), acc",
         "tl.dot(a, b, acc",
-        CONV + "test_awkward_shapes[packs-tf32]",
+        CONV + "test_awkward_shapes[interpreter-tf32-packs]",
     ),
     Mutant(
         "program order: the last rows of tiles are taken for whole groups",
         "_implicit_gemm.py",
         "height = tl.minimum(tiles_m - first, GROUP_M)",
         "height = GROUP_M",
-        CONV + "test_operation[1x1-float32]",
+        CONV + "test_operation",
         quick=True,
     ),
     Mutant(
@@ -148,57 +149,57 @@ MUTANTS = [
         "_implicit_gemm.py",
         "r = r * r_scale[None, :] + r_shift[None, :]",
         "r = r + r_shift[None, :]",
-        CONV + "test_residual_with_an_affine_step_of_its_own",
+        CONV_TILES + "test_residual_with_an_affine_step_of_its_own",
     ),
     Mutant(
         "every group uses the first one's filters",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "first_filter = group * group_k + tile_n * BLOCK_N",
         "first_filter = tile_n * BLOCK_N",
-        CONV + "test_awkward_shapes[groups-of-packs-float16]",
+        CONV + "test_awkward_shapes[interpreter-float16-groups-of-packs]",
     ),
     Mutant(
         "a column too many is stored",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "columns < group_k, split",
         "columns < group_k + 1, split",
-        CONV + "test_awkward_shapes[no-packs-float16]",
+        CONV + "test_awkward_shapes[interpreter-float16-no-packs]",
         quick=True,
     ),
     Mutant(
         "parts of a split overlap by a step",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "end = begin + steps_per_split",
         "end = begin + steps_per_split + 1",
-        CONV + "test_split_of_awkward_shapes[packs-float16]",
+        CONV_TILES + "test_split_of_awkward_shapes[packs-float16]",
     ),
     Mutant(
         "a split's first part is left out",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "for _ in range(0, splits)",
         "for _ in range(1, splits)",
-        CONV + "test_split_of_awkward_shapes[packs-float16]",
+        CONV_TILES + "test_split_of_awkward_shapes[packs-float16]",
     ),
     Mutant(
         "the added convolution uses the first one's filters",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "w_stride + (depth + c)[:, None]",
         "w_stride + c[:, None]",
-        CONV + "test_a_second_convolution_in_the_same_sum[(24, 40, 16)-float16]",
+        CONV_TILES + "test_a_second_convolution_in_the_same_sum[(24, 40, 16)-float16]",
     ),
     Mutant(
         "statistics of rows that are past the end",
-        "conv_bn_add_relu.py",
+        "_conv_kernels.py",
         "d = tl.where(row_valid[:, None], v - rough[None, :], 0.0)",
         "d = v - rough[None, :]",
-        CONV + "test_statistics_are_those_of_the_rounded_result[packs-float32]",
+        CONV + "test_statistics_are_those_of_the_rounded_result[interpreter-float32-packs]",
     ),
     Mutant(
         "the stem pools what is outside of its map",
         "conv_bn_relu_maxpool.py",
         'v = tl.where(in_map[:, None], v, float("-inf")).to(',
         "v = v.to(",
-        STEM + "test_stem[few-channels-out-float16]",
+        STEM + "test_stem[interpreter-float16-few-channels-out]",
         quick=True,
     ),
     Mutant(
@@ -213,21 +214,21 @@ MUTANTS = [
         "conv_bn_relu_maxpool.py",
         "o // TILE_W * STEP_H * TILE_W",
         "o // TILE_W * TILE_W",
-        STEM + "test_stem[few-channels-out-float16]",
+        STEM + "test_stem[interpreter-float16-few-channels-out]",
     ),
     Mutant(
         "on chip: no ReLU in the middle",
         "residual_block.py",
         "h = relu(acc * scale[None, :] + shift[None, :])",
         "h = (acc * scale[None, :] + shift[None, :])",
-        BLOCK + "test_one_tile_on_chip[64-float16]",
+        BLOCK + "test_one_tile_on_chip[interpreter-float16-64]",
     ),
     Mutant(
         "on chip: filters past the last one are read",
         "residual_block.py",
         "mask=(n < K)[None, :], other=0.0",
         "mask=(n >= 0)[None, :], other=0.0",
-        BLOCK + "test_one_tile_on_chip[64-float16]",
+        BLOCK + "test_one_tile_on_chip[interpreter-float16-64]",
     ),
 ]
 
@@ -244,14 +245,14 @@ def plant(mutant: Mutant, root: Path) -> None:
     """Makes of ``root`` a copy of the project with the bug; what does not change is a link."""
     for name in ("tests", "pyproject.toml"):
         (root / name).symlink_to(ROOT / name)
-    package = root / "fused_resnet"
-    package.mkdir()
-    for path in (ROOT / "fused_resnet").iterdir():
-        if path.name not in ("triton", "__pycache__"):
-            (package / path.name).symlink_to(path)
+    for folder, copied in (("fused_resnet", "backends"), ("fused_resnet/backends", "triton")):
+        (root / folder).mkdir()
+        for path in (ROOT / folder).iterdir():
+            if path.name not in (copied, "__pycache__"):
+                (root / folder / path.name).symlink_to(path)
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "fused_resnet" / "triton", package / "triton", ignore=ignored)
-    path = package / "triton" / mutant.file
+    shutil.copytree(ROOT / KERNELS, root / KERNELS, ignore=ignored)
+    path = root / KERNELS / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
         count = text.count(mutant.old)
@@ -264,6 +265,7 @@ def catch(mutant: Mutant) -> Catch | None:
     with tempfile.TemporaryDirectory() as scratch:
         plant(mutant, Path(scratch))
         command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=short", "-m", ""]
+        command += ["--backend", "interpreter"]
         done = subprocess.run(
             [*command, "-p", "no:cacheprovider", mutant.tests],
             cwd=scratch,

@@ -1,17 +1,16 @@
-// The convolution of conv_bfloat16.h by AMX: the same weights, the same input, other sums.
+// The convolution of conv_bfloat16.h by AMX: same packed weights, same input, different sums.
 //
-// TDPBF16PS multiplies 16 pixels x 16 pairs by 16 pairs x 16 channels: in one instruction as much
-// as 256 of vdpbf16ps.
+// TDPBF16PS multiplies 16 pixels x 16 pairs by 16 pairs x 16 channels, the work of 256 vdpbf16ps.
 //
 // Tiling. 32 pixels x 32 channels: 2 x 2 tiles of sums, 2 of pixels, 2 of weights. A row of a tile
 // of pixels is 16 pairs of one pixel; a row of a tile of weights one pair of 16 channels, and the
 // next row a pair, 128 bytes, further. Per 16 pairs, 4 loads feed 4 multiplications. Up to 16
 // pixels are one tile of pixels, more are two of nearly equal height: 28 = 14 + 14.
 //
-// What a run has beyond whole steps of 16 pairs is added to the sums by vdpbf16ps, which then has
-// the epilogue, too. Runs of fewer pairs (a stem, narrow groups) are its alone. A tile never
-// reaches beyond a run, so that no NaN of a neighbour comes in. An element's sum is in the same
-// order in whatever tile it lies.
+// The remainder of a run after whole steps of 16 pairs is added to the sums by vdpbf16ps, followed
+// by the epilogue. Runs of fewer than 16 pairs (a stem, narrow groups) use vdpbf16ps only. A tile
+// never extends beyond a run, so a NaN of a neighbouring pixel has no effect. The order of an
+// element's sum does not depend on its tile.
 #pragma once
 
 #include "conv_bfloat16.h"
@@ -59,7 +58,7 @@ class MatrixTiles {
     configure_tiles(config);
   }
 
-  // The sums of each run's whole steps, to sums[pixel][channel].
+  // Sums the whole steps of all runs into sums[pixel][channel].
   template <bool kBoth>
   FR_INLINE void multiply(const PairTile& t, float* sums) const {
     const int64_t pixel = t.pixel * static_cast<int64_t>(sizeof(BFloat16));
@@ -105,7 +104,7 @@ class MatrixTiles {
     }
   }
 
-  // As many pixels at a time as vectors of sums fit the registers, in nearly equal numbers.
+  // Adds the remainders, for as many pixels at a time as have sums that fit the registers.
   void finish(int64_t pixels, const PairTile& t, const float* sums) const {
     const int64_t parts = ceil_div(pixels, kPairPixels);
     PairTile part = t;
@@ -120,7 +119,7 @@ class MatrixTiles {
     }
   }
 
-  int64_t pixels_ = 0;  // that the tiles are configured for; 0: they are not
+  int64_t pixels_ = 0;  // that the tiles are configured for; 0: not configured
   int64_t above_ = 0;   // of them in the first tile of pixels
 };
 
@@ -135,8 +134,8 @@ inline void conv_amx(const ConvForward& f, const ConvBlock& b, void* scratch) {
 inline void replace_convolution(KernelTable& table) {
   table.of[kBFloat16].conv = conv_amx;
   table.tile[kBFloat16] = MatrixTiles::kPixels;
-  // Winograd's products are in float: F(4x4) has a quarter of the multiply-adds, and here each of
-  // them costs sixteen times as much.
+  // No Winograd: F(4x4) has a quarter of the multiply-adds, but its float32 products run at a
+  // sixteenth of the speed.
   for (WinogradKernels& winograd : table.winograd[kBFloat16]) winograd.run = nullptr;
 }
 

@@ -9,20 +9,21 @@
 // each where a block of x fits the L2 cache.
 //
 // The instruction takes subnormal numbers for zero, and rounds to nearest whatever the mode is.
-// Products of bfloat16 numbers are exact in float, so that the order of the sum, which no number
-// of threads changes, and the last rounding are all that a result depends on.
+// Products of bfloat16 numbers are exact in float, so a result depends only on the order of the
+// sum, which is the same for any number of threads, and on the last rounding.
 //
 // Tiling. 14 pixels x 32 channels: 28 vectors of sums, 2 of weights, 1 to broadcast a pair of a
 // pixel's elements. Per step along the depth, 14 broadcasts and 2 loads feed 28 multiply-adds.
 //
 // Weights are packed [group][panel of 32 channels][run][pair][channel][2], zero where a panel
-// outgrows the group. A run is what lies side by side in a pixel and its neighbours: with one group
-// a kernel's row, kw * C elements; else a tap's channels. One of odd length ends in half a pair:
-// there the weight is zero, and the element behind the run, which may be NaN, is never read.
+// is wider than the group. A run is a sequence of input elements adjacent in memory: with one group
+// a row of the kernel, kw * C elements; else the channels of one tap. A run of odd length ends in
+// half a pair: there the weight is zero, and the element after the run, which may be NaN, is not
+// read.
 //
 // Input. Without padding, pixels are read in place; with padding, the rows under a block are copied
 // first. Some are copied column by column, the taps of a kernel's row side by side for each output
-// column: strided 1x1 kernels, as half of what they pass over is not theirs; pixels whose distance
+// column: strided 1x1 kernels, which do not use half of the pixels in a row; pixels whose distance
 // is a multiple of 4 KiB, 14 of which would share a set of the 12-way L1 cache; dilated rows of an
 // odd number of channels, whose pairs straddle two taps; and maps narrower than a tile, whose rows
 // then follow each other without a gap, so that 7x7 pixels are 4 tiles and not 7.
@@ -41,7 +42,7 @@ constexpr int kPairPixels = 14;
 constexpr int kChannels = 32;
 constexpr int64_t kStepBytes = kChannels * 2 * static_cast<int64_t>(sizeof(BFloat16));
 
-// Pixels this far apart share their sets of the L1 cache; a cache line more, and they do not.
+// Pixels this far apart map to the same sets of the L1 cache; an extra cache line separates them.
 constexpr int64_t kAliasBytes = 4096;
 constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(BFloat16));
 
@@ -55,7 +56,7 @@ struct PairRuns {
 
 inline int64_t pairs_of(const PairRuns& runs) { return runs.count * ceil_div(runs.length, 2); }
 
-// As the weight is packed: rows of the kernel, or taps where there are groups.
+// The runs of the packed weight: rows of the kernel, or taps if there are groups.
 inline PairRuns weight_runs(const ConvShape& s) {
   PairRuns runs{};
   runs.per_row = s.groups == 1 ? 1 : s.kw;
@@ -64,7 +65,7 @@ inline PairRuns weight_runs(const ConvShape& s) {
   return runs;
 }
 
-// Where a block of input lies, as distances in elements.
+// The layout of a block of input; distances are in elements.
 struct PairSource {
   bool gathered;              // copied to scratch, `rows` x `cols` pixels of each image
   int64_t taps;               // input pixels side by side in a gathered one
@@ -76,14 +77,14 @@ struct PairSource {
 
 inline PairSource source_of(const ConvShape& s, const ConvBlock& b) {
   const int64_t width = b.col1 - b.col0;
-  const bool joined = s.groups == 1 && s.dilation_w == 1;
+  const bool adjacent = s.groups == 1 && s.dilation_w == 1;
   const bool aliased = s.stride_w * s.c * static_cast<int64_t>(sizeof(BFloat16)) % kAliasBytes == 0;
   const bool straddling = s.groups == 1 && s.dilation_w > 1 && s.kw > 1 && s.c % 2 != 0;
   const bool narrow = s.kw > 1 && s.stride_h == 1 && b.row1 - b.row0 > 1 && width == s.out_w() &&
                       width < kPairPixels;
   const bool by_column = narrow || aliased || straddling || (s.kw == 1 && s.stride_w > 1);
-  // Taps of a dilated row are runs of their own even where a copy has them side by side: the order
-  // of a sum must not depend on the block.
+  // The taps of a dilated row are separate runs even where a copy has them adjacent: the order of a
+  // sum must not depend on the block.
   PairSource p{};
   p.gathered = by_column || s.pad_h > 0 || s.pad_w > 0;
   p.taps = by_column ? s.kw : 1;
@@ -99,7 +100,7 @@ inline PairSource source_of(const ConvShape& s, const ConvBlock& b) {
   p.row = s.stride_h / p.step_h * row;
   p.pixel = by_column ? p.pitch : s.stride_w * s.c;
   p.runs = weight_runs(s);
-  if (!joined && !straddling) {  // with one group an even number of channels: as it is packed
+  if (!adjacent && !straddling) {  // with one group an even number of channels: as it is packed
     p.runs.per_row = s.kw;
     p.runs.count = s.kh * s.kw;
     p.runs.length = s.group_c();
@@ -153,7 +154,7 @@ inline void gather_pairs(const ConvShape& s, const ConvBlock& b, const PairSourc
   }
 }
 
-// Two neighbours in every place, or one and a zero.
+// A pair of neighbouring elements in every lane, or one element and a zero.
 FR_INLINE __m512bh broadcast_pair(const BFloat16* p) {
   int pair;
   __builtin_memcpy(&pair, p, sizeof pair);
@@ -163,16 +164,16 @@ FR_INLINE __m512bh broadcast_half(const BFloat16* p) {
   return (__m512bh)_mm512_maskz_set1_epi16(0x55555555u, static_cast<short>(p->bits));
 }
 
-// What the microkernel works on.
+// The operands of the microkernel.
 struct PairTile {
   const BFloat16* x;  // the first pixel's first element
   int64_t pixel;
   const PairRuns* runs;
   const BFloat16* weights;
-  const char* ahead;  // weights that the next panel will read, and how fast to fetch them
+  const char* ahead;  // weights of the next panel to prefetch, ahead_step bytes per step
   int64_t ahead_step;
-  const float* sums;   // of its pixels, kChannels each, where a sum has begun elsewhere
-  int64_t begun;       // pairs of each run that are in them
+  const float* sums;   // partial sums, kChannels per pixel, for kBegun
+  int64_t begun;       // pairs of each run that are in the partial sums
   const float* scale;  // at the panel's first channel
   const float* shift;
   const BFloat16* residual;  // at the tile's first element; null: none
@@ -253,7 +254,7 @@ FR_INLINE void store_pairs(const PairTile& t, const __m512 (&acc)[kTile][2]) {
       v[1] = _mm512_max_ps(_mm512_setzero_ps(), v[1]);
     }
     __m512i y = (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]);
-    // What is left with a sign is -0 and NaN: max_pool_bfloat16.h wants none.
+    // Only -0 and NaN can have a sign here; clear it, as max_pool_bfloat16.h requires.
     if (t.relu) y = _mm512_and_si512(y, _mm512_set1_epi16(0x7fff));
     BFloat16* to = t.y + i * t.stride;
     if (whole) {
@@ -264,7 +265,7 @@ FR_INLINE void store_pairs(const PairTile& t, const __m512 (&acc)[kTile][2]) {
   }
 }
 
-// Asked for before the sum is computed, they come meanwhile.
+// Prefetches the residual and the result, which then arrive while the sum is computed.
 FR_INLINE void fetch_result(const PairTile& t, int64_t pixels) {
 #pragma GCC unroll 16
   for (int64_t i = 0; i < pixels; ++i) {
@@ -301,7 +302,7 @@ void run_pair_tile(int64_t pixels, const PairTile& t) {
   tiles[pixels - 1](t);
 }
 
-// How conv_pairs computes the pixels of a tile: conv_amx.h has another way.
+// Computes the pixels of a tile with vectors; MatrixTiles in conv_amx.h uses AMX.
 struct VectorTiles {
   static constexpr int64_t kPixels = kPairPixels;
   void run(int64_t pixels, const PairTile& t) const { run_pair_tile<false>(pixels, t); }
@@ -320,7 +321,7 @@ void conv_pairs(const ConvForward& f, const ConvBlock& b, void* scratch) {
            b.col0 * source.pixel;
   }
 
-  // Rows that follow each other without a gap, here and in the result, are one row.
+  // Rows that are contiguous in the input and in the result are one row.
   const int64_t out_h = s.out_h(), out_w = s.out_w();
   int64_t images = b.n1 - b.n0, rows = b.row1 - b.row0, width = b.col1 - b.col0;
   if (width == out_w && source.row == width * source.pixel) {
@@ -332,7 +333,7 @@ void conv_pairs(const ConvForward& f, const ConvBlock& b, void* scratch) {
     rows = 1;
   }
 
-  // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
+  // Tiles of nearly equal width: 16 pixels are 8 + 8 rather than 14 + 2.
   const int64_t tiles = ceil_div(width, Tiles::kPixels);
   const int64_t narrow = width / tiles, wider = width % tiles;
   const int64_t panels = ceil_div(s.group_k(), kChannels);
@@ -354,7 +355,7 @@ void conv_pairs(const ConvForward& f, const ConvBlock& b, void* scratch) {
     t.scale = static_cast<const float*>(f.scale) + k;
     t.shift = static_cast<const float*>(f.shift) + k;
     t.channels = static_cast<__mmask32>(0xffffffffu >> (kChannels - channels));
-    // While this panel is in the cache the next one, or the next block's first, comes near.
+    // While this panel is used, prefetch the next one, or the first one for the next block.
     t.ahead = packed + (panel + 1 < b.panel1 ? panel + 1 : b.panel0) * panel_bytes;
     for (int64_t n = 0; n < images; ++n) {
       for (int64_t i = 0; i < rows; ++i) {

@@ -28,154 +28,13 @@
 // channels has 7 runs of 21 and wastes nothing.
 #pragma once
 
+#include "conv_input.h"
 #include "panels.h"
 #include "table.h"
 #include "vec.h"
 
 namespace fr {
 namespace FR_ISA {
-
-// Where the elements of a sum lie, as distances from an output pixel's first input element.
-struct Runs {
-  int64_t rows, per_row;
-  int64_t length;  // elements side by side
-  int64_t row_step, col_step;
-};
-
-// Where a block of input lies: the pixel under output (n, oy, ox) begins at
-// base + n * image + oy * row + ox * pixel, from the block's own origin.
-struct Source {
-  int64_t image, row, pixel;
-  Runs runs;
-};
-
-// How a block's input is read, see above.
-enum Reading { kInPlace, kPixels, kRows };
-
-template <class T>
-Reading reading_of(const ConvShape& s) {
-  constexpr int64_t kPage = 4096;
-  if (s.pad_h != 0 || s.pad_w != 0) return kRows;
-  if (s.kh == 1 && s.kw == 1) {
-    const bool aliased = s.stride_w * s.c * static_cast<int64_t>(sizeof(T)) % kPage == 0;
-    return sizeof(T) != sizeof(Acc<T>) || aliased ? kPixels : kInPlace;
-  }
-  return sizeof(T) == sizeof(Acc<T>) ? kInPlace : kRows;
-}
-
-// Elements from one copied pixel to the next: a vector beyond what could be a power of two.
-template <class A>
-FR_INLINE int64_t pixel_step(const ConvShape& s) {
-  return s.c + kLanes<A>;
-}
-
-inline Runs runs_of(const ConvShape& s, int64_t row_stride) {
-  const bool joined = s.dilation_w == 1 && s.groups == 1;
-  Runs runs;
-  runs.per_row = joined ? 1 : s.kw;
-  runs.rows = s.kh;
-  runs.length = joined ? s.kw * s.c : s.group_c();
-  runs.row_step = s.dilation_h * row_stride;
-  runs.col_step = s.dilation_w * s.c;
-  return runs;
-}
-
-// Input rows and columns under a block of output.
-inline int64_t block_rows(const ConvShape& s, const ConvBlock& b) {
-  return (b.row1 - b.row0 - 1) * s.stride_h + (s.kh - 1) * s.dilation_h + 1;
-}
-inline int64_t block_cols(const ConvShape& s, const ConvBlock& b) {
-  return (b.col1 - b.col0 - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1;
-}
-
-// Where a tile's pixels begin: at base + offset[i] where six pointers fit the registers, so that a
-// tile may go on in the next row; else at base + i * step.
-constexpr bool kIndirect = FR_VECTOR_BYTES < 64;
-template <class A>
-struct Pixels {
-  const A* base;
-  int64_t step;
-  const int64_t* offset;
-};
-
-// Bytes at the head of a block's scratch that list_pixels fills; a copy of the input follows.
-inline int64_t list_bytes(const ConvBlock& b) {
-  const int64_t pixels = (b.n1 - b.n0) * (b.row1 - b.row0) * (b.col1 - b.col0);
-  const int64_t bytes = pixels * static_cast<int64_t>(sizeof(int64_t));
-  return kIndirect ? ceil_div(bytes, kLineBytes) * kLineBytes : 0;
-}
-
-// Where the block's output pixels find their input, in the order of the result.
-inline void list_pixels(const ConvBlock& b, const Source& source, int64_t* to) {
-  for (int64_t n = 0; n < b.n1 - b.n0; ++n) {
-    for (int64_t oy = 0; oy < b.row1 - b.row0; ++oy) {
-      const int64_t row = n * source.image + oy * source.row;
-      for (int64_t ox = 0; ox < b.col1 - b.col0; ++ox) *to++ = row + ox * source.pixel;
-    }
-  }
-}
-
-template <class T>
-int64_t conv_scratch_bytes(const ConvShape& s, const ConvBlock& b) {
-  using A = Acc<T>;
-  const Reading reading = reading_of<T>(s);
-  if (reading == kInPlace) return list_bytes(b);
-  const int64_t elements = reading == kPixels
-                               ? (b.row1 - b.row0) * (b.col1 - b.col0) * pixel_step<A>(s)
-                               : block_rows(s, b) * block_cols(s, b) * s.c;
-  return list_bytes(b) + (b.n1 - b.n0) * elements * static_cast<int64_t>(sizeof(A));
-}
-
-template <class T>
-void copy_widened(const T* from, int64_t count, Acc<T>* to) {
-  constexpr int lanes = kLanes<Acc<T>>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(load(from + i), to + i);
-  for (; i < count; ++i) to[i] = to_acc(from[i]);
-}
-
-template <class A>
-void fill_zero(A* to, int64_t count) {
-  constexpr int lanes = kLanes<A>;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(Vec<A>{}, to + i);
-  for (; i < count; ++i) to[i] = 0;
-}
-
-// Copies the input under the block into scratch, zeros where the padding is.
-template <class T>
-void gather_block(const ConvShape& s, const ConvBlock& b, const T* x, Acc<T>* scratch) {
-  const int64_t rows = block_rows(s, b), cols = block_cols(s, b);
-  const int64_t y0 = b.row0 * s.stride_h - s.pad_h, x0 = b.col0 * s.stride_w - s.pad_w;
-  const int64_t left = min_of(max_of(-x0, 0), cols);
-  const int64_t right = max_of(min_of(s.w - x0, cols), left);
-  for (int64_t n = b.n0; n < b.n1; ++n) {
-    for (int64_t i = 0; i < rows; ++i, scratch += cols * s.c) {
-      const int64_t y = y0 + i;
-      if (y < 0 || y >= s.h) {
-        fill_zero(scratch, cols * s.c);
-        continue;
-      }
-      fill_zero(scratch, left * s.c);
-      copy_widened(x + ((n * s.h + y) * s.w + x0 + left) * s.c, (right - left) * s.c,
-                   scratch + left * s.c);
-      fill_zero(scratch + right * s.c, (cols - right) * s.c);
-    }
-  }
-}
-
-// Copies the pixels that a 1x1 convolution without padding uses, in the order of its output.
-template <class T>
-void gather_pixels(const ConvShape& s, const ConvBlock& b, const T* x, Acc<T>* scratch) {
-  for (int64_t n = b.n0; n < b.n1; ++n) {
-    for (int64_t oy = b.row0; oy < b.row1; ++oy) {
-      const T* row = x + (n * s.h + oy * s.stride_h) * s.w * s.c;
-      for (int64_t ox = b.col0; ox < b.col1; ++ox, scratch += pixel_step<Acc<T>>(s)) {
-        copy_widened(row + ox * s.stride_w * s.c, s.c, scratch);
-      }
-    }
-  }
-}
 
 template <class T>
 struct Epilogue {
@@ -188,8 +47,8 @@ struct Epilogue {
   bool relu;
 };
 
-// A whole panel. By value, and without a branch at each vector: what is stored could be any of the
-// epilogue's own fields, for all that the compiler knows, and it would read them again every time.
+// Stores a whole panel. The epilogue is passed by value and the branches are outside the loop:
+// otherwise the compiler assumes that a store may alias the epilogue's fields and reloads them.
 template <class T, bool kResidual, int kTile, int kVectors>
 FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T> e) {
   using A = Acc<T>;
@@ -238,8 +97,8 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
   }
 }
 
-// A panel's weights, and what to fetch into the cache meanwhile: at every step the line at `ahead`,
-// which then moves on.
+// The weights of a panel, and the address to prefetch: every step prefetches the line at `ahead`
+// and advances it by `ahead_step`.
 template <class A>
 struct Weights {
   const A* at;
@@ -247,15 +106,15 @@ struct Weights {
   int64_t ahead_step;
 };
 
-// Tells the compiler that the array has an address: else it would want registers for it, and keep
-// the loop's operands on the stack instead.
+// Forces the array into memory. Otherwise the compiler keeps it in registers and spills the
+// operands of the inner loop instead.
 template <class Array>
 FR_INLINE void keep_in_memory(Array& array) {
   __asm__ volatile("" : : "r"(&array) : "memory");
 }
 
-// acc = sum over the runs of pixel i's elements times the panel's weights. Puts finished chains
-// aside.
+// acc[i] = sum over the runs of pixel i's elements times the panel's weights. A chain of kChain
+// additions is moved to `total` when it is complete.
 template <class A, int kTile, int kVectors>
 FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weights<A>& weights,
                           Vec<A> (&acc)[kTile][kVectors]) {
@@ -264,7 +123,7 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
   const A* ahead = weights.ahead;
   Vec<A> total[kTile][kVectors];
   keep_in_memory(total);
-  // An initialiser would be a call that clears memory, which costs more than a short sum.
+  // An initialiser would compile to a call of memset, which costs more than a short sum.
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 2
@@ -289,7 +148,7 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
       }
     }
   };
-  // A 1x1 convolution of few channels would feel what the loops below cost.
+  // For 1x1 convolutions of few channels the loops below would be a measurable overhead.
   if (runs.rows * runs.per_row == 1 && runs.length <= kChain) return multiply(0, runs.length);
   int64_t chain = 0;
   bool spilled = false;
@@ -326,12 +185,12 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
   }
 }
 
-// The same for groups of kShare channels, side by side in a vector.
+// The same for groups of kShare channels, several of which share a vector.
 template <class A, int kTile, int kShare>
 FR_INLINE void accumulate_shared(const Pixels<A>& pixels, const Runs& runs,
                                  const Weights<A>& weights, Vec<A> (&acc)[kTile][1]) {
   constexpr int lanes = kLanes<A>;
-  LaneIndex<A> channel[kShare];  // c of each group, to all of its lanes
+  LaneIndex<A> channel[kShare];  // broadcasts channel c of each group to the lanes of the group
 #pragma GCC unroll 8
   for (int c = 0; c < kShare; ++c) {
 #pragma GCC unroll 16
@@ -354,13 +213,13 @@ FR_INLINE void accumulate_shared(const Pixels<A>& pixels, const Runs& runs,
   }
 }
 
-// kShare: channels of groups that share a vector; 0: they do not.
+// kShare: channels per group if several groups share a vector, else 0.
 template <class T, int kTile, int kVectors, int kShare>
 void conv_tile(const Pixels<Acc<T>>& pixels, const Runs& runs, const Weights<Acc<T>>& weights,
                const Epilogue<T>& e) {
   constexpr int64_t panel = kVectors * kLanes<Acc<T>>;
   constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-  // Asked for here, they come while the sum is computed.
+  // Prefetched here, the lines arrive while the sum is computed.
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) {
     for (int64_t k = 0; k < panel; k += line) {
@@ -398,7 +257,8 @@ ConvTile<T> tile_of(int64_t pixels) {
   return tiles[pixels - 1];
 }
 
-// For so many pixels of a panel that is so wide; `share`: see shared_channels.
+// The microkernel for a number of pixels and a panel of `width` channels; `share` is the result of
+// shared_channels.
 template <class T>
 ConvTile<T> tile_for(int64_t share, int64_t width, int64_t pixels) {
   using A = Acc<T>;
@@ -459,7 +319,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
       rows = 1;
     }
   }
-  // Tiles of nearly equal width: 28 = 14 + 14, and 16 = 8 + 8 rather than 14 + 2.
+  // Tiles of nearly equal width: 16 pixels are 8 + 8 rather than 14 + 2.
   const int64_t tiles = ceil_div(width, kMaxTile);
   const int64_t narrow = width / tiles, wider = width % tiles;
   const int64_t all_tiles = images * rows * tiles;
@@ -476,8 +336,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     const int64_t panel_size = panel_width<A>(s, k_in_group);
     Weights<A> weights;
     weights.at = static_cast<const A*>(f.packed) + panel_offset<A>(s, panel);
-    // Every tile fetches its share of the panel behind this one, of this one where that is the
-    // last.
+    // Every tile prefetches its share of the next panel, or of this one if it is the last.
     weights.ahead = weights.at + (panel + 1 < b.panel1 ? panel_size * s.depth() : 0);
     weights.ahead_step = ceil_div(panel_size, all_tiles);
     e.scale = static_cast<const A*>(f.scale) + k;

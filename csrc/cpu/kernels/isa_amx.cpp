@@ -1,5 +1,5 @@
-// Compiled with the flags of this instruction set and nothing but it: see setup.py. All but the
-// convolution it has in common with AVX512-BF16.
+// Compiled with the flags of this instruction set: see setup.py. Only the convolution differs
+// from AVX512-BF16.
 #define FR_ISA amx
 #define FR_VECTOR_BYTES 64
 #include "conv_amx.h"

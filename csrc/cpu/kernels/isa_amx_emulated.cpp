@@ -1,5 +1,5 @@
-// isa_amx.cpp for tests on machines with AVX512-BF16 alone: tiles are emulated, the rest is the
-// same. Nothing takes it by itself. Its peak stays that of AVX512-BF16: no core does more here.
+// isa_amx.cpp with emulated tiles, for tests on machines that have AVX512-BF16 but not AMX. It is
+// never chosen by default, and its peak is measured with AVX512-BF16.
 #define FR_EMULATE_TILES
 #define FR_ISA amx_emulated
 #define FR_VECTOR_BYTES 64

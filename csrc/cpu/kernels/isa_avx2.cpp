@@ -1,4 +1,4 @@
-// Compiled with the flags of this instruction set and nothing but it: see setup.py.
+// Compiled with the flags of this instruction set: see setup.py.
 #define FR_ISA avx2
 #define FR_VECTOR_BYTES 32
 #include "instantiate.h"

@@ -1,5 +1,5 @@
-// Compiled with the flags of this instruction set and nothing but it: see setup.py. All but these
-// kernels it has in common with AVX-512.
+// Compiled with the flags of this instruction set: see setup.py. Only these kernels
+// differ from AVX-512.
 #define FR_ISA avx512_bf16
 #define FR_VECTOR_BYTES 64
 #include "conv_bfloat16.h"

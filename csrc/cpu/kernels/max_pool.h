@@ -1,6 +1,6 @@
-// Max-pool over channels-last rows: the second half of the stem. NaN wins, as in torch's
-// max_pool2d. Reads each input row kernel_h / stride_h times from the cache, writes the result
-// once.
+// Max-pool over channels-last rows, the second half of the stem. A NaN in the window is the result,
+// as in torch's max_pool2d. Reads each input row kernel_h / stride_h times, from the cache, and
+// writes the result once.
 #pragma once
 
 #include "table.h"
@@ -9,7 +9,7 @@
 namespace fr {
 namespace FR_ISA {
 
-// A window of the map, cut at the map's edges.
+// A window of the map, clipped at the map's edges.
 template <class T>
 struct Window {
   const T* first;
@@ -17,7 +17,7 @@ struct Window {
   int64_t row, pixel;  // distances, in elements
 };
 
-// Calls visit(window, the result's pixel) for each pixel of the result.
+// Calls visit(window, address of the result's pixel) for each pixel of the result.
 template <class T, class Visit>
 FR_INLINE void visit_windows(const PoolForward& f, Visit visit) {
   const T* x = static_cast<const T*>(f.x);
@@ -40,7 +40,7 @@ FR_INLINE V max_or_nan(V best, V v) {
   return v != v ? v : best;
 }
 
-// The largest of a window by `load` and `larger`.
+// The maximum over a window of the channels at c, by `load` and `larger`.
 template <class T, class Load, class Larger>
 FR_INLINE auto largest(const Window<T>& w, int64_t c, Load load, Larger larger) {
   auto best = load(w.first + c);

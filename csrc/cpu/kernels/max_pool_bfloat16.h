@@ -1,5 +1,5 @@
-// Max-pool of bfloat16 numbers that conv_bfloat16.h's ReLU has passed. None has its sign bit set,
-// so their bits are in their order, NaN last, and one instruction compares 32 of them.
+// Max-pool of bfloat16 numbers after the ReLU of conv_bfloat16.h. No sign bit is set, so the
+// numbers sort like their bits as integers, with NaN last, and one instruction compares 32 of them.
 #pragma once
 
 #include <immintrin.h>

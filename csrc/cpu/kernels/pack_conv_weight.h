@@ -1,7 +1,7 @@
-// A convolution's weight from PyTorch's layout to the one that conv_bn_add_relu.h reads, and back.
+// Converts a convolution's weight from PyTorch's layout to that of conv_bn_add_relu.h, and back.
 //
-// Bytes: the weight twice. Where a step of the depth is whole, squares of filters by depth are
-// transposed in registers; ends go element by element.
+// Bytes: the weight read once and written once. Whole steps of the depth are transposed in
+// registers, as squares of filters by depth; remainders are copied element by element.
 #pragma once
 
 #include "conv_bn_add_relu.h"
@@ -17,13 +17,13 @@ int64_t packed_numel(const ConvShape& s) {
   return s.k / group * ceil_div(group, lanes) * lanes * s.depth();
 }
 
-// Both walk a filter in its own order, one cache line of it at a time, for all filters of a panel:
-// column by column instead, the filters' lines would share a few sets of the cache and evict each
+// Both directions traverse the filters of a panel together, one cache line of each at a time.
+// Column by column, the lines of the filters would map to a few sets of the cache and evict each
 // other.
 constexpr int64_t kPackStep = 16;
 
-// Calls visit(place in packed, place in weight, channels that exist, width of the panel, elements,
-// row of each element) for every such step. The filters are contiguous, in either memory format.
+// Calls visit(offset in packed, offset in weight, channels that exist, width of the panel, number
+// of elements, packed row of each element) for every step. The filters are dense, in either format.
 template <class A, class Visit>
 FR_INLINE void visit_packed(const ConvShape& s, bool taps_inside, int64_t panel0, int64_t panel1,
                             Visit visit) {

@@ -4,12 +4,12 @@
 // Weights are packed [group][panel of output channels][r][s][c][panel]. Where a vector is all that
 // is left of a group, its last panel is a vector wide; beyond the group it is zero.
 //
-// Groups of 4 and 8 channels, ResNeXt's, would leave most of a vector empty. Where whole groups
-// fill vectors, a panel is a vector of groups side by side, and c counts within each: a step
-// multiplies its weights by the pixel's own vector, in which each group's channel c was shuffled to
-// all of the group's lanes. A 3x3 of 32 groups of 4 channels takes a fifth of the time on AVX-512,
-// 0.36 on AVX2; one of 8 half on AVX-512. Of 16 it would take 1.2 times as long: one shuffle for
-// each step, where a broadcast comes with its load.
+// Groups of 4 and 8 channels (ResNeXt) would leave most of a vector empty. Where whole groups fill
+// vectors, a panel is one vector of adjacent groups, and c counts within each group: a step
+// multiplies its weights by the pixel's vector, in which channel c of each group was shuffled to
+// all lanes of the group. A 3x3 of 32 groups of 4 channels then takes a fifth of the time on
+// AVX-512 and 0.36 of it on AVX2, one of groups of 8 half on AVX-512. Groups of 16 would take 1.2
+// times as long, because a shuffle is an extra instruction where a broadcast is part of a load.
 #pragma once
 
 #include "table.h"
@@ -27,14 +27,14 @@ constexpr int kPanelVectors = 2;
 
 // The longest chain of additions in one register. A chain of n rounds n times at the size of its
 // sum so far, so its error grows with n; a sum of 4608 terms is 36 chains that are added up after.
-// 128 steps are 400 cycles of arithmetic on AVX2 and 1800 on AVX-512; with half as many, putting
-// the sums aside costs 4% there and 1 to 2% here. Without FMA a step rounds twice.
+// 128 steps are 400 cycles of arithmetic on AVX2 and 1800 on AVX-512; with 64, moving the sums to
+// memory costs 4% on AVX2 and 1 to 2% on AVX-512. Without FMA a step rounds twice.
 constexpr int64_t kChain = FR_VECTOR_BYTES >= 32 ? 128 : 64;
 template <class A>
 constexpr int kPanel = kPanelVectors * kLanes<A>;
 
-// Channels of each of the groups that lie side by side in a vector; 0: none do. Sums of more than
-// one chain are left to the other way.
+// Channels per group if several groups share a vector, else 0. Sums longer than one chain do not
+// share vectors.
 template <class A>
 FR_INLINE int64_t shared_channels(const ConvShape& s) {
   const int64_t g = s.group_c();
@@ -42,13 +42,13 @@ FR_INLINE int64_t shared_channels(const ConvShape& s) {
   return s.groups > 1 && g == s.group_k() && fits && s.depth() <= kChain ? g : 0;
 }
 
-// Output channels of a group, or of those that share a vector.
+// Output channels of a group, or of all groups that share a vector.
 template <class A>
 FR_INLINE int64_t packed_group(const ConvShape& s) {
   return shared_channels<A>(s) > 0 ? kLanes<A> : s.group_k();
 }
 
-// Of one such group.
+// Panels of one such group.
 template <class A>
 FR_INLINE int64_t group_panels(const ConvShape& s) {
   return ceil_div(packed_group<A>(s), kPanel<A>);
@@ -59,13 +59,13 @@ int64_t all_panels(const ConvShape& s) {
   return s.k / packed_group<A>(s) * group_panels<A>(s);
 }
 
-// Output channels of the panel that begins at channel k of its group, with the zeros behind them.
+// Width of the panel that begins at channel k of its group, zero padding included.
 template <class A>
 FR_INLINE int64_t panel_width(const ConvShape& s, int64_t k) {
   return min_of(ceil_div(packed_group<A>(s) - k, kLanes<A>) * kLanes<A>, kPanel<A>);
 }
 
-// Where a panel begins in the packed weight; panels are numbered over all groups.
+// Offset of a panel in the packed weight; panels are numbered over all groups.
 template <class A>
 FR_INLINE int64_t panel_offset(const ConvShape& s, int64_t panel) {
   const int64_t panels = group_panels<A>(s);

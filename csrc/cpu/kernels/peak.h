@@ -1,7 +1,7 @@
-// What one core can do at most, measured: the yardstick of `fused-resnet bench --layers`.
+// Measures the peak throughput of one core, the reference of `fused-resnet bench --layers`.
 //
-// Arithmetic: chains of multiply-adds a = a * m + b on registers alone. A core of today starts two
-// a cycle and takes four to six cycles for each, so that a dozen independent chains keep it busy.
+// Arithmetic: chains of multiply-adds a = a * m + b on registers. Current cores start two per cycle
+// with a latency of four to six cycles, so a dozen independent chains keep them busy.
 // Memory: a buffer larger than every cache is summed, or copied, a vector at a time.
 #pragma once
 

@@ -1,5 +1,5 @@
-// The kernels of one instruction set as a table of function pointers, and their arguments.
-// This header is all that host functions and kernels share: raw pointers and plain numbers.
+// The kernels of one instruction set as a table of function pointers, and their arguments: raw
+// pointers and plain numbers. Host functions and kernels share this header and conv_shape.h only.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@ namespace fr {
 
 enum DType { kFloat32, kFloat64, kBFloat16, kFloat16, kNumDTypes };
 
-// A feature map as the batch-norm kernels see it: `rows` rows of `cols` elements, side by side in
-// memory. Channels-last: a row is a pixel and a column a channel. Contiguous (NCHW): a row is the
-// plane of one channel of one image, so row r belongs to channel r % channels.
+// A feature map as the batch-norm kernels see it: `rows` dense rows of `cols` elements.
+// Channels-last: a row is a pixel and a column a channel. Contiguous (NCHW): a row is the plane of
+// one channel of one image, so row r belongs to channel r % channels.
 struct MapView {
   int64_t rows, cols, channels;
   bool channels_last;
 };
 
-// Batch norm's per-channel numbers are double for float64 and float32 maps, else float.
+// The per-channel numbers of batch norm are double for float64 and float32 maps, else float.
 struct BnForward {
   MapView map;
   const void* x;
@@ -34,7 +34,7 @@ struct BnStatistics {
   MapView map;
   const void* x;
   double* mean;  // one per channel and chunk: [chunk][channel]
-  double* m2;    // sum of squared distances from that mean
+  double* m2;    // sum of squared differences from that mean
 };
 
 struct BnBackward {
@@ -46,7 +46,7 @@ struct BnBackward {
   // Reduction: per chunk and channel, [chunk][channel].
   double* sum_dz;
   double* sum_dz_xc;  // of dz * (x - mean)
-  void* dz;           // null: not wanted
+  void* dz;           // null: do not store it
   // Application: dx = a * dz + b * (x - mean) + c.
   const void* a;
   const void* b;  // null: b and c are zero, and x is not read (inference)
@@ -54,8 +54,8 @@ struct BnBackward {
   void* dx;
 };
 
-// relu(scale * conv(x, w) + shift [+ residual]) for channels-last maps. Scale and shift are of the
-// accumulator type, double for float64 maps, else float; the packed weight is of Kernels::packed.
+// relu(scale * conv(x, w) + shift [+ residual]) for channels-last maps. Scale and shift have the
+// accumulator's type (double for float64 maps, else float), the packed weight Kernels::packed.
 struct ConvForward {
   ConvShape shape;
   const void* x;
@@ -64,28 +64,28 @@ struct ConvForward {
   const void* shift;
   const void* residual;  // null: none
   void* y;
-  int64_t y_first;  // the output pixel that y points at, when it holds but some of the rows
+  int64_t y_first;  // index of the output pixel that y points to, when y holds only some rows
   bool relu;
 };
 
-// The part of a convolution that one thread does at a time: these images, output rows and columns,
-// and panels of output channels.
+// The unit of work of a thread: half-open ranges of images, output rows, output columns and panels
+// of output channels.
 struct ConvBlock {
   int64_t n0, n1, row0, row1, col0, col1, panel0, panel1;
 };
 
-// Max-pool of rows [row0, row1) of one channels-last image's result.
+// Max-pool of one channels-last image, for rows [row0, row1) of the result.
 struct PoolForward {
-  int64_t h, w, c;  // of the map that is pooled
+  int64_t h, w, c;  // of the input map
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
-  const void* x;  // at row x_first of the map
+  const void* x;  // points to row x_first of the input
   int64_t x_first;
-  void* y;  // at row 0 of the result
+  void* y;  // points to row 0 of the result
   int64_t row0, row1;
 
   int64_t out_h() const { return (h + 2 * pad_h - kernel_h) / stride_h + 1; }
   int64_t out_w() const { return (w + 2 * pad_w - kernel_w) / stride_w + 1; }
-  // Rows of the map under result rows [a, b).
+  // The input rows [first_row(a), end_row(b)) are those that result rows [a, b) need.
   int64_t first_row(int64_t a) const { return a * stride_h > pad_h ? a * stride_h - pad_h : 0; }
   int64_t end_row(int64_t b) const {
     const int64_t end = (b - 1) * stride_h - pad_h + kernel_h;
@@ -95,39 +95,40 @@ struct PoolForward {
 
 struct Kernels {
   // Chunks are ranges of rows (channels-last) or of channels (contiguous). Their number depends on
-  // the shape alone, never on threads, so a sum has the same bits on any number of them.
+  // the shape only, so a sum has the same bits on any number of threads.
   void (*bn_forward)(const BnForward&, int64_t begin, int64_t end);
   void (*bn_statistics)(const BnStatistics&, int64_t begin, int64_t end, int64_t chunk);
   void (*bn_backward_reduce)(const BnBackward&, int64_t begin, int64_t end, int64_t chunk);
   void (*bn_backward_apply)(const BnBackward&, int64_t begin, int64_t end);
-  int64_t (*panels)(const ConvShape&);  // of output channels, of which a block has some
+  int64_t (*panels)(const ConvShape&);  // number of panels of output channels
   int64_t (*conv_scratch_bytes)(const ConvShape&, const ConvBlock&);
   void (*conv)(const ConvForward&, const ConvBlock&, void* scratch);
-  void (*max_pool)(const PoolForward&);  // of what conv left, with ReLU
+  void (*max_pool)(const PoolForward&);  // of a result of conv with ReLU
   void (*pack)(const ConvShape&, bool taps_inside, const void* weight, int64_t panel0,
                int64_t panel1, void* packed);
-  void (*unpack)(const ConvShape&, const void* packed, void* weight);  // to contiguous
+  void (*unpack)(const ConvShape&, const void* packed, void* weight);  // weight: contiguous
   int64_t (*packed_numel)(const ConvShape&);
-  DType packed;  // of a packed weight: what the convolution multiplies in
+  DType packed;  // type of a packed weight, in which the convolution multiplies
 };
 
 // Winograd's F(4x4, 3x3) and F(2x2, 3x3), in the order of KernelTable::winograd.
 constexpr int64_t kNumWinograds = 2;
 
-// The tiles, numbered over all images row by row, and the panels that one thread does at a time.
+// The unit of work of a thread: ranges of tiles, numbered over all images row by row, and of
+// panels.
 struct WinogradBlock {
   int64_t tile0, tile1, panel0, panel1;
 };
 
 struct WinogradKernels {
-  int64_t side;    // of a tile of the output
-  int64_t points;  // products for each tile
+  int64_t side;    // output pixels along a side of a tile
+  int64_t points;  // products per tile and pair of channels
   int64_t lanes;   // input and output channels must be multiples of it
   int64_t (*scratch_bytes)(const ConvShape&, int64_t tiles);
-  void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);  // null: not of use
+  void (*run)(const ConvForward&, const WinogradBlock&, void* scratch);  // null: not available
 };
 
-// What one core can do at most; see peak.h.
+// Loops that measure the peak throughput of one core; see peak.h.
 struct PeakKernels {
   double (*multiply_add_float32)(int64_t iterations);
   double (*multiply_add_float64)(int64_t iterations);
@@ -138,8 +139,8 @@ struct PeakKernels {
 
 struct KernelTable {
   const char* isa;
-  int64_t winograd_panel;    // output channels that a microkernel computes side by side, at most
-  int64_t tile[kNumDTypes];  // output pixels likewise
+  int64_t winograd_panel;    // output channels per microkernel, at most
+  int64_t tile[kNumDTypes];  // output pixels per microkernel, at most
   Kernels of[kNumDTypes];
   WinogradKernels winograd[kNumDTypes][kNumWinograds];
   PeakKernels peak;
@@ -149,11 +150,12 @@ const KernelTable& kernel_table_portable();
 #ifdef FR_HAVE_X86_KERNELS
 const KernelTable& kernel_table_avx2();
 const KernelTable& kernel_table_avx512();
-// What AVX512-BF16 does better, put in the place of AVX-512's.
+// Replaces the bfloat16 kernels of AVX-512 by those of AVX512-BF16.
 namespace avx512_bf16 {
 void replace_bfloat16(KernelTable& table);
 }
-// What AMX does better than that, and the same with AMX emulated.
+// Replaces the bfloat16 kernels of AVX512-BF16 by those of AMX; amx_emulated runs the same kernels
+// with AMX's instructions in plain C++.
 namespace amx {
 void replace_bfloat16(KernelTable& table);
 }

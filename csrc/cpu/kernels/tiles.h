@@ -1,8 +1,8 @@
-// The only place with AMX's instructions: one function for each of those that are used.
+// AMX's instructions, one function each. No other file uses them.
 //
 // AMX has 8 tiles, registers of up to 16 rows of up to 64 bytes, whose sizes are set at run time.
-// GCC 12's own intrinsics do not say what memory an instruction reads, so that a store before it
-// may come too late; they also take a tile's number as a token, where these are templates.
+// GCC 12's intrinsics do not declare the memory that an instruction reads, so a preceding store may
+// be moved behind it; and their tile numbers must be literals, where these are template arguments.
 //
 // With FR_EMULATE_TILES the functions are plain C++, for tests on machines without AMX.
 #pragma once
@@ -16,7 +16,7 @@ constexpr int kTiles = 8;
 constexpr int kTileRows = 16;
 constexpr int kTileRowBytes = 64;
 
-// In memory as LDTILECFG reads it. A tile that is not used has no rows and no bytes.
+// The memory layout that LDTILECFG reads. An unused tile has zero rows and zero bytes.
 struct alignas(64) TileConfig {
   uint8_t palette;  // 1: the only one
   uint8_t start_row;
@@ -24,7 +24,7 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
-static_assert(sizeof(TileConfig) == 64, "as the processor reads it");
+static_assert(sizeof(TileConfig) == 64, "LDTILECFG reads 64 bytes");
 
 }  // namespace FR_ISA
 }  // namespace fr
@@ -36,12 +36,12 @@ static_assert(sizeof(TileConfig) == 64, "as the processor reads it");
 namespace fr {
 namespace FR_ISA {
 
-// Fills all tiles with zeros, too.
+// Also clears all tiles.
 FR_INLINE void configure_tiles(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
 
-// Without it the operating system would save 8 KiB more at each switch of threads.
+// Without it every context switch would save 8 KiB more.
 FR_INLINE void release_tiles() { asm volatile("tilerelease"); }
 
 template <int kTile>

@@ -1,5 +1,5 @@
-// tiles.h in plain C++, by the instructions' definition in Intel's manual: what a tile holds, what
-// is rounded when, and what faults. Included by tiles.h.
+// tiles.h in plain C++, after the definitions in Intel's manual: the contents of tiles, the
+// rounding and the faults. Included by tiles.h.
 #pragma once
 
 #include <cfloat>
@@ -19,7 +19,7 @@ struct EmulatedTiles {
 
 inline thread_local EmulatedTiles emulated_tiles;
 
-// Where the instruction would fault the process ends.
+// Ends the process where the instruction would fault.
 FR_INLINE void fault_unless(bool valid) {
   if (!valid) __builtin_trap();
 }
@@ -72,7 +72,7 @@ void store_tile(void* to, int64_t stride) {
   }
 }
 
-// Subnormal numbers are zeros where they come in and where they come out.
+// Flushes subnormal numbers to zero, as the instruction does with its inputs and outputs.
 FR_INLINE float flushed(float v) {
   return __builtin_fabsf(v) < FLT_MIN ? __builtin_copysignf(0.0f, v) : v;
 }

@@ -1,4 +1,4 @@
-// A square of numbers turned over in registers: as many vectors as a vector has lanes.
+// Transposes a square of numbers in registers: as many vectors as a vector has lanes.
 //
 // log2(lanes) steps, each of which swaps the off-diagonal blocks of every pair of rows: lanes *
 // log2(lanes) shuffles for lanes^2 numbers, a quarter of one for each on AVX-512.
@@ -33,8 +33,8 @@ FR_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
   swap_blocks<A, kLanes<A> / 2>(rows);
 }
 
-// Turns over the square of which a row begins every `step` elements, and calls put(i, line) with
-// its lines.
+// Transposes the square whose rows begin every `step` elements, and calls put(i, row) with the rows
+// of the result.
 template <class A, class T, class Put>
 FR_INLINE void transpose_square(const T* from, int64_t step, Put put) {
   constexpr int64_t lanes = kLanes<A>;

@@ -3,7 +3,7 @@
 //
 // FR_ISA names the set and FR_VECTOR_BYTES its registers. All code is in the namespace fr::FR_ISA
 // and calls no inline function of the standard library: the linker keeps one copy of such a
-// function, and it must not be one that another machine cannot run.
+// function, which might be one with instructions that another machine lacks.
 #pragma once
 
 #include <cstddef>
@@ -45,8 +45,8 @@ struct VecOf {
 template <class A>
 using Vec = typename VecOf<A>::type;
 
-// What a shuffle takes, for each lane the one that it is taken from: integers of the lanes' width,
-// as a comparison gives them.
+// The index operand of a shuffle: integers of the width of the lanes, which is the type of a
+// comparison of vectors.
 template <class A>
 using LaneIndex = decltype(Vec<A>{} < Vec<A>{});
 
@@ -83,11 +83,11 @@ FR_INLINE float to_acc(Half v) {
 #ifdef __F16C__
   return _cvtsh_ss(v.bits);
 #else
-  // Subnormals and zeros: shift the ten fraction bits up and let the multiplication normalise them.
+  // Subnormals and zeros: shift the ten fraction bits up; the multiplication normalises them.
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
-  float f =
-      bits_to_float(magnitude) * bits_to_float(0x77800000u);  // 2^112, the exponents' distance
+  float f = bits_to_float(magnitude) *
+            bits_to_float(0x77800000u);  // 2^112, the difference of the exponent biases
   if (magnitude >= 0x0f800000u) f = bits_to_float(magnitude | 0x7f800000u);  // infinity, NaN
   return bits_to_float(float_to_bits(f) | sign);
 #endif
@@ -195,7 +195,7 @@ FR_INLINE HalfFloats load_half(const Half* p) {
 #endif
 }
 
-// A whole vector of A from as many elements of any storage type.
+// Loads a whole vector of A from as many elements of any storage type.
 template <class A>
 struct Load {  // float
   template <class T>
@@ -218,14 +218,14 @@ FR_INLINE void store(Vec<double> v, float* p) {
 }
 FR_INLINE void from_acc(double v, float* p) { *p = static_cast<float>(v); }
 
-// max(0, v) that lets NaN pass, as torch.relu does.
+// max(0, v) that propagates NaN, as torch.relu does.
 template <class A>
 FR_INLINE A relu_scalar(A v) {
   return v < 0 ? A(0) : v;
 }
 
-// On vectors without a branch: max(floor, v) likewise, and the floor that makes it a ReLU or
-// nothing.
+// The same on vectors without a branch: max(floor, v), where the floor is 0 for a ReLU and minus
+// infinity for none.
 template <class A>
 FR_INLINE Vec<A> relu_floor(bool relu) {
   return broadcast<A>(relu ? A(0) : -__builtin_huge_val());

@@ -4,16 +4,15 @@
 //   Y = A^T [ (G g G^T) . (B^T d B) ] A     for each m x m tile of the output, m + 2 of the input
 //
 // With m = 4, 36 multiplications make 16 outputs where the direct sum takes 144; with m = 2, 16
-// make 4 where that takes 36, from less than half as many numbers of transformed weights and with
-// tiles that fit small maps. At each of these points the products over channels are a matrix
+// make 4 where that takes 36, with fewer than half as many transformed weights and with tiles that
+// fit small maps. At each of these points the products over channels are a matrix
 // product of [tiles x C] by [C x panel], with as many accumulators as the direct kernel.
 //
-// The weight comes packed as the direct kernel reads it, [panel][r][s][c][panel]: its transform is
-// vectorised over output channels and made anew in every block of tiles, for a panel and
-// kWinogradDepth channels at a time, so that it stays in the L2 cache. That reads a quarter (or 9
-// of 16) of what transformed weights would be, and needs no memory for them. Bytes: x, w, y and the
-// residual; the transformed input is 2.25 times (4 times) the input and is read once for each
-// panel.
+// The weight is packed for the direct kernel, [panel][r][s][c][panel]. Its transform is vectorised
+// over output channels and computed in every block of tiles, for a panel and kWinogradDepth
+// channels at a time, so that it stays in the L2 cache. That reads a quarter (or 9/16) of the bytes
+// of stored transformed weights, and needs no memory for them. Bytes: x, w, y and the residual; the
+// transformed input is 2.25 times (4 times) the input and is read once for each panel.
 //
 // Error: the coefficients of F(4, 3), up to 8, cost about two bits against the direct sum: relative
 // 1e-6 where that has 3e-7. F(2, 3) has none above 1. A value that is not finite spreads over its
@@ -38,7 +37,7 @@ template <int kOut>
 constexpr int kPoints = kIn<kOut> * kIn<kOut>;
 
 // Input channels whose weights are transformed at a time: 36 points of 128 x 32 floats are 590 KB.
-// Longer would not fit; each pass adds to the products of the one before, which costs 2%.
+// More would not fit the L2; each pass after the first adds to the products, which costs 2%.
 constexpr int64_t kWinogradDepth = 128;
 
 constexpr int64_t kLineFloats = kLineBytes / static_cast<int64_t>(sizeof(float));
@@ -53,7 +52,7 @@ struct TilePlace {
     return {tile / (across * down), tile / across % down * kOut, tile % across * kOut};
   }
 
-  // That of the next tile, without the divisions.
+  // Moves to the next tile, without divisions.
   FR_INLINE void advance(int64_t out_h, int64_t out_w) {
     x += kOut;
     if (x < out_w) return;
@@ -65,21 +64,21 @@ struct TilePlace {
   }
 };
 
-// Where a block's scratch has what, in floats: [point][chunk][tile][channel of kWinogradDepth],
-// [point][channel][panel] and [point][tile][panel]. What one product reads lies in one piece, which
-// the processor fetches ahead.
+// The layout of a block's scratch, in floats: input [point][chunk][tile][channel of
+// kWinogradDepth], weight [point][channel][panel] and product [point][tile][panel]. The operands of
+// one product are contiguous, so that the hardware prefetcher follows them.
 //
-// A transform walks through all points at once. Lest they meet in a few sets of the L1 cache (64
-// tiles of 16 channels would in two, and take twice as long), points are an odd number of lines
-// apart; and tiles, which a product reads many of, a vector beyond what could be a power of two.
+// A transform accesses all points at once. Points are an odd number of cache lines apart, because
+// otherwise they would map to a few sets of the L1 cache (with 64 tiles of 16 channels to two,
+// which takes twice as long). Tiles are a vector longer than their channels for the same reason.
 struct WinogradScratch {
-  int64_t tile, chunk;                               // steps of the input within a point
-  int64_t input_point, weight_point, product_point;  // from point to point of each
+  int64_t tile, chunk;                               // strides of the input within a point
+  int64_t input_point, weight_point, product_point;  // strides from point to point
   int64_t input, weight, product;                    // sizes
 };
 
 // B^T d B for a vector of channels of one tile, whose first pixel is at `from`. The loops are not
-// unrolled: the compiler would load all of the tile at once and then put it aside.
+// unrolled: the compiler would load the whole tile at once and spill it.
 template <int kOut, class T>
 FR_INLINE void winograd_input_vector(const T* from, int64_t row, int64_t pixel, int64_t point,
                                      float* to) {
@@ -101,8 +100,8 @@ FR_INLINE void winograd_input_vector(const T* from, int64_t row, int64_t pixel, 
   }
 }
 
-// Transformed input of tiles [tile0, tile1). A tile that reaches into the padding is copied into a
-// frame of zeros, rather than asking at each of its pixels.
+// Transforms the input of tiles [tile0, tile1). A tile that extends into the padding is copied into
+// a frame of zeros first.
 template <int kOut, class T>
 void winograd_input(const ConvShape& s, const T* x, int64_t tile0, int64_t tile1,
                     const WinogradScratch& l, float* to) {
@@ -133,7 +132,7 @@ void winograd_input(const ConvShape& s, const T* x, int64_t tile0, int64_t tile1
   }
 }
 
-// G g G^T for a vector of filters; tap(r, s) are their elements.
+// G g G^T for a vector of filters; tap(r, s) returns their elements at (r, s).
 template <int kOut, class Tap>
 FR_INLINE void winograd_filters(Tap tap, int64_t point, float* to) {
   constexpr int in = kIn<kOut>;
@@ -150,7 +149,7 @@ FR_INLINE void winograd_filters(Tap tap, int64_t point, float* to) {
   }
 }
 
-// That of a panel's filters for channels [c0, c1), from the packed weight [r][s][channel][panel].
+// Transforms the filters of a panel for channels [c0, c1); packed is [r][s][channel][panel].
 template <int kOut>
 void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int64_t c0, int64_t c1,
                      const WinogradScratch& l, float* to) {
@@ -162,8 +161,8 @@ void winograd_weight(const ConvShape& s, const float* packed, int64_t panel, int
   }
 }
 
-// The same where it is packed in pairs, [r][s][channel / 2][panel][2]: see conv_bfloat16.h. A pair
-// is a word, and its halves are the leading bits of two floats.
+// The same for a weight packed in pairs, [r][s][channel / 2][panel][2]: see conv_bfloat16.h. A pair
+// is a 32-bit word whose halves are the leading bits of two floats.
 template <int kOut>
 void winograd_weight(const ConvShape& s, const BFloat16* packed, int64_t panel, int64_t c0,
                      int64_t c1, const WinogradScratch& l, float* to) {
@@ -180,8 +179,8 @@ void winograd_weight(const ConvShape& s, const BFloat16* packed, int64_t panel, 
   }
 }
 
-// A panel's width in the packed weight, and where it begins. Pairs are always as wide as a whole
-// panel, with zeros behind the last filter.
+// The width and offset of a panel in the packed weight. Panels of pairs always have the full width,
+// with zeros after the last filter.
 FR_INLINE int64_t packed_width(const ConvShape& s, int64_t q, const float*) {
   return panel_width<float>(s, q * kPanel<float>);
 }
@@ -193,8 +192,8 @@ FR_INLINE int64_t packed_offset(const ConvShape& s, int64_t q, const BFloat16*) 
   return q * kPanel<float> * s.depth();
 }
 
-// [tiles][panel] at `to`, set or added to, by [tiles][depth], a row every `stride`, times
-// [depth][panel]. Fetches the lines at `ahead` meanwhile, one at a step.
+// to[tiles][panel] = (first ? 0 : to) + a[tiles][depth] b[depth][panel], where the rows of a are
+// `stride` apart. Every step prefetches one line at `ahead`.
 template <int kTile, int kVectors>
 void winograd_product(const float* a, int64_t stride, int64_t depth, const float* b,
                       const void* ahead, bool first, float* to) {
@@ -245,7 +244,7 @@ WinogradProduct product_of(int64_t rows) {
   return products[rows - 1];
 }
 
-// Output of tiles [tile0, tile1) for the panel that begins at channel k.
+// Transforms the products of tiles [tile0, tile1) into the output, for the panel at channel k.
 template <int kOut, class T>
 void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t k, int64_t panel,
                      const WinogradScratch& l, const float* from) {
@@ -303,9 +302,10 @@ WinogradScratch winograd_scratch(const ConvShape& s, int64_t tiles) {
   return l;
 }
 
-// Whether all transformed weights stay at hand: few channels have few, and transforms that cost as
-// much as the products. There a group of tiles at a time goes through all of it, so that what the
-// transforms write is read from the L1 cache: 7% of a layer of 16 channels, 3% of one of 32.
+// Whether a block keeps the transformed weights of all panels. With few channels they are small,
+// and the transforms cost as much as the products. Groups of tiles then go through all steps one
+// after another, so that the transformed input is read from the L1 cache: this saves 7% of the time
+// of a layer of 16 channels, 3% of one of 32.
 template <int kOut>
 bool winograd_keeps_weight(const ConvShape& s) {
   constexpr int64_t kMost = 192 * 1024;
@@ -313,7 +313,7 @@ bool winograd_keeps_weight(const ConvShape& s) {
          kPoints<kOut> * s.c * s.k * static_cast<int64_t>(sizeof(float)) <= kMost;
 }
 
-// Tiles of a group, whole products of them.
+// Tiles of a group: a multiple of the tiles of one product.
 constexpr int64_t kGroupTiles = FR_VECTOR_BYTES == 64 ? 14 : 18;
 
 template <int kOut>
@@ -321,7 +321,7 @@ int64_t winograd_groups(const ConvShape& s, int64_t tiles) {
   return winograd_keeps_weight<kOut>(s) ? ceil_div(tiles, kGroupTiles) : 1;
 }
 
-// The weights of as many panels as are held at once.
+// Number of panels whose transformed weights are kept at a time.
 template <int kOut>
 int64_t winograd_held_panels(const ConvShape& s) {
   return winograd_keeps_weight<kOut>(s) ? ceil_div(s.k, kPanel<float>) : 1;
@@ -335,16 +335,15 @@ int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
-// The packed weights that are transformed next, taps of `length` elements: while products compute,
-// they come from memory to the L2 cache. Waiting for them instead took a tenth of ResNet-18's time
-// at batch 1.
+// Prefetches the packed weights that are transformed next, taps of `length` elements, into the L2
+// cache during the products. Without it a tenth of ResNet-18's time at batch 1 was spent waiting.
 template <class Packed>
 struct WeightAhead {
   const Packed* tap;
   int64_t step, length;
   int64_t taps = 9, at = 0;
 
-  // The next `lines` lines, or null.
+  // The address of the next `lines` lines, or null at the end.
   FR_INLINE const void* take(int64_t lines) {
     if (at >= length) {
       at = 0;
@@ -358,7 +357,7 @@ struct WeightAhead {
   }
 };
 
-// One group of tiles through all panels. Where they are held, weights are transformed already.
+// Computes one group of tiles for all panels. If `held`, the weights are transformed already.
 template <int kOut, class T, class Packed>
 void winograd_group(const ConvForward& f, const WinogradBlock& b, const WinogradScratch& l,
                     bool held, float* input, float* product, float* weight) {
@@ -366,7 +365,7 @@ void winograd_group(const ConvForward& f, const WinogradBlock& b, const Winograd
   const Packed* const all = static_cast<const Packed*>(f.packed);
   const int64_t tiles = b.tile1 - b.tile0, parts = ceil_div(tiles, kMaxTile);
   winograd_input<kOut>(s, static_cast<const T*>(f.x), b.tile0, b.tile1, l, input);
-  // What is transformed after channel c of panel q.
+  // The weights that are transformed after channel c of panel q.
   const auto ahead_of = [&](int64_t q, int64_t c) {
     if (c == s.c) {
       ++q;
@@ -401,7 +400,7 @@ void winograd_group(const ConvForward& f, const WinogradBlock& b, const Winograd
   }
 }
 
-// Input and output channels are multiples of the vector. Packed: what the weight is packed in.
+// Input and output channels are multiples of the vector. Packed is the type of the packed weight.
 template <int kOut, class T, class Packed>
 void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   const ConvShape& s = f.shape;

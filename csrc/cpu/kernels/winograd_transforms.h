@@ -2,7 +2,7 @@
 //
 //   y = A^T [ (G g) . (B^T d) ]      for m outputs, g of three and d of m + 2
 //
-// Which of the two a function is shows in the lengths of its arrays. The points are 0, 1, -1, 2, -2
+// The functions are overloaded on the lengths of their arrays. The points are 0, 1, -1, 2, -2
 // and infinity for F(4, 3), and 0, 1, -1 and infinity for F(2, 3).
 //
 // Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.

@@ -63,30 +63,30 @@ void finish_data_gradient(const Operands& o, const at::Tensor& g_x, double* sums
   });
 }
 
-// The sum of `parts` gradients of type A in [k][kh][kw][c], in the weight's own type and strides.
-at::Tensor gather_weight_gradient(const Operands& o, const void* parts, int64_t count) {
+// dw in the weight's own type and strides. A single part is written where it stays.
+template <class Kernel>
+at::Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
   const at::Tensor& w = o.weight;
   const at::Tensor dw = at::empty_like(w);
   const bool direct = w.scalar_type() == o.vectors() && dw.is_contiguous(kChannelsLast);
   const at::Tensor sum =
       direct ? dw : at::empty(w.sizes(), w.options().dtype(o.vectors()), kChannelsLast);
-  const auto kernel = training_kernels_of(o.x).add_parts;
-  const int64_t numel = w.numel();
-  at::parallel_for(0, numel, 16 * 1024, [&](int64_t begin, int64_t end) {
-    kernel(parts, count, numel, begin, end, sum.mutable_data_ptr());
-  });
+  const int64_t parts = kernel.parts(o.shape), numel = w.numel();
+  if (parts == 1) {
+    args.dw = sum.mutable_data_ptr();
+    run_kernel(kernel, args);
+  } else {
+    Scratch memory;
+    const int64_t bytes = parts * numel * static_cast<int64_t>(sum.element_size());
+    args.dw = memory.at_least(std::max<int64_t>(bytes, 1));
+    run_kernel(kernel, args);
+    const auto add_parts = training_kernels_of(o.x).add_parts;
+    at::parallel_for(0, numel, 16 * 1024, [&](int64_t begin, int64_t end) {
+      add_parts(args.dw, parts, numel, begin, end, sum.mutable_data_ptr());
+    });
+  }
   if (!direct) dw.copy_(sum);
   return dw;
-}
-
-template <class Kernel>
-at::Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
-  const int64_t count = kernel.parts(o.shape);
-  const int64_t bytes = o.weight.numel() * static_cast<int64_t>(o.vectors() == at::kDouble ? 8 : 4);
-  Scratch memory;
-  args.dw = memory.at_least(std::max<int64_t>(count * bytes, 1));
-  run_kernel(kernel, args);
-  return gather_weight_gradient(o, args.dw, count);
 }
 
 struct Result {
@@ -162,6 +162,7 @@ FourTensors conv_backward_cpu(const at::Tensor& g, const OptionalTensor& z, cons
     g_x = empty_map(o.x.sizes(), o.x.options());
     TrainingBackward args = o.args();
     args.weight = packed.data();
+    args.filter = packed.source();
     args.g_x = g_x.mutable_data_ptr();
     args.sums = sums ? partial.data() : nullptr;
     if (plan.one_pass) {

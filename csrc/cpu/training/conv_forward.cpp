@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "../conv_bn_add_relu.h"
-#include "../map_pool.h"
+#include "../result_cache.h"
 #include "conv_plan.h"
 #include "conv_run.h"
 #include "library_conv.h"
@@ -39,6 +39,7 @@ ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const at:
   const PackedWeight packed(s, weight, conv.packed_bytes, conv.pack_units, conv.pack_forward);
   const at::Tensor z = empty_map({s.n, s.k, s.out_h(), s.out_w()}, x.options());
   args.weight = packed.data();
+  args.filter = packed.source();
   args.z = z.mutable_data_ptr();
   PartialSums partial(statistics ? conv.forward.blocks(s) : 0, kStatisticsRows, s.k);
   if (statistics) args.sums = partial.data();

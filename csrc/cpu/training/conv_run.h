@@ -4,7 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "../conv_bn_add_relu.h"
-#include "../map_pool.h"
+#include "../result_cache.h"
 #include "passes.h"
 
 namespace fr {
@@ -17,7 +17,8 @@ class PackedWeight {
 
   PackedWeight(const ConvShape& s, const at::Tensor& weight, Bytes bytes, Bytes units, Pack pack) {
     data_ = memory_.at_least(std::max<int64_t>(bytes(s), 1));
-    const at::Tensor source = weight.contiguous(kChannelsLast);
+    source_ = weight.contiguous(kChannelsLast);
+    const at::Tensor& source = source_;
     const int64_t count = units(s), numel = std::max<int64_t>(source.numel(), 1);
     const int64_t grain = std::max<int64_t>(count * 16 * 1024 / numel, 1);
     at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -26,16 +27,36 @@ class PackedWeight {
   }
 
   const void* data() const { return data_; }
+  const void* source() const { return source_.const_data_ptr(); }
 
  private:
+  at::Tensor source_;  // channels-last
   Scratch memory_;
   char* data_;
 };
 
+// How many splits of a block occupy the threads best. A split costs about a twentieth of a block,
+// for the operand that all splits of it transform.
+inline int64_t splits_for(int64_t blocks, int64_t most, int64_t threads) {
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t splits = 1; splits <= std::min(most, threads); ++splits) {
+    const int64_t rounds = (blocks * splits + threads - 1) / threads;
+    const double time = static_cast<double>(rounds) / splits * (1 + 0.05 * (splits - 1));
+    if (splits > 1 && time >= least) continue;
+    best = splits;
+    least = time;
+  }
+  return best;
+}
+
 template <class Args>
-void run_kernel(const BlockKernel<Args>& kernel, const Args& args) {
-  for_blocks(kernel.blocks(args.shape), 1, kernel.scratch_bytes(args.shape),
-             [&](int64_t block, void* scratch) { kernel.run(args, block, scratch); });
+void run_kernel(const BlockKernel<Args>& kernel, Args args) {
+  const int64_t blocks = kernel.blocks(args.shape);
+  const int64_t most = kernel.splits ? kernel.splits(args.shape) : 1;
+  args.splits = splits_for(blocks, most, at::get_num_threads());
+  for_blocks(blocks * args.splits, 1, kernel.scratch_bytes(args.shape),
+             [&](int64_t unit, void* scratch) { kernel.run(args, unit, scratch); });
 }
 
 // relu(x * scale + shift), as a map.

@@ -17,30 +17,16 @@ void check_sizes(const char* op, const char* name, at::IntArrayRef sizes) {
 
 }  // namespace
 
-void check_storage(const char* op, const char* name, const at::Tensor& t) {
-  TORCH_CHECK_VALUE(t.layout() == at::kStrided, op, ": ", name,
-                    ": expected a dense tensor, got layout ", t.layout());
-  if (t.numel() == 0) return;
-  int64_t last = t.storage_offset();
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  const size_t bytes = static_cast<size_t>(last + 1) * t.itemsize();
-  TORCH_CHECK_VALUE(bytes <= t.storage().nbytes(), op, ": ", name, ": expected a storage of ",
-                    bytes, " bytes for sizes ", t.sizes(), " and strides ", t.strides(), ", got ",
-                    t.storage().nbytes());
-}
-
 at::Tensor map_operand(const char* op, const char* name, const at::Tensor& t) {
   check_map(op, name, t);
   check_sizes(op, name, t.sizes());
   TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, ": expected device cpu, got ", t.device());
-  check_storage(op, name, t);
   return t.contiguous(kChannelsLast);
 }
 
 at::Tensor map_operand(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
                        const at::Tensor& like) {
   check_same(op, name, t, shape, like);
-  check_storage(op, name, t);
   return t.contiguous(kChannelsLast);
 }
 
@@ -50,7 +36,6 @@ at::Tensor vector_operand(const char* op, const char* name, const at::Tensor& t,
   const at::ScalarType type = accumulator(map.scalar_type());
   TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type,
                    " for maps of ", map.scalar_type(), ", got ", t.scalar_type());
-  check_storage(op, name, t);
   return t.contiguous();
 }
 

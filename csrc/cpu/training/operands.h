@@ -26,9 +26,6 @@ at::Tensor vector_operand(const char* op, const char* name, const at::Tensor& t,
 void check_together(const char* op, const char* first, const OptionalTensor& a, const char* second,
                     const OptionalTensor& b);
 
-// Throws where `t` reaches beyond its storage.
-void check_storage(const char* op, const char* name, const at::Tensor& t);
-
 // A convolution of x by `weight`, all of its sizes checked; x may be null but for its shape.
 ConvShape training_shape(const char* op, const at::Tensor& x, const at::Tensor& weight,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,

@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "../conv_bn_add_relu.h"
-#include "../map_pool.h"
+#include "../result_cache.h"
 #include "operands.h"
 #include "passes.h"
 

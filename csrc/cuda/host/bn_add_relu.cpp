@@ -27,7 +27,7 @@ Storage storage_of(const char* op, const at::Tensor& x) {
   }
 }
 
-// A call's maps, all in the memory format of x, and how kernels go over them.
+// The maps of a call, all in the memory format of x, and the plan of their traversal.
 class BnCall {
  public:
   BnCall(const char* op, const at::Tensor& x)
@@ -49,10 +49,11 @@ class BnCall {
     return at::empty({size}, x_.options().dtype(at::kFloat).memory_format(std::nullopt));
   }
 
-  // After all maps are known.
+  // To be called after input() and result() for all maps.
   BnMap plan() {
     const int64_t channels = x_.size(1), plane = x_.size(2) * x_.size(3);
-    // One channel or one pixel is the same memory in both formats: the one with more in a row.
+    // With one channel or one pixel both formats are the same memory: take the one with longer
+    // rows.
     const bool last = format_ == at::MemoryFormat::ChannelsLast ? channels > 1 : plane == 1;
     by_packs_ = aligned_ && (last ? channels : plane) % (16 / storage_bytes(storage_)) == 0;
     return plan_bn(x_.size(0), channels, plane, last, storage_, by_packs_,
@@ -100,13 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(
   p.y = call.result(y);
   p.relu = relu;
   at::Tensor mean = call.floats(training ? channels : 0), var = at::empty_like(mean);
-  if (x.numel() == 0) {
-    if (training) {
-      mean.zero_();
-      var.fill_(std::numeric_limits<float>::quiet_NaN());
-    }
-    return {y, mean, var};
-  }
+  // An empty batch has no statistics; zeros are finite in the backward, whose sums are zero.
+  if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
 
   p.map = call.plan();
   const at::Tensor folded = call.floats(training ? 2 * channels : 0);
@@ -144,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(
   return {y, mean, var};
 }
 
-// Returns the gradients of x, weight, bias and, if wanted, of the residual.
+// Returns the gradients of x, weight, bias and, if need_residual, of the residual.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_cuda(
     const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& y,
     const OptionalTensor& weight, const at::Tensor& mean, const at::Tensor& var, bool training,

@@ -1,5 +1,5 @@
-// The device that a host function runs on: all that it needs beyond ATen. Under FR_SIMT this is the
-// CPU executor of the tests, and the operators register under a name of their own.
+// The device that a host function runs on. Under FR_SIMT this is the simulator of the tests, and
+// the operators are registered under another name, for CPU tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,14 +17,13 @@
 
 namespace fr {
 
-// Makes the device of a tensor the current one for as long as it lives.
+// Makes the device of a tensor the current one, until the end of the scope.
 class DeviceScope {
 #ifdef FR_SIMT
  public:
   explicit DeviceScope(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
-  // Few, so that plans which split work among many multiprocessors differ from those which do not
-  // at the sizes that the executor can afford.
+  // Few, so that maps which are small enough for the simulator need several waves of blocks.
   int multiprocessors() const { return 8; }
 #else
  public:

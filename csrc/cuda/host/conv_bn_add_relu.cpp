@@ -20,7 +20,7 @@ at::Tensor conv_bn_add_relu_cuda(const at::Tensor& x, const at::Tensor& weight,
   return call.run().contiguous(x.suggest_memory_format());
 }
 
-// Winograd's algorithm is the CPU's.
+// The last argument, whether Winograd's algorithm may run, is for the CPU.
 at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& packed,
                                         const at::Tensor& scale, const at::Tensor& shift,
                                         const OptionalTensor& residual,

@@ -1,4 +1,4 @@
-// The operators on a convolution, for the host functions that are built on them.
+// Operators on a convolution that other host functions call.
 #pragma once
 
 #include "conv_call.h"

@@ -1,5 +1,5 @@
-// The stem: one kernel where its tiles fit (see plan_stem), else the convolution's kernel and then
-// torch's pooling.
+// The stem: one kernel where its tiles fit (see plan_stem), else the convolution's kernel followed
+// by torch's pooling.
 #include "../conv_bn_relu_maxpool.h"
 
 #include <ATen/ATen.h>
@@ -45,7 +45,7 @@ class StemCall {
     return operands_.floats(v);
   }
 
-  // `weight` lies as [k][kh][kw][c].
+  // The layout of `weight` is [k][kh][kw][c].
   at::Tensor run(const at::Tensor& weight, const ConvAffine& affine) {
     const at::Tensor y = at::empty({shape_.n, shape_.k, params_.out_h, params_.out_w},
                                    x_.options().memory_format(kChannelsLast));

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -11,11 +12,17 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int>::max();
 
-// Kernels count the pixels of a batch and the elements of one image in 32 bits, and find an image
-// in the batch in 64.
+// Kernels index the pixels of a batch, the elements of one image, the rows and columns of the
+// padded image and the terms of a sum with 32 bits, and an image in the batch with 64. A row or
+// column below -2^30 stands for one that is outside of the image at every tap.
 void check_sizes(const char* op, const ConvShape& s) {
   TORCH_CHECK_VALUE(s.h * s.w * s.c <= kIntMax, op,
                     ": x: expected less than 2^31 elements in an image, got ", s.h * s.w * s.c);
+  TORCH_CHECK_VALUE(std::max(s.h + 2 * s.pad_h, s.w + 2 * s.pad_w) < kIntMax / 2, op,
+                    ": padding: expected a padded map of less than 2^30 rows and columns, got ",
+                    s.h + 2 * s.pad_h, " x ", s.w + 2 * s.pad_w);
+  TORCH_CHECK_VALUE(s.depth() <= kIntMax, op,
+                    ": weight: expected less than 2^31 elements in a filter, got ", s.depth());
   TORCH_CHECK_VALUE(s.n * s.out_h() * s.out_w() <= kIntMax, op,
                     ": x: expected a result of less than 2^31 pixels, got ",
                     s.n * s.out_h() * s.out_w());
@@ -74,19 +81,20 @@ void ConvCall::set_packed(const at::Tensor& packed) {
 
 void ConvCall::set_second(const at::Tensor& x, at::IntArrayRef stride) {
   check_map(op_, "x2", x);
-  check_pair(op_, "stride2", stride, 1);
-  const int64_t rows = (x.size(2) - 1) / stride[0] + 1, cols = (x.size(3) - 1) / stride[1] + 1;
   TORCH_CHECK_VALUE(shape_.groups == 1, op_, ": groups: expected 1, got ", shape_.groups);
-  TORCH_CHECK_VALUE(x.size(0) == shape_.n && rows == shape_.out_h() && cols == shape_.out_w(), op_,
-                    ": x2: expected ", shape_.n, " images with a pixel for each of ",
-                    shape_.out_h(), " x ", shape_.out_w(), " results, got ", x.sizes(),
-                    " with stride ", stride);
+  const ConvShape second =
+      conv_shape(op_, x, {shape_.k, x.size(1), 1, 1}, stride, {0, 0}, {1, 1}, 1);
+  TORCH_CHECK_VALUE(
+      second.n == shape_.n && second.out_h() == shape_.out_h() && second.out_w() == shape_.out_w(),
+      op_, ": x2: expected ", shape_.n, " images with a pixel for each of ", shape_.out_h(), " x ",
+      shape_.out_w(), " results, got ", x.sizes(), " with stride ", stride);
   check_same(op_, "x2", x, x.sizes(), x_);
-  const ConvShape second{x.size(0), x.size(2), x.size(3), x.size(1), shape_.k, 1, 1,
-                         stride[0], stride[1], 0,         0,         1,        1, 1};
   check_sizes(op_, second);
   params_.second = conv_params(second).image;
   params_.second.x = map(x);
+  TORCH_CHECK_VALUE(shape_.depth() + second.c <= kIntMax, op_,
+                    ": x2: expected less than 2^31 terms in a sum, got ",
+                    shape_.depth() + second.c);
   params_.depth += params_.second.c;
 }
 
@@ -184,7 +192,7 @@ at::Tensor ConvCall::run_then_1x1(const at::Tensor& packed, const at::Tensor& sc
   block.second.affine.bias = vector("shift", shift, k);
   block.second.residual = map(residual);
   block.second.relu = true;
-  // Operands that do not begin at multiples of 16 bytes are another kernel's.
+  // This kernel requires operands that begin at multiples of 16 bytes.
   if (!aligned_) return {};
   const at::Tensor y = empty_map(k);
   block.second.y = y.mutable_data_ptr();

@@ -1,4 +1,4 @@
-// What the operators that begin with a convolution share: checked operands, and the launch.
+// Shared by the operators that begin with a convolution: checked operands, and the launch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,21 +18,21 @@ struct ConvGeometry {
   int64_t groups;
 };
 
-// How float32 maps are multiplied, as torch.backends.cudnn.allow_tf32 says; else by storage type.
-// Raises a TypeError for float64.
+// The precision for the dtype of x; for float32 torch.backends.cudnn.allow_tf32 decides. Raises a
+// TypeError for float64.
 ConvPrecision conv_precision(const char* op, const at::Tensor& x);
 
-// One convolution and what follows it. Setters check what they are given and keep it alive.
+// One convolution and its epilogue. Setters check their arguments and keep them alive.
 class ConvCall {
  public:
   ConvCall(const char* op, const at::Tensor& x, at::IntArrayRef weight_shape,
            const ConvGeometry& geometry);
 
-  // A weight of PyTorch's shape, or all of it as freeze packed it: [k][kh][kw][c / groups], flat.
+  // A weight in PyTorch's shape, or the flat result of pack_conv_weight, [k][kh][kw][c / groups].
   void set_weight(const at::Tensor& weight);
   void set_packed(const at::Tensor& packed);
 
-  // A second, 1x1 convolution into the same sum; `packed` then has its weights behind each filter.
+  // Adds a 1x1 convolution to the same sum; `packed` then has its weights after each filter.
   void set_second(const at::Tensor& x, at::IntArrayRef stride);
 
   void set_batch_norm(const OptionalTensor& conv_bias, const OptionalTensor& weight,
@@ -43,10 +43,10 @@ class ConvCall {
                     const OptionalTensor& shift);
   void set_relu(bool relu) { params_.epilogue.relu = relu; }
 
-  // Whether channels and addresses are multiples of 16 bytes, which a second convolution needs.
+  // Whether channels and addresses are multiples of 16 bytes, as a second convolution requires.
   bool by_packs() const { return conv_by_packs(params_, precision_, aligned_); }
 
-  // By this tile and split where they are not negative; the rest is chosen.
+  // Sets the tile and split; -1 leaves the choice to the cost model.
   void set_plan(int64_t tile, int64_t split_k);
 
   // The result, channels_last.
@@ -55,8 +55,8 @@ class ConvCall {
   // Also the mean and the biased variance of the result, for each channel.
   std::vector<at::Tensor> run_with_statistics();
 
-  // The result of a 1x1 convolution of relu(...) of this one, with a residual and ReLU behind it,
-  // all in one kernel; an undefined tensor where there is none for these channels.
+  // relu(conv_1x1(relu(this convolution)) * scale + shift + residual) in one kernel. Returns an
+  // undefined tensor if no kernel supports the channels.
   at::Tensor run_then_1x1(const at::Tensor& packed, const at::Tensor& scale,
                           const at::Tensor& shift, const at::Tensor& residual);
 

@@ -1,4 +1,4 @@
-// Tensors that a call reads, kept alive until it is launched.
+// Keeps the tensors that a call reads alive until it is launched.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@ class Operands {
     return kept_.back();
   }
 
-  // One number for each channel, as float32; null: none.
+  // One float32 number per channel, or null for None.
   const float* floats(const OptionalTensor& v) {
     return v ? keep(v->to(at::kFloat).contiguous()).const_data_ptr<float>() : nullptr;
   }

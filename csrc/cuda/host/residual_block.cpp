@@ -14,8 +14,8 @@ at::Tensor run_conv(const at::Tensor& x, const BlockConv& c, const OptionalTenso
                                       c.stride, c.padding, c.dilation, c.groups, relu, false);
 }
 
-// The block's last two convolutions: one kernel that keeps what is between them on chip where there
-// is one for these channels, else two.
+// The last two convolutions of a bottleneck: one kernel that keeps the map between them on chip if
+// it supports the channels, else two.
 at::Tensor run_end(const at::Tensor& x, const BlockConv& first, const BlockConv& second,
                    const at::Tensor& residual) {
   ConvCall call("residual_block", x, first.weight_shape,
@@ -34,22 +34,22 @@ at::Tensor run_basic(const at::Tensor& x, const Block& block) {
   return run_conv(h, block.convs[1], residual, true);
 }
 
-// The last argument is the CPU's, for Winograd's algorithm.
+// The last argument, whether Winograd's algorithm may run, is for the CPU.
 at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
-                               at::TensorList shift, const OptionalTensor& joined,
-                               const OptionalTensor& joined_shift, bool bottleneck, int64_t stride,
-                               int64_t dilation, int64_t groups, bool) {
-  const Block block = take_apart(x, packed, scale, shift, bottleneck, stride, dilation, groups);
+                               at::TensorList shift, const OptionalTensor& concatenated,
+                               const OptionalTensor& concatenated_shift, bool bottleneck,
+                               int64_t stride, int64_t dilation, int64_t groups, bool) {
+  const Block block = decompose(x, packed, scale, shift, bottleneck, stride, dilation, groups);
   const std::vector<BlockConv>& convs = block.convs;
-  if (joined && joined_shift && block.shortcut) {
+  if (concatenated && concatenated_shift && block.shortcut) {
     at::Tensor h = x;
     for (size_t i = 0; i + 1 < convs.size(); ++i) h = run_conv(h, convs[i], std::nullopt, true);
     const BlockConv& last = convs.back();
     ConvCall call("residual_block", h, last.weight_shape,
                   {last.stride, last.padding, last.dilation, last.groups});
     call.set_second(x, block.shortcut->stride);
-    call.set_packed(*joined);
-    call.set_affine(std::nullopt, joined_shift);
+    call.set_packed(*concatenated);
+    call.set_affine(std::nullopt, concatenated_shift);
     call.set_relu(true);
     if (call.by_packs()) return call.run();
     return run_conv(h, last, run_conv(x, *block.shortcut, std::nullopt, false), true);

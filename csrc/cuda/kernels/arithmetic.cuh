@@ -1,11 +1,11 @@
 // How a warp multiplies one stage of shared memory: 64 bytes of depth of its rows of A and of B.
 //
-// A warp owns kRows16 x 16 rows and kCols8 x 8 columns. Whatever multiplies, its accumulators have
-// one shape: acc[i][j][e] lies in row 16 i + lane / 4 + 8 (e / 2), and in column 8 j + column(e).
+// A warp computes kRows16 x 16 rows and kCols8 x 8 columns. For every precision the accumulator
+// acc[i][j][e] belongs to row 16 i + lane / 4 + 8 (e / 2) and column 8 j + column(e).
 //
-// A stage stores each row's 64 bytes as four chunks of 16, permuted: chunk c of row r lies at
-// position c ^ (r / 2 mod 4). Eight consecutive rows then have any one chunk in eight different
-// groups of four banks, so that ldmatrix, and 16-byte loads of eight rows, run without conflict.
+// A stage stores each row's 64 bytes as four chunks of 16, permuted: chunk c of row r is at
+// position c ^ (r / 2 mod 4). The same chunk of eight consecutive rows is then in eight different
+// groups of four banks, so that ldmatrix, and 16-byte loads of eight rows, have no bank conflicts.
 #pragma once
 
 #include "../element.cuh"
@@ -19,9 +19,9 @@ FR_DEVICE int stage_offset(int row, int chunk) {
   return row * kStageRowBytes + ((chunk ^ (row >> 1)) & (kChunks - 1)) * 16;
 }
 
-// The permutation repeats every eight rows, and the upper half of a row's chunks lies where the
-// lower half does but for one bit. So one offset for each lane serves all of its loads, with
-// constants that fit into the instructions.
+// The permutation repeats every eight rows, and the offsets of the upper half of a row's chunks
+// differ from those of the lower half in one bit. So one offset per lane serves all of its loads,
+// with immediate constants.
 constexpr int kUpperHalf = 32;
 
 // Tensor cores: float16, bfloat16, or float32 rounded to tf32, with float32 accumulators.
@@ -91,16 +91,17 @@ struct Tf32 : TensorCores<Tf32> {
   }
 };
 
-// Strict float32 on the ordinary cores. A lane's rows are eight apart and its columns four, so one
-// load serves all lanes that share a row or a column. Four products are summed before they join the
-// accumulator: a fifth instruction for every four, and half the rounding error of one long chain.
+// Strict float32 on CUDA cores. A lane's rows are eight apart and its columns four, so one load
+// serves all lanes that share a row or a column. Four products are summed before they are added to
+// the accumulator: a fifth instruction for every four, and half the rounding error of one long
+// chain.
 struct Float32 {
   using Storage = float;
 
   template <int kRows16, int kCols8>
   FR_DEVICE static void multiply(float (&acc)[kRows16][kCols8][4], const unsigned char* a,
                                  const unsigned char* b, int lane) {
-// Unrolled, the compiler would load all chunks at once and run out of registers.
+// If unrolled, the compiler would load all chunks at once and run out of registers.
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       float4 rows[kRows16][2];

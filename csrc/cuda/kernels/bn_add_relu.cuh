@@ -1,21 +1,20 @@
 // Batch norm, residual and ReLU: y = relu((x - mean) * scale + bias [+ residual]).
 //
 // Memory-bound. Inference reads x (and the residual) and writes y: 2 or 3 elements moved for 4
-// flops. Training reads x once more for its statistics. On an H100 (3.35 TB/s, about 700 ns from a
-// load to its data) 2.3 MB must be under way, 18 KB for each multiprocessor; an A100 wants 12 KB.
-// Three blocks of 256 threads, each thread with two items of 16 bytes and stream (apply) or four
-// (statistics) under way, make 24 to 48 KB: enough also while some of the warps wait for
-// arithmetic. A grid is one wave of such blocks at most, each with a slab of the map as long as any
-// other's, so there is no last wave that leaves multiprocessors idle, and a thread loads what it
-// needs per channel once.
+// flops. Training reads x once more for its statistics. On an H100 (3.35 TB/s, about 700 ns memory
+// latency) 2.3 MB must be in flight, 18 KB per multiprocessor; on an A100 12 KB. Three blocks of
+// 256 threads, each thread with two items of 16 bytes per stream (apply) or four (statistics) in
+// flight, make 24 to 48 KB, which is enough even while some warps wait for arithmetic. A grid is at
+// most one wave of such blocks, with slabs of equal length, so no last wave leaves multiprocessors
+// idle, and a thread loads its per-channel numbers once.
 //
 // Statistics are deterministic and come in two stages. Each thread follows Welford's update for its
 // channels and the threads of a block merge theirs; then a finishing kernel merges the slabs in
 // float64. Differences are taken from a pivot, the channel's first value: they are as small as the
 // deviation whatever the mean, so float32 is exact enough for them.
 //
-// The apply kernel goes through a slab backwards: the end of what the statistics have read is still
-// in the L2 cache.
+// The apply kernel traverses a slab backwards, since the end of what the statistics have read is
+// still in the L2 cache.
 //
 // Occupancy designed for: three blocks, 80 registers or less; statistics with 17 KiB of shared
 // memory.
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kBnThreads)
   const double last = p.values - p.slab_values * (p.slabs - 1);
   const auto values = [&](int slab) { return slab == p.slabs - 1 ? last : p.slab_values; };
 
-  // Two passes over the slabs, the second with the mean known, want no division for each slab.
+  // Two passes over the slabs, the second with the mean, need no division per slab.
   double sum = 0.0, m2 = 0.0;
   if (c < p.channels) {
     for (int i = way; i < p.slabs; i += kBnFinishWays) {
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kBnThreads)
   p.mean[c] = static_cast<float>(center);
   p.var[c] = static_cast<float>(var);
   p.scale[c] = static_cast<float>(scale);
-  // The shift makes good what rounding the mean to float32 has lost.
+  // The shift compensates for rounding the mean to float32.
   p.shift[c] = static_cast<float>((p.bias ? p.bias[c] : 0.0) + (p.mean[c] - center) * scale);
 }
 

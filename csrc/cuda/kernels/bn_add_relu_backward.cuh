@@ -1,18 +1,18 @@
-// Gradients of y = relu((x - mean) * scale + bias [+ residual]). With dz the gradient behind ReLU
-// (zero where y <= 0), which is the residual's gradient too, and xc = x - mean:
+// Gradients of y = relu((x - mean) * scale + bias [+ residual]). With dz the gradient of the ReLU
+// input (zero where y <= 0), which is the residual's gradient too, and xc = x - mean:
 //   dbias = sum dz,  dweight = sum(dz * xc) / std,
 //   dx = scale * (dz - sum dz / m - xc * sum(dz * xc) / (m * var)) = a * dz + b * xc + c
 // per channel; with running statistics b and c are zero.
 //
 // Memory-bound. The reducing kernel reads grad, x and y; the applying kernel reads them again and
-// writes dx: 7 elements moved for about 20 flops. Where dz is wanted the first kernel writes it and
-// the second reads it instead of grad and y: 7 elements again, and not 8. Both as bn_add_relu.cuh:
-// slabs of equal length in one wave, two items of three streams under way for each thread, slabs
-// backwards in the second kernel to find the end of the first's in the L2 cache, sums merged in a
-// fixed order, in float64 over the slabs.
+// writes dx: 7 elements moved for about 20 flops. If dz is needed, the first kernel writes it and
+// the second reads it instead of grad and y: 7 elements again, not 8. As in bn_add_relu.cuh: slabs
+// of equal length in one wave, two items of three streams in flight per thread, the second kernel
+// traverses slabs backwards to find the end of the first one's data in the L2 cache, and sums are
+// merged in a fixed order, in float64 over the slabs.
 //
-// Occupancy designed for: three blocks of 256 threads, 80 registers or less, whose loads under way
-// are 72 KiB for each multiprocessor; the reducing kernel with 32 KiB of shared memory.
+// Occupancy designed for: three blocks of 256 threads, 80 registers or less, with 72 KiB of loads
+// in flight per multiprocessor; the reducing kernel with 32 KiB of shared memory.
 #pragma once
 
 #include "bn_merge.cuh"
@@ -20,7 +20,8 @@
 
 namespace fr {
 
-// dz of an item, from the gradient and the output. NaN in y does not stop it, as in PyTorch.
+// dz of an item, from the gradient and the output. Where y is NaN the gradient passes, as in
+// PyTorch.
 template <class T, int kVector>
 struct BnMasked {
   BnItem<T, kVector> grad, y;

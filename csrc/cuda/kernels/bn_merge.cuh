@@ -1,5 +1,5 @@
-// Sums that a thread has of its channels, and how the threads of a block merge what they have,
-// always in the same order.
+// A thread's sums for its channels, and how the threads of a block merge theirs, always in the same
+// order.
 #pragma once
 
 #include "../device.cuh"
@@ -8,8 +8,8 @@
 
 namespace fr {
 
-// A sum that keeps what each addition rounds off (Knuth's two-sum): a gradient's terms mostly
-// cancel, their rounding errors do not.
+// A compensated sum (Knuth's two-sum): the terms of a gradient mostly cancel, their rounding errors
+// do not.
 struct alignas(8) BnSum {
   float high = 0.0f, low = 0.0f;
 
@@ -30,7 +30,7 @@ struct alignas(8) BnSum {
     low += other.low;
   }
 
-  // What an infinite sum rounds off is NaN, and not wanted.
+  // The compensation of an infinite sum is NaN; ignore it.
   FR_DEVICE double value() const { return low == low ? double{high} + low : high; }
 };
 
@@ -55,9 +55,8 @@ struct BnSums {
   }
 };
 
-// Merges the parts of a block's rows, whose threads lie `lanes` apart, into that of row 0. Each
-// step halves the rows: the upper half's parts go into the lower half's. `shared` holds a part for
-// every thread.
+// Merges the parts of a block's rows, whose threads are `lanes` apart, into row 0. Each step merges
+// the upper half of the rows into the lower half. `shared` holds one part per thread.
 template <class Part>
 FR_DEVICE void bn_merge_rows(Part& mine, Part* shared, int lanes, int row) {
   for (int half = kBnThreads / lanes / 2; half > 0; half /= 2) {
@@ -67,13 +66,13 @@ FR_DEVICE void bn_merge_rows(Part& mine, Part* shared, int lanes, int row) {
   }
 }
 
-// Finishing kernels: a block has eight channels side by side, so that a warp reads whole sectors,
-// and this many threads for each, which take every 32nd slab.
+// Finishing kernels: a block processes eight adjacent channels, so that a warp reads whole sectors,
+// with kBnFinishWays threads each, which take every 32nd slab.
 constexpr int kBnFinishChannels = 8;
 constexpr int kBnFinishWays = kBnThreads / kBnFinishChannels;
 
-// The sum of what the threads of a channel bring, for all of them. `shared` holds one for every
-// thread of the block.
+// Returns to every thread the sum of `v` over the threads of its channel. `shared` holds one value
+// per thread of the block.
 FR_DEVICE double bn_sum_ways(double v, double* shared) {
   const int way = threadIdx.x / kBnFinishChannels;
   __syncthreads();

@@ -1,4 +1,4 @@
-// What batch norm's kernels are given. Plain numbers: host code fills it in.
+// The parameters of the batch norm kernels, as plain numbers that host code fills in.
 #pragma once
 
 #include <cstdint>
@@ -7,21 +7,22 @@ namespace fr {
 
 constexpr int kBnThreads = 256;
 
-// A map and how a grid of blocks goes over it. A block's threads share out some channels (x) and a
-// slab of consecutive items (y). An item is what one thread moves at a time: consecutive channels
-// of one pixel (channels-last), or consecutive pixels of one channel and image (contiguous).
+// A map and how a grid of blocks traverses it. A block processes some channels (blockIdx.x) of a
+// slab of consecutive items (blockIdx.y). An item is what one thread loads at a time: consecutive
+// channels of one pixel (channels-last), or consecutive pixels of one channel and image
+// (contiguous).
 struct BnMap {
   int channels;
   int items;            // of one pack of channels (channels-last) or of one channel (contiguous)
   int items_per_image;  // contiguous; 0 says channels-last
   int plane;            // pixels of an image
-  int lanes;            // threads side by side in the channels: a power of two, 1 if contiguous
+  int lanes;            // threads along the channels: a power of two, 1 if contiguous
   int slab_items;
   int slabs;
-  int groups;  // blocks side by side in the channels
+  int groups;  // blocks along the channels
 };
 
-// Batch norm's numbers per channel: scale = weight / sqrt(var + eps); without `var`, scale is
+// The per-channel numbers of batch norm: scale = weight / sqrt(var + eps); without `var`, scale is
 // `weight`. Null pointers stand for 1 (weight) and 0 (mean and bias).
 struct BnAffine {
   const float* weight;
@@ -48,7 +49,8 @@ struct BnStatisticsParams {
   float* partials;  // [slabs][2][channels]: mean of x - pivot, sum of squared differences from it
 };
 
-// From the slabs: the batch's mean and biased variance, and what BnAffine wants without `var`.
+// Computes from the slabs the batch's mean and biased variance, and the scale and shift of
+// BnAffine.
 struct BnStatisticsFinishParams {
   const float* pivot;
   const float* partials;
@@ -69,12 +71,12 @@ struct BnBackwardReduceParams {
   const void* x;
   const void* y;  // null: no ReLU
   const float* mean;
-  void* dz;         // the gradient behind ReLU, or null if it is not wanted
+  void* dz;         // receives the gradient of the ReLU input, unless null
   float* partials;  // [slabs][2][channels][2]: sums of dz and of dz * (x - mean), high and low part
 };
 
-// From the slabs: dweight = sum(dz * (x - mean)) / std, dbias = sum(dz), and the coefficients of
-// dx.
+// Computes from the slabs dweight = sum(dz * (x - mean)) / std, dbias = sum(dz), and the
+// coefficients of dx.
 struct BnBackwardFinishParams {
   const float* partials;
   const float* weight;  // or null

@@ -1,9 +1,8 @@
-// How a thread goes over a map: always the same channel or channels, so that their numbers stay in
-// registers, and items a block's height apart.
+// How a thread traverses a map: it stays with the same channels, whose numbers stay in registers,
+// and visits items a block's height apart.
 //
-// Which of the two layouts it is shows only in offset() and in how per-channel numbers are loaded;
-// it is known at run time, and the branch is the same for all threads. That halves the number of
-// instances.
+// The layout matters only in offset() and in the loads of per-channel numbers. It is a run-time
+// value, and the branch is uniform, which halves the number of instances.
 #pragma once
 
 #include <type_traits>
@@ -13,8 +12,9 @@
 
 namespace fr {
 
-// What one thread moves at a time, as it lies in memory: half as many registers as its values take
-// while it is under way. kVector is kPack<T>, or 1 where channels or pixels do not fill packs.
+// What one thread loads at a time, in its storage type, which takes half as many registers as
+// float32 while loads are pending. kVector is kPack<T>, or 1 where channels or pixels do not fill
+// packs.
 template <class T, int kVector>
 class BnItem {
  public:
@@ -65,11 +65,12 @@ class BnWalk {
   }
 
   FR_DEVICE bool channels_last() const { return map_.items_per_image == 0; }
-  // A block may be wider than what is left of the channels.
+  // A block may extend beyond the last channel.
   FR_DEVICE bool active() const { return channel_ < map_.channels; }
   FR_DEVICE int channel() const { return channel_; }
   FR_DEVICE int row() const { return row_; }
-  // How many items are this thread's; the i-th begins at forwards(i), or from the end backwards(i).
+  // Number of items of this thread; the i-th is at forwards(i), the i-th from the end at
+  // backwards(i).
   FR_DEVICE int count() const {
     const int left = end_ - begin_ - row_;
     return left > 0 ? (left + rows_ - 1) / rows_ : 0;
@@ -77,7 +78,7 @@ class BnWalk {
   FR_DEVICE int64_t forwards(int i) const { return offset(begin_ + row_ + i * rows_); }
   FR_DEVICE int64_t backwards(int i) const { return offset(end_ - 1 - row_ - i * rows_); }
 
-  // Where an item begins.
+  // Offset of an item.
   FR_DEVICE int64_t offset(int item) const {
     if (channels_last()) return static_cast<int64_t>(item) * map_.channels + channel_;
     const int image = item / map_.items_per_image;
@@ -85,7 +86,7 @@ class BnWalk {
     return (static_cast<int64_t>(image) * map_.channels + channel_) * map_.plane + within * kVector;
   }
 
-  // The number that belongs to each value of an item; `otherwise` if there is none.
+  // The per-channel number of each value of an item; `otherwise` if `numbers` is null.
   FR_DEVICE void per_channel(float (&v)[kVector], const float* numbers, float otherwise) const {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {

@@ -3,25 +3,26 @@
 //   y[m][n] = relu(scale[n] sum_k a[m][k] w[n][k] + shift[n] + r[m][n])
 //
 // with m a pixel of y, n an output channel, k = (ky, kx, c) and a[m][k] the pixel of x under tap
-// (ky, kx): an implicit matrix product. Both operands have k as their inner dimension in memory, as
-// NHWC maps and KRSC filters, and as mma.sync wants them; a is never stored.
+// (ky, kx): an implicit matrix product. Both operands, NHWC maps and KRSC filters, have k as their
+// innermost dimension, which is the layout of mma.sync; a is never stored.
 //
 // Bytes: x, w, residual and y once each, if L2 holds the rows that neighbouring blocks share.
 // Flops: 2 m n k. In bfloat16 on an H100 that is memory-bound below 300 flops a byte: every 1x1
 // with a residual, all of ResNet's stage 1 and most of stage 2.
 //
-// Tiles: 128 x 128 does 64 flops for each byte that it brings into shared memory, so that tensor
-// cores and not L2 set its pace; 128 x 64 is for 64 output channels; 64 x 64 fills the
-// multiprocessors when the map is small. A warp owns 64 x 32 (or 32 x 32): six (or four) ldmatrix
-// for sixteen (or eight) mma. Blocks that share rows of x are neighbours in the grid.
+// Tiles: 128 x 128 does 64 flops per byte loaded into shared memory, so that tensor cores and not
+// L2 are the limit; 128 x 64 is for 64 output channels; 64 x 64 fills the multiprocessors when the
+// map is small. A warp computes 64 x 32 (or 32 x 32): six (or four) ldmatrix for sixteen (or eight)
+// mma. Blocks that share rows of x are neighbours in the grid.
 //
-// Where even 64 x 64 tiles are few, blockIdx.y splits the depth: each part's sums go to memory in
-// float32, and conv_split_finish_kernel adds them in order. No atomics: the same bits every time.
+// Where even 64 x 64 tiles are too few, blockIdx.y splits the depth: the sums of each part are
+// stored in float32, and conv_split_finish_kernel adds them in order. No atomics: the same bits
+// every time.
 //
-// Occupancy designed for: two blocks of 256 threads, three of 128, or four of 128 threads on a
-// multiprocessor, and in strict float32 one, two or four, as Tile::kBlocks says to the compiler;
-// shared memory of 64, 48 and 24 KiB a block, the last with a stage less, so that the 100 KiB of
-// sm_86, sm_89 and sm_120 hold 1, 2 and 3 or 4.
+// Occupancy designed for: two blocks of 256 threads, three of 128, or four of 128 per
+// multiprocessor, and in strict float32 one, two or four, as Tile::kBlocks tells the compiler;
+// shared memory of 64, 48 and 24 KiB per block, the last with one stage less, so that the 100 KiB
+// of sm_86, sm_89 and sm_120 hold 1, 2 and 3 or 4.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(S));
   constexpr int kWidth = kPack<S>;
   static_assert(T::kWarpsM * T::kWarpsN * kSlabBytes<T> <= T::kStages * T::kBytesA,
-                "the slabs take the place of A's stages");
+                "the slabs reuse the memory of A's stages");
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);
   unsigned char* const shared_a = arena.take<unsigned char>(T::kStages * T::kBytesA);

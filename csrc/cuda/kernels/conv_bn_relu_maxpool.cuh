@@ -3,26 +3,25 @@
 // ResNet's: 3 channels of 224 x 224, 64 filters of 7 x 7, stride 2; then 3 x 3 pooling, stride 2.
 // An image in 16 bits: 0.30 MB of x are read and 0.40 MB of y written, where the convolution's
 // result would be 1.6 MB written and read again; 236 Mflop. 180 MB and 60 Gflop for a batch of 256
-// take an H100 54 and 61 microseconds: so the tensor cores must be kept busy, and on them depend
-// the tiles.
+// take an H100 54 and 61 microseconds: the tensor cores are the limit and determine the tiles.
 //
-// A block makes tiles of pooled pixels, one after another, for 64 channels. 7 x 8 pooled pixels
-// want 15 x 17 of the convolution's, 255 of the 256 rows that eight warps of 32 rows x 64 columns
-// have; the rows and columns between neighbouring tiles are computed twice (255 for every 224, 14%
-// more). The part of x below a tile, 35 x 39 pixels, goes to shared memory once, zeros around the
-// map included. Filters go there once for all tiles of a block: a grid is one wave, and its blocks
-// stride over the tiles.
+// A block computes tiles of pooled pixels, one after another, for 64 channels. 7 x 8 pooled pixels
+// need 15 x 17 of the convolution's, 255 of the 256 rows of eight warps with 32 rows x 64 columns
+// each; the rows and columns between neighbouring tiles are computed twice (255 for every 224, 14%
+// more). The part of x under a tile, 35 x 39 pixels, is loaded into shared memory once, including
+// zeros for the padding. Filters are loaded once for all tiles of a block: a grid is one wave, and
+// its blocks stride over the tiles.
 //
 // The depth of the sum runs over (ky, kx, c). For 3 channels no instruction brings 16 bytes of it,
-// so fragments of A are gathered from x in shared memory, at a pixel's place plus the place of each
-// pair of k, which a table holds. A kernel row is padded to an even length (21 to 22 elements), so
-// that a pair is one aligned word wherever pixels begin at even places: 8 loads and 4 ldmatrix for
-// 16 mma. Words of eight neighbouring pixels (3 words apart) and four pairs never meet in a bank.
-// What pads is masked, and not only met by zero weights: 0 * inf would be NaN.
+// so fragments of A are gathered from x in shared memory, at a pixel's offset plus the offset of
+// each pair of k, which is in a table. A kernel row is padded to an even length (21 to 22
+// elements), so that a pair is one aligned word wherever pixels begin at even offsets: 8 loads and
+// 4 ldmatrix for 16 mma. Words of eight neighbouring pixels (3 words apart) and four pairs are in
+// different banks. The padding is masked, as zero weights are not enough: 0 * inf would be NaN.
 //
-// Float32 maps go as tf32. Their elements are words already, so any place will do; tiles have half
-// the rows, in which warps lie two abreast, 32 rows x 32 columns each, or shared memory would not
-// do.
+// Float32 maps are multiplied as tf32. Their elements are words already, so any offset is aligned;
+// tiles have half the rows, with two warps of 32 rows x 32 columns next to each other, because of
+// the limit of shared memory.
 //
 // Occupancy designed for: two blocks of 256 threads, 128 registers; for ResNet's stem 67 KiB of
 // shared memory in 16 bits, 84 KiB in tf32 (one block where a multiprocessor has 164 KiB or less).
@@ -38,35 +37,34 @@ constexpr int kStemWarps = 8;
 constexpr int kStemThreads = 32 * kStemWarps;
 constexpr int kStemChannels = 64;
 
-// How the warps of a block share out a tile: kWarpsN of them abreast.
+// How the warps of a block divide a tile: kWarpsN of them along the columns.
 template <class T>
 struct StemTile {
   static constexpr int kWarpsN = sizeof(T) / 2;
   static constexpr int kRows = 32 * kStemWarps / kWarpsN;  // the convolution's pixels, at most
   static constexpr int kCols8 = kStemChannels / kWarpsN / 8;
-  // Rows 16 bytes longer than their content fall on different banks, for ldmatrix and for the words
-  // of fragments.
+  // 16 bytes of padding put rows on different banks, for ldmatrix and for the words of fragments.
   static constexpr int kPad = kPack<T>;
   static constexpr int kPitch = kStemChannels + kPad;
 };
 
-// What a table says of a place in the depth.
+// An entry of the table of offsets for a position in the depth.
 struct alignas(8) StemPlace {
   uint32_t first, second;
 };
 constexpr uint32_t kStemNowhere = 0xffffffffu;
 
-// The place of one element, or kStemNowhere for padding.
+// The offset of one element, or kStemNowhere for padding.
 FR_DEVICE uint32_t stem_element(const StemParams& p, int ky, int at) {
   const int kx = at / p.image.c, c = at - kx * p.image.c;
   if (ky >= p.image.kh || kx >= p.image.kw) return kStemNowhere;
   return ky * p.image.dilation_h * p.patch_pitch + kx * p.image.dilation_w * p.image.c + c;
 }
 
-// How a fragment's words are made of a map's elements. kDepth of these make a word; place() says
-// where it lies, from the place of a pixel, and gather() brings it.
+// How the words of fragments are composed of kDepth elements of a map: place() computes the offset
+// of a word relative to a pixel, gather() loads it.
 
-// Two elements that are an aligned word: its place and the mask of its bits.
+// Two elements that are an aligned word: its offset and a mask of its bits.
 struct StemPairs {
   using Element = uint16_t;
   static constexpr int kDepth = 2;
@@ -81,7 +79,7 @@ struct StemPairs {
   }
 };
 
-// Two elements anywhere.
+// Two elements at any offsets.
 struct StemHalves {
   using Element = uint16_t;
   static constexpr int kDepth = 2;
@@ -109,7 +107,7 @@ struct StemWords {
   }
 };
 
-// The block's filters, each padded with zeros to p.depth.
+// Loads the block's filters, each padded with zeros to p.depth.
 template <class Element>
 FR_DEVICE void stem_bring_filters(const StemParams& p, Element* filters, int channel0) {
   const int width = p.image.kw * p.image.c;
@@ -123,7 +121,7 @@ FR_DEVICE void stem_bring_filters(const StemParams& p, Element* filters, int cha
   }
 }
 
-// The pixels of x from (y0, x0) on, zeros outside of the map.
+// Loads the pixels of x from (y0, x0) on, with zeros outside of the map.
 template <class Element>
 FR_DEVICE void stem_bring_patch(const StemParams& p, Element* patch, int image, int y0, int x0) {
   constexpr int kInFlight = 4;
@@ -156,8 +154,8 @@ struct alignas(2 * sizeof(T)) StemPair {
 // The larger, or NaN if there is one.
 FR_DEVICE float max_or_nan(float best, float v) { return v > best || v != v ? v : best; }
 
-// Pools a tile of the convolution's rounded results. Pooled pixels and channels past the map's end
-// are left out, and of each window what lies outside of the convolution's map.
+// Pools a tile of the convolution's rounded results. Skips pooled pixels and channels beyond the
+// end of the map, and the parts of windows outside of the convolution's map.
 template <class T>
 FR_DEVICE void stem_pool(const StemParams& p, const T* tile, int image, int oy0, int ox0,
                          int channel0) {
@@ -225,7 +223,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
     affine[threadIdx.x] = make_float2(a.scale[0], a.shift[0]);
   }
 
-  // The pixels of the thread's four rows; rows past the tile's pixels compute what none reads.
+  // The pixels of the thread's four rows; results of rows beyond the tile's pixels are not read.
   const Element* pixels[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -1,9 +1,9 @@
 // From accumulators to memory: the affine step, the residual, ReLU and one rounding.
 //
-// A warp's accumulators lie scattered over its lanes. They pass, 16 rows at a time, through a piece
-// of shared memory that is the warp's own, and come back as packs: consecutive channels of one
-// pixel. Reads of the residual and writes of y then move 16 bytes a lane and whole sectors a row,
-// and no barrier beyond the warp's is needed.
+// A warp's accumulators are distributed over its lanes. Through a slab of shared memory that
+// belongs to the warp, 16 rows at a time are regrouped into packs, consecutive channels of one
+// pixel. Loads of the residual and stores of y are then 16 bytes per lane and whole sectors per
+// row, and no barrier beyond __syncwarp is needed.
 #pragma once
 
 #include "conv_tile.cuh"
@@ -12,8 +12,8 @@ namespace fr {
 
 constexpr int kSlabRows = 16;
 
-// Rows of the warp's piece are eight floats longer than a slab, so that a half warp's 8-byte stores
-// of fragments fall on different banks.
+// Rows of the slab have eight floats of padding, so that the 8-byte stores of a half warp's
+// fragments fall on different banks.
 template <class T>
 constexpr int kSlabStride = T::kWarpN + 8;
 
@@ -41,7 +41,7 @@ struct ChannelAffine {
   }
 };
 
-// y of one pixel's pack of channels. Leaves in `v` what was stored.
+// Computes y for one pixel's pack of channels. On return `v` holds the stored, rounded values.
 template <class S>
 FR_DEVICE void finish_pack(const ConvEpilogue& e, const ChannelAffine<kPack<S>>& affine,
                            float (&v)[kPack<S>], int row, int channel, int end) {
@@ -85,8 +85,8 @@ FR_DEVICE void finish_pack(const ConvEpilogue& e, const ChannelAffine<kPack<S>>&
   }
 }
 
-// Calls visit(values, row, pack) for each pack of the warp's results, a lane one pack at a time:
-// `row` is within the warp's rows, `pack` within its columns and always the same for a lane.
+// Calls visit(values, row, pack) for each pack of the warp's results, one pack per lane at a time.
+// `row` counts within the warp's rows; `pack` within its columns, and is constant for a lane.
 template <class T, class Precision, class Visit>
 FR_DEVICE void for_each_pack(const typename T::Accumulators& acc, float* slab, Visit visit) {
   constexpr int kWidth = kPack<typename Precision::Storage>;

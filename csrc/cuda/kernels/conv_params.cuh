@@ -1,12 +1,12 @@
-// What a convolution's kernels are given. Plain numbers: host code fills it in.
+// The parameters of the convolution kernels, as plain numbers that host code fills in.
 #pragma once
 
 #include <cstdint>
 
 namespace fr {
 
-// A map in NHWC and how a window moves over it. One image has less than 2^31 elements; the batch
-// may have more.
+// An NHWC map and the geometry of the window on it. One image has less than 2^31 elements; the
+// batch may have more.
 struct ConvImage {
   const void* x;
   int h, w, c;  // of the map; c is also the distance between pixels
@@ -14,7 +14,7 @@ struct ConvImage {
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-// The affine step behind a convolution, per output channel. Live batch norm:
+// The affine step after a convolution, per output channel. With live batch norm:
 // scale = weight / sqrt(var + eps), shift = bias + (conv_bias - mean) scale; without `var`, scale
 // is `weight` and shift is `bias`. Null pointers stand for 1 (weight) and 0 (all others).
 struct ConvAffine {
@@ -40,7 +40,7 @@ struct ConvEpilogue {
 
 struct ConvParams {
   ConvImage image;
-  ConvImage second;    // of a second, 1x1 convolution into the same sum; c = 0 for none
+  ConvImage second;    // input of a second, 1x1 convolution in the same sum; c = 0 for none
   const void* weight;  // [k][kh][kw][group_c], each filter followed by second.c weights
   ConvEpilogue epilogue;
   float* partial;     // [split][rows][k] sums of parts of the depth, or null
@@ -49,7 +49,7 @@ struct ConvParams {
   int out_h, out_w;
   int group_c, group_k;
   int depth;    // terms in a sum
-  int tiles_n;  // tiles side by side in one group's channels
+  int tiles_n;  // number of tiles that cover the channels of one group
   int steps_per_split;
 };
 

@@ -1,10 +1,10 @@
-// Brings a stage of A (pixels as the convolution sees them: im2col, never stored) and of B
-// (filters) into shared memory.
+// Loads stages of A (pixels in im2col order, which is never stored) and of B (filters) into shared
+// memory.
 //
-// A stage is 64 bytes of depth. A thread brings one of the four 16-byte chunks, the same in each of
-// its rows, so where its chunk lies in the filter (tap and channel) is followed once for all rows.
-// Chunks of 16 bytes want channel counts that are multiples of the pack; with others every element
-// goes by itself: as correct, and slower.
+// A stage is 64 bytes of depth. A thread loads one of the four 16-byte chunks, the same one in each
+// of its rows, so the chunk's position in the filter (tap and channel) is tracked once for all
+// rows. Chunks of 16 bytes require channel counts that are multiples of the pack; otherwise
+// elements are loaded one by one, which is slower.
 #pragma once
 
 #include "arithmetic.cuh"
@@ -12,7 +12,7 @@
 
 namespace fr {
 
-// A place in the depth of a sum: the tap (ky, kx) and the channel c.
+// A position in the depth of a sum: the tap (ky, kx) and the channel c.
 struct FilterPlace {
   int ky, kx, c;
 
@@ -37,7 +37,7 @@ struct FilterPlace {
 
 template <class T, int kRows, int kThreads, bool kVector, bool kSecond>
 class ImageSource {
-  static constexpr int kEach = kRows * kChunks / kThreads;  // chunks that a thread brings
+  static constexpr int kEach = kRows * kChunks / kThreads;  // chunks per thread
   static constexpr int kApart = kThreads / kChunks;         // rows between them
   static constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(T));
   static_assert(kRows * kChunks % kThreads == 0 && kApart % 8 == 0);
@@ -75,7 +75,7 @@ class ImageSource {
     }
   }
 
-  // Brings the next stage.
+  // Loads the next stage.
   FR_DEVICE void bring(unsigned char* stage) {
     if (kVector) {
       bring_packs(stage);
@@ -87,15 +87,15 @@ class ImageSource {
   }
 
  private:
-  static constexpr int kNowhere = -(1 << 30);  // outside of any map, at any tap
+  static constexpr int kNowhere = -(1 << 30);  // a row that is outside of the map for every tap
 
   FR_DEVICE bool inside(int y, int x) const {
     return static_cast<unsigned>(y) < static_cast<unsigned>(p_.image.h) &&
            static_cast<unsigned>(x) < static_cast<unsigned>(p_.image.w);
   }
 
-  // A bit for each tap of the window at (y, x): whether it lies inside the map. Found once, it
-  // makes a step's question one instruction for each row.
+  // One bit per tap of the window at (y, x): whether it is inside the map. Computed once, so that a
+  // step needs one instruction per row.
   FR_DEVICE uint64_t taps_inside(int y, int x) const {
     uint64_t taps = 0, bit = 1;
     for (int ky = 0; ky < p_.image.kh; ++ky) {
@@ -106,15 +106,17 @@ class ImageSource {
     return taps;
   }
 
-  FR_DEVICE int tap_offset(const FilterPlace& at) const {
-    return (at.ky * p_.image.dilation_h * p_.image.w + at.kx * p_.image.dilation_w) * p_.image.c +
-           at.c;
+  // From the window's first tap. With padding that may lie far outside of the image, so that the
+  // offset of a tap inside exceeds 32 bits even where an image's elements do not.
+  FR_DEVICE int64_t tap_offset(const FilterPlace& at) const {
+    const int64_t row = static_cast<int64_t>(at.ky * p_.image.dilation_h) * p_.image.w;
+    return (row + at.kx * p_.image.dilation_w) * p_.image.c + at.c;
   }
 
   FR_DEVICE void bring_packs(unsigned char* stage) {
     const int depth1 = p_.depth - (kSecond ? p_.second.c : 0);
-    const int offset = tap_offset(place_);
-    // Past the depth no tap is inside.
+    const int64_t offset = tap_offset(place_);
+    // Beyond the depth no tap is inside.
     const uint64_t tap = k_ < depth1 ? uint64_t{1} << (place_.ky * p_.image.kw + place_.kx) : 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -146,15 +148,15 @@ class ImageSource {
   const ConvParams& p_;
   int k_;
   FilterPlace place_;
-  int to_;                // where in a stage the first of the thread's chunks lies
-  const T* from_[kEach];  // of the window's first tap, which may lie outside of the map
+  int to_;                // offset of the thread's first chunk in a stage
+  const T* from_[kEach];  // the first tap of the window, which may be outside of the map
   uint64_t taps_[kVector ? kEach : 1];
   int y_[kVector ? 1 : kEach], x_[kVector ? 1 : kEach];
   const T* from2_[kSecond ? kEach : 1];
   bool there_[kSecond ? kEach : 1];
 };
 
-// Filters, each `depth` elements long, one after another.
+// Loads filters of `depth` elements, which are contiguous.
 template <class T, int kRows, int kThreads, bool kVector>
 class FilterSource {
   static constexpr int kEach = kRows * kChunks / kThreads;
@@ -163,7 +165,7 @@ class FilterSource {
   static_assert(kRows * kChunks % kThreads == 0 && kApart % 8 == 0);
 
  public:
-  // `filters` of them are there from `first` on.
+  // `filters` is the number of filters from `first` on.
   FR_DEVICE FilterSource(const T* first, int filters, int depth, int k0, int thread)
       : from_(first + static_cast<int64_t>(thread / kChunks) * depth),
         filters_(filters - thread / kChunks),
@@ -191,8 +193,8 @@ class FilterSource {
   }
 
  private:
-  const T* from_;  // the first of the thread's filters
-  int filters_;    // from that one on
+  const T* from_;  // the thread's first filter
+  int filters_;    // number of filters from that one on
   int depth_, k_, to_;
 };
 

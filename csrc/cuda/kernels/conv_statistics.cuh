@@ -1,11 +1,11 @@
-// Mean and biased variance of each channel from a convolution's slabs: the statistics that each
-// warp left of its rows (see conv_bn_add_relu.cuh).
+// Mean and biased variance of each channel from a convolution's slabs, the statistics that each
+// warp has written for its rows (see conv_bn_add_relu.cuh).
 //
-// A block has 32 channels side by side, so that a warp reads
-// neighbours, and 16 threads for each, which take every 16th slab; the order is always the same.
+// A block processes 32 adjacent channels, so that the loads of a warp are coalesced, with 16
+// threads each, which take every 16th slab; the order of the merges is fixed.
 //
-// Bytes: 8 for each slab and channel, 1/8 (float32) to 1/16 of a byte for each byte of y. Occupancy
-// designed for: two blocks of 512 threads, 64 registers or less, 6 KiB of shared memory.
+// Bytes: 8 per slab and channel, 1/8 (float32) to 1/16 of the bytes of y. Occupancy designed for:
+// two blocks of 512 threads, 64 registers or less, 6 KiB of shared memory.
 #pragma once
 
 #include "../device.cuh"
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kStatisticsLanes* kStatisticsWays, 2)
   if (way != 0 || channel >= p.k) return;
   for (int w = 1; w < kStatisticsWays; ++w) moments.merge(parts[w * kStatisticsLanes + lane]);
   p.mean[channel] = moments.of[0].mean;
-  p.var[channel] = moments.of[0].m2 / moments.seen;
+  p.var[channel] = moments.seen > 0.0f ? moments.of[0].m2 / moments.seen : 0.0f;
 }
 
 }  // namespace fr

@@ -1,4 +1,4 @@
-// One block's tile of a matrix product C = A B^T, and the pipeline that feeds it.
+// A block's tile of the matrix product C = A B^T, and its pipeline of loads.
 #pragma once
 
 #include "conv_source.cuh"
@@ -6,7 +6,7 @@
 namespace fr {
 
 // kM x kN results by kWarpsM x kWarpsN warps, with kStages stages of 64 bytes of depth each.
-// kBlocks is how many such blocks a multiprocessor is meant to hold.
+// kBlocks is the intended number of blocks per multiprocessor.
 template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
 struct Tile {
   static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
@@ -32,10 +32,10 @@ FR_DEVICE void clear(typename T::Accumulators& acc) {
   }
 }
 
-// Adds `steps` stages to acc. The copies of kStages - 1 stages are under way while one is
-// multiplied; the single barrier of a step says both that its stage has come, for all threads, and
-// that the stage before it has been read by all, so that it may be overwritten. Ends with all
-// shared memory free for another use.
+// Adds `steps` stages to acc. The copies of kStages - 1 stages are in flight while one is
+// multiplied. The single barrier of a step guarantees that its stage has arrived for all threads,
+// and that all have read the stage before it, which may then be overwritten. On return all shared
+// memory is free for another use.
 template <class T, class Precision, class SourceA, class SourceB>
 FR_DEVICE void accumulate(typename T::Accumulators& acc, SourceA& a, SourceB& b, int steps,
                           unsigned char* shared_a, unsigned char* shared_b) {
@@ -59,7 +59,7 @@ FR_DEVICE void accumulate(typename T::Accumulators& acc, SourceA& a, SourceB& b,
       a.bring(shared_a + write * T::kBytesA);
       b.bring(shared_b + write * T::kBytesB);
     }
-    // Also an empty group counts, so that the wait above always names the same one.
+    // Commit empty groups too, so that the wait above always refers to the same one.
     cp_async_commit();
     Precision::multiply(acc, shared_a + read * T::kBytesA + warp_a,
                         shared_b + read * T::kBytesB + warp_b, lane);

@@ -1,4 +1,4 @@
-// Mean and variance of numbers that come one by one, or in parts, always merged in the same order.
+// Mean and variance, accumulated number by number or merged from parts, always in the same order.
 #pragma once
 
 #include "../device.cuh"
@@ -56,7 +56,7 @@ struct Moments {
     merge(other);
   }
 
-  // Makes the first that of all.
+  // Merges all moments into the first one.
   FR_DEVICE void join() {
 #pragma unroll
     for (int e = 1; e < kCount; ++e) of[0].merge(static_cast<float>(e) * seen, of[e], seen);

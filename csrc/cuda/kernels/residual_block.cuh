@@ -1,21 +1,20 @@
-// The end of a bottleneck in one kernel, its 3x3's result kept on chip:
+// The end of a bottleneck in one kernel, with the result of its 3x3 kept on chip:
 //
 //   h[m][j] = relu(scale1[j] sum_k a[m][k] w1[j][k] + shift1[j])        j < 64 or 128
 //   y[m][n] = relu(scale2[n] sum_j h[m][j] w2[n][j] + shift2[n] + r[m][n])
 //
-// A block makes h for its 128 pixels with all middle channels at once, as one tile of an ordinary
-// convolution; rounds it to the storage type, as if it went to memory; writes it to shared memory
-// in the layout of the pipeline's stages; and multiplies it by w2, as many output channels at a
-// time as there are middle channels.
+// A block computes h for its 128 pixels and all middle channels, as one tile of an ordinary
+// convolution; rounds it to the storage type, as if it were stored; writes it to shared memory in
+// the layout of the pipeline's stages; and multiplies it by w2, as many output channels at a time
+// as there are middle channels.
 //
-// Bytes: x, r and y once; h never, which between separate kernels is written and read: in ResNet's
-// stage 1 a fifth of the bytes of both. Flops as separate: 2 m (j k + n j). w2 (32 or 128 KiB)
-// stays in L2.
+// Bytes: x, r and y once. h, which separate kernels would write and read, is a fifth of their bytes
+// in ResNet's stage 1. Flops as in separate kernels: 2 m (j k + n j). w2 (32 or 128 KiB) stays in
+// L2.
 //
-// After the first product A's stages have room for just h, and B's for a part of w2, and then for
-// the slabs of the epilogue. So shared memory is that of the convolution, 48 and 64 KiB, and the
-// occupancy designed for is too: three blocks of 128 threads or two of 256, which cover for each
-// other where one waits for its part of w2.
+// After the first product A's stages hold exactly h, and B's a part of w2 and later the slabs of
+// the epilogue. So shared memory is that of the convolution, 48 and 64 KiB, and so is the occupancy
+// designed for: three blocks of 128 threads or two of 256, which hide each other's loads of w2.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -23,13 +22,13 @@
 namespace fr {
 
 struct ResidualBlockParams {
-  ConvParams first;     // its epilogue's affine step alone is used: h is no map
+  ConvParams first;     // of its epilogue only the affine step is used
   const void* weight2;  // [second.k][first.epilogue.k]
   ConvEpilogue second;
 };
 
-// Of a row-major matrix kept as stages: where the 16 bytes lie that hold the columns of pack
-// `pack`.
+// The offset of the 16 bytes that hold pack `pack` of a row, in a row-major matrix stored as
+// stages.
 template <int kBytesStage>
 FR_DEVICE int staged_offset(int row, int pack) {
   return pack / kChunks * kBytesStage + stage_offset(row, pack % kChunks);
@@ -67,15 +66,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     FilterSource<S, T::kN, T::kThreads, true> b(
         static_cast<const S*>(p.weight2) + static_cast<int64_t>(n) * kMiddle, p.second.k - n,
         kMiddle, 0, thread);
-// Not unrolled, here and below: the addresses of all parts at once would cost spills.
+// Not unrolled, here and below: the addresses of all parts together would spill.
 #pragma unroll 1
     for (int part = 0; part < kParts; ++part) b.bring(shared_b + part * T::kBytesB);
     cp_async_commit();
   };
   bring_weight2(0);
 
-  // Two neighbouring columns of a fragment are four bytes of h, and those of a warp's eight rows
-  // and four lanes fall on 32 different banks.
+  // Two neighbouring columns of a fragment are four bytes of h; those of a warp's eight rows and
+  // four lanes are in 32 different banks.
 #pragma unroll
   for (int j = 0; j < T::kCols8; ++j) {
     const int pack = warp_n * T::kCols8 + j;
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   }
 
   ConvEpilogue second = p.second;
-  second.vector = true;  // known to the compiler, which then leaves out the other ways
+  second.vector = true;  // a constant, so that the compiler removes the other branches
   second.residual_scale = nullptr;
   float* const slab = reinterpret_cast<float*>(shared_b + warp * kSlabBytes<T>);
   const int warp_a = warp_m * T::kWarpM * kStageRowBytes;
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       Precision::multiply(acc, shared_a + part * T::kBytesA + warp_a,
                           shared_b + part * T::kBytesB + warp_b, lane);
     }
-    __syncthreads();  // the slabs take w2's place
+    __syncthreads();  // the slabs reuse the memory of w2
     const int row0 = first_row + warp_m * T::kWarpM;
     const int channel = n + warp_n * T::kWarpN + lane % (T::kWarpN / kWidth) * kWidth;
     const ChannelAffine<kWidth> affine(p.second.affine, channel, p.second.k);

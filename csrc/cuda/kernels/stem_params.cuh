@@ -1,4 +1,4 @@
-// What the stem's kernel is given. Plain numbers: host code fills it in.
+// The parameters of the stem's kernel, as plain numbers that host code fills in.
 #pragma once
 
 #include "conv_params.cuh"
@@ -20,7 +20,7 @@ struct StemParams {
   int out_h, out_w;    // of y
   bool vector;         // whether y allows 16 bytes at a time
 
-  // The plan. A tile's pooled pixels, the convolution's pixels that these want, and x's.
+  // The plan: pooled pixels of a tile, the convolution's pixels under them, and the pixels of x.
   int tile_h, tile_w;
   int conv_rows, conv_cols;
   int patch_rows, patch_pitch;  // pitch in elements

@@ -1,4 +1,4 @@
-"""What kernels and host functions of several operations share."""
+"""Functions that the kernels and host functions of several operations share."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Of a thread, at most. Left to itself ptxas would spill a few to fit one more program on a
-#: multiprocessor; with a limit of its own it does not.
+#: Maximum number of registers per thread. Without it, ptxas spills a few registers to fit one more
+#: program on a multiprocessor.
 REGISTERS = 255
 
-#: A kernel. Typed as anything: mypy knows nothing of ``kernel[grid](...)``.
+#: A kernel; ``Any``, as mypy cannot type ``kernel[grid](...)``.
 Kernel = Any
 
 
 @triton.jit
 def relu(v):  # type: ignore[no-untyped-def]
-    """The maximum of v and 0; NaN stays NaN, as in PyTorch, and ``tl.maximum`` would lose it."""
+    """The maximum of v and 0; NaN stays NaN as in PyTorch, unlike with ``tl.maximum``."""
     return tl.where(v < 0.0, 0.0, v)
 
 
 @triton.jit
 def channel_vector(v_ptr, c, valid, default: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``v_ptr``: (C,), any float, or None. Its values for the channels ``c``, in float32."""
+    """The values of ``v_ptr``, (C,), any float or None, for the channels ``c``, in float32."""
     if v_ptr is None:
         return tl.full(c.shape, default, tl.float32)
     else:
@@ -35,9 +35,9 @@ def channel_vector(v_ptr, c, valid, default: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit
 def channel_affine(c, valid, conv_bias, weight, bias, mean, var, eps):  # type: ignore[no-untyped-def]
-    """A batch norm behind a convolution with a bias as (scale, shift) of the channels ``c``.
+    """Scale and shift, for the channels ``c``, of a batch norm after a convolution with a bias.
 
-    All pointers: (C,), any float, or None.
+    All pointers are to vectors (C,) of any float, or None.
     """
     scale = channel_vector(weight, c, valid, 1.0)
     center = channel_vector(conv_bias, c, valid, 0.0) - channel_vector(mean, c, valid, 0.0)
@@ -52,35 +52,35 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The least one that is not below ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``x`` current: Triton launches there."""
+    """A context in which the device of ``x`` is current, where Triton launches kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of the device of ``x``; off CUDA, where only an interpreter runs kernels, a small number."""
+    """Number of multiprocessors of ``x``'s device; a small number for the interpreter on a CPU."""
     if not x.is_cuda:
         return 4
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def architecture(x: Tensor) -> int:
-    """Of the device of ``x``, 90 for sm_90; off CUDA the oldest that kernels are made for."""
+    """Architecture of ``x``'s device, 90 for sm_90; on a CPU the oldest supported one."""
     if not x.is_cuda:
         return 80
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
 
-# Checks: the same words as those of csrc/checks.h
+# Checks, with the messages of csrc/checks.h
 
 
 def check_map(op: str, name: str, x: Tensor) -> None:
-    """``x`` is a 4-d map in a dtype that the kernels store."""
+    """``x`` is a 4-d map in a dtype that the kernels support."""
     if x.dim() != 4:
         raise ValueError(f"{op}: {name}: expected 4 dimensions (N, C, H, W), got {list(x.shape)}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -113,12 +113,12 @@ def check_vector(op: str, name: str, v: Tensor | None, channels: int, like: Tens
 
 
 def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
-    """``t`` is where ``like`` is."""
+    """``t`` is on the device of ``like``."""
     if t.device != like.device:
         raise ValueError(f"{op}: {name}: expected device {like.device}, got {t.device}")
 
 
 def vector(op: str, name: str, v: Tensor | None, channels: int, like: Tensor) -> Tensor | None:
-    """``v`` checked, with its elements side by side."""
+    """``v``, checked and contiguous."""
     check_vector(op, name, v, channels, like)
     return None if v is None else v.contiguous()

@@ -1,4 +1,4 @@
-"""Which tile a convolution uses: the table of all that may be chosen, and a model of their cost."""
+"""The tile of a convolution: the table of configurations, and a model of their cost."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from ._conv_shape import ConvShape
 
 
 class ConvConfig(NamedTuple):
-    """A tile of pixels by filters by depth; the warps that share it and the stages of its pipeline.
+    """A tile of the implicit GEMM.
 
     Attributes:
-        since: The oldest architecture whose registers hold it.
-        flat: Whether it may go over (ky, kx, c) as one axis, which takes more registers.
-        split_k: Parts of the depth that are summed by programs of their own.
-        descriptors: Whether tiles come by tensor descriptors (TMA) where they can.
+        block_m: Pixels.
+        block_n: Filters.
+        block_k: Depth of a step.
+        warps: Warps of the program.
+        stages: Stages of its pipeline.
+        since: The oldest architecture with enough registers for it.
+        flat: Whether it may traverse (ky, kx, c) as one axis, which takes more registers.
+        split_k: Number of programs among which the depth is split.
+        descriptors: Whether tiles are loaded by tensor descriptors (TMA) where possible.
     """
 
     block_m: int
@@ -33,11 +38,11 @@ class ConvConfig(NamedTuple):
     descriptors: bool = False
 
 
-#: By how products are made. A step is 128 bytes deep, which is what swizzled shared memory and one
-#: wgmma of each warp group want; 64 bytes deep are the tiles for few channels. The large tiles do
-#: 64 to 85 flops for each byte that they bring, so that tensor cores set their pace; those of 64
-#: pixels fill a card on small maps, and those of 16 filters serve narrow groups. Strict float32
-#: runs on the ordinary cores, whose operands pass through registers: 64 x 64 is what these hold.
+#: By the precision of products. A step is 128 bytes deep, as swizzled shared memory and one wgmma
+#: of each warp group need; the tiles for few channels are 64 bytes deep. The large tiles do 64 to
+#: 85 flops per byte loaded, so they are bound by the tensor cores; those of 64 pixels give enough
+#: programs on small maps, and those of 16 filters are for narrow groups. Strict float32 runs on the
+#: CUDA cores, whose operands are in registers: they have room for 64 x 64.
 CONFIGS: dict[str, list[ConvConfig]] = {
     "half": [
         ConvConfig(128, 256, 64, 8, 3, since=90),
@@ -62,30 +67,30 @@ CONFIGS: dict[str, list[ConvConfig]] = {
     ],
 }
 
-#: Parts into which a sum may be cut, and the least steps that a part keeps: less than these would
-#: be all pipeline filling.
+#: Values of split_k, and the minimum number of steps of each split: fewer would mostly fill the
+#: pipeline.
 SPLITS, LEAST_STEPS = (1, 2, 4, 8, 16), 4
 
-#: Pixels by filters of the kernel that finishes a split, and its warps.
+#: Pixels, filters and warps of the kernel that adds the splits.
 FINISH_TILE = (32, 64, 4)
 
-#: Rows of tiles that run side by side, so that they share filters and pixels in the L2 cache.
+#: Rows of tiles that run concurrently, so that they share filters and pixels in the L2 cache.
 GROUP_M = 8
 
 
 def precision_of(x: Tensor) -> str:
-    """A key of :data:`CONFIGS`."""
+    """The precision of products for a map: a key of :data:`CONFIGS`."""
     if x.dtype is not torch.float32:
         return "half"
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 def mode_of(s: ConvShape, config: ConvConfig) -> str:
-    """How a kernel goes through the depth.
+    """How a kernel traverses the depth.
 
-    ``"pointwise"``: pixels of the input are those of the result. ``"taps"``: tap by tap, and there
-    by blocks of channels. ``"flat"``: over (ky, kx, c) as one axis, for channels that would fill
-    but a part of a block.
+    ``"pointwise"``: pixels of the input are those of the result. ``"taps"``: tap by tap, in blocks
+    of channels. ``"flat"``: over (ky, kx, c) as one axis, where the channels would fill only a part
+    of a block.
     """
     if config.flat and s.group_c < config.block_k and s.depth > s.group_c:
         return "flat"
@@ -93,14 +98,14 @@ def mode_of(s: ConvShape, config: ConvConfig) -> str:
 
 
 def steps_of(s: ConvShape, config: ConvConfig) -> int:
-    """Blocks in the depth."""
+    """Number of blocks in the depth."""
     if mode_of(s, config) == "flat":
         return cdiv(s.depth, config.block_k)
     return s.kh * s.kw * cdiv(s.group_c, config.block_k)
 
 
 def parts_of(config: ConvConfig) -> int:
-    """Parts in which a tile's epilogue is done: of 32 columns of 128 rows, or 64 of 64 rows."""
+    """Column blocks of a tile's epilogue: of 32 columns for 128 rows, or of 64 for 64 rows."""
     return min(4, max(1, config.block_m * config.block_n // 4096))
 
 
@@ -112,12 +117,19 @@ def _shared_limit(x: Tensor) -> int:
 
 
 def cost(s: ConvShape, config: ConvConfig, precision: str, processors: int, second: int) -> float:
-    """Clock cycles until the last multiprocessor is done.
+    """Estimated clock cycles until the last multiprocessor is done.
 
-    The constants are round numbers for the cards since 2020, and only ratios matter: products a
-    cycle; bytes a cycle and multiprocessor; cycles to fill a pipeline and to drain it through the
-    epilogue; cycles of a second launch. A tile's share of the peak grows with the flops that it
-    does for each byte, and falls where elements are gathered one by one.
+    The constants are round numbers for GPUs since 2020, of which only the ratios matter: products
+    per cycle; bytes per cycle and multiprocessor; cycles to fill a pipeline and to drain it through
+    the epilogue; cycles of a second launch. A tile's share of the peak grows with its flops per
+    byte, and is lower where elements are gathered one by one.
+
+    Args:
+        s: Sizes of the convolution.
+        config: The tile.
+        precision: Of the products, a key of :data:`CONFIGS`.
+        processors: Number of multiprocessors.
+        second: Input channels of a 1x1 convolution that is added; 0 for none.
     """
     products = {"half": 1024, "tf32": 512, "ieee": 128}[precision]
     bytes_a_cycle, fixed, launch = 10, 2000, 3000
@@ -132,7 +144,7 @@ def cost(s: ConvShape, config: ConvConfig, precision: str, processors: int, seco
         share /= 2
     steps = cdiv(steps_of(s, config) + cdiv(second, k), config.split_k)
     tiles = cdiv(s.rows, m) * cdiv(s.group_k, n) * s.groups * config.split_k
-    # Small tiles share a multiprocessor, which then has its pipeline full while one begins or ends.
+    # Two small tiles share a multiprocessor: one computes while the other starts or ends.
     together = 2 if m * n <= 64 * 64 else 1
     block = m * n * k * steps / (products * share)
     cycles = cdiv(tiles, processors) * (block + fixed / together)
@@ -142,11 +154,11 @@ def cost(s: ConvShape, config: ConvConfig, precision: str, processors: int, seco
 
 
 def candidates(s: ConvShape, x: Tensor, *, may_split: bool = True) -> list[ConvConfig]:
-    """All configurations that may run a convolution of maps like ``x``."""
+    """All configurations that can run a convolution of maps like ``x``."""
     precision, size, arch = precision_of(x), x.element_size(), architecture(x)
 
     def fits(config: ConvConfig) -> bool:
-        # Large tiles have no registers to spare for channels that must be looked at one by one.
+        # Large tiles have no registers left to mask single channels.
         whole = s.group_c % 8 == 0 and s.group_k % 8 == 0 and s.group_c >= config.block_k
         stage = (config.block_m + config.block_n) * config.block_k * size
         return (
@@ -165,7 +177,14 @@ def candidates(s: ConvShape, x: Tensor, *, may_split: bool = True) -> list[ConvC
 
 
 def plan(s: ConvShape, x: Tensor, *, second: int = 0, may_split: bool = True) -> ConvConfig:
-    """The cheapest of the candidates; ``second`` channels more are in the sum."""
+    """The candidate with the least estimated cost.
+
+    Args:
+        s: Sizes of the convolution.
+        x: Its input.
+        second: Input channels of a 1x1 convolution that is added; 0 for none.
+        may_split: Whether split-K is allowed.
+    """
     precision, processors = precision_of(x), multiprocessors(x)
     return min(
         candidates(s, x, may_split=may_split),

@@ -1,4 +1,4 @@
-"""The sizes of one 2-d convolution, checked: ``csrc/conv_shape.h`` in Python."""
+"""The checked sizes of a 2-d convolution: ``csrc/conv_shape.h`` in Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,21 @@ from ._common import check_map
 
 
 class ConvShape(NamedTuple):
-    """Plain numbers: images, height, width and channels in; filters; the rest in pixels."""
+    """The sizes of a convolution.
+
+    Attributes:
+        n: Images.
+        h: Height of the input.
+        w: Width of the input.
+        c: Channels of the input.
+        k: Filters.
+        kh: Height of the filters.
+        kw: Width of the filters.
+        stride: ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filters' taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+    """
 
     n: int
     h: int
@@ -52,22 +66,22 @@ class ConvShape(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Terms in the sum that makes one element of the result."""
+        """Number of products in each element of the result."""
         return self.kh * self.kw * self.group_c
 
     @property
     def pointwise(self) -> bool:
-        """Whether each pixel of the result sees the same pixel of the input, and no other."""
+        """Whether each pixel of the result depends on the same pixel of the input only."""
         return self[5:10] == (1, 1, (1, 1), (0, 0), self.dilation)
 
     @property
     def result(self) -> tuple[int, int, int, int]:
-        """(N, K, OH, OW)."""
+        """Shape of the result, (N, K, OH, OW)."""
         return self.n, self.k, self.out_h, self.out_w
 
 
 def window(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
-    """How many windows fit along one axis."""
+    """Number of positions of a window along one axis."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
@@ -87,7 +101,7 @@ def conv_shape(
     dilation: Sequence[int],
     groups: int,
 ) -> ConvShape:
-    """The sizes of a convolution of ``x`` by a weight of these sizes, all of them checked."""
+    """The sizes of a convolution of ``x`` by filters of shape ``weight``, checked."""
     check_map(op, "x", x)
     strides = check_pair(op, "stride", stride, 1)
     paddings = check_pair(op, "padding", padding, 0)

@@ -1,10 +1,10 @@
-r"""The parts of an implicit matrix product, which the convolutions' kernels are made of.
+r"""The implicit GEMM that the kernels of convolutions share.
 
     sum[m][n] = sum_k a[m][k] w[n][k]
 
 with m a pixel of the result, n a filter, k = (ky, kx, c) and a[m][k] the pixel of x under the tap
-(ky, kx): both operands lie in memory with k as their inner dimension, as NHWC maps and KRSC
-filters; a is never stored.
+(ky, kx). Both operands have k as their innermost dimension in memory, as NHWC maps and KRSC
+filters; the matrix a is never stored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._common import channel_affine, channel_vector, relu
 
 @triton.jit
 def swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tile number ``tile`` in an order by groups of GROUP_M rows of tiles, columns outermost."""
+    """Row and column of a tile, in an order by groups of GROUP_M rows, column by column."""
     width = GROUP_M * tiles_n
     first = tile // width * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
@@ -29,8 +29,8 @@ def swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # type: ignore[no-u
 def round_to_tf32(v):  # type: ignore[no-untyped-def]
     """Float32 to the nearest tf32, ties away from zero.
 
-    Tensor cores drop the 13 low bits: unless they are rounded first, products come out too small,
-    and with them the sum, by three times what rounding would cost. NaN must not overflow.
+    Tensor cores truncate the 13 low bits: without rounding, products and sums are biased towards
+    zero, with three times the error of rounding. NaN must not overflow.
     """
     bits = v.to(tl.uint32, bitcast=True) + 0x1000
     return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
@@ -51,7 +51,7 @@ def accumulate(  # type: ignore[no-untyped-def]
     x_ptr,  # (N, H, W, C); with X_DESCRIPTOR a descriptor of it as (N H W, C)
     w_ptr,  # (K, w_stride), of which KH KW group_c are used; with W_DESCRIPTOR a descriptor of it
     in_scale_ptr, in_shift_ptr,  # (C,) any float, or None: x is relu(x scale + shift)
-    image, oy, ox, row_valid,  # (BLOCK_M,): the rows' image and place in the result
+    image, oy, ox, row_valid,  # (BLOCK_M,): image and pixel of each row of the result
     first_row, first_filter, filter_valid,  # filter_valid: (BLOCK_N,)
     channel0, step_begin, step_end,
     H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
@@ -59,7 +59,7 @@ def accumulate(  # type: ignore[no-untyped-def]
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds the blocks of depth from step_begin to step_end; see ``mode_of`` for MODE."""
+    """Add the products of the depth's blocks step_begin to step_end; ``mode_of`` explains MODE."""
     y0 = oy * stride_h - pad_h
     x0 = ox * stride_w - pad_w
     if not X_DESCRIPTOR:
@@ -113,7 +113,7 @@ def accumulate(  # type: ignore[no-untyped-def]
                     rows + ((iy * W + ix) * C)[:, None] + c[None, :], mask=a_valid, other=0.0
                 )
         if in_scale_ptr is not None:
-            # The zeros around a map come after batch norm and ReLU, and stay zeros.
+            # Padding is applied after batch norm and ReLU, so padded zeros stay zeros.
             in_scale = channel_vector(in_scale_ptr + channel0, c, k_valid, 0.0)
             in_shift = channel_vector(in_shift_ptr + channel0, c, k_valid, 0.0)
             v = relu(a.to(tl.float32) * in_scale[None, :] + in_shift[None, :])
@@ -139,7 +139,7 @@ def finish(  # type: ignore[no-untyped-def]
     K, eps,
     RELU: tl.constexpr,
 ):  # fmt: skip
-    """Affine step, residual, ReLU, one rounding and the store. Returns what was stored."""
+    """The epilogue: affine step, residual, ReLU, rounding, store. Returns the stored values."""
     scale, shift = channel_affine(
         channel, channel_valid, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps
     )
@@ -162,6 +162,6 @@ def finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The left and the right half of a tile's columns."""
+    """The left and right halves of a tile's columns."""
     pairs = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     return tl.split(pairs)

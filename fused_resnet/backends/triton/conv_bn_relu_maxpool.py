@@ -1,21 +1,21 @@
-r"""The stem: y = max_pool(relu(conv(x, w) * scale + shift)), the convolution's result kept on chip.
+r"""The stem: y = max_pool(relu(conv(x, w) * scale + shift)), without storing the convolution.
 
 ResNet's: 3 channels of 224 x 224, 64 filters of 7 x 7, stride 2; then 3 x 3 pooling, stride 2. An
 image in 16 bits: 0.30 MB of x are read and 0.40 MB of y written, where the convolution's result
 would be 1.6 MB written and read again; 236 Mflop.
 
-A program makes one tile of pooled pixels for 64 filters: 5 x 5 of them want 11 x 11 of the
-convolution's, 121 of the 128 rows of its matrix product; the rows between neighbouring tiles are
-computed twice (11 x 11 / (10 x 10), 21% more). The depth runs over (ky, kx, c) as one axis (see
-``_implicit_gemm.py``), as no instruction brings whole blocks of 3 channels: x is gathered, and
-comes from the L1 cache for most taps.
+A program computes one tile of pooled pixels for 64 filters: 5 x 5 of them need 11 x 11 pixels of
+the convolution, 121 of the 128 rows of its GEMM; the rows between neighbouring tiles are computed
+twice (11 x 11 / (10 x 10), 21% more). The depth is traversed as one axis (ky, kx, c) (see
+``_implicit_gemm.py``), since blocks of 3 channels cannot be loaded as tiles: x is gathered, from
+the L1 cache for most taps.
 
-The rounded results then are pooled along rows and then along columns, kernel_w and kernel_h steps
-of ``tl.gather`` through shared memory: 6 in place of the 9 that a window of 3 x 3 would take at
-once. What lies outside of the convolution's map is minus infinity by then, and NaN wins over all.
+The rounded results are pooled along rows and then along columns, in kernel_w and kernel_h steps of
+``tl.gather`` through shared memory: 6 instead of the 9 of a direct 3 x 3 window. Pixels outside of
+the convolution's map are minus infinity, and NaN is propagated.
 
-Occupancy designed for: one program of 8 warps in strict float32, two else; 16 KiB of shared memory
-in half precision, for the tile that is gathered from.
+Designed for one program of 8 warps per multiprocessor in strict float32, two otherwise; 16 KiB of
+shared memory in half precision, for the tile that is gathered from.
 """
 
 from __future__ import annotations
@@ -30,14 +30,22 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ._common import REGISTERS, cdiv, channel_affine, check_map, on_device, power_of_two, relu
+from ._conv_call import BATCH_NORM, FOLDED, Affine, ConvCall, filters
 from ._conv_plan import precision_of
 from ._conv_shape import ConvShape, check_pair, window
 from ._implicit_gemm import accumulate
-from .conv_bn_add_relu import BATCH_NORM, FOLDED, Affine, ConvCall, _filters
 
 
 class StemConfig(NamedTuple):
-    """Pixels of the convolution in a tile, filters, depth of a step; warps and stages."""
+    """A tile of the stem.
+
+    Attributes:
+        block_m: Pixels of the convolution.
+        block_n: Filters.
+        block_k: Depth of a step.
+        warps: Warps of the program.
+        stages: Stages of its pipeline.
+    """
 
     block_m: int
     block_n: int
@@ -46,7 +54,7 @@ class StemConfig(NamedTuple):
     stages: int
 
 
-#: By how products are made. The second of each is for maps of which the first would make too few.
+#: By the precision of products. The second of each is for maps with too few of the first.
 CONFIGS: dict[str, list[StemConfig]] = {
     "half": [StemConfig(128, 64, 32, 8, 2), StemConfig(64, 64, 32, 8, 2)],
     "tf32": [StemConfig(128, 64, 32, 8, 2), StemConfig(64, 64, 32, 8, 2)],
@@ -76,7 +84,7 @@ def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of pooled pixels for a block of filters."""
+    """Compute a tile of pooled pixels for a block of filters."""
     ROWS: tl.constexpr = (TILE_H - 1) * STEP_H + POOL_H
     COLS: tl.constexpr = (TILE_W - 1) * STEP_W + POOL_W
     tile = tl.program_id(0)
@@ -162,7 +170,7 @@ def _pool(
 
 
 def tile_of(config: StemConfig, pool: Pool, pooled: tuple[int, int]) -> tuple[int, int] | None:
-    """Pooled pixels of a program: those of which the map has the fewest tiles, or None."""
+    """The tile of pooled pixels that covers the map with the fewest tiles; None if none fits."""
     best = None
     for h in range(1, min(pooled[0], config.block_m) + 1):
         rows = (h - 1) * pool.stride[0] + pool.kernel[0]
@@ -172,14 +180,14 @@ def tile_of(config: StemConfig, pool: Pool, pooled: tuple[int, int]) -> tuple[in
         if w < 1:
             break
         tiles = cdiv(pooled[0], h) * cdiv(pooled[1], w)
-        # Of the same number of tiles, the one with the least to gather.
+        # Among equal numbers of tiles, the one with the fewest pixels to gather.
         if best is None or (tiles, rows * w) < best[0]:
             best = (tiles, rows * w), (h, w)
     return best and best[1]
 
 
 def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
-    """The stem in one kernel where its tiles fit, else the convolution and torch's pooling."""
+    """The stem in one kernel where a tile fits, else the convolution and PyTorch's max-pool."""
     s, x = call.shape, call.x
     pooled = pool.size(s)
     candidates = [config] if config else CONFIGS[precision_of(x)]
@@ -187,7 +195,7 @@ def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
     fitting = [(c, t) for c, t in zip(candidates, tiles, strict=True) if t is not None]
     if not fitting or s.groups != 1 or max(pool.kernel) > 8:
         return torch.nn.functional.max_pool2d(call.run(None), *pool)
-    # Small maps would fill a large tile but in part.
+    # Small maps would use only a part of a large tile.
     config, (tile_h, tile_w) = min(
         fitting,
         key=lambda ct: cdiv(pooled[0], ct[1][0]) * cdiv(pooled[1], ct[1][1]) * ct[0].block_m,
@@ -247,22 +255,24 @@ def conv_bn_relu_maxpool(
         + \beta))
 
     Args:
-        x: ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
-        weight: ``(K, C / groups, kh, kw)``, dtype of ``x``.
-        conv_bias: ``(K,)``, any float, or None.
-        bn_weight: Likewise; None means 1.
-        bn_bias: Likewise; None means 0.
-        mean: ``(K,)``, any float.
-        var: As ``mean``.
-        stride: In pixels, (height, width), as all of these.
-        padding: Zeros on each side.
-        dilation: Distance between taps.
-        groups: Independent groups of channels; more than one go in two steps.
+        x: Image, ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
+        weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        conv_bias: Bias :math:`b`, ``(K,)``, any float; None means 0.
+        bn_weight: Scale :math:`\gamma`, ``(K,)``, any float; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(K,)``, any float; None means 0.
+        mean: :math:`\mu`, ``(K,)``, any float.
+        var: :math:`\sigma^2`, ``(K,)``, any float.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side of ``x``, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+        groups: Number of independent groups of channels; with more than one, the max-pool is a
+            separate operation.
         eps: Added to the variance.
-        pool_kernel: Window of the max-pool.
-        pool_stride: Its step.
-        pool_padding: Its padding with minus infinity.
-        config: Forces a configuration.
+        pool_kernel: Window of the max-pool, ``(height, width)``.
+        pool_stride: Stride of the max-pool, ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side,
+            ``(height, width)``.
+        config: Forces a configuration; None chooses one.
 
     Returns:
         ``(N, K, PH, PW)``, dtype and memory format of ``x``.
@@ -276,7 +286,7 @@ def conv_bn_relu_maxpool(
     call = ConvCall(
         op,
         x,
-        _filters(op, weight, x),
+        filters(op, weight, x),
         weight.shape,
         (stride, padding, dilation, groups),
         Affine(conv_bias, bn_weight, bn_bias, mean, var, eps),
@@ -305,25 +315,27 @@ def conv_bn_relu_maxpool_packed(
     """The stem with a packed weight and a folded batch norm.
 
     Args:
-        x: As :func:`conv_bn_relu_maxpool`.
-        packed: The weight as a vector, [k][kh][kw][c / groups], dtype of ``x``.
-        scale: ``(K,)``, any float.
-        shift: As ``scale``.
-        weight_shape: ``(K, C / groups, kh, kw)``.
-        stride: See there, and so all that follow.
-        padding: See there.
-        dilation: See there.
-        groups: See there.
-        pool_kernel: See there.
-        pool_stride: See there.
-        pool_padding: See there.
-        config: See there.
+        x: Image, ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
+        packed: The filters as a vector, [k][kh][kw][c / groups], dtype of ``x``.
+        scale: Scale of each output channel, ``(K,)``, any float.
+        shift: Shift of each output channel, ``(K,)``, any float.
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side of ``x``, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+        groups: Number of independent groups of channels; with more than one, the max-pool is a
+            separate operation.
+        pool_kernel: Window of the max-pool, ``(height, width)``.
+        pool_stride: Stride of the max-pool, ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side,
+            ``(height, width)``.
+        config: Forces a configuration; None chooses one.
 
     Returns:
         ``(N, K, PH, PW)``, dtype of ``x``, channels_last.
 
     Raises:
-        ValueError: As :func:`conv_bn_relu_maxpool`.
+        ValueError: Wrong rank, shape or device, or a kernel or window larger than its padded map.
         TypeError: Wrong dtype.
     """
     op = "conv_bn_relu_maxpool_packed"

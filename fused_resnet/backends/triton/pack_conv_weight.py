@@ -1,4 +1,4 @@
-"""Weights as the convolutions' kernels read them: [k][kh][kw][c / groups], filter by filter."""
+"""Packs weights into the layout of the convolution kernels: [k][kh][kw][c / groups]."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def pack_conv_weight(weight: Tensor, groups: int) -> Tensor:
-    """Lay a weight out for the kernels, in its own dtype.
+    """Pack a weight for the kernels.
 
     Args:
         weight: ``(K, C / groups, kh, kw)``.
-        groups: Independent groups of channels.
+        groups: Number of independent groups of channels.
 
     Returns:
-        A vector, a copy.
+        A copy as a vector in the order [k][kh][kw][c / groups], dtype of ``weight``.
 
     Raises:
         ValueError: Wrong rank, or groups that do not divide K.
@@ -37,12 +37,12 @@ def unpack_conv_weight(packed: Tensor, weight_shape: Sequence[int], groups: int)
     """The exact inverse of :func:`pack_conv_weight`.
 
     Args:
-        packed: A packed weight.
-        weight_shape: ``(K, C / groups, kh, kw)``.
-        groups: As it was packed.
+        packed: The result of :func:`pack_conv_weight`.
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
+        groups: Number of groups that the weight was packed for; the layout does not depend on it.
 
     Returns:
-        The weight, a copy, contiguous.
+        A contiguous copy of the weight, ``weight_shape``.
 
     Raises:
         ValueError: ``packed`` does not belong to that shape.

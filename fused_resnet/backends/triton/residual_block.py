@@ -1,20 +1,21 @@
-r"""A frozen residual block; the end of a bottleneck in one kernel.
+r"""A frozen residual block; the last two convolutions of a bottleneck in one kernel.
 
-The 3x3's result is kept on chip:
+The result of the 3x3 convolution stays on chip:
 
     h[m][j] = relu(scale1[j] sum_k a[m][k] w1[j][k] + shift1[j])        j < 64 or 128
     y[m][n] = relu(scale2[n] sum_j h[m][j] w2[n][j] + shift2[n] + r[m][n])
 
-A program makes h for its pixels with all middle channels at once, as one tile of an ordinary
-convolution; rounds it to the storage type, as if it went to memory; and multiplies it by w2, 64
-output channels at a time. h is an operand of that product straight from registers on sm_80 and
-sm_90, and passes through shared memory where the tensor core reads it there.
+A program computes h for its pixels and all middle channels, as one tile of an ordinary
+convolution; rounds it to the storage type, as if it were stored; and multiplies it by w2, 64 output
+channels at a time. On sm_80 and sm_90 h is an operand of that product directly from registers; on
+architectures whose tensor cores read it from shared memory it passes through there.
 
-Bytes: x, r and y once each; h never, which between separate kernels is written and read: in
-ResNet's stage 1 a fifth of the bytes of both. Flops as separate: 2 m (j k + n j). w2 (32 or 128
-KiB) stays in the L2 cache. More middle channels would leave no registers for the second product,
-and those stages are not bound by memory: they are chains of convolutions, as basic blocks are. A
-shortcut is the same sum as the block's last convolution where it comes joined.
+Bytes: x, r and y once each. h, which separate kernels would write and read, is never stored: in
+ResNet's stage 1 that is a fifth of the bytes of both. The flops are those of separate kernels,
+2 m (j k + n j). w2 (32 or 128 KiB) stays in the L2 cache. More middle channels would leave no
+registers for the second product, and those stages are not memory-bound: they run as single
+convolutions, as basic blocks do. Where the filters of the shortcut are concatenated to those of the
+last convolution, both are one GEMM.
 """
 
 from __future__ import annotations
@@ -27,20 +28,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import REGISTERS, cdiv, channel_affine, check_same, on_device, relu, vector
+from ._conv_call import FOLDED, Affine, ConvCall
 from ._conv_plan import ConvConfig as Tile
 from ._conv_plan import mode_of, precision_of, steps_of
 from ._implicit_gemm import accumulate, finish
-from .conv_bn_add_relu import (
-    FOLDED,
-    Affine,
-    ConvCall,
-    conv_bn_add_relu_packed,
-    conv_conv_add_relu_packed,
-)
+from .conv_bn_add_relu import conv_bn_add_relu_packed, conv_conv_add_relu_packed
 
 
 class BlockConfig(NamedTuple):
-    """Pixels, middle channels, depth of a step, output channels at a time; warps and stages."""
+    """A tile of the kernel.
+
+    Attributes:
+        block_m: Pixels.
+        middle: Middle channels.
+        block_k: Depth of a step.
+        block_n: Output channels at a time.
+        warps: Warps of the program.
+        stages: Stages of its pipeline.
+    """
 
     block_m: int
     middle: int
@@ -50,7 +55,7 @@ class BlockConfig(NamedTuple):
     stages: int
 
 
-#: By middle channels.
+#: By the number of middle channels.
 CONFIGS: dict[int, BlockConfig] = {
     64: BlockConfig(128, 64, 64, 64, 8, 3),
     128: BlockConfig(128, 128, 64, 64, 8, 3),
@@ -70,7 +75,7 @@ def residual_block_kernel(  # type: ignore[no-untyped-def]
     MODE: tl.constexpr, EVEN_C: tl.constexpr, MIDDLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All channels of a tile of pixels."""
+    """Compute all channels of a tile of pixels."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, MIDDLE)
     image = m // (OH * OW)
@@ -97,7 +102,18 @@ def residual_block_kernel(  # type: ignore[no-untyped-def]
 
 
 class BlockConv(NamedTuple):
-    """A packed convolution of the block, with the affine step behind it."""
+    """A packed convolution of the block.
+
+    Attributes:
+        packed: The filters as a vector, [k][kh][kw][c / groups].
+        scale: Scale of each output channel, ``(K,)``.
+        shift: Shift of each output channel, ``(K,)``.
+        weight_shape: ``(K, C / groups, kh, kw)``.
+        stride: ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filters' taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+    """
 
     packed: Tensor
     scale: Tensor
@@ -109,13 +125,19 @@ class BlockConv(NamedTuple):
     groups: int
 
     def run(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        """The convolution by itself."""
+        """Run the convolution as a single operation.
+
+        Args:
+            x: Input, ``(N, C, H, W)``.
+            residual: Shape of the result; None for none.
+            relu: Whether to apply ReLU to the sum.
+        """
         return conv_bn_add_relu_packed(
             x, self.packed, self.scale, self.shift, residual, *self[3:], relu
         )
 
 
-def _take_apart(
+def _decompose(
     x: Tensor,
     packed: Sequence[Tensor],
     scale: Sequence[Tensor],
@@ -125,14 +147,14 @@ def _take_apart(
     dilation: int,
     groups: int,
 ) -> list[BlockConv]:
-    """The block's convolutions, then the shortcut's if there is one; see csrc/residual_block.h."""
+    """The convolutions of the main branch and of the shortcut; see csrc/residual_block.h."""
     op = "residual_block"
-    own, given = (3 if bottleneck else 2), len(packed)
-    if given not in (own, own + 1):
-        raise ValueError(f"{op}: packed: expected {own} or {own + 1} tensors, got {given}")
-    if len(scale) != given or len(shift) != given:
+    own, count = (3 if bottleneck else 2), len(packed)
+    if count not in (own, own + 1):
+        raise ValueError(f"{op}: packed: expected {own} or {own + 1} tensors, got {count}")
+    if len(scale) != count or len(shift) != count:
         raise ValueError(
-            f"{op}: scale, shift: expected {given} tensors, got {len(scale)} and {len(shift)}"
+            f"{op}: scale, shift: expected {count} tensors, got {len(scale)} and {len(shift)}"
         )
     if x.dim() != 4:
         raise ValueError(f"{op}: x: expected 4 dimensions (N, C, H, W), got {list(x.shape)}")
@@ -157,13 +179,13 @@ def _take_apart(
         ]
     else:
         convs = [conv(0, c, 3, stride), conv(1, scale[0].numel(), 3)]
-    return convs + ([conv(own, c, 1, stride)] if given > own else [])
+    return convs + ([conv(own, c, 1, stride)] if count > own else [])
 
 
 def _end(
     x: Tensor, first: BlockConv, second: BlockConv, residual: Tensor, config: BlockConfig | None
 ) -> Tensor:
-    """The last two convolutions: one kernel where there is one for these channels, else two."""
+    """The last two convolutions, in one kernel where it supports these channels, else in two."""
     op = "residual_block"
     middle = first.weight_shape[0]
     config = config or CONFIGS.get(middle)
@@ -198,8 +220,8 @@ def residual_block(
     packed: Sequence[Tensor],
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
-    joined: Tensor | None,
-    joined_shift: Tensor | None,
+    concatenated: Tensor | None,
+    concatenated_shift: Tensor | None,
     bottleneck: bool,
     stride: int,
     dilation: int,
@@ -211,20 +233,23 @@ def residual_block(
     """A frozen basic block, or a bottleneck with the stride on its 3x3.
 
     Args:
-        x: ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
-        packed: Weights of the block's convolutions in order, and then, if there is one more, of the
-            shortcut's 1x1; each a vector, [k][kh][kw][c / groups], dtype of ``x``.
-        scale: ``(K,)`` of each, any float.
-        shift: As ``scale``.
-        joined: The last convolution's and the shortcut's filters, times their scales, one after the
-            other for each output channel; then they are one sum.
-        joined_shift: The sum of their shifts, ``(K,)``.
-        bottleneck: 1x1, 3x3, 1x1; else 3x3, 3x3.
-        stride: Of the bottleneck's 3x3, or of the basic block's first; and of the shortcut.
-        dilation: Of the bottleneck's 3x3.
-        groups: Of the bottleneck's 3x3.
-        winograd: For the CPU; not looked at here.
-        config: Forces a configuration of the kernel that keeps the middle on chip.
+        x: Input, ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
+        packed: Filters of each convolution as a vector, [k][kh][kw][c / groups], dtype of ``x``:
+            the main branch's in order, followed by the shortcut's 1x1 if it has one.
+        scale: Scale of each convolution's output channels, ``(K,)``, any float.
+        shift: Shift of each convolution's output channels, ``(K,)``, any float.
+        concatenated: The filters of the last convolution and of the shortcut, multiplied by their
+            scales and concatenated for each output channel, so that both run as one GEMM; None for
+            two.
+        concatenated_shift: The sum of the shifts of these two, ``(K,)``; None without
+            ``concatenated``.
+        bottleneck: Whether the convolutions are 1x1, 3x3 and 1x1 rather than 3x3 and 3x3.
+        stride: Stride of the bottleneck's 3x3, or of the basic block's first convolution, and of
+            the shortcut, in both directions.
+        dilation: Distance between the taps of the bottleneck's 3x3 filters.
+        groups: Number of independent groups of channels of the bottleneck's 3x3 convolution.
+        winograd: Has no effect; an option of the CPU's kernels.
+        config: Forces a configuration of the kernel for two convolutions; None chooses one.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
@@ -233,16 +258,16 @@ def residual_block(
         ValueError: Wrong number of tensors, rank, shape or device.
         TypeError: Wrong dtype.
     """
-    convs = _take_apart(x, packed, scale, shift, bottleneck, stride, dilation, groups)
+    convs = _decompose(x, packed, scale, shift, bottleneck, stride, dilation, groups)
     own = 3 if bottleneck else 2
     shortcut = convs[own] if len(convs) > own else None
-    if joined is not None and joined_shift is not None and shortcut is not None:
+    if concatenated is not None and concatenated_shift is not None and shortcut is not None:
         h = x
         for conv in convs[: own - 1]:
             h = conv.run(h, None, True)
         last = convs[own - 1]
         return conv_conv_add_relu_packed(
-            h, x, joined, joined_shift, *last[3:7], shortcut.stride, True
+            h, x, concatenated, concatenated_shift, *last[3:7], shortcut.stride, True
         )
     residual = x if shortcut is None else shortcut.run(x, None, False)
     if bottleneck:

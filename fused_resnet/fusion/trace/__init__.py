@@ -1,12 +1,13 @@
-"""The general swapper: any module's forward, traced by itself and rewritten with fused operations.
+"""Fusing modules of any class: their forward is traced, matched and rewritten.
 
-``tracing`` and ``purity`` find out what a forward does and what that depends on, ``patterns``,
-``aliasing`` and ``matching`` find groups in it, ``whole_block`` sees where they are one residual
-block, ``emitting`` and ``plan`` make the forward that runs them, and ``swapper`` decides where to
-begin.
+``arguments``, ``tracing``, ``output_kinds`` and ``purity`` trace a forward and record what the
+trace depends on; ``patterns``, ``aliasing`` and ``matching`` find groups in its graph;
+``whole_block`` recognises residual blocks and ``early_stages`` the stages of a network; ``codegen``
+and ``generated_forward`` write and run the fused forward. ``generate`` is the entry point: it
+decides which submodules are traced together.
 """
 
-from .plan import Plan, TracedForward
-from .swapper import Left, parents_of, plan_of
+from .generate import Unfused, generate_forward, parents_of
+from .generated_forward import GeneratedForward, TracedForward
 
-__all__ = ["Left", "Plan", "TracedForward", "parents_of", "plan_of"]
+__all__ = ["GeneratedForward", "TracedForward", "Unfused", "generate_forward", "parents_of"]

@@ -1,7 +1,7 @@
-"""What an operation of a graph may write to, and what its result may be a view of.
+"""Alias analysis: what a node of a graph may write to, and what its result may be a view of.
 
-Both are asked before an operation is moved behind others: nothing in between may write to what it
-reads. Every answer errs to the side of a write or a view.
+Needed before an operation is moved behind other nodes, none of which may write to its inputs. The
+analysis is conservative: an unknown operation writes to its inputs and returns a view of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ...nn.module_kinds import is_hooked, original_class
 
-#: Functions and methods whose result is always memory of its own.
+#: Functions and methods that always return newly allocated memory.
 _FRESH = {
     "abs", "adaptive_avg_pool2d", "adaptive_max_pool2d", "add", "avg_pool2d", "batch_norm", "cat",
     "clamp", "clamp_min", "clone", "conv2d", "div", "gelu", "interpolate", "linear", "matmul",
@@ -21,11 +21,11 @@ _FRESH = {
     "sum", "tanh", "truediv",
 }  # fmt: skip
 
-#: Functions that ask and give no tensor back.
-_ASKING = {"size", "dim", "ndimension", "_assert", "eq", "ne", "lt", "le", "gt", "ge"}
+#: Functions that return no tensor.
+_QUERIES = {"size", "dim", "ndimension", "_assert", "eq", "ne", "lt", "le", "gt", "ge"}
 
-#: Layers of torch.nn that give back their input, or may: not those that compute into new memory.
-_PASSING = (
+#: Layers of torch.nn that may return their input or a view of it.
+_MAY_RETURN_INPUT = (
     nn.Identity,
     nn.Flatten,
     nn.Unflatten,
@@ -46,8 +46,8 @@ class Aliases:
     """For every node of a graph, the nodes whose memory its result may share.
 
     Args:
-        graph: Of ``module``.
-        module: Whose children the graph calls.
+        graph: The graph of a forward.
+        module: The module that the forward belongs to.
         lists: Names of the arguments that are lists.
     """
 
@@ -65,27 +65,35 @@ class Aliases:
                 self.roots[node] = frozenset([node])
             else:
                 self.roots[node] = self.of(node.all_input_nodes) | {node}
-        self._join_what_lists_hold(graph, lists)
+        self._merge_list_items(graph, lists)
 
-    def _join_what_lists_hold(self, graph: fx.Graph, lists: frozenset[str]) -> None:
-        """What is put into a list is read from it later, by whoever has the list."""
+    def _merge_list_items(self, graph: fx.Graph, lists: frozenset[str]) -> None:
+        """Whatever is stored in a list may be read through any reference to the list."""
         for node in graph.nodes:
             inputs = node.all_input_nodes
-            given_list = any(n.op == "placeholder" and n.target in lists for n in inputs)
-            stores = _name(node) == "setitem" if node.op == "call_function" else given_list
+            takes_list = any(n.op == "placeholder" and n.target in lists for n in inputs)
+            stores = _name(node) == "setitem" if node.op == "call_function" else takes_list
             if not stores or node.op not in ("call_function", "call_module"):
                 continue
-            together = self.of(inputs)
+            merged = self.of(inputs)
             for other, roots in self.roots.items():
-                if roots & together:
-                    self.roots[other] = roots | together
+                if roots & merged:
+                    self.roots[other] = roots | merged
 
     def of(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
-        """The union over several nodes."""
+        """The nodes whose memory the results of ``nodes`` may share.
+
+        Args:
+            nodes: Of the graph.
+        """
         return frozenset().union(*(self.roots[node] for node in nodes))
 
     def written(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The memory that the operation may write to."""
+        """The nodes whose memory a node may write to.
+
+        Args:
+            node: Of the graph.
+        """
         if node.op in ("placeholder", "get_attr", "output"):
             return frozenset()
         if node.op == "call_module":
@@ -105,10 +113,10 @@ class Aliases:
     def _is_fresh(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             child = self.module.get_submodule(str(node.target))
-            return computes_anew(child)
+            return returns_new_tensor(child)
         if node.op not in ("call_function", "call_method"):
             return False
-        return _name(node) in _FRESH | _ASKING and not self._may_be_in_place(node)
+        return _name(node) in _FRESH | _QUERIES and not self._may_be_in_place(node)
 
     @staticmethod
     def _may_be_in_place(node: fx.Node) -> bool:
@@ -116,7 +124,7 @@ class Aliases:
         return flags or node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
 
 
-#: Those that ``operator`` has in place as well, with an ``i`` before the name.
+#: Names in ``operator`` that have an in-place form, with an ``i`` in front.
 _OPERATORS = {
     "add", "and", "floordiv", "matmul", "mod", "mul", "or", "pow", "sub", "truediv", "xor",
 }  # fmt: skip
@@ -133,9 +141,9 @@ def _is_torch_layer(module: nn.Module) -> bool:
     )
 
 
-def computes_anew(module: nn.Module) -> bool:
-    """Whether the result is always memory of its own, and never a view of the input."""
-    if not _is_torch_layer(module) or is_hooked(module) or isinstance(module, _PASSING):
+def returns_new_tensor(module: nn.Module) -> bool:
+    """Whether the module always returns newly allocated memory, never a view of its input."""
+    if not _is_torch_layer(module) or is_hooked(module) or isinstance(module, _MAY_RETURN_INPUT):
         return False
     return not getattr(module, "inplace", False) and not any(True for _ in module.children())
 
@@ -146,23 +154,23 @@ def writes_to_input(module: nn.Module) -> bool:
         return True
     if _is_torch_layer(module) and not any(True for _ in module.children()):
         return bool(getattr(module, "inplace", False))
-    return any(map(_is_in_place, module.modules())) and not _starts_anew(module)
+    return any(map(_is_in_place, module.modules())) and not _writes_only_to_own_results(module)
 
 
-def _starts_anew(module: nn.Module) -> bool:
-    """Whether it is a sequence that computes into new memory before it writes in place."""
+def _writes_only_to_own_results(module: nn.Module) -> bool:
+    """Whether it is an ``nn.Sequential`` that computes a new tensor before it writes in place."""
     if original_class(module).forward is not nn.Sequential.forward:
         return False
     for child in module.children():
         if writes_to_input(child):
             return False
-        if computes_anew(child):
+        if returns_new_tensor(child):
             return True
     return True
 
 
 def _is_in_place(module: nn.Module) -> bool:
-    # What is not PyTorch's own may write wherever its code likes; ReLU is what usually does.
+    # A module that is not PyTorch's may write to anything.
     own_code = not _is_torch_layer(module) and original_class(module) not in (
         nn.Sequential,
         nn.ModuleList,

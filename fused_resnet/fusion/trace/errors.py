@@ -1,7 +1,7 @@
-"""The one error of swapping: a module that is to be left, and why."""
+"""The exception of tracing: why a module is left unfused."""
 
 from __future__ import annotations
 
 
-class Untraceable(Exception):  # noqa: N818  (a verdict, not a fault)
-    """What a module's forward does cannot be known from one trace; the message says why."""
+class Untraceable(Exception):  # noqa: N818  (an outcome, not an error)
+    """One trace cannot stand for every call of a module's forward; the message says why."""

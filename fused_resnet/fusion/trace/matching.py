@@ -1,8 +1,8 @@
-"""The groups in a graph: which nodes one operation may stand for.
+"""Finds the groups of a graph: nodes that one operation can replace.
 
-A group runs where its last node was, so its convolution and batch norm are moved behind what came
-between. That is done only where every result inside the group has one reader, and where nothing in
-between writes to what the group reads or calls a module of the group.
+A group runs at the position of its last node, so its convolution and batch norm move behind the
+nodes in between. That is allowed only where every result inside the group has a single reader, and
+where no node in between writes to the group's inputs or calls one of its modules.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from .patterns import (
     is_relu_module,
 )
 
-#: Stands for the path of a ReLU that is a function.
+#: Used as the path of a ReLU that is called as a function.
 FUNCTION = "<relu>"
 
-#: Why a batch norm is left that no operation has a use for.
+#: The reason of a batch norm that has nothing to be fused with.
 NOTHING_AROUND = "no convolution before it, and no ReLU or addition behind it"
 
 
 @dataclass
 class Match:
-    """One group, by nodes.
+    """One group, as nodes of a graph.
 
     Attributes:
-        source: What the group reads.
-        bn: The normalisation.
+        source: The input of the group.
+        bn: The batch norm.
         conv: The convolution before it; None for none.
-        residual: The other side of the addition; None for none.
-        in_place: Whether the addition was written to the batch norm's result.
-        act: The path of the activation, :data:`FUNCTION`, or empty.
+        residual: The other operand of the addition; None for no addition.
+        in_place: Whether the addition overwrites the batch norm's result.
+        act: Path of the activation; empty for none, :data:`FUNCTION` for a function.
         pool: The max-pool; None for none.
-        members: All nodes of the group, in order; the last one gives the result.
-        identities: Paths of placeholder modules that are passed over.
+        members: All nodes of the group, in order; the last one is the result.
+        identities: Paths of the ``nn.Identity`` modules between them.
     """
 
     source: fx.Node
@@ -65,44 +65,50 @@ class Match:
     identities: list[str] = field(default_factory=list)
 
     @property
-    def worth(self) -> bool:
-        """Whether there is anything to fuse the batch norm with."""
+    def is_useful(self) -> bool:
+        """Whether the group has more than the batch norm."""
         return self.conv is not None or self.residual is not None or bool(self.act)
 
 
 @dataclass
 class Matches:
-    """All groups of a graph, and the batch norms that are in none, with the reason."""
+    """The groups of a graph.
+
+    Attributes:
+        groups: In the order of their batch norms.
+        unfused: ``(path, reason)`` of the batch norms that are in no group.
+    """
 
     groups: list[Match]
-    left: list[tuple[str, str]]
+    unfused: list[tuple[str, str]]
 
 
 def find(graph: fx.Graph, module: nn.Module, lists: frozenset[str] = frozenset()) -> Matches:
-    """Match a graph.
+    """Find the groups of a graph.
 
     Args:
-        graph: Of ``module``.
-        module: Whose children the graph calls.
+        graph: The graph of a forward.
+        module: The module that the forward belongs to.
         lists: Names of the arguments that are lists.
     """
     aliases = Aliases(graph, module, lists)
     order = {node: index for index, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     found = Matches([], [])
-    # The last batch norm first: of an addition's two sides it is the nearer one.
+    # Last batch norm first: where both operands of an addition are batch norms, the later one is
+    # closer to the addition and has fewer nodes to move behind.
     for node in reversed(list(graph.nodes)):
         if not is_normalisation(module, node):
             continue
         for match in _candidates(module, node, taken):
-            if match.worth and _movable(match, module, aliases, order):
+            if match.is_useful and _movable(match, module, aliases, order):
                 found.groups.append(match)
                 taken.update(match.members)
                 break
         else:
-            found.left.append((str(node.target), _why_left(module, node)))
+            found.unfused.append((str(node.target), _unfused_reason(module, node)))
     found.groups.reverse()
-    found.left.reverse()
+    found.unfused.reverse()
     return found
 
 
@@ -151,7 +157,7 @@ def _add_convolution(module: nn.Module, match: Match) -> None:
 
 
 def _follow(module: nn.Module, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The last of the placeholder modules behind a node, each with one reader; and all of them."""
+    """The last of the identities after a node, each with one reader; and all of them."""
     passed: list[fx.Node] = []
     while len(node.users) == 1:
         user = next(iter(node.users))
@@ -173,7 +179,7 @@ def _with_addition(
         return None
     left, right, in_place = sides
     if in_place and left is not last:
-        return None  # it writes to the other side, which somebody may keep
+        return None  # it overwrites the other operand, which may be used elsewhere
     other = right if left is last else left
     if other.op == "get_attr":
         return None
@@ -233,29 +239,30 @@ def _movable(match: Match, module: nn.Module, aliases: Aliases, order: dict[fx.N
     read = aliases.of([match.source])
     if match.residual is not None:
         read |= aliases.of([match.residual])
-    own = _held(module, [n for n in match.members if n.op == "call_module"])
+    state = _state_of(module, [n for n in match.members if n.op == "call_module"])
     return not any(
-        aliases.written(node) & read or (node.op == "call_module" and _held(module, [node]) & own)
+        aliases.written(node) & read
+        or (node.op == "call_module" and _state_of(module, [node]) & state)
         for node in between
     )
 
 
-def _held(module: nn.Module, nodes: list[fx.Node]) -> set[int]:
-    """Identities of the stateful modules, parameters and buffers that the nodes call upon."""
-    held: set[int] = set()
+def _state_of(module: nn.Module, nodes: list[fx.Node]) -> set[int]:
+    """The ids of the stateful modules, parameters and buffers of the modules that nodes call."""
+    state: set[int] = set()
     for node in nodes:
         child = module.get_submodule(str(node.target))
-        held.update(id(m) for m in child.modules() if m._parameters or m._buffers)
-        held.update(map(id, child.parameters()))
-        held.update(map(id, child.buffers()))
-    return held
+        state.update(id(m) for m in child.modules() if m._parameters or m._buffers)
+        state.update(map(id, child.parameters()))
+        state.update(map(id, child.buffers()))
+    return state
 
 
-def _why_left(module: nn.Module, bn: fx.Node) -> str:
+def _unfused_reason(module: nn.Module, bn: fx.Node) -> str:
     child = module.get_submodule(str(bn.target))
-    why = norm_reason(child)
-    if why:
-        return why
+    reason = norm_reason(child)
+    if reason:
+        return reason
     source: fx.Node = bn.args[0]  # type: ignore[assignment]
     if len(bn.users) != 1:
         return f"its result is used {len(bn.users)} times"

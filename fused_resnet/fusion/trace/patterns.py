@@ -1,4 +1,4 @@
-"""What the nodes of a graph are: convolution, normalisation, activation, addition, nothing."""
+"""Predicates on the nodes of a graph: convolution, batch norm, activation, addition, identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
 
 def child_of(module: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The child that a node calls with one argument; None for another kind of node."""
+    """The submodule that a node calls with a single tensor; None for any other node."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
     if not isinstance(node.args[0], fx.Node):
@@ -25,24 +25,24 @@ def child_of(module: nn.Module, node: fx.Node) -> nn.Module | None:
 
 
 def is_conv(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a two-dimensional convolution, of whatever settings and class."""
+    """Whether the node calls a two-dimensional convolution, supported or not."""
     return isinstance(child_of(module, node), nn.Conv2d)
 
 
 def is_normalisation(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a batch norm, of whatever class."""
+    """Whether the node calls a batch norm of any class."""
     child = child_of(module, node)
     return child is not None and is_norm(child)
 
 
 def is_identity(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a placeholder module that gives back its input."""
+    """Whether the node calls an ``nn.Identity``."""
     child = child_of(module, node)
     return child is not None and type(child) is nn.Identity
 
 
 def is_pool(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a max-pool that the stem's operation has."""
+    """Whether the node calls a max-pool that the stem's operation supports."""
     child = child_of(module, node)
     return child is not None and is_max_pool(child)
 
@@ -63,7 +63,11 @@ def is_relu_function(node: fx.Node) -> bool:
 
 
 def addition(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-    """The two sides of an addition of two results, and whether the left one is written to."""
+    """The operands of an addition of two results, and whether it overwrites the left one.
+
+    Args:
+        node: Of the graph; None is returned for one that is not such an addition.
+    """
     method = node.op == "call_method" and node.target in ("add", "add_")
     function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
     if not (method or function) or len(node.args) != 2 or node.kwargs:

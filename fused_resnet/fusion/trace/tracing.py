@@ -1,18 +1,15 @@
-"""One module traced by itself: the operations of its own forward, with its children as leaves.
+"""Tracing one module: the operations of its own forward, with its children as leaves.
 
-Tracing runs the forward once with stand-ins for its tensors. What that one run cannot show, it
-assumes, and the assumptions are recorded beside the graph: every attribute that was read and its
-value, every argument that was a tensor or was left at its default, and every question about a
-shape. The forward that is made of a graph asks for them at each call.
+The forward runs once with ``torch.fx`` proxies for its tensors. The assumptions of that run are
+recorded with the graph: the value of every attribute that was read, the kind of every argument, and
+the outcome of every condition on a shape. The generated forward checks them at each call.
 """
 
 from __future__ import annotations
 
-import inspect
 import operator
 import sys
 import types
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,89 +20,80 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .arguments import DEFAULT, SEQUENCE, TENSOR, Argument
 from .errors import Untraceable
-from .purity import is_not_users, names_of, watching
-from .results import Given, Results
+from .output_kinds import OutputKind, OutputKinds
+from .purity import checking_purity, is_library_file
 
-#: What an argument was while the module was traced.
-TENSOR, SEQUENCE, DEFAULT, UNUSED = "tensor", "sequence", "default", "unused"
-
-#: Attributes that every module has for PyTorch's own use. The one that forwards ask for is kept.
+#: Attributes of every module for PyTorch's internal use; ``training``, which forwards read, is not.
 _INTERNAL = set(nn.Module().__dict__) - {"training"}
 
-#: Functions and methods that ask a tensor for its shape and for nothing else.
+#: Methods and attributes of a tensor that depend only on its shape and dtype.
 _SHAPE_METHODS = {"size", "dim", "ndimension"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype"}
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A parameter of a forward: how it was given, and its default."""
-
-    name: str
-    given: str
-    default: Any = inspect.Parameter.empty
-    keyword_only: bool = False
-
-
 @dataclass
 class Trace:
-    """A graph and what it holds for.
+    """A graph and the assumptions under which it is valid.
 
     Attributes:
-        graph: Nodes as ``torch.fx`` has them; children that were entered are not in it.
+        graph: Of the forward; a submodule that was inlined has no node of its own.
         arguments: Of the forward, in order.
-        reads: ``(path of a module, attribute)`` and the value that it had.
-        conditions: Nodes that were asked for their truth, and the answer that was taken.
-        entered: Paths of the children whose forward was traced as part of this one.
-        asks_types: Whether the code looks at the classes of modules or at what they have.
-        asked: Paths of the children whose results' classes the code asked for.
-        gave: What the entered children gave, where that is known.
-        looked_into: Paths of the children that are no part of this trace, but whose code was read
-            for what they give.
+        reads: The value of each attribute that was read, by ``(path of the module, attribute)``.
+        conditions: The nodes on whose truth value the code branched, and the outcome traced.
+        inlined: Paths of the submodules whose forward was traced as part of this one.
+        inspects_types: Whether the code inspects classes or attributes with ``isinstance``,
+            ``type``, ``hasattr`` or ``getattr``.
+        inspected_outputs: Paths of the submodules whose result's class the code inspected.
+        output_kinds: The kinds of the inlined submodules' results, where they are known.
+        examined: Paths of the submodules that are leaves here, but were traced before to find out
+            the kind of their result.
     """
 
     graph: fx.Graph
     arguments: tuple[Argument, ...]
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     conditions: list[tuple[fx.Node, bool]] = field(default_factory=list)
-    entered: tuple[str, ...] = ()
-    asks_types: bool = False
-    asked: tuple[str, ...] = ()
-    gave: dict[str, Given] = field(default_factory=dict)
-    looked_into: tuple[str, ...] = ()
+    inlined: tuple[str, ...] = ()
+    inspects_types: bool = False
+    inspected_outputs: tuple[str, ...] = ()
+    output_kinds: dict[str, OutputKind] = field(default_factory=dict)
+    examined: tuple[str, ...] = ()
 
 
 def trace(
     module: nn.Module,
     arguments: tuple[Argument, ...],
-    enter: frozenset[str] = frozenset(),
-    given: Mapping[str, Given] | None = None,
+    inline: frozenset[str] = frozenset(),
+    output_kinds: Mapping[str, OutputKind] | None = None,
 ) -> Trace:
     """Trace the module's forward.
 
     Args:
-        module: Its forward is that of its class.
-        arguments: What is assumed of each of the forward's parameters.
-        enter: Paths of the children to trace as part of the module, instead of as leaves.
-        given: What children that are leaves give, by path, as far as it is known.
+        module: The module; its forward is the one of its class.
+        arguments: The assumed kind of each parameter of the forward.
+        inline: Paths of the submodules to trace as part of the module, instead of as leaves.
+        output_kinds: The kinds of the results of submodules that are leaves, by path, where they
+            are known.
 
     Raises:
-        AsksForResult: It asks for what a child gives that is not in ``given``.
-        Untraceable: The forward's operations cannot be known from one run.
+        NeedsOutputKind: The code depends on the kind of a result that is not in ``output_kinds``.
+        Untraceable: One run cannot show the operations of every call.
     """
-    answers: list[bool] = []
+    outcomes: list[bool] = []
     while True:
-        tracer = _Tracer(module, arguments, enter, answers, given or {})
+        tracer = _Tracer(module, arguments, inline, outcomes, output_kinds or {})
         try:
             return tracer.run()
         except Untraceable:
             raise
         except Exception as error:
-            # A check of a shape that raises was answered the wrong way; anything else is final.
-            taken = [answer for _, answer in tracer.conditions]
+            # The branch taken last may be the one that raises, such as a check of a shape: try the
+            # other one.
+            taken = [outcome for _, outcome in tracer.conditions]
             if taken and not taken[-1] and len(taken) <= 8:
-                answers = [*taken[:-1], True]
+                outcomes = [*taken[:-1], True]
                 continue
             raise Untraceable(f"torch.fx cannot trace it: {_first_line(error)}") from error
 
@@ -115,96 +103,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
 
 
-def ways_to_call(module: nn.Module) -> Iterator[tuple[Argument, ...]]:
-    """Assumptions about the forward's arguments, the plainest call first.
-
-    Arguments without a default are tensors, or lists where their annotation says so; the first is
-    tried as a list as well where the code asks for classes. Those whose default is None are tried
-    at it and as tensors. All others keep their default.
-
-    Args:
-        module: Its forward is that of its class.
-
-    Raises:
-        Untraceable: The forward has no signature, or one that takes anything.
-    """
-    forward = type(module).forward
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
-    except (TypeError, ValueError) as error:
-        raise Untraceable("its forward has no signature") from error
-    base: list[Argument] = []
-    optional: list[int] = []
-    for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise Untraceable("its forward takes any arguments")
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise Untraceable("its forward takes positional arguments only")
-        given = DEFAULT
-        if not _uses(forward, parameter.name):
-            given = UNUSED
-        elif parameter.default is parameter.empty:
-            given = SEQUENCE if _is_sequence(parameter.annotation) else TENSOR
-        elif parameter.default is None:
-            optional.append(len(base))
-        only = parameter.kind is parameter.KEYWORD_ONLY
-        base.append(Argument(parameter.name, given, parameter.default, only))
-    for chosen in range(1 << min(len(optional), 2)):
-        arguments = list(base)
-        for bit, index in enumerate(optional):
-            if chosen >> bit & 1:
-                old = arguments[index]
-                arguments[index] = Argument(old.name, TENSOR, old.default, old.keyword_only)
-        yield tuple(arguments)
-    tensors = [a for a in base if a.given == TENSOR]
-    if tensors and "isinstance" in _code_names(forward):
-        first = tensors[0]
-        as_list = Argument(first.name, SEQUENCE, first.default, first.keyword_only)
-        yield tuple(as_list if a is first else a for a in base)
-
-
-def _code_names(forward: Callable[..., Any]) -> frozenset[str]:
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return frozenset() if code is None else names_of(code)
-
-
-def _uses(forward: Callable[..., Any], name: str) -> bool:
-    function = inspect.unwrap(forward)
-    code = getattr(function, "__code__", None)
-    if code is None or name in code.co_cellvars:
-        return True
-    import dis
-
-    for instruction in dis.get_instructions(code):
-        if "FAST" in instruction.opname and name in _names(instruction.argval):
-            return True
-    return False
-
-
-def _names(argument: Any) -> tuple[Any, ...]:
-    return argument if isinstance(argument, tuple) else (argument,)
-
-
-def _is_sequence(annotation: Any) -> bool:
-    if isinstance(annotation, str):
-        text = annotation.rpartition(".")[2] if "[" not in annotation else annotation
-        return text.removeprefix("typing.").partition("[")[0] in ("List", "list", "Sequence")
-    return typing.get_origin(annotation) in (list, tuple) or annotation in (list, tuple)
-
-
 class _Proxy(fx.Proxy):
-    """A stand-in that passes for a tensor only where it must be one."""
+    """A proxy for whose result ``isinstance`` says Tensor or list where that is known."""
 
     tracer: _Tracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if is_not_users(sys._getframe(1).f_code.co_filename):
+        if is_library_file(sys._getframe(1).f_code.co_filename):
             return _Proxy
         if self.node.op == "placeholder" and self.node.target in self.tracer.lists:
             return list
-        given = self.tracer.results.of(self.node, "asks for the class of a result")
-        return Tensor if given is None else list
+        length = self.tracer.results.of(self.node, "inspects the class of a result")
+        return Tensor if length is None else list
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -217,8 +128,8 @@ def _record_in_place(function: Callable[..., Any]) -> Callable[[_Proxy, Any], An
     return record
 
 
-# torch.fx has no assignments in place: Python would turn ``y += x`` into ``y = y + x``, and whoever
-# else holds y would no longer see the sum.
+# torch.fx.Proxy has no in-place operators, so Python would turn ``y += x`` into ``y = y + x``, and
+# other references to y would miss the update.
 for _name in (
     "add",
     "sub",
@@ -236,7 +147,7 @@ for _name in (
 
 
 class _Changed:
-    """Stands in a list that a child was given: what is there now, the child's code knows."""
+    """Replaces the items of a list that was passed to a child, which may have changed them."""
 
     def refuse(self, *_: Any) -> Any:
         raise Untraceable("its forward reads a list that a child may have changed")
@@ -246,19 +157,19 @@ class _Changed:
     __class__ = property(refuse)
 
 
-def _forget(value: Any) -> None:
-    """Make every list and dict in a child's arguments unreadable."""
+def _invalidate(value: Any) -> None:
+    """Make the items of every list and dict in a child's arguments unreadable."""
     if type(value) in (list, dict):
         for key in list(value) if type(value) is dict else range(len(value)):
-            _forget(value[key])
+            _invalidate(value[key])
             value[key] = _Changed()
     elif type(value) is tuple:
-        for part in value:
-            _forget(part)
+        for item in value:
+            _invalidate(item)
 
 
 class _NoOtherTensors(TorchFunctionMode):
-    """Refuses operations that the trace would compute once and keep: random numbers, constants."""
+    """Refuses operations without a proxy, whose result would be a constant of the trace."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -275,20 +186,20 @@ class _Tracer(fx.Tracer):
         self,
         module: nn.Module,
         arguments: tuple[Argument, ...],
-        enter: frozenset[str],
-        answers: list[bool],
-        given: Mapping[str, Given],
+        inline: frozenset[str],
+        outcomes: list[bool],
+        output_kinds: Mapping[str, OutputKind],
     ) -> None:
         super().__init__()
         self.module = module
         self.arguments = arguments
-        self.tensors = {a.name for a in arguments if a.given == TENSOR}
-        self.lists = {a.name for a in arguments if a.given == SEQUENCE}
-        self.enter = {module.get_submodule(path): path for path in enter}
-        self.answers = answers
-        self.results = Results(module, self.tensors, given)
-        self.gave: dict[str, Given] = {}
-        self.vague: set[str] = set()
+        self.tensors = {a.name for a in arguments if a.kind == TENSOR}
+        self.lists = {a.name for a in arguments if a.kind == SEQUENCE}
+        self.inline = {module.get_submodule(path): path for path in inline}
+        self.outcomes = outcomes
+        self.results = OutputKinds(module, self.tensors, output_kinds)
+        self.inlined_kinds: dict[str, OutputKind] = {}
+        self.unknown_kinds: set[str] = set()
         self.paths = {m: path for path, m in module.named_modules()}
         self.reads: dict[tuple[str, str], Any] = {}
         self.copies: list[tuple[Any, Any]] = []
@@ -306,45 +217,45 @@ class _Tracer(fx.Tracer):
             self.arguments,
             self.reads,
             self.conditions,
-            tuple(self.enter.values()),
+            tuple(self.inline.values()),
             bool(self.names & {"isinstance", "type", "hasattr", "getattr"}),
-            tuple(self.results.asked),
-            {path: given for path, given in self.gave.items() if path not in self.vague},
+            tuple(self.results.inspected),
+            {p: kind for p, kind in self.inlined_kinds.items() if p not in self.unknown_kinds},
         )
 
-    # What torch.fx asks a tracer
+    # Methods that torch.fx calls
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m not in self.enter
+        return m not in self.inline
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         result = super().call_module(m, forward, args, kwargs)
-        if m in self.enter:
-            self._note(self.enter[m], result)
+        if m in self.inline:
+            self._record_kind(self.inline[m], result)
         else:
-            _forget((args, tuple(kwargs.values())))
+            _invalidate((args, tuple(kwargs.values())))
         return result
 
-    def _note(self, path: str, result: Any) -> None:
-        """Remember what an entered child gave, if it is the same at each of its calls."""
-        given: Given = None
-        asked = dict(self.results.asked)
+    def _record_kind(self, path: str, result: Any) -> None:
+        """Record the kind of an inlined submodule's result, if all of its calls agree."""
+        kind: OutputKind = None
+        inspected = dict(self.results.inspected)
         try:
             if type(result) is list:
-                given = len(result)
+                kind = len(result)
             elif type(result) is not _Proxy or self.results.of(result.node, "") is not None:
                 raise Untraceable("")
         except Untraceable:
-            self.vague.add(path)
-        self.results.asked = asked  # nobody has asked yet
-        if self.gave.setdefault(path, given) != given:
-            self.vague.add(path)
+            self.unknown_kinds.add(path)
+        self.results.inspected = inspected  # the traced code itself has not inspected the result
+        if self.inlined_kinds.setdefault(path, kind) != kind:
+            self.unknown_kinds.add(path)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         if obj.node.op == "call_module":
-            length = self.results.of(obj.node, "goes through a result of unknown length")
+            length = self.results.of(obj.node, "iterates over a result of unknown length")
             if length is not None:
                 return iter([obj[index] for index in range(length)])  # type: ignore[index]
         return super().iter(obj)
@@ -356,7 +267,7 @@ class _Tracer(fx.Tracer):
         keywords: dict[str, Any] = {}
         for argument in self.arguments:
             value = argument.default
-            if argument.given != DEFAULT:
+            if argument.kind != DEFAULT:
                 value = self.create_proxy("placeholder", argument.name, (), {})
             if argument.keyword_only:
                 keywords[argument.name] = value
@@ -364,7 +275,7 @@ class _Tracer(fx.Tracer):
                 positional.append(value)
 
         def call(*values: Any) -> Any:
-            with watching(self.names):
+            with checking_purity(self.names):
                 return root_fn(*values, **keywords)
 
         return call, positional
@@ -375,8 +286,8 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if attr_val is None or isinstance(attr_val, Tensor):
             for module, path in self.paths.items():
-                for held in (module._parameters, module._buffers):
-                    if held.get(attr, self) is attr_val:
+                for tensors in (module._parameters, module._buffers):
+                    if tensors.get(attr, self) is attr_val:
                         self.reads[path, attr] = None if attr_val is None else Tensor
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -384,9 +295,9 @@ class _Tracer(fx.Tracer):
         if not _is_of_shape(obj.node):
             raise Untraceable("its forward branches on the values of a tensor")
         index = len(self.conditions)
-        answer = self.answers[index] if index < len(self.answers) else False
-        self.conditions.append((obj.node, answer))
-        return answer
+        outcome = self.outcomes[index] if index < len(self.outcomes) else False
+        self.conditions.append((obj.node, outcome))
+        return outcome
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
@@ -396,10 +307,19 @@ class _Tracer(fx.Tracer):
             return self.create_node("call_function", type(a), (pairs,), {})
         return super().create_arg(a)
 
-    # What the forward reads of its modules
+    # Attributes that the forward reads
 
     def read(self, module: nn.Module, name: str, value: Any) -> Any:
-        """Record that the forward read an attribute; returns what it is given to see."""
+        """Record that the forward reads an attribute.
+
+        Args:
+            module: Whose attribute it is.
+            name: Of the attribute.
+            value: Its value.
+
+        Returns:
+            The value, or a copy of a list, dict or set, so that writes to it are noticed.
+        """
         path = self.paths.get(module)
         if path is None:
             raise Untraceable(f"its forward reads {name} of a module that is not its own")
@@ -419,15 +339,15 @@ class _Tracer(fx.Tracer):
 
 
 def _is_of_shape(node: fx.Node) -> bool:
-    """Whether a node follows from the shapes and dtypes of the arguments alone."""
+    """Whether a node depends only on the shapes and dtypes of the arguments."""
     if node.op == "placeholder":
         return False
     for source in node.all_input_nodes:
-        asks = (node.op == "call_method" and node.target in _SHAPE_METHODS) or (
+        is_query = (node.op == "call_method" and node.target in _SHAPE_METHODS) or (
             node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
         )
         if source.op == "placeholder":
-            if not asks:
+            if not is_query:
                 return False
         elif not _is_of_shape(source):
             return False
@@ -454,7 +374,7 @@ def _frozen(value: Any) -> Any:
 
 @contextmanager
 def _recording(tracer: _Tracer) -> Iterator[None]:
-    """Make every module tell the tracer what is read of it, and refuse to be written to."""
+    """Make all modules report reads of their attributes to the tracer, and refuse writes."""
 
     def read(self: nn.Module, name: str) -> Any:
         value = object.__getattribute__(self, name)

@@ -1,4 +1,4 @@
-// What the executor's runtime offers to device code: see runtime/.
+// What the simulator's runtime offers to device code: see runtime/.
 //
 // A CUDA thread is a fiber. It runs until it must wait for others (a barrier, a collective of its
 // warp); then the next thread that can go on does. The runtime is compiled once, without

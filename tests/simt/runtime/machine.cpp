@@ -320,7 +320,7 @@ unsigned char* take_shared(size_t offset, size_t bytes, int index) {
     m.fail("the kernel takes " + std::to_string(offset + bytes) +
            " bytes of shared memory, the launch gave " + std::to_string(m.launch->shared));
   }
-  if (index >= kMostBuffers) m.fail("too many shared buffers for the executor");
+  if (index >= kMostBuffers) m.fail("too many shared buffers for the simulator");
   m.buffers.push_back(bytes);
   unpoison(buffer, bytes);
   if (race_take) race_take(buffer, bytes);

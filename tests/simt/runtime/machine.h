@@ -1,4 +1,4 @@
-// One OS thread's executor: the threads of the block that it is running.
+// One OS thread of the simulator: the threads of the block that it runs.
 #pragma once
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// What the executor has to say: launches and reports, as lines of text for the tests.
+// What the simulator has to say: launches and reports, as lines of text for the tests.
 #include <cxxabi.h>
 #include <dlfcn.h>
 

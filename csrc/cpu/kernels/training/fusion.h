@@ -38,6 +38,15 @@ FR_INLINE V bn_gradient_of(V g, V z, V a, V b, V c) {
 
 // --- Prologues. ----------------------------------------------------------------------------------
 
+// What a prologue reads from an element on, for a product that asks the memory for it meanwhile.
+struct Ahead {
+  const char *first, *second;
+};
+template <class T>
+FR_INLINE Ahead ahead_of(const T* first, const T* second) {
+  return {reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(second)};
+}
+
 template <class T>
 struct Plain {
   using A = Acc<T>;
@@ -47,6 +56,7 @@ struct Plain {
   FR_INLINE Vec<A> get(int64_t i, const Channel&) const { return load(x + i); }
   // Asks the processor for the cache line of element i.
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
 };
 
 template <class T>
@@ -62,6 +72,7 @@ struct BnRelu {
     return bn_relu(load(x + i), k.scale, k.shift);
   }
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
 };
 
 // dz = a * g + b * z + c.
@@ -81,6 +92,7 @@ struct BnGrad {
     __builtin_prefetch(g + i);
     __builtin_prefetch(z + i);
   }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(g + i, z + i); }
 };
 
 // dz = a * g, of a batch norm that does not depend on the batch.
@@ -95,6 +107,7 @@ struct Scaled {
   FR_INLINE Channel channel(int64_t k) const { return {load(a + k)}; }
   FR_INLINE Vec<A> get(int64_t i, const Channel& k) const { return k.a * load(g + i); }
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(g + i); }
+  FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(g + i, g + i); }
 };
 
 // Calls run(prologue) with that of the forward's input.
@@ -124,30 +137,42 @@ FR_INLINE void with_gradient(const TrainingBackward& f, Run run) {
 
 // --- Sums over a block. --------------------------------------------------------------------------
 
-// kRows sums per channel. Added in A over kSumRows pixels at most, as `fold` is called so often,
-// and in float64 from there.
+// Channels [begin, end) of a result, which one thread makes.
+struct ChannelRange {
+  int64_t begin, end;
+};
+
+// kRows sums per channel of `made`. Added in A over kSumRows pixels at most, as `fold` is called so
+// often, and in float64 from there.
 template <class A, int kRows>
 struct BlockSums {
   A* near;        // [kRows][channels], in scratch
   double* total;  // [kRows][channels], the block's place in the result
   int64_t channels;
+  ChannelRange made{0, channels};
 
   static int64_t scratch_bytes(int64_t channels) {
     return kRows * channels * static_cast<int64_t>(sizeof(A));
   }
 
   void clear() const {
-    for (int64_t i = 0; i < kRows * channels; ++i) {
-      near[i] = 0;
-      total[i] = 0;
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {
+        near[i] = 0;
+        total[i] = 0;
+      }
     }
   }
 
   // Row 0 is set instead of added to where `pivot`.
   void fold(bool pivot) const {
-    for (int64_t i = 0; i < channels; ++i) total[i] = pivot ? near[i] : total[i] + near[i];
-    for (int64_t i = channels; i < kRows * channels; ++i) total[i] += near[i];
-    for (int64_t i = pivot ? channels : 0; i < kRows * channels; ++i) near[i] = 0;
+    for (int64_t row = 0; row < kRows; ++row) {
+      const bool set = pivot && row == 0;
+      for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {
+        total[i] = set ? near[i] : total[i] + near[i];
+        if (!set) near[i] = 0;
+      }
+    }
   }
 };
 
@@ -289,21 +314,27 @@ struct StoreSum {
 
 // Calls run(epilogue) with the forward's; `near` is room for BlockSums<Acc<T>, kStatisticsRows>.
 template <class T, class Run>
-FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, Run run) {
+FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, ChannelRange made,
+                           Run run) {
   T* z = static_cast<T*>(f.z);
   if (f.sums) {
     const int64_t k = f.shape.k;
-    run(StoreStatistics<T>{z,
-                           {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k}});
+    run(StoreStatistics<T>{
+        z, {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k, made}});
   } else {
     run(Store<T>{z});
   }
+}
+template <class T, class Run>
+FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, Run run) {
+  with_result<T>(f, block, near, ChannelRange{0, f.shape.k}, run);
 }
 
 // Calls run(epilogue) with the data gradient's; `near` is room for BlockSums<Acc<T>,
 // kGradientRows>.
 template <class T, class Run>
-FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near, Run run) {
+FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near,
+                                   ChannelRange made, Run run) {
   using A = Acc<T>;
   T* g = static_cast<T*>(f.g_x);
   const T* x = static_cast<const T*>(f.x);
@@ -315,7 +346,7 @@ FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, voi
                            scale,
                            shift,
                            static_cast<const A*>(f.x_mean),
-                           {static_cast<A*>(near), f.sums + block * kGradientRows * c, c}});
+                           {static_cast<A*>(near), f.sums + block * kGradientRows * c, c, made}});
   } else if (scale) {
     run(StoreMasked<T>{g, x, scale, shift});
   } else if (f.add) {
@@ -323,6 +354,11 @@ FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, voi
   } else {
     run(Store<T>{g});
   }
+}
+
+template <class T, class Run>
+FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near, Run run) {
+  with_input_gradient<T>(f, block, near, ChannelRange{0, f.shape.c}, run);
 }
 
 }  // namespace FR_ISA

@@ -2,11 +2,25 @@
 // once.
 #pragma once
 
+#include "direct.h"
 #include "passes.h"
 #include "stem.h"
+#include "winograd_table.h"
 
 namespace fr {
 namespace FR_ISA {
+
+// Double's convolutions are PyTorch's.
+template <class T>
+constexpr TrainingConv direct_or_none() {
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) return direct_of<T>();
+  return {};
+}
+template <class T>
+constexpr TrainingConv winograd_or_none() {
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) return winograd_training_of<T>();
+  return {};
+}
 
 template <class T>
 constexpr TrainingKernels training_kernels_of() {
@@ -18,9 +32,8 @@ constexpr TrainingKernels training_kernels_of() {
           stem_end<T>,
           stem_end_backward<T>,
           add_parts<Acc<T>>,
-          {},
-          {},
-          {}};
+          direct_or_none<T>(),
+          winograd_or_none<T>()};
 }
 
 // In the order of DType.

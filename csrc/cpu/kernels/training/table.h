@@ -42,7 +42,7 @@ struct BlockEndBackward {
   double* sums;                          // [block][kBlockEndRows][channels]; null: not wanted
 };
 
-// Of the map as it is stored, about the block's first row.
+// Of the map as it is stored, about a pivot of each block's own.
 struct Statistics {
   int64_t channels;
   const void* z;
@@ -89,6 +89,8 @@ struct TrainingForward {
   ConvShape shape;
   const void *x, *x_scale, *x_shift;
   const void* weight;  // as pack_forward leaves it
+  const void* filter;  // as it is, [k][kh][kw][c / groups] of T
+  int64_t splits;      // of each block
   void* z;
   double* sums;  // [block][kStatisticsRows][k], of the stored z; null: not wanted
 };
@@ -102,13 +104,17 @@ struct TrainingBackward {
   const void *g, *z, *a, *b, *c;
   const void *x, *x_scale, *x_shift, *x_mean;
   const void* weight;  // as pack_backward leaves it; null for the weight gradient alone
+  const void* filter;  // as it is, [k][kh][kw][c / groups] of T; null likewise
+  int64_t splits;      // of each block
   const void* add;     // null: nothing
   void* g_x;           // null for the weight gradient alone
   double* sums;        // [block][kGradientRows][c]; null: not wanted
   void* dw;            // of type A: [part][k][kh][kw][c]; null for the data gradient alone
 };
 
-// The blocks of one direction. Any of them may run at the same time as any other.
+// The blocks of one direction. Any of them may run at the same time as any other. A block, which
+// has its sums in one place, may be run in several splits, of the channels that it makes: unit u is
+// split u % splits of block u / splits. No bit depends on their number.
 template <class Args>
 struct BlockKernel {
   int64_t (*blocks)(const ConvShape&);         // null: this direction has no kernel
@@ -118,7 +124,8 @@ struct BlockKernel {
   int64_t (*parts)(const ConvShape&);
   // How many pixels a block's statistics are of. Null but for the forward.
   int64_t (*pixels)(const ConvShape&, int64_t block);
-  void (*run)(const Args&, int64_t block, void* scratch);
+  void (*run)(const Args&, int64_t unit, void* scratch);
+  int64_t (*splits)(const ConvShape&);  // at most; null: one
 };
 
 // One algorithm. A weight comes in T, channels-last memory, that is [k][kh][kw][c / groups].
@@ -150,9 +157,8 @@ struct TrainingKernels {
   // to[i] = the sum of parts[part * numel + i], in order, for i in [begin, end); of type A.
   void (*add_parts)(const void* parts, int64_t count, int64_t numel, int64_t begin, int64_t end,
                     void* to);
-  TrainingConv pointwise;  // 1x1
-  TrainingConv strided;    // 3x3, stride 2
-  TrainingConv winograd;   // 3x3, stride 1
+  TrainingConv direct;    // any kernel and stride
+  TrainingConv winograd;  // 3x3, stride 1
 };
 
 struct TrainingTable {

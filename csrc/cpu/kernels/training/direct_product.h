@@ -1,0 +1,213 @@
+// The product of a direct convolution: [pixels x depth] times [depth x channels].
+//
+// Pixels of the operand are copied through the prologue to rows in the L2 cache, tap by tap and
+// channel by channel, a vector longer than they need be, so that a tile's rows do not all fall on
+// the same sets of the L1 cache where the depth is a power of two. The weight lies in panels
+// [depth][two vectors]. A tile of 14 pixels by two vectors (6 by two with 16 registers) stays in
+// registers from its first term to the epilogue: 28 multiply-adds for 16 loads, of which the 14
+// broadcasts are operands of the multiply-adds.
+//
+// While a block multiplies, it asks the memory for the next block's operand; else one waits for the
+// other.
+#pragma once
+
+#include "direct_grid.h"
+#include "fusion.h"
+
+namespace fr {
+namespace FR_ISA {
+
+constexpr int kTilePixels = FR_VECTOR_BYTES == 64 ? 14 : 6;
+constexpr int64_t kOperandBytes = 512 * 1024;  // of one block's rows in the L2 cache
+constexpr int64_t kMostRows = kSumRows / kTilePixels * kTilePixels;  // of one block
+
+template <class A>
+constexpr int64_t kPanelWidth = 2 * kLanes<A>;
+
+template <class A>
+FR_INLINE bool whole_vectors(const ConvShape& s) {
+  return s.groups == 1 && s.c % kLanes<A> == 0 && s.k % kLanes<A> == 0;
+}
+
+// The operand's pixels `from` (-1: padding), kVecs vectors of channels from c, to rows `step`
+// apart.
+template <int kVecs, class P, class A>
+FR_INLINE void copy_vectors(const P& in, const int64_t* from, int64_t count, int64_t channels,
+                            int64_t c, A* to, int64_t step) {
+  constexpr int64_t lanes = kLanes<A>, ahead = 8;
+  typename P::Channel channel[kVecs];
+  for (int v = 0; v < kVecs; ++v) channel[v] = in.channel(c + v * lanes);
+  for (int64_t p = 0; p < count; ++p, to += step) {
+    if (p + ahead < count) in.ask(max_of(from[p + ahead], 0) * channels + c);
+    for (int v = 0; v < kVecs; ++v) {
+      Vec<A> value{};
+      if (from[p] >= 0) value = in.get(from[p] * channels + c + v * lanes, channel[v]);
+      store(value, to + v * lanes);
+    }
+  }
+}
+
+// That for channels [c, end).
+template <class P, class A>
+FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, int64_t channels,
+                             int64_t c, int64_t end, A* to, int64_t step) {
+  constexpr int64_t lanes = kLanes<A>;
+  for (; c + 2 * lanes <= end; c += 2 * lanes, to += 2 * lanes)
+    copy_vectors<2>(in, from, count, channels, c, to, step);
+  if (c < end) copy_vectors<1>(in, from, count, channels, c, to, step);
+}
+
+constexpr int64_t kAheadBytes = 32;  // of what the next block reads, asked for at each step
+
+// kRows pixels by kVecs vectors: x in rows `step` apart, w a panel. The pixels' vectors begin at
+// elements at[i] + q of the result.
+template <int kRows, int kVecs, class A, class E>
+__attribute__((noinline)) void product_tile(const A* x, int64_t step, int64_t depth, const A* w,
+                                            Ahead ahead, const E& e, const int64_t* at, int64_t q,
+                                            bool pivot) {
+  constexpr int64_t lanes = kLanes<A>;
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) e.ask(at[i] + q);
+  Vec<A> acc[kVecs][kRows];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVecs; ++v)
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) acc[v][i] = Vec<A>{};
+  for (int64_t d = 0; d < depth; ++d, ++x, w += kVecs * lanes) {
+    __builtin_prefetch(ahead.first, 0, 2);
+    __builtin_prefetch(ahead.second, 0, 2);
+    ahead.first += kAheadBytes;
+    ahead.second += kAheadBytes;
+    Vec<A> weight[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * lanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<A> value = broadcast<A>(x[i * step]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[v][i] += value * weight[v];
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t c = q + v * lanes;
+    auto channel = e.channel(c);
+    if (pivot) {
+      Vec<A> sum = acc[v][0];
+#pragma GCC unroll 14
+      for (int i = 1; i < kRows; ++i) sum += acc[v][i];
+      e.pivot(sum * (A(1) / kRows), channel);
+    }
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) e.put(acc[v][i], at[i] + c, channel);
+    e.done(channel, c);
+  }
+}
+
+// All pixels of a block by one panel.
+template <int kVecs, class A, class E, class Next>
+FR_INLINE void product_panel(int64_t count, const A* x, int64_t step, int64_t depth, const A* w,
+                             const Next& next, const E& e, const int64_t* at, int64_t q,
+                             bool pivot) {
+  constexpr int kHalf = kTilePixels / 2;
+  int64_t i = 0;
+  for (; i + kTilePixels <= count; i += kTilePixels)
+    product_tile<kTilePixels, kVecs>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
+                                     pivot && i == 0);
+  for (; i + kHalf <= count; i += kHalf)
+    product_tile<kHalf, kVecs>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
+                               pivot && i == 0);
+  for (; i < count; ++i)
+    product_tile<1, kVecs>(x + i * step, step, depth, w, next(q, i), e, at + i, q, pivot && i == 0);
+}
+
+// Columns [q0, q1) of the product of a block of pixels, whose rows lie at x.
+template <class A, class E, class Next>
+FR_INLINE void product_columns(int64_t count, const A* x, int64_t step, int64_t depth,
+                               const A* weight, int64_t q0, int64_t q1, const Next& next,
+                               const E& e, const int64_t* at, bool pivot) {
+  constexpr int64_t width = kPanelWidth<A>;
+  for (int64_t q = q0; q < q1; q += width) {
+    const A* panel = weight + q * depth;
+    if (q + width <= q1) {
+      product_panel<2>(count, x, step, depth, panel, next, e, at, q, pivot);
+    } else {
+      product_panel<1>(count, x, step, depth, panel, next, e, at, q, pivot);
+    }
+  }
+}
+
+// How a grid's product is cut: into blocks that threads share, of at most kMostRows pixels, and
+// these into chunks whose rows fit the L2 cache.
+struct ProductPlan {
+  int64_t rows, chunk;
+
+  // More blocks for more threads, unless each of them reads a weight that fits no L2 cache.
+  ProductPlan(int64_t pixels, int64_t depth, int64_t weight_bytes, int64_t element) {
+    const int64_t wanted = weight_bytes > (1 << 20) ? 8 : 16;
+    rows = min_of(ceil_div(ceil_div(pixels, wanted), kTilePixels) * kTilePixels, kMostRows);
+    rows = max_of(rows, 2 * kTilePixels);
+    const int64_t fit = kOperandBytes / (row_elements(depth, element) * element);
+    chunk = min_of(max_of(fit / kTilePixels * kTilePixels, 2 * kTilePixels), rows);
+  }
+
+  int64_t blocks(int64_t pixels) const { return ceil_div(pixels, rows); }
+  static int64_t row_elements(int64_t depth, int64_t element) {
+    return depth + kLineBytes / element;
+  }
+};
+
+// A block's scratch: near sums, numbers of pixels, and a chunk's rows.
+template <class A>
+struct ProductScratch {
+  A* near;
+  int64_t *from, *at;
+  A* rows;
+
+  ProductScratch(void* scratch, int64_t sums) {
+    near = static_cast<A*>(scratch);
+    from = reinterpret_cast<int64_t*>(near + ceil_div(sums, 16) * 16);
+    at = from + kMostRows;
+    rows = reinterpret_cast<A*>(at + kMostRows);
+  }
+
+  static int64_t bytes(int64_t sums, int64_t rows, int64_t elements) {
+    return static_cast<int64_t>(sizeof(A)) * (ceil_div(sums, 16) * 16 + rows * elements) +
+           2 * kMostRows * static_cast<int64_t>(sizeof(int64_t));
+  }
+};
+
+// Pixels [begin, end) of a grid: e gets conv(in) where `weight` holds panels of the grid's taps.
+template <class A, class P, class E>
+FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid, const A* weight,
+                             int64_t columns, int64_t begin, int64_t end, int64_t chunk,
+                             const ProductScratch<A>& scratch, const E& e) {
+  const int64_t taps = grid.taps(), depth = taps * channels;
+  const int64_t step = ProductPlan::row_elements(depth, sizeof(A));
+  const bool in_order = taps == 1 && grid.y.move == 1 && grid.x.move == 1;
+  e.begin();
+  for (int64_t p0 = begin; p0 < end; p0 += chunk) {
+    const int64_t count = min_of(chunk, end - p0);
+    for (int64_t t = 0; t < taps; ++t) {
+      grid.sources(t / grid.x.taps, t % grid.x.taps, p0, count, scratch.from);
+      copy_channels(in, scratch.from, count, channels, 0, channels, scratch.rows + t * channels,
+                    step);
+    }
+    grid.places(p0, count, scratch.at);
+    for (int64_t i = 0; i < count; ++i) scratch.at[i] *= columns;
+    // The next chunk's pixels, spread evenly over this one's tiles.
+    const int64_t tiles = ceil_div(count, kTilePixels);
+    const int64_t share = count * channels * kPanelWidth<A> / (tiles * columns);
+    const auto next = [&](int64_t q, int64_t i) {
+      if (!in_order) return in.ahead(0);
+      return in.ahead((p0 + count) * channels +
+                      (q / kPanelWidth<A> * tiles + i / kTilePixels) * share);
+    };
+    product_columns(count, scratch.rows, step, depth, weight, 0, columns, next, e, scratch.at,
+                    p0 == begin);
+  }
+  e.fold();
+}
+
+}  // namespace FR_ISA
+}  // namespace fr

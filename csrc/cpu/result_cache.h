@@ -1,0 +1,29 @@
+// Feature maps whose memory is kept: what a step of a network leaves is soon free, and the next
+// result of that size can lie there.
+//
+// Why: the C library gives large blocks back to the system, which clears every page before it hands
+// it out again. A map of 51 MB costs 20 ms so, more than the convolution that writes it; in a
+// ResNet-50 that is a tenth of an inference's time and 2 to 8% of a training step's.
+//
+// How much: free memory is kept for as long as it and the results in use are together no more than
+// the most that was in use at one time lately (over the last thousand to two thousand results), so
+// that no process holds more than it needed anyway; and it is at most a quarter of the machine's
+// memory. A step of ResNet-50 at batch 16 and 224x224 keeps 1.1 GB for the next one. release_results
+// gives all of it back.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace fr {
+
+// An uninitialised channels-last map. Its memory is kept when the last tensor that uses it goes, for
+// the next map of the same size. Any thread may ask and let go.
+at::Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// Gives free memory back to the system.
+void release_results();
+
+// Bytes of free memory that are kept.
+int64_t kept_result_bytes();
+
+}  // namespace fr

@@ -1,0 +1,148 @@
+// A team of threads that runs a sequence of parallel loops, with a barrier between two loops.
+//
+// at::parallel_for forks and joins ATen's threads for every loop, 0.42 us on two cores; a barrier
+// of OpenMP takes 0.19 us, the one below 0.04. A convolution of ResNet-56 takes 7 us at batch 1.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <utility>
+
+namespace fr {
+
+// The first exception that any thread of a team raised.
+class TeamError {
+ public:
+  bool raised() const { return raised_; }
+
+  void set(std::exception_ptr error) {
+    if (!raised_.exchange(true)) error_ = std::move(error);
+  }
+
+  // To be called by one thread, after the team has finished.
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic<bool> raised_{false};
+  std::exception_ptr error_;
+};
+
+// Returns from wait() once all threads of the team have called it.
+//
+// A waiting thread spins first, since the others usually arrive within microseconds, and then
+// sleeps. It does not yield: when other processes are busy, sched_yield returns only after every
+// one of them has used up its time slice, while a sleeping thread is scheduled soon after it is
+// woken. Measured with busy neighbours on two processors, 60 loops of 7 us, median: four threads
+// that spin and yield take 20 ms, that spin and sleep 7, that sleep at once 2.4; two threads 104,
+// 28 and 28.
+class Barrier {
+ public:
+  // `oversubscribed`: more threads than processors. Then spinning delays the threads waited for.
+  explicit Barrier(bool oversubscribed) : spins_(oversubscribed ? 0 : kSpins) {}
+
+  // `round` counts this thread's calls, this one included.
+  void wait(int64_t round, int64_t threads) {
+    const int64_t all = round * threads;
+    // Sequentially consistent, here and below: either this thread sees the sleeper, or the sleeper
+    // sees this thread's arrival before it sleeps.
+    if (arrived_.fetch_add(1) + 1 == all) {
+      if (sleepers_.load() == 0) return;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      all_arrived_.notify_all();
+      return;
+    }
+    for (int64_t turn = 0; turn < spins_; ++turn) {
+      if (arrived_.load(std::memory_order_acquire) >= all) return;
+      relax();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    all_arrived_.wait(lock, [&] { return arrived_.load() >= all; });
+    sleepers_.fetch_sub(1);
+  }
+
+ private:
+  static constexpr int64_t kSpins = 1000;
+
+  // Tells the processor that this is a spin loop, which frees the core for its sibling thread.
+  static void relax() {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+  }
+
+  const int64_t spins_;
+  std::atomic<int64_t> arrived_{0}, sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable all_arrived_;
+};
+
+// One thread's view of its team. All threads of a team must start the same loops in the same order.
+class ThreadTeam {
+ public:
+  ThreadTeam(int64_t rank, int64_t size, Barrier& barrier, TeamError& error)
+      : rank_(rank), size_(size), barrier_(barrier), error_(error) {}
+
+  int64_t size() const { return size_; }
+
+  // Calls body(begin, end) with this thread's share of [0, count), after all threads have finished
+  // the loop before. A share has at least `grain` iterations. Once a thread has raised an exception
+  // the team's loops do nothing but wait.
+  template <class Body>
+  void parallel_for(int64_t count, int64_t grain, const Body& body) {
+    if (loops_ > 0 && size_ > 1) barrier_.wait(loops_, size_);
+    ++loops_;
+    if (count == 0 || error_.raised()) return;
+    const int64_t threads = std::min(size_, (count + grain - 1) / grain);
+    const int64_t share = (count + threads - 1) / threads;
+    const int64_t begin = rank_ * share;
+    if (begin >= count) return;
+    try {
+      body(begin, std::min(begin + share, count));
+    } catch (...) {
+      error_.set(std::current_exception());
+    }
+  }
+
+ private:
+  const int64_t rank_, size_;
+  Barrier& barrier_;
+  TeamError& error_;
+  int64_t loops_ = 0;  // started so far
+};
+
+// Calls task(team) on each of ATen's threads, or on the calling thread alone if that is inside a
+// parallel region already. The code of a task outside its loops runs on every thread, so it must
+// throw on all of them or on none.
+template <class Task>
+void run_on_thread_team(const Task& task) {
+  at::internal::lazy_init_num_threads();
+  Barrier barrier(at::get_num_threads() > omp_get_num_procs());
+  TeamError error;
+  const auto run = [&](int64_t rank, int64_t size) {
+    const c10::ParallelGuard guard(true);
+    ThreadTeam team(rank, size, barrier, error);
+    try {
+      task(team);
+    } catch (...) {
+      error.set(std::current_exception());
+    }
+  };
+  if (at::in_parallel_region() || at::get_num_threads() == 1) {
+    run(0, 1);
+  } else {
+#pragma omp parallel
+    run(omp_get_thread_num(), omp_get_num_threads());
+  }
+  error.rethrow();
+}
+
+}  // namespace fr

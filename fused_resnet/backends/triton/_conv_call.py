@@ -1,0 +1,296 @@
+"""One call of the convolution kernels: its operands, checked, and its launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._common import REGISTERS, cdiv, check_map, check_same, on_device, vector
+from ._conv_kernels import (
+    STATISTICS_C,
+    STATISTICS_S,
+    conv_bn_add_relu_kernel,
+    conv_split_finish_kernel,
+    conv_statistics_kernel,
+)
+from ._conv_plan import (
+    FINISH_TILE,
+    GROUP_M,
+    ConvConfig,
+    mode_of,
+    parts_of,
+    plan,
+    precision_of,
+    steps_of,
+)
+from ._conv_shape import check_pair, conv_shape
+
+
+class Affine(NamedTuple):
+    """The batch norm after a convolution, with the convolution's bias; or a scale and a shift.
+
+    Attributes:
+        conv_bias: Bias of the convolution, ``(K,)``; None means 0.
+        weight: Scale, ``(K,)``; None means 1.
+        bias: Shift, ``(K,)``; None means 0.
+        mean: Mean, ``(K,)``; None means 0.
+        var: Variance, ``(K,)``; None means that ``weight`` is the scale already.
+        eps: Added to the variance.
+    """
+
+    conv_bias: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    eps: float = 0.0
+
+    def checked(self, op: str, names: Sequence[str], channels: int, x: Tensor) -> Affine:
+        """A copy whose vectors are checked and contiguous.
+
+        Args:
+            op: Name of the operation, for messages.
+            names: Names of the vectors in messages, in the order of the attributes.
+            channels: Expected length of the vectors.
+            x: Input of the convolution, whose device the vectors must have.
+        """
+        dense = [vector(op, *pair, channels, x) for pair in zip(names, self[:5], strict=True)]
+        return Affine(dense[0], dense[1], dense[2], dense[3], dense[4], self.eps)
+
+
+BATCH_NORM = ("conv_bias", "bn_weight", "bn_bias", "mean", "var")
+FOLDED = ("", "scale", "shift", "", "")
+
+
+class Second(NamedTuple):
+    """A 1x1 convolution that is added to the result.
+
+    Attributes:
+        x: Its input, ``(N, C2, H2, W2)``.
+        stride: Its stride, ``(height, width)``.
+    """
+
+    x: Tensor
+    stride: tuple[int, int]
+
+
+class ConvCall:
+    """One call of the convolution: checked sizes and operands.
+
+    Args:
+        op: Name of the operation, for messages.
+        x: Input, ``(N, C, H, W)``.
+        weight: Filters as a vector, [k][kh][kw][c / groups], followed by those of ``second``.
+        weight_shape: ``(K, C / groups, kh, kw)``.
+        geometry: Stride, padding and dilation as ``(height, width)``, and the number of groups.
+        affine: The batch norm after the convolution.
+        names: Names of the vectors of ``affine`` in messages.
+        residual: Shape of the result, dtype of ``x``; None for none.
+        residual_affine: Scale and shift of the residual, ``(K,)`` each, or two None.
+        prologue: Scale and shift of ``x``, ``(C,)`` each, before a ReLU; or two None.
+        second: A 1x1 convolution that is added; None for none.
+        relu: Whether to apply ReLU to the sum.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        x: Tensor,
+        weight: Tensor,
+        weight_shape: Sequence[int],
+        geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+        affine: Affine,
+        names: Sequence[str],
+        residual: Tensor | None = None,
+        residual_affine: tuple[Tensor | None, Tensor | None] = (None, None),
+        prologue: tuple[Tensor | None, Tensor | None] = (None, None),
+        second: Second | None = None,
+        relu: bool = True,
+    ) -> None:
+        s = conv_shape(op, x, weight_shape, *geometry)
+        self.op, self.shape, self.like, self.relu = op, s, x, relu
+        self.x = self.map(x)
+        self.second = second and self._second(second)
+        self.depth = s.depth + (second.x.shape[1] if second else 0)
+        check_same(op, "packed", weight.reshape(-1), [s.k * self.depth], x)
+        self.weight = weight.contiguous().view(s.k, self.depth)
+        self.affine = affine.checked(op, names, s.k, x)
+        check_same(op, "residual", residual, s.result, x)
+        self.residual = None if residual is None else self.map(residual)
+        for what, (scale, shift) in (("residual", residual_affine), ("in", prologue)):
+            if (scale is None) != (shift is None):
+                raise ValueError(f"{op}: {what}_scale, {what}_shift: expected both or neither")
+        self.residual_affine = [
+            vector(op, f"residual_{name}", v, s.k, x)
+            for name, v in zip(("scale", "shift"), residual_affine, strict=True)
+        ]
+        self.prologue = [
+            vector(op, f"in_{name}", v, s.c, x)
+            for name, v in zip(("scale", "shift"), prologue, strict=True)
+        ]
+
+    @staticmethod
+    def map(t: Tensor) -> Tensor:
+        """A map in channels_last order, copied only if it is not."""
+        return t.contiguous(memory_format=torch.channels_last)
+
+    def _second(self, second: Second) -> Second:
+        op, s, (x, stride) = self.op, self.shape, second
+        check_map(op, "x2", x)
+        stride = check_pair(op, "stride2", stride, 1)
+        size = [(n - 1) // by + 1 for n, by in zip(x.shape[2:], stride, strict=True)]
+        if s.groups != 1:
+            raise ValueError(f"{op}: groups: expected 1, got {s.groups}")
+        if x.shape[0] != s.n or size != [s.out_h, s.out_w]:
+            raise ValueError(
+                f"{op}: x2: expected {s.n} images with a pixel for each of {s.out_h} x {s.out_w} "
+                f"results, got {list(x.shape)} with stride {list(stride)}"
+            )
+        check_same(op, "x2", x, x.shape, self.like)
+        if x.shape[1:].numel() >= 2**31:
+            raise ValueError(
+                f"{op}: x2: expected less than 2^31 elements in an image, got {list(x.shape)}"
+            )
+        return Second(self.map(x), stride)
+
+    def empty(self, channels: int | None = None) -> Tensor:
+        """An uninitialised map of the result's size, channels_last."""
+        n, k, h, w = self.shape.result
+        return torch.empty(
+            (n, channels or k, h, w),
+            dtype=self.like.dtype,
+            device=self.like.device,
+            memory_format=torch.channels_last,
+        )
+
+    def choose(self, may_split: bool) -> ConvConfig:
+        """The configuration with the least estimated cost."""
+        second = self.second.x.shape[1] if self.second else 0
+        return plan(self.shape, self.x, second=second, may_split=may_split)
+
+    def operands(self, config: ConvConfig) -> dict[str, Any]:
+        """The kernel's arguments for input and filters, and how it traverses the depth."""
+        s, size = self.shape, self.x.element_size()
+        mode = mode_of(s, config)
+        even = s.group_c % config.block_k == 0
+
+        def fits(t: Tensor, row: int) -> bool:
+            return config.descriptors and t.data_ptr() % 16 == 0 and row * size % 16 == 0
+
+        # A tile of filters must not extend into the next tap, nor one of pixels into another group.
+        by_tile = mode == "pointwise" and s.groups == 1 and self.second is None
+        x_rows = s.n * s.h * s.w
+        w_fits = fits(self.weight, self.depth) and mode != "flat" and (even or by_tile)
+        x_fits = fits(self.x, s.c) and by_tile
+        x: Any = self.x
+        w: Any = self.weight
+        if w_fits:
+            w = TensorDescriptor(
+                w, [s.k, self.depth], [self.depth, 1], [config.block_n, config.block_k]
+            )
+        if x_fits:
+            flat = self.x.permute(0, 2, 3, 1).view(x_rows, s.c)
+            x = TensorDescriptor(flat, [x_rows, s.c], [s.c, 1], [config.block_m, config.block_k])
+        return {
+            "x_ptr": x,
+            "w_ptr": w,
+            "MODE": mode,
+            "EVEN_C": even and mode != "flat",
+            "PRECISION": precision_of(self.x),
+            "X_DESCRIPTOR": x_fits,
+            "W_DESCRIPTOR": w_fits,
+        }
+
+    def geometry(self) -> dict[str, Any]:
+        """The sizes among the arguments of ``accumulate``."""
+        s = self.shape
+        return {
+            "H": s.h, "W": s.w, "C": s.c, "KH": s.kh, "KW": s.kw,
+            "stride_h": s.stride[0], "stride_w": s.stride[1],
+            "pad_h": s.padding[0], "pad_w": s.padding[1],
+            "dil_h": s.dilation[0], "dil_w": s.dilation[1],
+            "group_c": s.group_c, "w_stride": self.depth,
+        }  # fmt: skip
+
+    def epilogue(self) -> dict[str, Any]:
+        """The arguments of ``finish``."""
+        a = self.affine
+        return {
+            "conv_bias_ptr": a.conv_bias, "weight_ptr": a.weight, "bias_ptr": a.bias,
+            "mean_ptr": a.mean, "var_ptr": a.var, "eps": float(a.eps),
+            "residual_ptr": self.residual,
+            "residual_scale_ptr": self.residual_affine[0],
+            "residual_shift_ptr": self.residual_affine[1],
+            "K": self.shape.k, "RELU": self.relu,
+        }  # fmt: skip
+
+    def run(self, config: ConvConfig | None, statistics: Tensor | None = None) -> Tensor:
+        """The result, channels_last.
+
+        Args:
+            config: Forces a configuration; None chooses one.
+            statistics: Receives the mean and M2 of each tile of rows; None for none.
+        """
+        s, y = self.shape, self.empty()
+        if y.numel() == 0:
+            return y
+        config = config or self.choose(may_split=True)
+        second, (h2, w2, c2, stride2) = None, (1, 1, 1, (1, 1))
+        if self.second:
+            second, stride2 = self.second
+            c2, h2, w2 = second.shape[1:]
+        steps = steps_of(s, config)
+        all_steps = steps + (cdiv(c2, config.block_k) if self.second else 0)
+        partial = None
+        if config.split_k > 1:
+            partial = torch.empty(
+                (config.split_k, s.rows, s.k), dtype=torch.float32, device=y.device
+            )
+        tiles = cdiv(s.rows, config.block_m) * cdiv(s.group_k, config.block_n)
+        with on_device(y):
+            conv_bn_add_relu_kernel[(tiles, s.groups, config.split_k)](
+                **self.operands(config), **self.geometry(), **self.epilogue(),
+                second_ptr=second, y_ptr=y, partial_ptr=partial, statistics_ptr=statistics,
+                in_scale_ptr=self.prologue[0], in_shift_ptr=self.prologue[1],
+                M=s.rows, OH=s.out_h, OW=s.out_w, group_k=s.group_k,
+                H2=h2, W2=w2, C2=c2, stride2_h=stride2[0], stride2_w=stride2[1],
+                steps=steps, steps_per_split=cdiv(all_steps, config.split_k),
+                GROUP_M=GROUP_M, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                BLOCK_K=config.block_k, PARTS=parts_of(config), num_warps=config.warps,
+                num_stages=config.stages, maxnreg=REGISTERS,
+            )  # fmt: skip
+            if partial is not None:
+                m, n, warps = FINISH_TILE
+                conv_split_finish_kernel[(cdiv(s.rows, m), cdiv(s.k, n))](
+                    partial, y, **self.epilogue(), M=s.rows, splits=config.split_k,
+                    BLOCK_M=m, BLOCK_N=n, num_warps=warps, maxnreg=REGISTERS,
+                )  # fmt: skip
+        return y
+
+    def run_with_statistics(self, config: ConvConfig | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and the mean and biased variance of each of its channels."""
+        s = self.shape
+        config = (config or self.choose(may_split=False))._replace(split_k=1)
+        mean = torch.empty((s.k,), dtype=torch.float32, device=self.x.device)
+        var = torch.empty_like(mean)
+        if s.rows == 0:
+            return self.empty(), mean.zero_(), var.zero_()
+        slabs = cdiv(s.rows, config.block_m)
+        statistics = torch.empty((slabs, 2, s.k), dtype=torch.float32, device=mean.device)
+        y = self.run(config, statistics)
+        with on_device(y):
+            conv_statistics_kernel[(cdiv(s.k, STATISTICS_C),)](
+                statistics, mean, var, s.rows, s.k, slabs, config.block_m,
+                BLOCK_S=STATISTICS_S, BLOCK_C=STATISTICS_C, num_warps=4, maxnreg=REGISTERS,
+            )  # fmt: skip
+        return y, mean, var
+
+
+def filters(op: str, weight: Tensor, x: Tensor) -> Tensor:
+    """A weight ``(K, C / groups, kh, kw)`` as a vector in the order [k][kh][kw][c / groups]."""
+    check_same(op, "weight", weight, weight.shape, x)
+    return weight.permute(0, 2, 3, 1).reshape(-1) if weight.dim() == 4 else weight

@@ -1,0 +1,201 @@
+r"""y = relu(bn(conv(x, w)) + residual), all of it in one kernel.
+
+    y[m][n] = relu(scale[n] sum_k a[m][k] w[n][k] + shift[n] + r[m][n])
+
+an implicit GEMM (see ``_implicit_gemm.py``) with the batch norm folded in the epilogue from its
+live parameters. Bytes: x, w, the residual and y once each, if the L2 cache holds what neighbouring
+programs share; programs run in groups of 8 rows of tiles for that. Flops: 2 m n k. In bfloat16 on
+an H100 it is memory-bound below 300 flops a byte: every 1x1 with a residual, all of ResNet's stage
+1 and most of stage 2. So operations that would otherwise be passes of their own are options here: a
+batch norm and ReLU before the convolution (applied between the load and the product), a batch norm
+on the residual, the statistics of the result for the batch norm after it, and a second convolution
+that is added (a block's shortcut), as additional depth of the same sum.
+
+Tiles and the reasons for them are in ``_conv_plan.py``. From sm_90 on, filters and the pixels of
+1x1 convolutions are loaded by tensor descriptors: one thread requests a whole tile, and elements
+past the tensor's end are zeros. The pixels under a tap are not a rectangle of memory and are loaded
+by pointers.
+
+Where there are too few tiles, the depth is split (split-K): partial sums go to memory in float32,
+and a finishing kernel adds them in order. The statistics of each tile of rows are a mean and M2,
+from two passes over registers, which another kernel merges in order in float64 (Chan, Golub and
+LeVeque, 1983). No atomics: the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._implicit_gemm import accumulate, finish, halves, multiply, swizzle
+
+#: Channels of a program, and slabs per iteration, of the kernel that merges statistics.
+STATISTICS_C, STATISTICS_S = 32, 32
+
+
+@triton.jit
+def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # (N, H, W, C); with X_DESCRIPTOR a descriptor of it as (N H W, C)
+    w_ptr,  # (K, KH KW group_c + C2); with W_DESCRIPTOR a descriptor of it
+    second_ptr,  # (N, H2, W2, C2), or None
+    y_ptr, residual_ptr,  # (M, K); residual or None
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
+    residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
+    in_scale_ptr, in_shift_ptr,  # (C,) any float, or None
+    partial_ptr,  # (splits, M, K) float32, or None: sums of a part of the depth, and no y
+    statistics_ptr,  # (tiles of rows, 2, K) float32, or None: mean, M2
+    M, K, H, W, C, OH, OW, KH, KW,
+    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+    group_c, group_k, w_stride, H2, W2, C2, stride2_h, stride2_w,
+    steps, steps_per_split, eps,
+    RELU: tl.constexpr, MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A tile of one group's filters; program axes are tiles, groups, splits."""
+    tile_m, tile_n = swizzle(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(group_k, BLOCK_N), GROUP_M
+    )
+    group, split = tl.program_id(1), tl.program_id(2)
+    first_row = tile_m * BLOCK_M
+    m = first_row + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_valid, filter_valid = m < M, n < group_k
+    first_filter = group * group_k + tile_n * BLOCK_N
+    channel = group * group_k + n
+    image = m // (OH * OW)
+    pixel = m - image * (OH * OW)
+    oy = pixel // OW
+    ox = pixel - oy * OW
+
+    begin = split * steps_per_split
+    end = begin + steps_per_split
+    acc = accumulate(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        x_ptr, w_ptr, in_scale_ptr, in_shift_ptr,
+        image, oy, ox, row_valid, first_row, first_filter, filter_valid,
+        group * group_c, tl.minimum(begin, steps), tl.minimum(end, steps),
+        H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
+        MODE, EVEN_C, PRECISION, X_DESCRIPTOR, W_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if second_ptr is not None:
+        pixels = second_ptr + (image.to(tl.int64) * H2 * W2 * C2)[:, None]
+        pixels += ((oy * stride2_h * W2 + ox * stride2_w) * C2)[:, None]
+        more = tl.cdiv(C2, BLOCK_K)
+        depth = KH * KW * group_c
+        # Not pipelined as one loop with the first, since its addresses are computed differently.
+        for block in range(
+            tl.minimum(tl.maximum(begin - steps, 0), more),
+            tl.minimum(tl.maximum(end - steps, 0), more),
+        ):
+            c = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            a = tl.load(pixels + c[None, :], mask=row_valid[:, None] & (c < C2)[None, :], other=0.0)
+            if W_DESCRIPTOR:
+                b = w_ptr.load([first_filter, depth + block * BLOCK_K]).T
+            else:
+                at = channel.to(tl.int64)[None, :] * w_stride + (depth + c)[:, None]
+                valid = (c < C2)[:, None] & filter_valid[None, :]
+                b = tl.load(w_ptr + at, mask=valid, other=0.0)
+            acc = multiply(acc, a, b, PRECISION)
+
+    # The epilogue handles a few columns at a time: a thread may own a whole row of the tile, and
+    # the scales and shifts of all its columns would not fit into registers.
+    if PARTS == 4:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        quarters = halves(left, BLOCK_M, BLOCK_N // 2) + halves(right, BLOCK_M, BLOCK_N // 2)
+    elif PARTS == 2:
+        quarters = halves(acc, BLOCK_M, BLOCK_N)
+    else:
+        quarters = (acc,)
+    for i in tl.static_range(PARTS):
+        columns = tile_n * BLOCK_N + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        _store(
+            quarters[i], y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr,
+            var_ptr, residual_scale_ptr, residual_shift_ptr, partial_ptr, statistics_ptr,
+            m, group * group_k + columns, row_valid, columns < group_k, split, tile_m, M, K, eps,
+            RELU, BLOCK_M,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    acc,  # (BLOCK_M, columns) float32
+    y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
+    residual_scale_ptr, residual_shift_ptr, partial_ptr, statistics_ptr,  # as the kernel's
+    m, channel, row_valid, channel_valid, split, tile_m, M, K, eps,
+    RELU: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Store some columns of a tile: partial sums, or results with optional statistics."""
+    if partial_ptr is not None:
+        at = (split.to(tl.int64) * M + m)[:, None] * K + channel[None, :]
+        tl.store(partial_ptr + at, acc, mask=row_valid[:, None] & channel_valid[None, :])
+    else:
+        v = finish(
+            acc, y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
+            residual_scale_ptr, residual_shift_ptr, m, channel, row_valid, channel_valid, K, eps,
+            RELU,
+        )  # fmt: skip
+        if statistics_ptr is not None:
+            count = tl.minimum(M - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
+            rough = tl.sum(tl.where(row_valid[:, None], v, 0.0), 0) / count
+            d = tl.where(row_valid[:, None], v - rough[None, :], 0.0)
+            left = tl.sum(d, 0)
+            to = statistics_ptr + tile_m.to(tl.int64) * 2 * K + channel
+            tl.store(to, rough + left / count, mask=channel_valid)
+            tl.store(to + K, tl.sum(d * d, 0) - left * left / count, mask=channel_valid)
+
+
+@triton.jit
+def conv_split_finish_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr,  # (splits, M, K) float32
+    y_ptr, residual_ptr,  # (M, K); residual or None
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
+    residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
+    M, K, splits, eps,
+    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the partial sums in order, and apply the epilogue of the convolution."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = (m < M)[:, None] & (n < K)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    part = partial_ptr + m.to(tl.int64)[:, None] * K + n[None, :]
+    whole = tl.zeros((1,), tl.int64) + K
+    for _ in range(0, splits):
+        acc += tl.load(part, mask=valid, other=0.0)
+        part += (whole * M)[:, None]
+    finish(
+        acc, y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
+        residual_scale_ptr, residual_shift_ptr, m, n, m < M, n < K, K, eps, RELU,
+    )  # fmt: skip
+
+
+@triton.jit
+def conv_statistics_kernel(  # type: ignore[no-untyped-def]
+    statistics_ptr,  # (slabs, 2, K) float32: mean, M2 of block_m rows; the last slab may be shorter
+    mean_ptr, var_ptr,  # (K,) float32
+    M, K, slabs, slab_rows,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of each channel."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = tl.zeros((BLOCK_C,), tl.float64) + M
+    mean = tl.zeros((BLOCK_C,), tl.float64)
+    for s0 in range(0, slabs, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        valid = (s < slabs)[:, None] & (c < K)[None, :]
+        at = statistics_ptr + s.to(tl.int64)[:, None] * 2 * K + c[None, :]
+        share = tl.minimum(M - s * slab_rows, slab_rows).to(tl.float64)
+        mean += tl.sum(tl.load(at, mask=valid, other=0.0).to(tl.float64) * share[:, None], 0)
+    mean = mean / rows
+    m2 = tl.zeros((BLOCK_C,), tl.float64)
+    for s0 in range(0, slabs, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        valid = (s < slabs)[:, None] & (c < K)[None, :]
+        at = statistics_ptr + s.to(tl.int64)[:, None] * 2 * K + c[None, :]
+        share = tl.minimum(M - s * slab_rows, slab_rows).to(tl.float64)
+        delta = tl.load(at, mask=valid, other=0.0).to(tl.float64) - mean[None, :]
+        part = tl.load(at + K, mask=valid, other=0.0).to(tl.float64)
+        m2 += tl.sum(tl.where(valid, part + delta * delta * share[:, None], 0.0), 0)
+    tl.store(mean_ptr + c, mean.to(tl.float32), mask=c < K)
+    tl.store(var_ptr + c, (m2 / rows).to(tl.float32), mask=c < K)

@@ -1,0 +1,366 @@
+"""The fused forward that is generated for a traced module, and the mixin that runs it.
+
+:func:`fused_resnet.fuse` generates the source once. It refers to children by their paths and holds
+no tensor and no module, so it can be copied and pickled with its module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
+
+from ...nn.block_calls import run_residual_block
+from ...nn.fused_forward import BlockModules, FusedForward
+from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
+from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
+from ...nn.module_kinds import (
+    RELU,
+    FoldedBatchNorm,
+    PackedConv,
+    is_hooked,
+    original_class,
+)
+from .matching import FUNCTION, NOTHING_AROUND
+
+
+@dataclass(frozen=True)
+class GroupPaths:
+    """A group, as paths of its owner's submodules.
+
+    Attributes:
+        conv: Path of the convolution; empty for none.
+        bn: Path of the batch norm; an activation inside it belongs to the group.
+        act: Path of the activation; empty for none, :data:`.matching.FUNCTION` for a function.
+        pool: Path of the max-pool; empty for none.
+        adds: Whether a residual is added.
+        foldable: Whether the convolution and the batch norm are called by this group only.
+    """
+
+    conv: str
+    bn: str
+    act: str
+    pool: str
+    adds: bool
+    foldable: bool
+
+
+@dataclass(frozen=True)
+class BlockPaths:
+    """A forward that computes one residual block, as paths of its owner's submodules.
+
+    Attributes:
+        groups: The groups of the main branch, in order; the last one's activation comes after the
+            addition.
+        shortcut: The convolution and batch norm of the shortcut; None for an identity shortcut.
+        identities: Paths of the ``nn.Identity`` modules that the block calls.
+    """
+
+    groups: tuple[GroupPaths, ...]
+    shortcut: GroupPaths | None
+    identities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """The forward for one set of assumptions about the module and its arguments.
+
+    Attributes:
+        groups: The groups, in the order in which they run.
+        unfused: ``(path, reason)`` of the batch norms in no group.
+        inlined: Paths of the submodules whose forward is part of this one.
+        block: The residual block that the forward computes; None if it is not a block.
+        early: Paths of the modules that all stages but the last two call, in order; empty where
+            the forward has no such stages.
+    """
+
+    groups: tuple[GroupPaths, ...]
+    unfused: tuple[tuple[str, str], ...]
+    inlined: tuple[str, ...]
+    block: BlockPaths | None = None
+    early: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GeneratedForward:
+    """A generated forward: Python source with a guard for each specialization.
+
+    Attributes:
+        source: Defines ``forward``, and for each specialization ``check_<i>``, the guard for all
+            that it assumes of the module, and ``check_attributes_<i>``, the part of that guard
+            that compares attributes.
+        constants: Values that the source refers to by name.
+        specializations: Tried in order; the original forward runs where no guard passes.
+        failure: Why a call of the module has no specialization; empty when every call has one.
+        functions: The namespace of the executed source.
+    """
+
+    source: str
+    constants: dict[str, Any]
+    specializations: tuple[Specialization, ...]
+    failure: str = ""
+    functions: dict[str, Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name = f"<fused_resnet forward {id(self.constants):x}>"
+        namespace: dict[str, Any] = {**_HELPERS, **self.constants}
+        exec(compile(self.source, name, "exec"), namespace)
+        # Tracebacks then show the generated line.
+        linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
+        weakref.finalize(self, linecache.cache.pop, name, None)
+        object.__setattr__(self, "functions", namespace)
+
+    def __deepcopy__(self, memo: Any) -> GeneratedForward:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (GeneratedForward, (self.source, self.constants, self.specializations, self.failure))
+
+    def active(self, module: nn.Module) -> Specialization | None:
+        """The specialization that runs now for a call with tensors and default arguments.
+
+        Args:
+            module: The module that this forward was generated for.
+
+        Returns:
+            The first whose guard passes; None when the original forward runs.
+        """
+        index = self.active_index(module)
+        return None if index is None else self.specializations[index]
+
+    def active_index(self, module: nn.Module) -> int | None:
+        """The index of :meth:`active` among the specializations.
+
+        Args:
+            module: The module that this forward was generated for.
+        """
+        if has_replaced_forward(module):
+            return None
+        for index in range(len(self.specializations)):
+            if self.functions[f"check_{index}"](module):
+                return index
+        return None
+
+
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own instead of its class's."""
+    return "forward" in module.__dict__
+
+
+class TracedForward(FusedForward):
+    """A module with a generated forward; its original forward runs where no guard passes."""
+
+    fused_resnet_generated: GeneratedForward
+
+    @classmethod
+    def fused_resnet_members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Class attributes for a subclass of ``base``: a forward with the signature of its own.
+
+        Exporters read the signature.
+
+        Args:
+            base: The class of the module before it was fused.
+        """
+        parameters = list(inspect.signature(base.forward).parameters.values())
+        declared, passed, defaults = [], [], {}
+        starred = False
+        for parameter in parameters:
+            text = parameter.name
+            only = parameter.kind is parameter.KEYWORD_ONLY
+            if only and not starred:
+                declared.append("*")
+                starred = True
+            passed.append(f"{text}={text}" if only else text)
+            if parameter.default is not parameter.empty:
+                defaults[f"_{text}"] = parameter.default
+                text = f"{text}=_{text}"
+            declared.append(text)
+        own_name = parameters[0].name
+        line = f"return {own_name}.fused_resnet_generated.functions['forward']({', '.join(passed)})"
+        source = f"def forward({', '.join(declared)}):\n    {line}\n"
+        exec(compile(source, "<fused_resnet forward>", "exec"), defaults)
+        forward = defaults["forward"]
+        forward.__doc__ = base.forward.__doc__
+        return {"forward": forward}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the original class, with its groups as single operations."""
+        return self.fused_resnet_generated.functions["forward"](self, *args, **kwargs)
+
+    def fused_groups(self) -> list[Group]:
+        """The groups of the active specialization, and the reasons of its unfused batch norms."""
+        generated = self.fused_resnet_generated
+        active = generated.active(self)
+        if active is None:
+            reason = generated.failure or "a hook or a change since fuse()"
+            norms = dict.fromkeys(g.bn for s in generated.specializations for g in s.groups)
+            return [Group("", reason, bn=path) for path in norms]
+        groups = [g for paths in active.groups for g in _groups_of(self, paths)]
+        return groups + [Group("", reason, bn=path) for path, reason in active.unfused]
+
+    def inlined_modules(self) -> list[nn.Module]:
+        """Submodules whose forward is inlined into this one; their groups are listed here."""
+        active = self.fused_resnet_generated.active(self)
+        return [self.get_submodule(path) for path in active.inlined] if active else []
+
+    def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run all stages but the last two; a frozen model overrides this to split the batch.
+
+        Args:
+            stages: The generated function of these stages; called with the module and ``x``.
+            x: Input of the forward, ``(N, C, H, W)``.
+        """
+        return stages(self, x)
+
+    def early_members(self) -> list[nn.Module]:
+        """The modules that :meth:`run_early` calls, in order."""
+        active = self.fused_resnet_generated.active(self)
+        return [self.get_submodule(path) for path in active.early] if active else []
+
+    def block_modules(self) -> BlockModules | None:
+        """The residual block that a call with one tensor computes; None if it is not a block."""
+        generated = self.fused_resnet_generated
+        index = generated.active_index(self)
+        paths = None if index is None else generated.specializations[index].block
+        if paths is None:
+            return None
+        get = self.get_submodule
+        for path in paths.identities:
+            if original_class(get(path)) is not nn.Identity:
+                return None
+        shortcut = [] if paths.shortcut is None else [paths.shortcut]
+        groups = [*paths.groups, *shortcut]
+        return BlockModules(
+            [get(group.conv) for group in groups],
+            [get(group.bn) for group in groups],
+            [_activation(self, group) for group in paths.groups],
+            [member for member in self.modules() if member is not self],
+            generated.functions[f"check_attributes_{index}"],
+        )
+
+
+def _activation(owner: nn.Module, paths: GroupPaths) -> nn.Module | None:
+    """The activation after the group's batch norm; None where there is none, or it is inside."""
+    if paths.act == FUNCTION:
+        return RELU
+    inside = paths.act == f"{paths.bn}.act"
+    return None if inside or not paths.act else owner.get_submodule(paths.act)
+
+
+def _groups_of(owner: nn.Module, paths: GroupPaths) -> Iterator[Group]:
+    bn = owner.get_submodule(paths.bn)
+    act = _activation(owner, paths)
+    foldable = paths.foldable
+    if paths.conv:
+        conv = owner.get_submodule(paths.conv)
+        if isinstance(conv, PackedConv):
+            yield Group(conv.operation, conv=paths.conv, length=conv.span)
+            return
+        decision = decide_conv_bn(conv, bn, act, paths.adds)
+    else:
+        decision = decide_norm(bn, act, paths.adds)
+    relu, names = decision.relu, (paths.conv, paths.bn)
+    if not decision.operation:
+        yield Group("", decision.reason, *names)
+        return
+    if decision.operation == "bn_add_relu":
+        if paths.adds or relu:
+            yield Group("bn_add_relu", bn=paths.bn, relu=relu)
+        else:
+            yield Group("", decision.reason or NOTHING_AROUND, bn=paths.bn)
+        if decision.reason:
+            yield Group("", decision.reason, paths.conv)
+    elif paths.pool and relu:
+        yield Group("conv_bn_relu_maxpool", "", *names, paths.pool, True, 4, foldable)
+    else:
+        yield Group("conv_bn_add_relu", "", *names, "", relu, 3 if relu else 2, foldable)
+    hooked = hooked_relu_group(act, paths.act)
+    if hooked is not None:
+        yield hooked
+
+
+# Helpers that the generated source calls
+
+
+def _observed(*arguments: Any) -> bool:
+    """Whether a global hook is set or ``torch.fx`` traces: then the original forward runs."""
+    return _has_any_global_hook() or any(isinstance(a, Proxy) for a in arguments)
+
+
+def _children(modules: Mapping[str, nn.Module | None], name: str) -> Mapping[str, Any]:
+    """The children of the child ``name``; none if that child no longer exists."""
+    child = modules.get(name)
+    return {} if child is None else child._modules
+
+
+def _has_class(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+    """Whether a child still has its class, or was replaced by ``freeze``."""
+    if module is None:
+        return False
+    return original_class(module) is cls or isinstance(module, (PackedConv, FoldedBatchNorm))
+
+
+def _is_unhooked(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+    """Whether a child still has its class, or was replaced by ``freeze``, and has no hooks."""
+    return module is not None and _has_class(module, cls) and not is_hooked(module)
+
+
+def _is_original(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+    """Whether a child still has its class, was not replaced by ``freeze`` and has no hooks."""
+    return module is not None and original_class(module) is cls and not is_hooked(module)
+
+
+def _original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the class that the module had before it was fused."""
+    base: type[nn.Module] = type(module).fused_resnet_base  # type: ignore[attr-defined]
+    return base.forward
+
+
+def _run_block(
+    owner: nn.Module,
+    x: Tensor,
+    groups: tuple[tuple[Any, Any, nn.Module | None], ...],
+    shortcut: tuple[Any, ...],
+    identities: tuple[nn.Module, ...],
+) -> Tensor | None:
+    """Run a residual block as one training operation.
+
+    Args:
+        owner: The block.
+        x: Its input.
+        groups: Convolution, batch norm and activation of each of its own groups, in order.
+        shortcut: Convolution and batch norm of its shortcut; empty for the identity.
+        identities: Placeholder modules among its children that it calls.
+
+    Returns:
+        The block's result; None where its groups must run one by one.
+    """
+    if any(original_class(module) is not nn.Identity for module in identities):
+        return None
+    convs, norms, acts = zip(*groups, strict=True)
+    others = (*identities, *(act for act in acts if act is not None))
+    return run_residual_block(
+        owner, x, (*convs, *shortcut[:1]), (*norms, *shortcut[1:]), acts, others
+    )
+
+
+_HELPERS: dict[str, Any] = {
+    "_run_block": _run_block,
+    "_conv_bn": conv_bn,
+    "_norm_add_act": norm_add_act,
+    "_run_sequence": run_sequence,
+    "_RELU": RELU,
+    "_observed": _observed,
+    "_children": _children,
+    "_has_class": _has_class,
+    "_is_original": _is_original,
+    "_is_unhooked": _is_unhooked,
+    "_original_forward": _original_forward,
+}

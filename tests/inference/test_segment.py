@@ -1,0 +1,425 @@
+"""Consecutive frozen blocks run as one operator, with the results and hooks of separate calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from networks import image, in_threads, randomize
+from operator_calls import OperatorCalls
+from torch import nn
+
+import fused_resnet as fr
+from fused_resnet.inference.frozen_block import FrozenBlock, separate_convolutions
+from fused_resnet.inference.segment import FrozenSegment
+from fused_resnet.models.cifar import PadShortcut
+from fused_resnet.ops import dispatch as choice
+from fused_resnet.tuning import tuner
+
+
+def operators(model, x):
+    """The result of a call, and how often it called which operator."""
+    with torch.no_grad(), OperatorCalls() as ran:
+        y = model(x)
+    return y, ran.counts("fused_resnet")
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Collects the blocks whose modules are called."""
+    blocks: list[nn.Module] = []
+    forward = FrozenBlock.forward
+
+    def noted(self, *args, **kwargs):
+        blocks.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FrozenBlock, "forward", noted)
+    return blocks
+
+
+def live(shortcut: str) -> nn.Module:
+    """Three stages of three blocks."""
+    torch.manual_seed(0)
+    return randomize(fr.cifar_resnet(20, shortcut=shortcut)).eval()
+
+
+def network(shortcut: str = "B", dtype: torch.dtype | None = None) -> nn.Module:
+    """The network, frozen."""
+    return fr.freeze(live(shortcut), dtype)
+
+
+def x_of(batch: int = 2, size: int = 16) -> torch.Tensor:
+    return image(batch, 3, size, size, dtype=torch.float32)
+
+
+def stage_and_map(shortcut: str = "B") -> tuple[nn.Module, torch.Tensor]:
+    """The second stage of a network, and an input of it."""
+    x = image(2, 16, 16, 16, dtype=torch.float32).relu()
+    return network(shortcut).layer2, x.contiguous(memory_format=torch.channels_last)
+
+
+def child_by_child(segment, x):
+    with torch.no_grad():
+        for child in segment:
+            x = child(x)
+    return x
+
+
+# The operators of a segment
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_a_segment_has_the_bits_of_its_blocks(called, dtype, batch):
+    frozen = network(dtype=dtype)
+    for segment in (frozen.layer1, frozen.layer2, frozen.layer3):
+        x = image(batch, segment[0].conv1.in_channels, 9, 7, dtype=dtype)
+        y, calls = operators(segment, x)
+        assert calls == {"residual_block": 3}
+        assert called == []
+        assert torch.equal(y, child_by_child(segment, x))
+        assert len(called) == 3
+        called.clear()
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_a_stage_is_one_operation(called, shortcut):
+    """Also with zero-padded shortcuts."""
+    frozen, x = network(shortcut), x_of()
+    with torch.no_grad(), OperatorCalls() as ran:
+        y = frozen(x)
+    assert called == []
+    assert ran.rows == [3, 3, 3]
+    assert ran.counts("fused_resnet") == {"residual_block": 9, "conv_bn_add_relu_packed": 1}
+    with torch.no_grad():
+        torch.testing.assert_close(y, live(shortcut)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block.shortcut, "stride", 1),
+        lambda block: setattr(block.shortcut, "padding", 0),
+        lambda block: block.shortcut.register_forward_hook(double),
+        lambda block: setattr(block, "shortcut", PadShortcut(1, 8)),
+    ],
+    ids=["stride", "padding", "hook", "replaced"],
+)
+def test_a_change_of_a_padded_shortcut_has_an_effect(change):
+    """Another size no longer fits the addition, as in the block's own forward."""
+    segment, x = stage_and_map("A")
+    with torch.no_grad():
+        before = segment(x)
+        change(segment[0])
+        try:
+            expected = child_by_child(segment, x)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                segment(x)
+        else:
+            torch.testing.assert_close(segment(x), expected, rtol=1e-5, atol=1e-5)
+            assert not torch.equal(expected, before)
+
+
+def test_another_module_between_blocks_and_a_repeated_block(called):
+    frozen = network()
+    block, relu6 = frozen.layer1[1], nn.ReLU6()
+    frozen.layer1[1] = relu6
+    frozen.layer1.append(block).append(block)
+    x = image(2, 16, 8, 8, dtype=torch.float32)
+    with torch.no_grad(), OperatorCalls() as ran:
+        y = frozen.layer1(x)
+    assert ran.rows == [1, 3]
+    assert called == []
+    assert torch.equal(y, child_by_child(frozen.layer1, x))
+
+
+def test_a_model_that_is_one_segment(called):
+    torch.manual_seed(0)
+    model = randomize(nn.Sequential(fr.nn.BasicBlock(8, 8), fr.nn.BasicBlock(8, 8))).eval()
+    frozen, x = fr.freeze(model), image(2, 8, 9, 9, dtype=torch.float32)
+    y, calls = operators(frozen, x)
+    assert (calls, called) == ({"residual_block": 2}, [])
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
+
+
+class Backwards(nn.Sequential):
+    def forward(self, input):
+        for module in reversed(list(self)):
+            input = module(input)
+        return input
+
+
+class Once(nn.Sequential):
+    def __iter__(self):
+        return iter(list(self._modules.values())[:1])
+
+
+@pytest.mark.parametrize("kind", [Backwards, Once])
+def test_a_subclass_of_sequential_is_no_segment(kind):
+    torch.manual_seed(0)
+    model = randomize(kind(*(fr.nn.BasicBlock(8, 8) for _ in range(3)))).eval()
+    frozen, x = fr.freeze(model), image(2, 8, 9, 9, dtype=torch.float32)
+    assert not isinstance(frozen, FrozenSegment)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+# Changes after the first call
+
+
+def double(module, args, y):
+    return y * 2
+
+
+def replace_conv(segment):
+    segment[1].conv2 = copy.deepcopy(segment[1].conv2)
+    segment[1].conv2.scale.mul_(2)
+
+
+def replace_forward(module):
+    forward = module.forward
+    module.forward = lambda *arguments: forward(*arguments) * 2
+
+
+def load_weight(segment):
+    state = segment[1].conv1.state_dict()
+    segment[1].conv1.load_state_dict({**state, "weight": state["weight"] * 2})
+
+
+def compile_in_place(segment):
+    segment[1]._compiled_call_impl = lambda x: x * 2  # what nn.Module.compile sets
+
+
+CHANGES = {
+    "hook on a block": lambda segment: segment[1].register_forward_hook(double),
+    "pre-hook on a block": lambda segment: segment[1].register_forward_pre_hook(
+        lambda module, args: (args[0] * 2,)
+    ),
+    "hook on a convolution": lambda segment: segment[1].conv2.register_forward_hook(double),
+    "hook in a shortcut": lambda segment: segment[0].shortcut[0].register_forward_hook(double),
+    "hook on the segment": lambda segment: segment.register_forward_hook(double),
+    "convolution": replace_conv,
+    "scale": lambda segment: setattr(segment[2].conv2, "scale", segment[2].conv2.scale * 2),
+    "scale in place": lambda segment: segment[2].conv2.scale.mul_(2),
+    "activation": lambda segment: setattr(segment[0], "relu", nn.Hardtanh(0.0, 0.1)),
+    "forward of a block": lambda segment: replace_forward(segment[1]),
+    "forward of a convolution": lambda segment: replace_forward(segment[1].conv1),
+    "weight": load_weight,
+    "shortcut": lambda segment: setattr(segment[1], "shortcut", nn.Hardtanh()),
+    "a setting of the block": lambda segment: setattr(segment[1], "residual", False),
+    "a block compiled": compile_in_place,
+    "child replaced": lambda segment: segment.__setitem__(1, nn.Sigmoid()),
+    "child replaced by a block": lambda segment: segment.__setitem__(1, copy.deepcopy(segment[2])),
+    "child appended": lambda segment: segment.append(copy.deepcopy(segment[2])),
+    "child deleted": lambda segment: segment.__delitem__(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_the_first_call_has_an_effect(change):
+    """The truth is the blocks' own forwards, which read their modules at every call."""
+    segment, x = stage_and_map()
+    with torch.no_grad():
+        before = segment(x)
+        assert torch.equal(segment(x), before)
+        CHANGES[change](segment)
+        after = segment(x)
+        assert not torch.equal(after, before)
+        assert torch.equal(segment(x), after)
+        with separate_convolutions(segment):
+            torch.testing.assert_close(after, segment(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_separately_frozen_block_converts_its_input(called):
+    segment, x = stage_and_map()
+    segment(x)
+    torch.manual_seed(3)
+    alone = fr.freeze(randomize(fr.nn.BasicBlock(32, 32)).eval(), torch.bfloat16)
+    segment[1] = alone
+    y, calls = operators(segment, x)
+    assert calls == {"residual_block": 3}
+    assert called == [alone]
+    assert torch.equal(y, child_by_child(segment, x))
+
+
+def test_a_hook_sees_the_input_and_result_of_its_block(called):
+    segment, x = stage_and_map()
+    expected = segment(x)
+    seen = []
+    handle = segment[1].register_forward_hook(lambda module, args, y: seen.append((*args, y)))
+    assert torch.equal(segment(x), expected)
+    handle.remove()
+    called.clear()
+    assert torch.equal(segment(x), expected)
+    assert called == []
+    (input, result), first = seen[0], segment[0](x)
+    assert len(seen) == 1
+    assert torch.equal(input, first)
+    assert torch.equal(result, segment[1](first))
+
+
+def test_global_hooks_see_the_blocks():
+    segment, x = stage_and_map()
+    segment(x)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(m))
+    try:
+        segment(x)
+    finally:
+        handle.remove()
+    assert all(block in seen and block.conv2 in seen for block in segment)
+
+
+def test_a_block_with_separate_convolutions(called):
+    """For one block, or for all of a network."""
+    segment, x = stage_and_map()
+    expected = segment(x)
+    for inside, blocks in ((segment[1], 2), (segment, 0)):
+        with separate_convolutions(inside):
+            y, calls = operators(segment, x)
+        assert calls.get("residual_block", 0) == blocks
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    called.clear()
+    assert torch.equal(segment(x), expected)
+    assert called == []
+
+
+# Calls for which the blocks' modules run
+
+
+@pytest.mark.parametrize("backend", ["reference", "library"])
+def test_another_backend(called, backend):
+    segment, x = stage_and_map()
+    expected = segment(x)
+    with fr.use_backend(backend):
+        y, calls = operators(segment, x)
+    assert "residual_block" not in calls
+    assert len(called) == 3
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    called.clear()
+    with fr.use_backend("cpu"):
+        assert torch.equal(segment(x), expected)
+    assert called == []
+
+
+def test_each_block_is_tuned_with_several_candidates(monkeypatch, called):
+    segment, x = stage_and_map()
+    segment(x)
+    operators_of = {"cpu": torch.ops.fused_resnet, "library": torch.ops.fused_resnet}
+    monkeypatch.setattr(choice, "candidates", lambda op, backend: operators_of)
+    with tuner.recording() as calls:
+        segment(x)
+    assert [call.op for call in calls] == ["residual_block"] * 3
+    assert len(called) == 3
+
+
+def test_a_wrong_input_raises_the_error_of_a_block():
+    segment, _ = stage_and_map()
+    for wrong in (torch.zeros(1, 17, 8, 8), torch.zeros(16, 8, 8), torch.zeros(1, 16, 8, 8).long()):
+        with pytest.raises((ValueError, TypeError)) as by_block:
+            child_by_child(segment, wrong)
+        with pytest.raises(by_block.type) as by_segment:
+            segment(wrong)
+        assert str(by_segment.value) == str(by_block.value)
+    with pytest.raises(TypeError):
+        segment()
+
+
+def test_a_torch_fx_trace_has_the_blocks():
+    segment, x = stage_and_map()
+    expected = segment(x)
+
+    class Blocks(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, FrozenBlock)
+
+    graph = Blocks().trace(segment)
+    assert [n.target for n in graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
+    assert torch.equal(torch.fx.GraphModule(segment, graph)(x), expected)
+
+
+def test_a_jit_trace_calls_the_blocks(called):
+    segment, x = stage_and_map()
+    expected = segment(x)
+    traced = torch.jit.trace(segment, x, check_trace=False)
+    assert called == list(segment)
+    assert torch.equal(traced(x), expected)
+
+
+@pytest.mark.parametrize("first", ["called before", "not called before"])
+def test_compile_and_export(called, first):
+    frozen, x = network(), x_of()
+    if first == "called before":
+        frozen(x)
+    exported = torch.export.export(frozen, (x,))
+    # What runs without a gradient is a graph inside the graph.
+    graphs = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("fused_resnet_export.residual_block" in target for target in targets) == 9
+    assert ("_frozen_cache" in frozen.layer2.__dict__) == (first == "called before")
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def noting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(frozen, fullgraph=True, backend=noting)
+    y = compiled(x)
+    assert sum("residual_block" in str(node.target) for node in graphs[0].graph.nodes) == 9
+    expected = frozen(x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exported.module()(x), expected, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# Copies and threads
+
+
+def test_the_cache_is_not_copied():
+    segment, x = stage_and_map()
+    y = segment(x)
+    assert "_frozen_cache" in segment.__dict__
+    for other in (copy.deepcopy(segment), pickle.loads(pickle.dumps(segment))):
+        assert isinstance(other, FrozenSegment)
+        assert "_frozen_cache" not in other.__dict__
+        assert torch.equal(other(x), y)
+        other[1].conv1.scale.mul_(2)
+        assert not torch.equal(other(x), y)
+        assert torch.equal(segment(x), y)
+
+
+def test_a_replica_runs_its_own_blocks():
+    """A replica of ``nn.DataParallel``, of a segment that has been called."""
+    segment, x = stage_and_map()
+    y = segment(x)
+    replica = segment._replicate_for_data_parallel()
+    del replica[1]
+    assert torch.equal(replica(x), segment[2](segment[0](x)))
+    assert torch.equal(segment(x), y)
+
+
+def test_two_threads_at_once():
+    """One segment, two threads, changing sizes, and a hook that one of them adds and removes."""
+    segment, _ = stage_and_map()
+    maps = [image(n, 16, size, size, dtype=torch.float32) for n, size in ((1, 16), (3, 9), (2, 5))]
+    expected = [segment(x) for x in maps]
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        for i in range(60):
+            at = (first + i) % len(maps)
+            if not torch.equal(segment(maps[at]), expected[at]):
+                wrong.append(at)
+            if first:
+                segment[1].register_forward_hook(lambda module, args, y: None).remove()
+                segment.__dict__.pop("_frozen_cache", None)
+
+    in_threads(work, 0, 1)
+    assert wrong == []

@@ -1,0 +1,76 @@
+"""Bugs to plant in the Python sources."""
+
+from __future__ import annotations
+
+from mutant import ALIASING, BACKWARD, SWAP, Mutant
+
+AUTOGRAD = "fused_resnet/ops/autograd.py"
+OPS = "fused_resnet/ops/functional.py"
+
+MUTANTS = [
+    Mutant(
+        "momentum reversed", OPS, "running_mean.mul_(1 - momentum)", "running_mean.mul_(momentum)"
+    ),
+    Mutant(
+        "running variance biased",
+        OPS,
+        "add_(var, alpha=momentum * count / (count - 1))",
+        "add_(var, alpha=momentum)",
+    ),
+    Mutant(
+        "weight's gradient without batch norm's scale",
+        AUTOGRAD,
+        "dweight = (d.to(wide) * scale.view(-1, 1, 1, 1)).to(weight.dtype)",
+        "dweight = d.to(weight.dtype)",
+        BACKWARD,
+    ),
+    Mutant(
+        "batch-norm weight's gradient without the mean",
+        AUTOGRAD,
+        "(inner + offset * total)",
+        "inner",
+        BACKWARD,
+    ),
+    Mutant(
+        "the running mean is ignored",
+        "fused_resnet/nn/group_calls.py",
+        '"running_mean": bn.running_mean,',
+        '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
+        SWAP,
+    ),
+    Mutant(
+        "a group of convolution, ReLU and batch norm",
+        "fused_resnet/fusion/trace/matching.py",
+        "while is_identity(module, node) and len(node.users) == 1:",
+        "while is_identity(module, node) or is_relu_module(module, node):",
+        SWAP,
+    ),
+    Mutant(
+        "a group moves behind a write to its input",
+        "fused_resnet/fusion/trace/matching.py",
+        "aliases.written(node) & read",
+        "False",
+        ALIASING,
+    ),
+    Mutant(
+        "guards check no attribute",
+        "fused_resnet/fusion/trace/codegen.py",
+        'f"check_attributes_{index}", self._attributes(attributes), attributes',
+        'f"check_attributes_{index}", [], attributes',
+        SWAP,
+    ),
+    Mutant(
+        "a batch norm that two groups share is folded",
+        "fused_resnet/fusion/trace/generated_forward.py",
+        '*names, "", relu, 3 if relu else 2, foldable)',
+        '*names, "", relu, 3 if relu else 2, True)',
+        SWAP,
+    ),
+    Mutant(
+        "y += x is traced as y + x",
+        "fused_resnet/fusion/trace/tracing.py",
+        'setattr(_Proxy, f"__i{_name}__",',
+        'setattr(_Proxy, f"_i{_name}",',
+        ALIASING,
+    ),
+]

@@ -1,0 +1,96 @@
+"""The memory of results on the CPU: used again when it is free, and never before."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import normal
+
+from fused_resnet import _C, ops
+
+# A result of 512 KiB: large enough to be kept, see csrc/cpu/result_cache.cpp.
+SHAPE = (2, 16, 64, 64)
+
+
+def block(x: torch.Tensor) -> torch.Tensor:
+    """A residual block whose convolutions are all zero: relu(x + shift of the last one)."""
+    zero = torch.zeros(16, 16, 3, 3)
+    packed = [ops.pack_conv_weight(zero)] * 2
+    scale, shift = [torch.ones(16)] * 2, [torch.zeros(16), torch.ones(16)]
+    return ops.residual_block(x, packed, scale, shift, bottleneck=False)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    x = normal(*SHAPE, dtype=torch.float32)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_memory_comes_back(x):
+    first = block(x)
+    place = first.data_ptr()
+    assert block(x).data_ptr() != place
+    del first
+    assert place in {result.data_ptr() for result in [block(x), block(x)]}
+
+
+def test_a_view_keeps_its_memory(x):
+    view = block(x)[:, :1]
+    kept = view.clone()
+    for _ in range(3):
+        block(-x)
+    assert torch.equal(view, kept)
+
+
+def test_a_result_is_a_tensor_like_any(x):
+    y = block(x)
+    expected = torch.relu(x + 1)
+    assert torch.equal(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.resize_(4 * y.numel())  # its storage grows, and keeps what was there
+    assert torch.equal(y[: expected.numel()], expected.permute(0, 2, 3, 1).reshape(-1))
+
+
+def test_threads_do_not_share_results(x):
+    def run(i: int) -> bool:
+        held = [block(x + i) for _ in range(4)]
+        return all(torch.equal(y, torch.relu(x + i + 1)) for y in held)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(run, range(32)))
+
+
+def test_results_outlive_the_thread_that_made_them(x):
+    with ThreadPoolExecutor(1) as thread:
+        y = thread.submit(block, x).result()
+    assert torch.equal(y, torch.relu(x + 1))
+
+
+def test_no_more_is_kept_than_was_in_use(x):
+    _C.release_results()
+    assert _C.kept_result_bytes() == 0
+    size = x.numel() * 4
+    results = [block(x) for _ in range(8)]
+    del results
+    kept = _C.kept_result_bytes()
+    assert kept >= 8 * size
+    # Others of another size take the place of these, and are not kept beside them.
+    results = [block(x[:1].contiguous()) for _ in range(16)]
+    assert _C.kept_result_bytes() <= kept - 8 * size + size
+    del results
+    _C.release_results()
+    assert _C.kept_result_bytes() == 0
+
+
+def test_a_peak_is_forgotten(x):
+    """Two thousand results later what one step needed is no longer kept."""
+    _C.release_results()
+    results = [block(x) for _ in range(64)]
+    del results
+    assert _C.kept_result_bytes() >= 64 * x.numel() * 4
+    small = x[:1].contiguous()
+    for _ in range(1100 * 2):
+        block(small)
+    assert _C.kept_result_bytes() <= 8 * x.numel() * 4

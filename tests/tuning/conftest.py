@@ -1,0 +1,18 @@
+"""Fixtures of the tuner's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from fused_resnet.tuning import cache as tuning_cache
+from fused_resnet.tuning import tuner
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "cache" / "tuning.json"))
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
+    monkeypatch.setattr(tuning_cache, "_warned", set())
+    tuner.forget()
+    yield
+    tuner.forget()
