@@ -101,6 +101,57 @@ def _memory(row: results.Row | None) -> str:
     return "-" if peak is None else f"{peak:.0f}"
 
 
+def training_section(files: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
+    """Markdown: one table per device, one line per network, batch, number of threads and dtype."""
+    devices: dict[str, list[tuple[str, Sequence[results.Row]]]] = {}
+    for name, rows in files:
+        devices.setdefault(rows[0]["device"], []).append((name, rows))
+    return "\n\n".join(_training_table(d, own) for d, own in devices.items()) or NOTHING
+
+
+def _training_table(device: str, files: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
+    rows = [row for _, own in files for row in own]
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    links = ", ".join(f"[{name}](benchmarks/results/{name})" for name, _ in files)
+    cases: dict[Any, dict[str, results.Row]] = {}
+    for row in rows:
+        keys = ("dtype", "subject", "size", "threads", "batch")
+        cases.setdefault(tuple(row[k] for k in keys), {})[row["provider"]] = row
+    lines = [
+        f"{device}; torch {rows[0]['versions']['torch']}; fused_resnet at {commits}. Images per "
+        "second of whole training steps, and in brackets how many times those of the best other in "
+        "the same run; memory is the peak beyond PyTorch's own libraries, in MiB, beside the least "
+        f"of the others. bfloat16 is autocast. All numbers: {links}.",
+        "",
+        "| | threads | batch | best other | `fuse` | memory | `fuse(recompute=True)` | memory |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for (dtype, subject, size, threads, batch), measured in sorted(cases.items(), key=_order):
+        others = [
+            row
+            for provider, row in measured.items()
+            if not provider.startswith("fused") and row["status"] == "ok"
+        ]
+        best = max(others, key=lambda row: row["images_per_s"], default=None)
+        name = "" if best is None else NAMES.get(best["provider"], best["provider"])
+        other = "" if best is None else f"{name}, {best['images_per_s']:.1f}"
+        least = min((row["added_mib"] for row in others if row["added_mib"]), default=None)
+        cells = []
+        for provider in ("fused", "fused_recompute"):
+            row = measured.get(provider)
+            cells += [_cell(row, best), "" if row is None else _beside(row["added_mib"], least)]
+        label = subject + (f", {size}x{size}" if size != 224 else "")
+        label += "" if dtype == "float32" else f", {dtype}"
+        lines.append(f"| {' | '.join((label, str(threads), str(batch), other, *cells))} |")
+    return "\n".join(lines)
+
+
+def _beside(added: float | None, least: float | None) -> str:
+    if added is None:
+        return "-"
+    return f"{added:.0f}" + ("" if least is None else f" / {least:.0f}")
+
+
 def coverage_section(document: dict[str, Any]) -> str:
     """Markdown: a line for each family in a file of ``fused-resnet coverage --json``."""
     versions = document["versions"]
@@ -137,6 +188,8 @@ def rewritten(text: str) -> str:
     """README.md with its tables as the recorded results have them."""
     files = sorted(RESULTS.glob("cpu-*.json"))
     text = replaced(text, "benchmarks", section([(f.name, results.load(f)) for f in files]))
+    trained = sorted(RESULTS.glob("training-*.json"))
+    text = replaced(text, "training", training_section([(f.name, results.load(f)) for f in trained]))
     counted = json.loads((RESULTS / "coverage.json").read_text())
     return replaced(text, "coverage", coverage_section(counted))
 

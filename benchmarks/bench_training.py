@@ -1,0 +1,84 @@
+"""Training steps: runs ``fused-resnet bench --training``; writes results/training-*.json, pictures.
+
+python benchmarks/bench_training.py            all networks: an hour on two cores
+python benchmarks/bench_training.py --quick    ResNet-18 and 50 in float32, five minutes
+python benchmarks/bench_training.py --models resnet18 --batch 16 --dtype bfloat16 ...
+
+A file contains one number of threads and one dtype and is rewritten after each network, so an
+interrupted run keeps what it has measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench_models import RESULTS, slug
+
+from fused_resnet.bench import environment, plot, results
+from fused_resnet.cli import main as fused_resnet
+from fused_resnet.tuning import processor
+
+#: Network and batch of each run.
+CASES = (
+    ("resnet18", 16),
+    ("resnet50", 16),
+    ("cifar_resnet56", 128),
+    ("resnet18", 4),
+    ("resnet50", 4),
+    ("resnet34", 16),
+    ("resnet101", 16),
+)
+QUICK = CASES[:2]
+PROVIDERS = "channels_last,compile,fused,fused_recompute"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 and 50, float32")
+    parser.add_argument("--models", help="instead of the built-in list, comma-separated")
+    parser.add_argument("--batch", default="16", help="with --models: batch sizes")
+    parser.add_argument("--dtype", default="float32", help="float32, or bfloat16 by autocast")
+    parser.add_argument("--threads", type=int, default=environment.cores())
+    parser.add_argument("--providers", default=PROVIDERS)
+    parser.add_argument("--rounds", default="5")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+
+    cases = [(model, str(batch)) for model, batch in (QUICK if arguments.quick else CASES)]
+    if arguments.models:
+        cases = [(model, arguments.batch) for model in arguments.models.split(",")]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = "training-" + slug(processor.name(), arguments.threads)
+    name += f"-{arguments.dtype}" if arguments.dtype != "float32" else ""
+    path, part = arguments.out / f"{name}.json", arguments.out / f"{name}.part.json"
+    rows = results.load(path) if path.exists() else []
+    code = 0
+    for model, batch in cases:
+        print(f"{model}, batch {batch}, {arguments.dtype}", file=sys.stderr, flush=True)
+        options = {
+            "batch": batch,
+            "dtype": arguments.dtype,
+            "threads": str(arguments.threads),
+            "providers": arguments.providers,
+            "rounds": arguments.rounds,
+            "json": str(part),
+        }
+        command = ["bench", model, "--training"]
+        for option, value in options.items():
+            command += [f"--{option}", value]
+        code = max(code, fused_resnet(command))
+        if not part.exists():
+            continue
+        new = results.load(part)
+        part.unlink()
+        measured = {(row["subject"], row["batch"]) for row in new}
+        rows = [row for row in rows if (row["subject"], row["batch"]) not in measured] + new
+        results.save(path, rows)
+        plot.save(path.with_suffix(".png"), rows)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
