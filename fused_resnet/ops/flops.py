@@ -122,6 +122,21 @@ def _(  # type: ignore[no-untyped-def]
     return flops
 
 
+@_formula("conv_forward")
+def _(  # type: ignore[no-untyped-def]
+    x, x_scale, x_shift, weight, stride, padding, dilation, *_, **__
+):
+    return conv_flops(x, weight, stride, padding, dilation)
+
+
+@_formula("conv_backward")
+def _(  # type: ignore[no-untyped-def]
+    g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add, stride, padding, dilation, groups,
+    need_input, need_weight, *_, **__,
+):  # fmt: skip
+    return (need_input + need_weight) * conv_flops(x, weight, stride, padding, dilation)
+
+
 def _block_flops(
     x: Shape,
     scale: Sequence[Shape],
