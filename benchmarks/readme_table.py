@@ -189,7 +189,9 @@ def rewritten(text: str) -> str:
     files = sorted(RESULTS.glob("cpu-*.json"))
     text = replaced(text, "benchmarks", section([(f.name, results.load(f)) for f in files]))
     trained = sorted(RESULTS.glob("training-*.json"))
-    text = replaced(text, "training", training_section([(f.name, results.load(f)) for f in trained]))
+    text = replaced(
+        text, "training", training_section([(f.name, results.load(f)) for f in trained])
+    )
     counted = json.loads((RESULTS / "coverage.json").read_text())
     return replaced(text, "coverage", coverage_section(counted))
 

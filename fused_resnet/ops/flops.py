@@ -125,7 +125,7 @@ def _(  # type: ignore[no-untyped-def]
 @_formula("conv_forward")
 def _(  # type: ignore[no-untyped-def]
     x, x_scale, x_shift, weight, stride, padding, dilation, *_, **__
-):  # fmt: skip
+):
     return conv_flops(x, weight, stride, padding, dilation)
 
 

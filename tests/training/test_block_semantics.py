@@ -10,6 +10,7 @@ import torch
 from networks import assert_same, image, results
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("torchvision", reason="torchvision's blocks are what is trained here")
 from training_blocks import X, assert_one_unit, basic, bottleneck, pair, state
@@ -230,3 +231,14 @@ def test_one_value_per_channel_is_an_error() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fused(image(1, 8, 1, 1))
     assert fused.bn1.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("make", [basic, bottleneck])
+@pytest.mark.parametrize("wanted", [True, False], ids=["all", "not the input"])
+def test_operations_are_counted_as_eager(make, wanted) -> None:
+    counts = []
+    for model in pair(make(2)):
+        with FlopCounterMode(display=False) as counter:
+            model(image(*X).requires_grad_(wanted)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
