@@ -52,7 +52,8 @@ def with_cuda() -> bool:
 
 def kernel_libraries() -> list:
     # -Wno-...: GCC 12 warns about its own AVX-512 headers.
-    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall"]
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     headers = [*sources("csrc/cpu/kernels/**/*.h"), "csrc/conv_shape.h"]
     libraries = []
     for isa, extra in ISAS.items() if IS_X86 else [("portable", "")]:

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "bn_passes.h"
 #include "folding.h"
 #include "isa.h"
 
@@ -98,6 +99,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cpu(
   const auto format = x.suggest_memory_format();
   const at::Tensor input = x.contiguous(format);
   const at::Tensor added = residual ? residual->contiguous(format) : at::Tensor();
+  if (has_bn_passes(input, format)) {
+    return bn_forward_passes(input, weight, bias, running_mean, running_var, added, training, eps,
+                             relu);
+  }
   const at::Tensor y = at::empty_like(input, input.options(), format);
   const MapView map = view_of(x, format);
   const auto type = bn_arithmetic(x.scalar_type());
@@ -140,6 +145,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
   const auto format = x.suggest_memory_format();
   const at::Tensor input = x.contiguous(format), gradient = grad.contiguous(format);
   const at::Tensor output = relu ? y->contiguous(format) : at::Tensor();
+  if (has_bn_passes(input, format)) {
+    return bn_backward_passes(gradient, input, output, weight, mean, var, training, eps,
+                              need_residual);
+  }
   const at::Tensor dx = at::empty_like(input, input.options(), format);
   const at::Tensor dresidual = need_residual ? at::empty_like(dx) : at::empty({0}, x.options());
   const MapView map = view_of(x, format);

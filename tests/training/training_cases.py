@@ -12,7 +12,7 @@ from torch.nn import functional
 #: Shapes that kernels of their own take, beside those of every convolution's tests.
 TRAINED = [
     *CONVS,
-    # One vector of 16 channels, as in CIFAR's networks; several blocks of pixels, the last not full.
+    # One vector of 16 channels, as in CIFAR's networks; several blocks of pixels, one not full.
     Conv("cifar-1x1", (3, 16, 33, 31), 48, (1, 1)),
     # More than a panel of 32 and less than two; a block's last tile has one row.
     Conv("1x1-blocks", (1, 32, 25, 25), 80, (1, 1)),

@@ -115,7 +115,13 @@ void statistics(const Statistics& f, int64_t begin, int64_t end, int64_t block, 
   sums.clear();
   A *pivot = sums.near + kPivot * step, *sum = sums.near + kSumFromPivot * step,
     *squares = sums.near + kSquaresFromPivot * step;
-  for (int64_t c = 0; c < step; ++c) pivot[c] = to_acc(z[begin * step + c]);
+  // Near the mean, so that the squares are of deviations: the mean of some rows.
+  const int64_t some = min_of(end - begin, 16);
+  for_columns<A>(step, [&](auto lanes, int64_t c) {
+    Vec<A> first{};
+    for (int64_t r = 0; r < some; ++r) first += lanes.get(z + (begin + r) * step + c);
+    lanes.put(first * (A(1) / static_cast<A>(some)), pivot + c);
+  });
   for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
     const Vec<A> at = lanes.get(pivot + c);
     Vec<A> d[rows.count];

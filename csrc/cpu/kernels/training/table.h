@@ -42,7 +42,7 @@ struct BlockEndBackward {
   double* sums;                          // [block][kBlockEndRows][channels]; null: not wanted
 };
 
-// Of the map as it is stored, about the block's first row.
+// Of the map as it is stored, about a pivot of each block's own.
 struct Statistics {
   int64_t channels;
   const void* z;

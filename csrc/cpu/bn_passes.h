@@ -1,0 +1,26 @@
+// Batch norm, residual and ReLU of channels-last maps by the passes of a training step: float32
+// arithmetic and sums, which a core makes as fast as the memory brings the maps. bn_add_relu.cpp
+// has the other layouts and float64.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "folding.h"
+
+namespace fr {
+
+bool has_bn_passes(const at::Tensor& x, at::MemoryFormat format);
+
+// What bn_add_relu returns. `residual` may be undefined; the operands are checked and
+// channels-last.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_forward_passes(
+    const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const at::Tensor& residual, bool training, double eps, bool relu);
+
+// What bn_add_relu_backward returns. `y` is undefined without ReLU.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_backward_passes(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& y, const OptionalTensor& weight,
+    const at::Tensor& mean, const at::Tensor& var, bool training, double eps, bool need_residual);
+
+}  // namespace fr
