@@ -63,14 +63,22 @@ void finish_data_gradient(const Operands& o, const at::Tensor& g_x, double* sums
   });
 }
 
+// An uninitialised gradient with the weight's strides, in memory that is kept from step to step:
+// that of a 3x3 of 512 channels is 2300 pages, which cost half as long as its computation.
+at::Tensor empty_gradient(const at::Tensor& w) {
+  if (!w.is_non_overlapping_and_dense()) return at::empty_like(w);
+  const at::Tensor dw = empty_map(w.sizes(), w.options());
+  dw.unsafeGetTensorImpl()->set_sizes_and_strides(w.sizes(), w.strides());
+  return dw;
+}
+
 // dw in the weight's own type and strides. A single part is written where it stays.
 template <class Kernel>
 at::Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
   const at::Tensor& w = o.weight;
-  const at::Tensor dw = at::empty_like(w);
+  const at::Tensor dw = empty_gradient(w);
   const bool direct = w.scalar_type() == o.vectors() && dw.is_contiguous(kChannelsLast);
-  const at::Tensor sum =
-      direct ? dw : at::empty(w.sizes(), w.options().dtype(o.vectors()), kChannelsLast);
+  const at::Tensor sum = direct ? dw : empty_map(w.sizes(), w.options().dtype(o.vectors()));
   const int64_t parts = kernel.parts(o.shape), numel = w.numel();
   if (parts == 1) {
     args.dw = sum.mutable_data_ptr();
