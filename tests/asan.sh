@@ -21,7 +21,7 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 arguments=("$@")
-(($#)) || arguments=(tests/test_{ops,bfloat16,whole_blocks,residual_row}.py)
+(($#)) || arguments=(tests/test_{ops,bfloat16,whole_blocks,residual_row}.py tests/training)
 for isa in $("$python" -c 'import fused_resnet as fr; print(*fr.build_info()["isa_supported"])'); do
     echo "== AddressSanitizer and UBSan, $isa"
     FUSED_RESNET_ISA=$isa "$python" -m pytest -q -p no:cacheprovider \

@@ -11,7 +11,14 @@ import pytest
 
 import fused_resnet as fr
 
-OPERATIONS = ("test_ops.py", "test_bfloat16.py", "test_whole_blocks.py", "test_residual_row.py")
+OPERATIONS = (
+    "test_ops.py",
+    "test_bfloat16.py",
+    "test_whole_blocks.py",
+    "test_residual_row.py",
+    "training/test_passes.py",
+    "training/test_convolutions.py",
+)
 
 
 @pytest.mark.parametrize(
