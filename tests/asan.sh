@@ -25,7 +25,7 @@ arguments=("$@")
     --backend cpu tests/conformance
     tests/ops/test_{operations,packed,inputs,wrong_arguments,winograd,bfloat16}.py
     tests/test_{whole_blocks,residual_segment}.py
-    tests/training/test_{passes,convolutions,winograd}.py
+    tests/training/test_{passes,convolutions,primitives,winograd_passes}.py
 )
 for isa in $("$python" -c 'import fused_resnet as fr; print(*fr.build_info()["isa_supported"])'); do
     echo "== AddressSanitizer and UBSan, $isa"

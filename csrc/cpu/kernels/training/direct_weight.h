@@ -17,6 +17,10 @@ namespace FR_ISA {
 constexpr int kOuterRows = FR_VECTOR_BYTES == 64 ? 8 : 4;
 constexpr int64_t kRangeChannels = 256;  // dz is copied anew for each range
 
+// Pixels that are summed in registers: their two vectors of the input stay in the L1 cache beside a
+// panel of dz while all of dz's panels pass by.
+constexpr int64_t kOuterPixels = 224 / kTilePixels * kTilePixels;
+
 // kRows rows of `to`, kVecs vectors each, += the sum over `count` pixels of a row of kRows elements
 // (pixels `row_step` apart) times one of kVecs vectors.
 template <int kRows, int kVecs, class A>
@@ -112,16 +116,9 @@ int64_t direct_weight_parts(const ConvShape& s) {
   return WeightPlan(s).parts;
 }
 
-// Pixels that are summed in registers.
-template <class A>
-FR_INLINE int64_t weight_rows(const ConvShape& s) {
-  const int64_t fit = kOperandBytes / (s.k * static_cast<int64_t>(sizeof(A))) / 16 * 16;
-  return max_of(min_of(fit, kMostRows), 64);
-}
-
 template <class A>
 int64_t direct_weight_scratch(const ConvShape& s) {
-  return ProductScratch<A>::bytes(0, weight_rows<A>(s), s.k + kPanelWidth<A>);
+  return ProductScratch<A>::bytes(0, kOuterPixels, s.k + kPanelWidth<A>);
 }
 
 template <class T>
@@ -131,7 +128,7 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
   const ConvShape& s = f.shape;
   const WeightBlock block(s, number);
   const Grid grid = forward_grid(s);
-  const int64_t rows = weight_rows<A>(s), to_step = s.depth();
+  const int64_t rows = kOuterPixels, to_step = s.depth();
   const ProductScratch<A> scratch(memory, 0);
   A* const dz = scratch.rows;
   A* const x = dz + rows * s.k;
@@ -167,15 +164,8 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
 // input are read once: for the mask and the sums, and from the cache for the weight gradient.
 
 template <class A>
-FR_INLINE int64_t both_rows(const ConvShape& s) {
-  const int64_t row = ProductPlan::row_elements(s.k, sizeof(A)) * static_cast<int64_t>(sizeof(A));
-  const int64_t fit = kOperandBytes / row / kTilePixels * kTilePixels;
-  return max_of(min_of(fit, kMostRows), 4 * kTilePixels);
-}
-
-template <class A>
 int64_t direct_both_scratch(const ConvShape& s) {
-  return ProductScratch<A>::bytes(kGradientRows * s.c, both_rows<A>(s),
+  return ProductScratch<A>::bytes(kGradientRows * s.c, kOuterPixels,
                                   ProductPlan::row_elements(s.k, sizeof(A)) + kPanelWidth<A>);
 }
 
@@ -185,7 +175,7 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
   constexpr int64_t lanes = kLanes<A>, width = kPanelWidth<A>;
   const ConvShape& s = f.shape;
   const WeightBlock block(s, number);
-  const int64_t rows = both_rows<A>(s), step = ProductPlan::row_elements(s.k, sizeof(A));
+  const int64_t rows = kOuterPixels, step = ProductPlan::row_elements(s.k, sizeof(A));
   const ProductScratch<A> scratch(memory, kGradientRows * s.c);
   A* const dz = scratch.rows;
   A* const x = dz + rows * step;
