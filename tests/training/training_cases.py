@@ -21,7 +21,7 @@ TRAINED = [
     Conv("1x1-stride2-even", (2, 48, 14, 12), 64, (1, 1), {"stride": 2}),
     Conv("1x1-stride2-odd", (2, 64, 15, 13), 48, (1, 1), {"stride": 2}),
     Conv("3x3-stride2-even", (2, 32, 16, 12), 48, args={"stride": 2, "padding": 1}),
-    Conv("3x3-stride2-odd-wide", (1, 48, 15, 13), 32, args={"stride": 2, "padding": 1}),
+    Conv("3x3-stride2-odd-wide", (1, 48, 15, 13), 64, args={"stride": 2, "padding": 1}),
     Conv("3x3-stride2-many", (3, 16, 56, 31), 32, args={"stride": 2, "padding": 1}),
     Conv("cifar-3x3", (2, 16, 33, 31), 16, args={"padding": 1}),
     Conv("3x3-panels", (1, 48, 13, 11), 80, args={"padding": 1}),

@@ -57,6 +57,7 @@ FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, in
   if (c < end) copy_vectors<1>(in, from, count, channels, c, to, step);
 }
 
+constexpr int64_t kChain = 128;      // additions one after another, as errors grow with them
 constexpr int64_t kAheadBytes = 32;  // of what the next block reads, asked for at each step
 
 // kRows pixels by kVecs vectors: x in rows `step` apart, w a panel. The pixels' vectors begin at
@@ -73,20 +74,36 @@ __attribute__((noinline)) void product_tile(const A* x, int64_t step, int64_t de
   for (int v = 0; v < kVecs; ++v)
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) acc[v][i] = Vec<A>{};
-  for (int64_t d = 0; d < depth; ++d, ++x, w += kVecs * lanes) {
-    __builtin_prefetch(ahead.first, 0, 2);
-    __builtin_prefetch(ahead.second, 0, 2);
-    ahead.first += kAheadBytes;
-    ahead.second += kAheadBytes;
-    Vec<A> weight[kVecs];
+  // What is summed so far, where the depth is more than one chain of additions.
+  Vec<A> far[kVecs][kRows];
+  for (int64_t left = depth; left > 0; left -= kChain) {
+    const int64_t length = min_of(left, kChain);
+    for (int64_t d = 0; d < length; ++d, ++x, w += kVecs * lanes) {
+      __builtin_prefetch(ahead.first, 0, 2);
+      __builtin_prefetch(ahead.second, 0, 2);
+      ahead.first += kAheadBytes;
+      ahead.second += kAheadBytes;
+      Vec<A> weight[kVecs];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * lanes);
+      for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * lanes);
 #pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<A> value = broadcast<A>(x[i * step]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<A> value = broadcast<A>(x[i * step]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) acc[v][i] += value * weight[v];
+        for (int v = 0; v < kVecs; ++v) acc[v][i] += value * weight[v];
+      }
     }
+    if (depth <= kChain) break;
+    const bool first = left == depth, last = left <= kChain;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v)
+#pragma GCC unroll 14
+      for (int i = 0; i < kRows; ++i) {
+        if (!first) acc[v][i] += far[v][i];
+        if (last) continue;
+        far[v][i] = acc[v][i];
+        acc[v][i] = Vec<A>{};
+      }
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kVecs; ++v) {
