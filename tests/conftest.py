@@ -21,6 +21,7 @@ THOROUGH_FOLDERS = ("simt", "triton_kernels", "gpu")
 #: Files that compile, train or measure, run pytest again, or run whole networks in an emulation.
 THOROUGH_FILES = (
     "test_bench.py",
+    "test_block_distributed.py",
     "test_bench_training.py",
     "test_block_compile.py",
     "test_build.py",
@@ -37,7 +38,9 @@ THOROUGH_FILES = (
     "test_serving.py",
     "test_static_gate.py",
     "test_traced_distributed.py",
+    "test_traced_property.py",
     "test_training.py",
+    "test_tuner_cache.py",
     "test_tuner_packed.py",
     "test_verify.py",
 )

@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_forward_passes(
     const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const at::Tensor& residual, bool training, double eps, bool relu) {
-  at::Tensor mean = at::empty({0}, at::kFloat), var = mean;
+  at::Tensor mean = at::empty({0}, at::kFloat), var = at::empty_like(mean);
   if (training) std::tie(mean, var) = batch_statistics(x);
   const Folded affine = fold(std::nullopt, weight, bias, training ? mean : *running_mean,
                              training ? var : *running_var, eps, at::kFloat);

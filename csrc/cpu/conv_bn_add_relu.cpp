@@ -4,8 +4,8 @@
 #include <torch/library.h>
 
 #include "../checks.h"
-#include "result_cache.h"
 #include "pack_conv_weight.h"
+#include "result_cache.h"
 
 namespace fr {
 namespace {

@@ -8,16 +8,16 @@
 // How much: free memory is kept for as long as it and the results in use are together no more than
 // the most that was in use at one time lately (over the last thousand to two thousand results), so
 // that no process holds more than it needed anyway; and it is at most a quarter of the machine's
-// memory. A step of ResNet-50 at batch 16 and 224x224 keeps 1.1 GB for the next one. release_results
-// gives all of it back.
+// memory. A step of ResNet-50 at batch 16 and 224x224 keeps 1.1 GB for the next one.
+// release_results gives all of it back.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace fr {
 
-// An uninitialised channels-last map. Its memory is kept when the last tensor that uses it goes, for
-// the next map of the same size. Any thread may ask and let go.
+// An uninitialised channels-last map. Its memory is kept when the last tensor that uses it goes,
+// for the next map of the same size. Any thread may ask and let go.
 at::Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // Gives free memory back to the system.

@@ -391,6 +391,7 @@ def test_state_dicts_hold_weights_in_pytorchs_layout() -> None:
         frozen.load_state_dict(state)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"]

@@ -167,6 +167,7 @@ def cifar_test_set(test_data: Path) -> tuple[Tensor, Tensor]:
     return x.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels).long()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.81), (56, 0.832)])
 def test_trained_weights_keep_accuracy_and_every_prediction(
     test_data: Path, cifar_test_set: tuple[Tensor, Tensor], depth: int, accuracy: float

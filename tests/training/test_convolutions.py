@@ -227,11 +227,11 @@ FORWARD = {"x": (2, 16, 8, 8), "w": (32, 16, 3, 3)}
         ({"x_shift": torch.zeros(16).half()}, TypeError, "x_shift: expected dtype Float"),
         ({"weight": torch.zeros(32, 8, 3, 3)}, ValueError, "x: expected 8 channels"),
         ({"weight": torch.zeros(32, 16, 3, 3).double()}, TypeError, "weight: expected dtype"),
-        ({"padding": [-1, 1]}, ValueError, "padding: expected two ints >= 0"),
+        ({"padding": [-1, 1]}, ValueError, "padding: expected two ints from 0"),
         ({"padding": [1 << 40, 1]}, ValueError, "padding: expected sizes below"),
         ({"dilation": [1 << 31, 1]}, ValueError, "dilation: expected sizes below"),
-        ({"stride": [0, 1]}, ValueError, "stride: expected two ints >= 1"),
-        ({"padding": [1 << 30, 1 << 30]}, ValueError, "less than 2.47 elements"),
+        ({"stride": [0, 1]}, ValueError, "stride: expected two ints from 1"),
+        ({"padding": [1 << 30, 1 << 30]}, ValueError, "at most 2.56 elements"),
         ({"groups": 5}, ValueError, "groups: expected a divisor"),
     ],
 )
@@ -286,7 +286,9 @@ def test_a_freed_storage_is_an_error():
     """As sharded training leaves it: sizes and strides of memory that is not there."""
     x = torch.zeros(FORWARD["x"]).contiguous(memory_format=torch.channels_last)
     x.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="conv_forward: x: expected a storage of 8192 bytes"):
+    with pytest.raises(
+        ValueError, match="conv_forward: x: expected a storage of at least 8192 bytes"
+    ):
         OPS.conv_forward(
             x, None, None, torch.zeros(FORWARD["w"]), [1, 1], [1, 1], [1, 1], 1, True, False
         )

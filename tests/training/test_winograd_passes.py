@@ -219,6 +219,7 @@ def test_nan_passes():
     assert not g_x[3, 5, 4, 4].isnan()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_instruction_sets(isa):
     """Chosen once in a process, so each has its own."""

@@ -56,8 +56,6 @@ void bn_update_running_cpu(const at::Tensor& mean, const at::Tensor& var,
             p[i * step] = static_cast<scalar_t>(old + momentum * (now[i] * factor - old));
           }
         });
-    // For whoever has saved it: an operator of a library of its own has nobody else to do it.
-    if (!running.is_inference()) running.unsafeGetTensorImpl()->bump_version();
   };
   update(running_mean, mean, 1);
   update(running_var, var, unbiased);

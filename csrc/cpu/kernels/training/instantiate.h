@@ -24,16 +24,9 @@ constexpr TrainingConv winograd_or_none() {
 
 template <class T>
 constexpr TrainingKernels training_kernels_of() {
-  return {block_end<T>,
-          block_end_backward<T>,
-          statistics<T>,
-          bn_gradient<T>,
-          masked_sums<T>,
-          stem_end<T>,
-          stem_end_backward<T>,
-          add_parts<Acc<T>>,
-          direct_or_none<T>(),
-          winograd_or_none<T>()};
+  return {block_end<T>,        block_end_backward<T>, statistics<T>,        bn_gradient<T>,
+          masked_sums<T>,      stem_end<T>,           stem_end_backward<T>, add_parts<Acc<T>>,
+          direct_or_none<T>(), winograd_or_none<T>()};
 }
 
 // In the order of DType.
