@@ -167,3 +167,22 @@ def test_primitives_as_functions() -> None:
         training.block_end(x[0], x[0, 0], x[0, 0], None, None, None, True)
     with pytest.raises(ValueError, match="bn_coefficients: var: expected device cpu"):
         training.bn_coefficients(x[0, :, 0, 0], x[0, :, 0, 0].to("meta"), None, None, 1e-5)
+
+
+@backends
+def test_results_that_are_not_wanted_are_empty_and_apart(backend) -> None:
+    """Compilers take two results of an operator for two tensors."""
+    p = primitives_of(backend)
+    x, w = image(2, 5, 6, 6), image(5, 5, 3, 3, seed=9)
+    scale, shift, mean = vectors(5, 1)
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    backward = (x, None, scale, None, None, x, scale, shift, mean, w, None, *geometry)
+    for found, empty in (
+        (p.conv_forward(x, None, None, w, *geometry, False, False)[1:], 2),
+        (p.conv_backward(*backward, True, True, False, False)[2:], 2),
+        (p.conv_backward(*backward, False, False, False, False), 4),
+        (p.block_end_backward(x, x, x, mean, None, None, False)[1:], 3),
+    ):
+        assert [t.numel() for t in found] == [0] * empty
+        aliased = {t.untyped_storage()._cdata for t in found}
+        assert len(aliased) == empty

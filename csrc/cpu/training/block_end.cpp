@@ -82,8 +82,8 @@ FourTensors block_end_backward_cpu(const at::Tensor& dy, const OptionalTensor& y
     });
   }
   if (!sums) {
-    const at::Tensor no_sum = at::empty({0}, type);
-    return {g, no_sum, no_sum, no_sum};
+    // Results of an operator are not one tensor, empty ones neither.
+    return {g, at::empty({0}, type), at::empty({0}, type), at::empty({0}, type)};
   }
   return {g, partial.total(kSumG, type), partial.total(kSumGXc, type),
           s.defined() ? partial.total(kSumGShortcutXc, type) : at::empty({0}, type)};

@@ -191,9 +191,9 @@ FourTensors conv_backward_cpu(const at::Tensor& g, const OptionalTensor& z, cons
       finish_data_gradient(o, g_x, sums ? partial.data() : nullptr);
     }
   }
-  const at::Tensor none = at::empty({0}, o.vectors());
-  return {g_x, dw, sums ? partial.total(kSumG, o.vectors()) : none,
-          sums ? partial.total(kSumGXc, o.vectors()) : none};
+  // Results of an operator are not one tensor, empty ones neither.
+  return {g_x, dw, sums ? partial.total(kSumG, o.vectors()) : at::empty({0}, o.vectors()),
+          sums ? partial.total(kSumGXc, o.vectors()) : at::empty({0}, o.vectors())};
 }
 
 }  // namespace

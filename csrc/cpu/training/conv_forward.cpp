@@ -29,8 +29,9 @@ ThreeTensors with_statistics(const at::Tensor& z) {
 }
 
 ThreeTensors without_statistics(const at::Tensor& z) {
-  const at::Tensor none = at::empty({0}, accumulator(z.scalar_type()));
-  return {z, none, none};
+  // Results of an operator are not one tensor, empty ones neither.
+  const auto type = accumulator(z.scalar_type());
+  return {z, at::empty({0}, type), at::empty({0}, type)};
 }
 
 ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const at::Tensor& x,
