@@ -11,6 +11,7 @@
 // other.
 #pragma once
 
+#include "../panels.h"
 #include "direct_grid.h"
 #include "fusion.h"
 
@@ -57,7 +58,6 @@ FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, in
   if (c < end) copy_vectors<1>(in, from, count, channels, c, to, step);
 }
 
-constexpr int64_t kChain = 128;      // additions one after another, as errors grow with them
 constexpr int64_t kAheadBytes = 32;  // of what the next block reads, asked for at each step
 
 // kRows pixels by kVecs vectors: x in rows `step` apart, w a panel. The pixels' vectors begin at
