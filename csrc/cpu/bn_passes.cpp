@@ -26,7 +26,7 @@ std::tuple<at::Tensor, at::Tensor> batch_statistics(const at::Tensor& x) {
 }  // namespace
 
 bool has_bn_passes(const at::Tensor& x, at::MemoryFormat format) {
-  return format == kChannelsLast && x.scalar_type() != at::kDouble && x.numel() > 0;
+  return format == kChannelsLast && x.scalar_type() == at::kFloat && x.numel() > 0;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_forward_passes(
