@@ -1,6 +1,6 @@
 // Batch norm, residual and ReLU of channels-last maps by the passes of a training step: float32
 // arithmetic and sums, which a core makes as fast as the memory brings the maps. bn_add_relu.cpp
-// has the other layouts and float64.
+// has the other layouts and dtypes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
