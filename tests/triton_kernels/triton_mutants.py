@@ -97,7 +97,7 @@ MUTANTS = [
         "bn_add_relu_backward.py",
         "low + ((high - (total - part)) + (v - part))",
         "low",
-        BN + "test_backward_sums_what_cancels",
+        BN_TILES + "test_backward_sums_what_cancels_in_tiles_of_few_rows",
         quick=True,
     ),
     Mutant(
