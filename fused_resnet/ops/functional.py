@@ -150,11 +150,12 @@ def conv_bn_add_relu(
 
     In inference one kernel computes all of it: batch norm, residual and ReLU are applied while the
     convolution's result is still in registers. That result is never stored, and the backward pass
-    does not need it (:mod:`fused_resnet.ops.autograd`). In training on the CPU, the convolution
-    computes the batch's statistics in the same pass, and its backward applies batch norm's gradient
-    while it reads. On CUDA, PyTorch's convolution runs in training, followed by
-    :func:`bn_add_relu`; with the backends ``cuda`` and ``triton``, when forced by name, their own
-    convolution, which computes the statistics in its epilogue.
+    does not need it (:mod:`fused_resnet.ops.autograd`). In training on the CPU, the convolution of
+    a channels-last map is a direct sum that computes the batch's statistics in the same pass, and
+    its backward applies batch norm's gradient while it reads. Contiguous maps, and CUDA's, take
+    PyTorch's convolution in training, followed by :func:`bn_add_relu`; with the backends ``cuda``
+    and ``triton``, when forced by name, their own convolution, which computes the statistics in its
+    epilogue.
 
     Args:
         x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.

@@ -1,7 +1,7 @@
-"""``bn_add_relu`` in training as one node of autograd, which moves the running statistics.
+"""``bn_add_relu`` in training as one node of autograd, which updates the running statistics.
 
-They are moved before anything is saved for backward: activation checkpointing computes a forward
-again up to its last saved tensor and no further, and must repeat the move as it repeats PyTorch's.
+They are updated before anything is saved for backward: activation checkpointing recomputes a
+forward up to its last saved tensor and no further, and must repeat the update as PyTorch's.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def training_bn_add_relu(
         x: ``(N, C, H, W)``.
         weight: ``(C,)``; None means 1.
         bias: ``(C,)``; None means 0.
-        running_mean: ``(C,)``, moved; None for none.
-        running_var: ``(C,)``, moved; there when ``running_mean`` is.
+        running_mean: ``(C,)``, updated in place; None for none.
+        running_var: ``(C,)``, updated in place; given when ``running_mean`` is.
         residual: Shape and dtype of ``x``; None for none.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
@@ -95,9 +95,9 @@ class _TrainingBNAddReLU(torch.autograd.Function):
         )
         running_mean, running_var = running
         if running_mean is not None and running_var is not None:
-            mover = backend if backend in UNIT_BACKENDS else "library"
+            updater = backend if backend in UNIT_BACKENDS else "library"
             count = x.shape[0] * x.shape[2] * x.shape[3]
-            update_running(mover, mean, var, running_mean, running_var, momentum, count)
+            update_running(updater, mean, var, running_mean, running_var, momentum, count)
         ctx.save_for_backward(x, y if relu else None, weight, mean, var)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.has_residual = residual is not None
