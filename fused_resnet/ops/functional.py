@@ -209,9 +209,10 @@ def conv_bn_add_relu(
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
         return OPERATORS[backend].conv_bn_add_relu(*arguments)
-    # A contiguous map would be converted twice, to and from channels_last.
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    if backend in UNIT_BACKENDS and conv_bias is None and last:
+    # A contiguous map would be converted twice, to and from channels_last. The backend comes first:
+    # under vmap, where it is the reference, no tensor tells its memory format.
+    as_unit = backend in UNIT_BACKENDS and conv_bias is None
+    if as_unit and x.is_contiguous(memory_format=torch.channels_last):
         layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
         shortcut = "none" if residual is None else "map"
         # Direct sums: the bound of a single operation is 1.5 times PyTorch's error.
