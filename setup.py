@@ -8,6 +8,7 @@ MAX_JOBS                     compilers at a time
 import multiprocessing
 import os
 import platform
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from setuptools.command.build_clib import build_clib
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
-# One static library for each instruction set, as each has flags of its own. Which of them runs is
-# decided at run time, so nothing outside csrc/cpu/kernels may be compiled with such a flag.
+# A static library each, with flags of its own. Which of them runs is decided at run time, so nothing
+# outside csrc/cpu/kernels may be compiled with such a flag.
 ISAS = {"portable": "", "avx2": "-mavx2 -mfma -mf16c"}
 ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 ISAS["avx512_bf16"] = ISAS["amx_emulated"] = ISAS["avx512"] + " -mavx512bf16"
@@ -52,14 +53,13 @@ def with_cuda() -> bool:
 
 def kernel_libraries() -> list:
     # -Wno-...: GCC 12 warns about its own AVX-512 headers.
-    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall"]
-    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    flags = "-std=c++17 -O3 -fPIC -Wall -Wno-uninitialized -Wno-maybe-uninitialized".split()
     headers = [*sources("csrc/cpu/kernels/**/*.h"), "csrc/conv_shape.h"]
     libraries = []
     for isa, extra in ISAS.items() if IS_X86 else [("portable", "")]:
-        files = sources(f"csrc/cpu/kernels/**/isa_{isa}.cpp")
-        build = {"sources": files, "cflags": flags + extra.split()}
-        libraries.append((f"fused_resnet_{isa}", {**build, "obj_deps": {"": headers}}))
+        build = {"cflags": flags + extra.split(), "obj_deps": {"": headers}}
+        build["sources"] = sources(f"csrc/cpu/kernels/**/isa_{isa}.cpp")
+        libraries.append((f"fused_resnet_{isa}", build))
     return libraries
 
 
@@ -79,6 +79,9 @@ def in_processes(calls: list) -> None:
 class BuildKernels(build_clib):
     def build_libraries(self, libraries: list) -> None:
         one = super().build_libraries
+        for name in ("compiler_so", "compiler_so_cxx") if shutil.which("ccache") else ():
+            # torch puts it before the compilers of the extension's own sources.
+            self.compiler.set_executable(name, ["ccache", *getattr(self.compiler, name)])
         in_processes([partial(one, [library]) for library in libraries])
 
 
