@@ -2,6 +2,7 @@
 
 FUSED_RESNET_CUDA=0|1|auto   auto (the default): CUDA if nvcc and a CUDA build of torch are here
 TORCH_CUDA_ARCH_LIST         architectures for nvcc, as torch reads it
+FUSED_RESNET_ISAS            instruction sets of the CPU kernels, as in "avx2,avx512" (default: all)
 MAX_JOBS                     compilers at a time
 """
 
@@ -22,8 +23,8 @@ from setuptools.command.build_clib import build_clib
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
-# A static library each, with flags of its own. Which of them runs is decided at run time, so nothing
-# outside csrc/cpu/kernels may be compiled with such a flag.
+# A static library each, with flags of its own, which begin with those of what it extends. Which one
+# runs is decided at run time, so nothing outside csrc/cpu/kernels may be compiled with such a flag.
 ISAS = {"portable": "", "avx2": "-mavx2 -mfma -mf16c"}
 ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 ISAS["avx512_bf16"] = ISAS["amx_emulated"] = ISAS["avx512"] + " -mavx512bf16"
@@ -31,7 +32,6 @@ ISAS["amx"] = ISAS["avx512_bf16"] + " -mamx-tile -mamx-bf16"
 # Where no card is in sight to ask, and TORCH_CUDA_ARCH_LIST says nothing.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def sources(pattern: str) -> list[str]:
@@ -44,20 +44,29 @@ def with_cuda() -> bool:
         raise SystemExit(f"FUSED_RESNET_CUDA: expected 0, 1 or auto, got {wanted!r}")
     missing = [] if torch.version.cuda else ["a CUDA build of torch"]
     home = Path(cpp_extension.CUDA_HOME or "nowhere")
-    if not all((home / name).exists() for name in ("bin/nvcc", "include/cuda_runtime.h")):
+    if not ((home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists()):
         missing.append("nvcc with its headers (set CUDA_HOME)")
     if wanted == "1" and missing:
         raise SystemExit(f"FUSED_RESNET_CUDA=1, but this is missing: {', '.join(missing)}")
     return wanted != "0" and not missing
 
 
+def wanted_isas() -> list[str]:
+    wanted = os.environ.get("FUSED_RESNET_ISAS", ",".join(ISAS)).split(",")
+    if unknown := set(wanted) - set(ISAS):
+        raise SystemExit(f"FUSED_RESNET_ISAS: expected some of {','.join(ISAS)}, got {unknown}")
+    x86 = [isa for isa in ISAS if any(ISAS[name].startswith(ISAS[isa]) for name in wanted)]
+    return x86 if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
+
+
 def kernel_libraries() -> list:
     # -Wno-...: GCC 12 warns about its own AVX-512 headers.
-    flags = "-std=c++17 -O3 -fPIC -Wall -Wno-uninitialized -Wno-maybe-uninitialized".split()
+    flags = ["-std=c++17", "-O3", "-fPIC", "-Wall"]
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     headers = [*sources("csrc/cpu/kernels/**/*.h"), "csrc/conv_shape.h"]
     libraries = []
-    for isa, extra in ISAS.items() if IS_X86 else [("portable", "")]:
-        build = {"cflags": flags + extra.split(), "obj_deps": {"": headers}}
+    for isa in wanted_isas():
+        build = {"cflags": flags + ISAS[isa].split(), "obj_deps": {"": headers}}
         build["sources"] = sources(f"csrc/cpu/kernels/**/isa_{isa}.cpp")
         libraries.append((f"fused_resnet_{isa}", build))
     return libraries
@@ -104,7 +113,9 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 def extension(cuda: bool):
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    macros = [("FR_HAVE_X86_KERNELS", None)] * IS_X86 + [("FR_WITH_CUDA", None)] * cuda
+    macros = [(f"FR_HAVE_{isa.upper()}", "1") for isa in wanted_isas()] + [
+        ("FR_WITH_CUDA", "1")
+    ] * cuda
     files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp"), *sources("csrc/cpu/training/*.cpp")]
     files += sources("csrc/cuda/host/*.cpp") + sources("csrc/cuda/*.cu") if cuda else []
     # Without -fopenmp at::parallel_for is serial. The linker does not get it: the runtime is the

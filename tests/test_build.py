@@ -64,6 +64,21 @@ def test_forced_isa(isa):
     assert result.stdout.strip() == isa
 
 
+def test_an_unknown_instruction_set_stops_the_build():
+    """Before anything is compiled; a name that is misspelt must not leave its kernels out."""
+    root = Path(__file__).resolve().parent.parent
+    code = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "build_clib"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FUSED_RESNET_ISAS": "avx2,axv512", "FUSED_RESNET_CUDA": "0"},
+    )
+    assert result.returncode != 0
+    assert "expected some of portable,avx2" in result.stderr and "axv512" in result.stderr
+
+
 def test_unknown_isa_is_an_error_at_import():
     result = python("import fused_resnet", FUSED_RESNET_ISA="mmx")
     assert result.returncode != 0

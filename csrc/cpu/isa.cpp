@@ -17,26 +17,29 @@
 namespace fr {
 namespace {
 
-#ifdef FR_HAVE_X86_KERNELS
-KernelTable table_with(void (*replace)(KernelTable&), KernelTable table, const char* isa) {
+// A table that was not compiled is named in the discarded branch of an `if constexpr` alone, so the
+// linker does not ask for it.
+
+[[maybe_unused]] KernelTable table_with(void (*replace)(KernelTable&), KernelTable table,
+                                        const char* isa) {
   table.isa = isa;
   replace(table);
   return table;
 }
 
-const KernelTable& kernel_table_avx512_bf16() {
+[[maybe_unused]] const KernelTable& kernel_table_avx512_bf16() {
   static const KernelTable table =
       table_with(avx512_bf16::replace_bfloat16, kernel_table_avx512(), "avx512_bf16");
   return table;
 }
 
-const KernelTable& kernel_table_amx() {
+[[maybe_unused]] const KernelTable& kernel_table_amx() {
   static const KernelTable table =
       table_with(amx::replace_bfloat16, kernel_table_avx512_bf16(), "amx");
   return table;
 }
 
-const KernelTable& kernel_table_amx_emulated() {
+[[maybe_unused]] const KernelTable& kernel_table_amx_emulated() {
   static const KernelTable table =
       table_with(amx_emulated::replace_bfloat16, kernel_table_avx512_bf16(), "amx_emulated");
   return table;
@@ -44,8 +47,8 @@ const KernelTable& kernel_table_amx_emulated() {
 
 // Linux lets a process use AMX's tiles (8 KiB of state per thread) only after it has requested
 // permission, and kills it otherwise.
-bool tiles_are_permitted() {
-#ifdef __linux__
+[[maybe_unused]] bool tiles_are_permitted() {
+#if defined(__linux__) && defined(__x86_64__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, asm/fpu/types.h
   static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return permitted;
@@ -53,32 +56,48 @@ bool tiles_are_permitted() {
   return false;
 #endif
 }
+
+struct Processor {
+  bool avx2 = false, avx512 = false, bfloat16_pairs = false, bfloat16_tiles = false;
+};
+
+Processor processor() {
+  Processor has;
+#ifdef __x86_64__
+  // These builtins also check that the operating system saves the wide registers.
+  __builtin_cpu_init();
+  has.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+  has.avx512 = has.avx2 && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+  has.bfloat16_pairs = has.avx512 && __builtin_cpu_supports("avx512bf16");
+  has.bfloat16_tiles = has.bfloat16_pairs && __builtin_cpu_supports("amx-tile") &&
+                       __builtin_cpu_supports("amx-bf16") && tiles_are_permitted();
 #endif
+  return has;
+}
 
 std::vector<const KernelTable*> supported_tables() {
   std::vector<const KernelTable*> tables;
-#ifdef FR_HAVE_X86_KERNELS
-  // These builtins also check that the operating system saves the wide registers.
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (pairs && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-      tiles_are_permitted()) {
-    tables.push_back(&kernel_table_amx());
+  const Processor has = processor();
+  if constexpr (FR_HAVE_AMX) {
+    if (has.bfloat16_tiles) tables.push_back(&kernel_table_amx());
   }
-  if (pairs) tables.push_back(&kernel_table_avx512_bf16());
-  if (avx512) tables.push_back(&kernel_table_avx512());
-  if (avx2) tables.push_back(&kernel_table_avx2());
-#endif
+  if constexpr (FR_HAVE_AVX512_BF16) {
+    if (has.bfloat16_pairs) tables.push_back(&kernel_table_avx512_bf16());
+  }
+  if constexpr (FR_HAVE_AVX512) {
+    if (has.avx512) tables.push_back(&kernel_table_avx512());
+  }
+  if constexpr (FR_HAVE_AVX2) {
+    if (has.avx2) tables.push_back(&kernel_table_avx2());
+  }
   tables.push_back(&kernel_table_portable());
-#ifdef FR_HAVE_X86_KERNELS
-  if (pairs)
-    tables.push_back(&kernel_table_amx_emulated());  // for tests; last, so never the default
-#endif
+  if constexpr (FR_HAVE_AMX_EMULATED) {
+    // For tests; last, so never the default.
+    if (has.bfloat16_pairs) tables.push_back(&kernel_table_amx_emulated());
+  }
   return tables;
 }
 
@@ -104,11 +123,13 @@ const KernelTable& kernels() {
 
 const TrainingTable& training_kernels() {
   static const TrainingTable& table = []() -> const TrainingTable& {
-#ifdef FR_HAVE_X86_KERNELS
     const std::string isa = kernels().isa;
-    if (isa == "avx2") return training_table_avx2();
-    if (isa != "portable") return training_table_avx512();
-#endif
+    if constexpr (FR_HAVE_AVX2) {
+      if (isa == "avx2") return training_table_avx2();
+    }
+    if constexpr (FR_HAVE_AVX512) {
+      if (isa != "avx2" && isa != "portable") return training_table_avx512();
+    }
     return training_table_portable();
   }();
   return table;

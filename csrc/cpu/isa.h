@@ -9,6 +9,23 @@
 #include "kernels/table.h"
 #include "kernels/training/table.h"
 
+// Which instruction sets setup.py compiled, besides the portable one.
+#ifndef FR_HAVE_AVX2
+#define FR_HAVE_AVX2 0
+#endif
+#ifndef FR_HAVE_AVX512
+#define FR_HAVE_AVX512 0
+#endif
+#ifndef FR_HAVE_AVX512_BF16
+#define FR_HAVE_AVX512_BF16 0
+#endif
+#ifndef FR_HAVE_AMX
+#define FR_HAVE_AMX 0
+#endif
+#ifndef FR_HAVE_AMX_EMULATED
+#define FR_HAVE_AMX_EMULATED 0
+#endif
+
 namespace fr {
 
 // Chosen at the first call: the best that the machine supports, or the one that FUSED_RESNET_ISA

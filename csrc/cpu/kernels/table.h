@@ -147,7 +147,7 @@ struct KernelTable {
 };
 
 const KernelTable& kernel_table_portable();
-#ifdef FR_HAVE_X86_KERNELS
+// Each of these exists where setup.py compiled it: see isa.h.
 const KernelTable& kernel_table_avx2();
 const KernelTable& kernel_table_avx512();
 // Replaces the bfloat16 kernels of AVX-512 by those of AVX512-BF16.
@@ -162,6 +162,5 @@ void replace_bfloat16(KernelTable& table);
 namespace amx_emulated {
 void replace_bfloat16(KernelTable& table);
 }
-#endif
 
 }  // namespace fr

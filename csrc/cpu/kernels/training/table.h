@@ -166,9 +166,7 @@ struct TrainingTable {
 };
 
 const TrainingTable& training_table_portable();
-#ifdef FR_HAVE_X86_KERNELS
 const TrainingTable& training_table_avx2();
 const TrainingTable& training_table_avx512();
-#endif
 
 }  // namespace fr
