@@ -56,7 +56,9 @@ def test_one_tile_on_chip(backend, precision, middle):
 @pytest.mark.parametrize("widths", [[16, 24, 40], [16, 40], [6, 5, 7]], ids=str)
 def test_other_blocks_take_a_kernel_for_each_convolution(backend, precision, widths):
     block = Block(precision, 24, widths, 2, shortcut=True)
-    kernels = check(backend, block, block.input(1, 7, 6))
+    # Of 84 results, a few bits decide the ratio to PyTorch's error (0.8 to 1.6 by the seed); of 588
+    # or more it is 0.9 to 1.1.
+    kernels = check(backend, block, block.input(2, 13, 12))
     assert_kernels(backend, kernels, [CONV] * (len(widths) + 1))
 
 
