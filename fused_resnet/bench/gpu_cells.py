@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..tuning.tf32 import tf32_set_to
 from .clock import Clock, alternating
 from .results import quantile
 from .subject import Subject, UnavailableError
@@ -38,13 +39,13 @@ def settings(precision: str) -> Iterator[None]:
     Args:
         precision: A key of :data:`DTYPES`.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, *(precision == "tf32",) * 2
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
     try:
-        yield
+        with tf32_set_to(precision == "tf32"):
+            yield
     finally:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        cudnn.benchmark = before
 
 
 def measure(

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from ..backends.availability import _Marker, current_backend
 from ..nn.module_kinds import is_hooked, original_class
+from ..tuning.tf32 import conv_allows_tf32, matmul_allows_tf32
 from .graph_capture import Graph, Recorder
 from .guard import Guard
 
@@ -272,8 +273,8 @@ def _settings(device: str) -> tuple[Any, ...]:
         torch.is_autocast_enabled(device),
         torch.get_autocast_dtype(device),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
+        conv_allows_tf32(),
+        matmul_allows_tf32(),
         torch.backends.cudnn.enabled,
     )
 

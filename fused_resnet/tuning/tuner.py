@@ -33,6 +33,7 @@ from torch import Tensor
 from .. import _C
 from .._version import __version__
 from . import cache, defaults, processor
+from .tf32 import conv_allows_tf32
 
 #: Increased when kernels change, which invalidates older timings.
 KERNELS = 3
@@ -157,7 +158,7 @@ _SETTINGS = frozenset((type(None), tuple, int, float, bool))
 def _fingerprint(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same information as :func:`key_of` without text, in a quarter of its time."""
     x = arguments[0]
-    found: list[Any] = [x.get_device(), x.is_cuda and torch.backends.cudnn.allow_tf32]
+    found: list[Any] = [x.get_device(), x.is_cuda and conv_allows_tf32()]
     add = found.append
     for a in arguments:
         if type(a) is list:
@@ -268,7 +269,7 @@ def machine_of(device: torch.device) -> str:
         device: Of the call.
     """
     if device.type == "cuda":
-        float32 = "tf32" if torch.backends.cudnn.allow_tf32 else "strict float32"
+        float32 = "tf32" if conv_allows_tf32() else "strict float32"
         return f"{_cuda_machine(device.index if device.index is not None else 0)}, {float32}"
     return f"{_cpu_machine()}, {torch.get_num_threads()} threads"
 

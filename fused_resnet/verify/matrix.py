@@ -6,7 +6,6 @@ tensors where there is no GPU (``python tests/verify_matrix.py``).
 
 from __future__ import annotations
 
-import contextlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ import torch
 
 from ..backends import aten
 from ..backends.availability import NAMES, backends, use_backend
+from ..tuning.tf32 import tf32_set_to
 from .operations import DTYPES, comparisons
 from .rows import Row, worst
 
@@ -166,7 +166,7 @@ def _cell(
     if mode == "frozen":
         operation, mode = _FROZEN.get(operation, operation), "inference"
     try:
-        with _strict_float32():
+        with tf32_set_to(False):
             compared = comparisons(
                 operation, dtype, MEMORY_FORMAT, mode, runner.context, runner.device
             )
@@ -178,13 +178,3 @@ def _cell(
 
 def _first_line(error: Exception) -> str:
     return textwrap.shorten(str(error).partition("\n")[0], 200, placeholder=" ...")
-
-
-@contextlib.contextmanager
-def _strict_float32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...tuning.tf32 import conv_allows_tf32
 from ._common import architecture, cdiv, multiprocessors
 from ._conv_shape import ConvShape
 
@@ -82,7 +83,7 @@ def precision_of(x: Tensor) -> str:
     """The precision of products for a map: a key of :data:`CONFIGS`."""
     if x.dtype is not torch.float32:
         return "half"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if conv_allows_tf32() else "ieee"
 
 
 def mode_of(s: ConvShape, config: ConvConfig) -> str:
