@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from cases import Conv, batch_norm, conv_weight, doubled, normal
-from precisions import Precision
+from precisions import Precision, tensor_core_depth
 from shapes import channels_last, geometry
 from torch import Tensor
 
@@ -94,11 +94,16 @@ class Operands:
                 True,
             )
 
+    def check(self, backend, result: Tensor, **flags) -> None:
+        """Compare a result of :meth:`run` with float64."""
+        depth = tensor_core_depth(backend, self.weight)
+        self.precision.check(result, self.eager(**flags), self.truth(**flags), depth)
+
 
 def check(backend, case: Conv, precision: Precision, **flags) -> None:
     operands = Operands(case, precision)
     result = operands.run(backend, **flags)
-    precision.check(result, operands.eager(**flags), operands.truth(**flags))
+    operands.check(backend, result, **flags)
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cases import FORMATS, Conv, batch_norm, conv_weight, normal
-from precisions import FLOAT32, TF32, Precision
+from precisions import FLOAT32, TF32, Precision, tensor_core_depth
 from shapes import geometry, window
 from torch._prims_common import suggest_memory_format
 
@@ -65,7 +65,8 @@ def check(
     backend.launches()
     result = stem.run(backend, **pool, **({} if config is None else {"config": config}))
     names = [launch.kernel for launch in backend.launches()]
-    precision.check(result, *stem.eager_and_truth(pool))
+    depth = tensor_core_depth(backend, stem.weight)
+    precision.check(result, *stem.eager_and_truth(pool), depth)
     # A single channel is the same memory in both formats, and PyTorch calls it contiguous.
     assert result.is_contiguous(memory_format=suggest_memory_format(stem.x))
     if getattr(backend, "name", "") != "cpu":

@@ -57,8 +57,9 @@ def test_one_tile_on_chip(backend, precision, middle):
 def test_other_blocks_take_a_kernel_for_each_convolution(backend, precision, widths):
     block = Block(precision, 24, widths, 2, shortcut=True)
     # Of 84 results, a few bits decide the ratio to PyTorch's error (0.8 to 1.6 by the seed); of 588
-    # or more it is 0.9 to 1.1.
-    kernels = check(backend, block, block.input(2, 13, 12))
+    # or more it is 0.9 to 1.1. Emulations are slow, and sum as PyTorch does.
+    size = (2, 13, 12) if backend.name == "cpu" else (1, 7, 6)
+    kernels = check(backend, block, block.input(*size))
     assert_kernels(backend, kernels, [CONV] * (len(widths) + 1))
 
 
