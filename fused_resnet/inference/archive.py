@@ -1,33 +1,57 @@
 """Frozen files: one file with everything that serving a network needs.
 
-It is an archive of ``torch.save`` that ``weights_only=True`` reads: names, numbers and tensors, and
-never code. The weights are the trained network's own, neither folded nor packed. So the file suits
-every machine, dtype and version of the package, the frozen network can be compared with the eager
-one, and folding and packing happen at loading.
+It is a safetensors file: tensors, and metadata as JSON, never code. The weights are the trained
+network's own, neither folded nor packed. So the file suits every machine, dtype and version of the
+package, the frozen network can be compared with the eager one, and folding and packing happen at
+loading. The metadata has a SHA-256 of the file, since safetensors itself has no checksums and one
+wrong bit in a weight would not show.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
-import pickle
-import zipfile
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .._version import __version__
 from ..models import resnet, sources
+from ..models.weights import check_numbers
 from ..ops.checks import DTYPES
 from ..tuning.atomic_file import replacing
 from .freeze import freeze
 
 #: The file's kind, and the version of its layout.
-KIND, FORMAT = "fused_resnet.frozen", 1
+KIND, FORMAT = "fused_resnet.frozen", 2
+
+#: Bytes of a file's header; a ResNet-152's has 60 kB.
+MOST_HEADER = 16 * 2**20
+
+#: Bytes of the weights of any network that a file may name; the largest RegNet has 2 GB.
+MOST_BYTES = 4 * 2**30
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+#: safetensors' names of the dtypes of parameters, statistics and batch counters.
+_STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+
+#: In the place of the checksum while it is computed.
+_UNHASHED = "0" * 64
 
 
 class FrozenFile(NamedTuple):
@@ -77,49 +101,88 @@ def write_frozen(
         OSError: The file can't be written.
     """
     network = sources.parse(network)
+    check_numbers(state, network)
     classes = sources.classes_of(network, state)
-    own = dict(_build(network, classes, dict(state)).state_dict())
-    file = FrozenFile(network, classes, dtype, winograd, __version__, own)
-    content = file._asdict() | {
-        "kind": KIND,
-        "format": FORMAT,
-        "dtype": str(dtype).removeprefix("torch."),
+    own = {
+        # No view of a larger storage, and no storage twice.
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in _build(network, classes, dict(state)).state_dict().items()
     }
+    file = FrozenFile(network, classes, dtype, winograd, __version__, own)
+    document = {"kind": KIND, "format": FORMAT} | file._asdict()
+    document["dtype"] = str(dtype).removeprefix("torch.")
+    del document["state"]
+    metadata = {"format": "pt", KIND: json.dumps(document), "sha256": _UNHASHED}
     with replacing(Path(path)) as part:
-        torch.save(content, part)
+        safetensors.torch.save_file(own, part, metadata)
+        with open(part, "r+b") as written:
+            header = _read_header(written)
+            checksum = _checksum(header, written)
+            written.seek(8 + header.index(_hashed(_UNHASHED)))
+            written.write(_hashed(checksum))
     return file
 
 
 def read_frozen(path: str | os.PathLike[str]) -> FrozenFile:
     """Read a file and check all of its fields; no code in it is run.
 
+    The header, the shape of every tensor and the checksum are checked before anything of a size
+    that the file names is allocated.
+
     Args:
         path: A file that ``fused-resnet freeze`` wrote.
 
     Raises:
-        ValueError: The file does not exist, is damaged, or is of another kind or format.
+        ValueError: The file does not exist, is damaged, is of another kind or format, or its
+            tensors are not those of its network.
+        MissingPackageError: The network's library is not installed.
+        MemoryError: There is not enough memory for the weights.
     """
     what = f"frozen file {os.fspath(path)!r}"
-    content = _content(Path(path), what)
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise ValueError(f"{what}: not a file that fused-resnet freeze wrote")
-    if content.get("format") != FORMAT:
+    try:
+        with _opened(Path(path), what) as file, _memory(what):
+            return _read(file, what)
+    except OSError as error:
+        raise ValueError(f"{what}: can't be read: {error.strerror or error}") from None
+
+
+def _read(file: BinaryIO, what: str) -> FrozenFile:
+    damaged = f"{what}: truncated or damaged, or not a file that fused-resnet freeze wrote"
+    foreign = f"{what}: not a file that fused-resnet freeze wrote"
+    try:
+        header = _read_header(file)
+        table = json.loads(header)
+        metadata = table.pop("__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(damaged) from None
+    document = _document(metadata, foreign)
+    if document.get("format") != FORMAT:
         raise ValueError(
-            f"{what}: has format {content.get('format')!r} and was written by fused_resnet "
-            f"{content.get('version')!r}; this version reads format {FORMAT}"
+            f"{what}: has format {document.get('format')!r} and was written by fused_resnet "
+            f"{document.get('version')!r}; this version reads format {FORMAT}"
         )
-    state = content.get("state")
-    expected = {"network": str, "classes": int, "dtype": str, "winograd": bool, "version": str}
-    complete = (
-        all(isinstance(content.get(key), kind) for key, kind in expected.items())
-        and content["dtype"] in _DTYPES
-        and isinstance(state, dict)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    )
-    if not complete:
-        raise ValueError(f"{what}: some of its fields are missing or have the wrong type")
-    fields = {name: content[name] for name in FrozenFile._fields}
-    return FrozenFile(**fields | {"dtype": _DTYPES[content["dtype"]]})
+    size = os.fstat(file.fileno()).st_size - len(header) - 8
+    fields: dict[str, Any] = {}
+    problem = ""
+    try:
+        fields = _fields(document)
+        _check_fit(fields["network"], fields["classes"], _empty_state(table, size))
+    except ValueError as error:
+        problem = f"{what}: {error}"
+    # A file that doesn't fit may be damaged, which is then what to say; unless it is so large that
+    # no network of this kind can be meant.
+    if not problem or size < MOST_BYTES:
+        expected = str(metadata.get("sha256"))
+        if _hashed(expected) not in header or _checksum(header, file, expected) != expected:
+            raise ValueError(damaged)
+    if problem:
+        raise ValueError(problem)
+    file.seek(0)
+    try:
+        state = safetensors.torch.load(file.read())
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(damaged) from error
+    return FrozenFile(**fields, state=state)
 
 
 def load_frozen(
@@ -144,17 +207,16 @@ def load_frozen(
         The frozen network, as from :func:`freeze`: ``(N, 3, H, W)`` to logits ``(N, classes)``.
 
     Raises:
-        ValueError: The file does not exist, is damaged or of another kind, or names a network that
-            this version does not know.
+        ValueError: The file does not exist, is damaged or of another kind, names a network that
+            this version does not know, or its tensors are not those of its network.
         MissingPackageError: The network's library is not installed.
+        MemoryError: There is not enough memory for the weights.
         TypeError: ``dtype`` is not float32, float64, bfloat16 or float16.
     """
     file = read_frozen(path)
-    try:
-        model = network_of(file)
-    except ValueError as error:
-        raise ValueError(f"frozen file {os.fspath(path)!r}: {error}") from None
-    return freeze(model.to(device), dtype or file.dtype, winograd=file.winograd, graphs=graphs)
+    with _memory(f"frozen file {os.fspath(path)!r}"):
+        model = network_of(file).to(device)
+        return freeze(model, dtype or file.dtype, winograd=file.winograd, graphs=graphs)
 
 
 def network_of(file: FrozenFile) -> nn.Module:
@@ -174,17 +236,115 @@ def _build(network: str, classes: int, state: dict[str, Tensor]) -> nn.Module:
     return sources.our_model(network, state)
 
 
-def _content(path: Path, what: str) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{what}: there is no such file; check the path")
-    damaged = f"{what}: truncated or damaged, or not a file that fused-resnet freeze wrote"
+@contextlib.contextmanager
+def _opened(path: Path, what: str) -> Iterator[BinaryIO]:
     try:
-        # torch.load does not verify checksums, and one wrong bit in a weight would not show.
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise ValueError(damaged)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{what}: contains code or other objects, which are not loaded") from None
-    except Exception as error:  # the readers raise anything on a damaged file
-        raise ValueError(damaged) from error
+        # A FIFO would block, a device might never end.
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        regular = False
+    if not regular:
+        raise ValueError(f"{what}: there is no such file; check the path")
+    with open(path, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _memory(what: str) -> Iterator[None]:
+    """Say that memory is missing, and not that the file is damaged."""
+    try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"{what}: not enough memory for its weights") from None
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):
+            raise
+        raise MemoryError(f"{what}: not enough memory for its weights") from None
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    """The header's JSON; 8 bytes before it are its length.
+
+    Raises:
+        ValueError: The file is shorter than that.
+    """
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(length) if length <= MOST_HEADER else b""
+    if not header or len(header) != length:
+        raise ValueError("no header")
+    return header
+
+
+def _hashed(checksum: str) -> bytes:
+    return f'"sha256":"{checksum}"'.encode()
+
+
+def _checksum(header: bytes, file: BinaryIO, current: str = _UNHASHED) -> str:
+    """The SHA-256 of a file in which the place of the checksum has zeros."""
+    content = hashlib.sha256(len(header).to_bytes(8, "little"))
+    content.update(header.replace(_hashed(current), _hashed(_UNHASHED), 1))
+    file.seek(8 + len(header))
+    while block := file.read(2**20):
+        content.update(block)
+    return content.hexdigest()
+
+
+def _document(metadata: Any, foreign: str) -> dict[str, Any]:
+    """The fields of this package in a header's metadata."""
+    try:
+        document = json.loads(metadata[KIND])
+        if document["kind"] == KIND:
+            return dict(document)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(foreign)
+
+
+def _fields(document: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a :class:`FrozenFile`, without its tensors, of the right types."""
+    expected = {"network": str, "classes": int, "dtype": str, "winograd": bool, "version": str}
+    complete = all(type(document.get(key)) is kind for key, kind in expected.items())
+    if not complete or document["dtype"] not in _DTYPES or not 0 < document["classes"] < 2**31:
+        raise ValueError("some of its fields are missing or have the wrong type")
+    return {key: document[key] for key in expected} | {"dtype": _DTYPES[document["dtype"]]}
+
+
+def _check_fit(network: str, classes: int, empty: dict[str, Tensor]) -> None:
+    """Build the network on the meta device, where its size costs nothing, and compare.
+
+    Args:
+        network: As the file names it.
+        classes: As the file says.
+        empty: Tensors on the meta device, by key.
+    """
+    network = sources.parse(network)
+    found = sources.classes_of(network, empty)
+    if found != classes:
+        raise ValueError(f"says {classes} classes, and its weights have {found}")
+    with torch.device("meta"):
+        _build(network, classes, empty)
+
+
+def _empty_state(table: dict[str, Any], size: int) -> dict[str, Tensor]:
+    """A header's tensors on the meta device, for the network to compare its own with.
+
+    Args:
+        table: The header, without its metadata.
+        size: Bytes of the file behind the header.
+    """
+    state, stored = {}, 0
+    for name, entry in table.items():
+        try:
+            kind = entry["dtype"]
+            if kind not in _STORED:
+                raise ValueError(f"{name} has dtype {kind!r}; expected one of {', '.join(_STORED)}")
+            shape = [n if type(n) is int else -1 for n in entry["shape"]]
+            tensor = torch.empty(shape, dtype=_STORED[kind], device="meta")
+        except (TypeError, KeyError, RuntimeError):
+            raise ValueError(f"{name} is not the entry of a tensor") from None
+        state[name] = tensor
+        stored += tensor.nbytes
+    if stored != size:
+        raise ValueError(f"its tensors have {stored} bytes, and it has {size}")
+    return state

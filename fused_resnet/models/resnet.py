@@ -143,7 +143,7 @@ def resnet18(*, weights: Source | None = None, progress: bool = True, **kwargs: 
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], weights, progress, kwargs)
 
@@ -159,7 +159,7 @@ def resnet34(*, weights: Source | None = None, progress: bool = True, **kwargs: 
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     return _resnet("resnet34", BasicBlock, [3, 4, 6, 3], weights, progress, kwargs)
 
@@ -175,7 +175,7 @@ def resnet50(*, weights: Source | None = None, progress: bool = True, **kwargs: 
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], weights, progress, kwargs)
 
@@ -191,7 +191,7 @@ def resnet101(*, weights: Source | None = None, progress: bool = True, **kwargs:
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     return _resnet("resnet101", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
 
@@ -207,7 +207,7 @@ def resnet152(*, weights: Source | None = None, progress: bool = True, **kwargs:
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], weights, progress, kwargs)
 
@@ -225,7 +225,7 @@ def resnext50_32x4d(
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
 
     Source:
         Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", 2016.
@@ -247,7 +247,7 @@ def resnext101_32x8d(
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     kwargs = _fixed("resnext101_32x8d", kwargs, groups=32, width_per_group=8)
     return _resnet("resnext101_32x8d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
@@ -266,7 +266,7 @@ def resnext101_64x4d(
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     kwargs = _fixed("resnext101_64x4d", kwargs, groups=64, width_per_group=4)
     return _resnet("resnext101_64x4d", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)
@@ -285,7 +285,7 @@ def wide_resnet50_2(
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
 
     Source:
         Zagoruyko and Komodakis, "Wide Residual Networks", 2016.
@@ -307,7 +307,7 @@ def wide_resnet101_2(
 
     Raises:
         ValueError: The weights cannot be read or do not fit.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
     """
     kwargs = _fixed("wide_resnet101_2", kwargs, width_per_group=128)
     return _resnet("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], weights, progress, kwargs)

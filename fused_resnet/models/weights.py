@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from ..ops.checks import DTYPES
 
 #: A torchvision enum or its name, the path of a file, or a state dict.
 Source = Any
@@ -41,14 +45,17 @@ def load_weights(
     Raises:
         ValueError: An unknown file or name; a truncated file; a file with code or objects other
             than tensors. The message names the file and a remedy.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
         TypeError: ``source`` is of another type.
     """
     if isinstance(source, Mapping):
         return _state_dict(source, "weights")
     if isinstance(source, str | os.PathLike) and is_path(source):
         path = Path(source)
-        return _state_dict(_read(path), f"weights file {str(path)!r}")
+        what = f"weights file {str(path)!r}"
+        state = _state_dict(_read(path), what)
+        check_numbers(state, what)
+        return state
     entry = _torchvision_entry(source, name)
     try:
         state = entry.get_state_dict(progress=progress, check_hash=True)
@@ -70,7 +77,7 @@ def load_into(model: nn.Module, source: Source, *, name: str, progress: bool = T
 
     Raises:
         ValueError: The weights cannot be read, or have other keys or shapes than the network.
-        RuntimeError: torchvision or safetensors is needed and not installed, or a download failed.
+        RuntimeError: torchvision is needed and not installed, or a download failed.
         TypeError: ``source`` is of another type.
     """
     state = load_weights(source, name=name, progress=progress)
@@ -82,6 +89,26 @@ def load_into(model: nn.Module, source: Source, *, name: str, progress: bool = T
             "classes that they were saved from"
         )
     model.load_state_dict(state)
+
+
+def check_numbers(state: Mapping[str, Tensor], what: str) -> None:
+    """Check that the tensors have numbers that a network can be given.
+
+    Args:
+        state: Tensors by key.
+        what: Their source, for the message.
+
+    Raises:
+        ValueError: A tensor is on the meta device, sparse, quantised, complex, or of integers and
+            no batch counter; the message names it.
+    """
+    for key, value in state.items():
+        plain = value.dtype in DTYPES or key.endswith("num_batches_tracked")
+        if not plain or value.layout is not torch.strided or value.is_meta or value.is_nested:
+            raise ValueError(
+                f"{what}: {key}: expected a dense tensor of real numbers, got {value.dtype}, "
+                f"{value.layout}, on {value.device}"
+            )
 
 
 def number_of_classes(name: str, source: Source | None) -> int | None:
@@ -161,13 +188,8 @@ def _read(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> Any:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise RuntimeError(f"weights file {str(path)!r}: run: pip install safetensors") from error
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise _damaged(path) from error
 
 

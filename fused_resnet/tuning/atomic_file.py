@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     require_regular(target)
     _remove_stale(target)
-    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+    part = target.with_name(f"{_stem(target)}.{secrets.token_hex(4)}.part")
     # Created by os.open, so that the file gets the permissions that the user gives to new files.
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -66,10 +66,15 @@ def replacing(path: Path) -> Iterator[Path]:
 def _remove_stale(target: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote ``target``."""
     oldest = time.time() - STALE
-    for part in target.parent.glob(f"{_escaped(target.name)}.????????.part"):
+    for part in target.parent.glob(f"{_escaped(_stem(target))}.????????.part"):
         with contextlib.suppress(OSError):
             if part.stat().st_mtime < oldest:
                 part.unlink()
+
+
+def _stem(target: Path) -> str:
+    """The file's name, cut to leave room for a suffix in the 255 bytes of a name."""
+    return os.fsdecode(os.fsencode(target.name)[:240])
 
 
 def _escaped(name: str) -> str:
