@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ Source = Any
 
 #: Keys under which training scripts store the state dict of a checkpoint.
 _NESTED = ("state_dict", "model")
+#: How a pickle of torch.save begins that is no zip: protocol 2, and its magic number.
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
@@ -31,6 +34,10 @@ def load_weights(
 
     A surrounding ``{"state_dict": ...}`` or ``{"model": ...}`` is removed, as is the prefix
     ``module.`` of keys that DataParallel adds.
+
+    The checksums of a ``.pth`` file are verified before it is read, which ``torch.load`` does not
+    do. The format that ``torch.save`` wrote before 1.6 has none (a warning says so), and neither
+    has ``.safetensors``.
 
     Args:
         source: A path to a ``.pth``, ``.pt`` or ``.safetensors`` file; the name of a torchvision
@@ -172,6 +179,7 @@ def _read(path: Path) -> Any:
         raise ValueError(f"weights file {str(path)!r}: there is no such file; check the path")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    _verify_checksums(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -184,6 +192,37 @@ def _read(path: Path) -> Any:
         raise _damaged(path) from error
     except Exception as error:  # a damaged file can raise any exception in the unpickler
         raise _damaged(path) from error
+
+
+def _verify_checksums(path: Path) -> None:
+    """Verify those of a zip, which ``torch.load`` does not do; warn about the format without.
+
+    One wrong bit in a weight would not show. ``torch.save`` stores entries as they are, so one that
+    is compressed, and may be a thousand times as large as the file, is not of its making.
+
+    Raises:
+        ValueError: A checksum is wrong, or an entry is compressed.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            legacy = file.read(16).startswith(_LEGACY)
+        if legacy:
+            warnings.warn(
+                f"fused_resnet: weights file {str(path)!r}: the format that torch.save wrote "
+                "before 1.6 has no checksums, so damage can't be seen; load it and save it again",
+                stacklevel=2,
+            )
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            total = sum(entry.file_size for entry in entries)
+            intact = stored and total <= path.stat().st_size and archive.testzip() is None
+    except Exception as error:  # a damaged archive can raise any exception in its reader
+        raise _damaged(path) from error
+    if not intact:
+        raise _damaged(path)
 
 
 def _read_safetensors(path: Path) -> Any:

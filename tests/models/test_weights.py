@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,44 @@ def other_classes(folder: Path, source: fr.CifarResNet) -> Path:
     return folder / "classes.pth"
 
 
+def flipped(folder: Path, source: fr.CifarResNet) -> Path:
+    """One bit of a weight, which torch.load doesn't see."""
+    path = folder / "flipped.pth"
+    torch.save(source.state_dict(), path)
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(source.linear.bias.data.numpy().tobytes())) + 2] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    return path
+
+
+def flipped_name(folder: Path, source: fr.CifarResNet) -> Path:
+    """One bit of the pickle: a key's name."""
+    path = folder / "name.pth"
+    torch.save(source.state_dict(), path)
+    path.write_bytes(path.read_bytes().replace(b"layer1.0.bn1.bias", b"layer1.0.bn1.biar", 1))
+    return path
+
+
+def deflated(folder: Path, source: fr.CifarResNet) -> Path:
+    """A zip whose entries are compressed: this one has a thousandth of what it unpacks to."""
+    path = folder / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(2**26))
+    return path
+
+
+def integers(folder: Path, source: fr.CifarResNet) -> Path:
+    state = source.state_dict()
+    torch.save(state | {"linear.bias": state["linear.bias"].to(torch.int8)}, folder / "int8.pth")
+    return folder / "int8.pth"
+
+
 WRONG = {
+    flipped: "truncated or not a file of weights",
+    flipped_name: "truncated or not a file of weights",
+    deflated: "truncated or not a file of weights",
+    integers: "linear.bias: expected a dense tensor of real numbers, got torch.int8",
     nothing: "there is no such file",
     truncated: "truncated or not a file of weights",
     truncated_safetensors: "truncated or not a file of weights",
@@ -152,6 +190,15 @@ def test_wrong_files(tmp_path: Path, source: fr.CifarResNet, make) -> None:
     assert str(path) in message
     assert "\n" not in message
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_legacy_format_says_that_it_has_no_checksums(
+    tmp_path: Path, source: fr.CifarResNet
+) -> None:
+    path = tmp_path / "old.pth"
+    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=False)
+    with pytest.warns(UserWarning, match=r"old.pth': the format .* has no checksums"):
+        assert_loaded(fr.cifar_resnet(20, weights=path), source)
 
 
 def test_missing_keys_are_named(source: fr.CifarResNet) -> None:
