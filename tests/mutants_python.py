@@ -34,8 +34,8 @@ MUTANTS = [
     Mutant(
         "the running mean is ignored",
         "fused_resnet/nn/group_calls.py",
-        '"running_mean": bn.running_mean,',
-        '"running_mean": None if bn.running_mean is None else bn.running_mean * 0,',
+        '"running_mean": mean,',
+        '"running_mean": None if mean is None else mean * 0,',
         SWAP,
     ),
     Mutant(

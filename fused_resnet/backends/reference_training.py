@@ -257,7 +257,7 @@ def bn_update_running(
     momentum: float,
     count: int,
 ) -> None:
-    """Move the running statistics, with the unbiased variance; an empty batch leaves them.
+    """Update the running statistics, with the unbiased variance; an empty batch leaves them.
 
     ``running = (1 - momentum) * running + momentum * batch``
 
@@ -339,8 +339,7 @@ def stem_end(
     v = F.relu(z * _per_channel(scale) + _per_channel(shift))
     y, flat = F.max_pool2d(v, tuple(kernel), tuple(stride), tuple(padding), return_indices=True)
     row, column = flat // z.shape[3], flat % z.shape[3]
-    top = torch.arange(y.shape[2], device=z.device).view(-1, 1) * stride[0] - padding[0]
-    left = torch.arange(y.shape[3], device=z.device) * stride[1] - padding[1]
+    top, left = window_corners(y, stride, padding)
     return y, ((row - top) * kernel[1] + column - left).to(torch.uint8)
 
 
@@ -375,8 +374,7 @@ def stem_end_backward(
         when they are not wanted.
     """
     n, k, height, width = z.shape
-    top = torch.arange(dy.shape[2], device=z.device).view(-1, 1) * stride[0] - padding[0]
-    left = torch.arange(dy.shape[3], device=z.device) * stride[1] - padding[1]
+    top, left = window_corners(dy, stride, padding)
     place = index.long()
     flat = (place // kernel[1] + top) * width + place % kernel[1] + left
     g = dy.new_zeros(n, k, height * width)
@@ -387,3 +385,21 @@ def stem_end_backward(
     if not sums:
         return g, none, none
     return g, g.sum(_AXES), (g * (z - _per_channel(mean))).sum(_AXES)
+
+
+def window_corners(
+    y: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Row and column of the first place of each of a pool's windows; negative in the border.
+
+    Args:
+        y: The pool's result, ``(N, K, PH, PW)``.
+        stride: Step of the pool, ``(height, width)``.
+        padding: Border of the pool, ``(height, width)``.
+
+    Returns:
+        ``(PH, 1)`` and ``(PW,)``.
+    """
+    top = torch.arange(y.shape[2], device=y.device).view(-1, 1) * stride[0] - padding[0]
+    left = torch.arange(y.shape[3], device=y.device) * stride[1] - padding[1]
+    return top, left

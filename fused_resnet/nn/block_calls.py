@@ -17,7 +17,14 @@ from ..ops.checks import DTYPES
 from ..ops.training_spec import Layer, LayerTensors, Unit
 from ..ops.training_unit import UNIT_BACKENDS, is_transformed, training_unit
 from .groups import decide_residual_block
-from .module_kinds import PackedConv, eps_of, is_observed, padding_of
+from .module_kinds import (
+    PackedConv,
+    eps_of,
+    is_observed,
+    padding_of,
+    running_statistics,
+    uses_batch_statistics,
+)
 
 #: Tensors whose class changes nothing.
 _PLAIN = (Tensor, nn.Parameter)
@@ -96,17 +103,6 @@ def training_format(x: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or not _backend(x):
         return x
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def uses_batch_statistics(norm: Any) -> bool:
-    """Whether the next call of a normalisation takes the statistics of its batch.
-
-    Args:
-        norm: A batch norm, frozen or not.
-    """
-    if not isinstance(norm, nn.BatchNorm2d):  # a FrozenBatchNorm2d has no mode
-        return False
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def _wants_grad(x: Tensor, convs: Sequence[Any], norms: Sequence[Any]) -> bool:
@@ -193,15 +189,4 @@ def _layer(conv: Any, norm: Any) -> Layer:
 
 
 def _tensors(conv: Any, norm: Any) -> LayerTensors:
-    """The tensors of a call, as ``nn.BatchNorm2d`` chooses and counts them.
-
-    Source:
-        ``torch.nn.modules.batchnorm._BatchNorm.forward``.
-    """
-    mean, var, batches = norm.running_mean, norm.running_var, None
-    if isinstance(norm, nn.BatchNorm2d) and norm.training:
-        if norm.track_running_stats:
-            batches = norm.num_batches_tracked
-        else:
-            mean = var = None
-    return LayerTensors(conv.weight, norm.weight, norm.bias, mean, var, batches)
+    return LayerTensors(conv.weight, norm.weight, norm.bias, *running_statistics(norm))

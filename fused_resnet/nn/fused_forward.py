@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block_calls import run_residual_block, training_format, uses_batch_statistics
+from .block_calls import run_residual_block, training_format
 from .group_calls import conv_bn, run_sequence
 from .groups import (
     Decision,
@@ -22,7 +22,7 @@ from .groups import (
     residual_block_groups,
     sequence_groups,
 )
-from .module_kinds import original_class
+from .module_kinds import original_class, uses_batch_statistics
 
 
 class FusedForward(nn.Module):

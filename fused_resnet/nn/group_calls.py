@@ -12,19 +12,22 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from .. import ops
+from ..ops.training_reference import count_batch
 from .groups import Decision, decide_conv_bn, decide_norm, decide_run
 from .module_kinds import (
     PackedConv,
     activate,
     eps_of,
+    has_mode,
     inner_activation,
     is_observed,
     is_relu,
     padding_of,
     result_fits,
+    running_statistics,
+    uses_batch_statistics,
 )
 
 #: The addition that the unfused forward uses: in place as in torchvision, where the result has the
@@ -195,29 +198,18 @@ def norm_arguments(bn: Any) -> dict[str, Any]:
 
     Args:
         bn: A batch norm that :func:`.norm_reason` accepts.
-
-    Source:
-        ``torch.nn.modules.batchnorm._BatchNorm.forward``.
     """
+    mean, var, batches = running_statistics(bn)
     arguments = {
         "bn_weight": bn.weight,
         "bn_bias": bn.bias,
-        "running_mean": bn.running_mean,
-        "running_var": bn.running_var,
-        "training": False,
+        "running_mean": mean,
+        "running_var": var,
+        "training": uses_batch_statistics(bn),
         "eps": eps_of(bn),
     }
-    if not isinstance(bn, _NormBase):  # a FrozenBatchNorm2d has no training mode
-        return arguments
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    if bn.training and not bn.track_running_stats:
-        arguments["running_mean"] = arguments["running_var"] = None
-    arguments["training"] = bn.training or (bn.running_mean is None and bn.running_var is None)
-    arguments["momentum"] = momentum
+    if has_mode(bn):
+        arguments["momentum"] = count_batch(bn.momentum, batches)
     return arguments
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _has_any_global_hook
 
 #: Stands for a ReLU that a forward applies as a function. It keeps no state, and is no child of any
@@ -135,6 +136,41 @@ def norm_reason(bn: nn.Module) -> str:
         if original_class(drop) is not nn.Identity or is_hooked(drop):
             return f"{original_class(drop).__name__} inside the {cls.__name__}"
     return ""
+
+
+def has_mode(norm: nn.Module) -> bool:
+    """Whether a normalisation is in training or in evaluation mode; frozen classes are in none."""
+    return isinstance(norm, _NormBase)
+
+
+def uses_batch_statistics(norm: Any) -> bool:
+    """Whether the next call of a normalisation takes the statistics of its batch.
+
+    Args:
+        norm: A batch norm, frozen or not.
+    """
+    if not has_mode(norm):
+        return False
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def running_statistics(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the next call of a normalisation normalises by, or updates by its batch.
+
+    Args:
+        norm: A batch norm, frozen or not.
+
+    Returns:
+        Running mean, running variance, and the counter of batches where it is to be counted up.
+
+    Source:
+        ``torch.nn.modules.batchnorm._BatchNorm.forward``.
+    """
+    if not has_mode(norm) or not norm.training:
+        return norm.running_mean, norm.running_var, None
+    if not norm.track_running_stats:
+        return None, None, None
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from .training_spec import Layer, LayerTensors, Unit
 def run_reference(
     unit: Unit, x: Tensor, shortcut: Tensor | None, tensors: Sequence[LayerTensors]
 ) -> Tensor:
-    """A unit's result; counters and running statistics are moved.
+    """A unit's result; counters and running statistics are updated.
 
     Args:
         unit: The settings.
@@ -47,7 +47,7 @@ def before_relu(
         x: ``(N, C, H, W)``.
         shortcut: The map that is added where the unit's shortcut is ``"map"``; None adds nothing.
         tensors: One for each layer.
-        update: Whether counters and running statistics are moved.
+        update: Whether counters and running statistics are updated.
     """
     y = x
     for i in range(unit.length):
@@ -79,14 +79,22 @@ def _layer(layer: Layer, x: Tensor, t: LayerTensors, update: bool) -> Tensor:
         if not update:
             mean = var = None
         else:
-            momentum = count_batch(layer, t)
+            momentum = count_batch(layer.momentum, t.batches)
     return F.batch_norm(z, mean, var, t.bn_weight, t.bn_bias, layer.batch, momentum, layer.eps)
 
 
-def count_batch(layer: Layer, t: LayerTensors) -> float:
-    """Count a batch, and return its weight in the running statistics."""
-    if t.batches is not None:
-        t.batches.add_(1)
-        if layer.momentum is None:
-            return 1.0 / float(t.batches)
-    return 0.0 if layer.momentum is None else layer.momentum
+def count_batch(momentum: float | None, batches: Tensor | None) -> float:
+    """Count a batch, and return its weight in the running statistics.
+
+    Args:
+        momentum: The weight; None averages all batches.
+        batches: The counter, written to; None for none.
+
+    Returns:
+        The weight; 0 where there is neither a momentum nor a counter.
+    """
+    if batches is not None:
+        batches.add_(1)
+        if momentum is None:
+            return 1.0 / float(batches)
+    return momentum or 0.0

@@ -45,7 +45,7 @@ class LayerTensors(NamedTuple):
         weight: Of the convolution, ``(K, C / groups, kh, kw)``.
         bn_weight: ``(K,)``; None means 1.
         bn_bias: ``(K,)``; None means 0.
-        running_mean: ``(K,)``, moved where the statistics are the batch's; None for none.
+        running_mean: ``(K,)``, updated where the statistics are the batch's; None for none.
         running_var: ``(K,)``, there when ``running_mean`` is.
         batches: The number of batches that the running statistics have seen, counted up with them;
             None for no such counter.

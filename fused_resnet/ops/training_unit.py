@@ -2,7 +2,7 @@
 
 Inside a unit the normalised maps are never stored: each convolution applies the batch norm and the
 ReLU before it while it reads. Kept for backward are the convolutions' results, the unit's input
-and its result. Running statistics are moved in the forward, before anything is saved, so that
+and its result. Running statistics are updated in the forward, before anything is saved, so that
 activation checkpointing repeats them as it repeats PyTorch's.
 """
 
@@ -19,7 +19,7 @@ from torch.library import Library
 
 from .fakes import accumulator
 from .registry import primitives_of
-from .training_reference import before_relu, pad_with_zeros, run_reference
+from .training_reference import before_relu, count_batch, pad_with_zeros, run_reference
 from .training_spec import LayerTensors, Unit, flatten, unflatten
 
 #: Those that have the training primitives.
@@ -38,7 +38,7 @@ def training_unit(
         x: ``(N, C, H, W)``, in the dtype in which the convolutions run.
         shortcut: The map that is added where the unit's shortcut is ``"map"``, shape and dtype of
             the result; else None.
-        tensors: One for each layer. Running statistics and counters are moved.
+        tensors: One for each layer. Running statistics and counters are updated.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``; channels_last where ``x`` or a weight is, as PyTorch's
@@ -204,17 +204,13 @@ def _update_running(unit: Unit, tensors: Sequence[LayerTensors], saved: list[_Sa
     for layer, t, found in zip(unit.layers, tensors, saved, strict=True):
         if not layer.batch:
             continue
-        if t.batches is not None:
-            t.batches.add_(1)
+        average = layer.momentum is None and t.batches is not None
+        if average and type(t.batches) is not Tensor:  # a compiler's, which has no number
+            _average(t, found)
+            continue
+        momentum = count_batch(layer.momentum, t.batches)
         if t.running_mean is None or t.running_var is None:
             continue
-        momentum = layer.momentum
-        if momentum is None and t.batches is not None:
-            if type(t.batches) is not Tensor:  # a compiler's, which has no number
-                _average(t, found)
-                continue
-            momentum = 1.0 / float(t.batches)
-        momentum = momentum or 0.0
         update_running(
             unit.backend, found.mean, found.var, t.running_mean, t.running_var, momentum,
             _count(found.z),
@@ -222,12 +218,14 @@ def _update_running(unit: Unit, tensors: Sequence[LayerTensors], saved: list[_Sa
 
 
 def _average(t: LayerTensors, found: _Saved) -> None:
-    """Move the cumulative averages by a counter whose number is not known yet."""
+    """Count a batch, and update the averages by a counter whose number is not known yet."""
     assert t.batches is not None
+    t.batches.add_(1)
     count = _count(found.z)
     share = t.batches.to(found.mean.dtype).reciprocal()
     for running, batch in ((t.running_mean, found.mean), (t.running_var, found.var)):
-        assert running is not None
+        if running is None:
+            continue
         unbiased = batch if running is t.running_mean else batch * (count / (count - 1))
         running.add_(((unbiased - running) * share).to(running.dtype))
 
@@ -241,7 +239,7 @@ def update_running(
     momentum: float,
     count: int,
 ) -> None:
-    """Move running statistics of any floating-point dtype; see ``bn_update_running``.
+    """Update running statistics of any floating-point dtype; see ``bn_update_running``.
 
     Args:
         backend: Whose primitive does it.

@@ -1,4 +1,4 @@
-"""An empty batch in training: no statistics move and all gradients are zero, as in PyTorch."""
+"""An empty batch in training updates no statistics; all gradients are zero, as in PyTorch."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_the_default_compiler() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_of_a_training_model(strict) -> None:
-    """The program is made of PyTorch's own operators, and moves its own statistics."""
+    """The program is made of PyTorch's own operators, and updates its own statistics."""
     model = fr.fuse(network())
     program = torch.export.export(copy.deepcopy(model), (image(2, *SHAPE),), strict=strict)
     assert not [n for n in program.graph.nodes if "fused_resnet" in str(n.target)]

@@ -23,7 +23,7 @@ AVERAGE = functools.partial(nn.BatchNorm2d, momentum=None)
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, AVERAGE], ids=["momentum", "average"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_moves_statistics_as_often_as_eager(norm, reentrant) -> None:
+def test_checkpointing_updates_statistics_as_often_as_eager(norm, reentrant) -> None:
     models = pair(basic(2, norm))
     for model in models:
         for _ in range(3):
@@ -70,7 +70,7 @@ def test_a_saved_tensor_that_is_changed_in_place_is_detected(changed) -> None:
         y.sum().backward()
 
 
-def test_running_statistics_may_move_between_forward_and_backward() -> None:
+def test_running_statistics_may_be_updated_between_forward_and_backward() -> None:
     """Two calls, then both backwards: PyTorch's batch norm allows it."""
     models = pair(basic())
     for model in models:
@@ -80,7 +80,7 @@ def test_running_statistics_may_move_between_forward_and_backward() -> None:
 
 
 def test_fused_and_unfused_calls_of_shared_buffers_mix() -> None:
-    """PyTorch's batch norm saves its running statistics; that ours moves them is no change."""
+    """PyTorch's batch norm saves its running statistics; that ours updates them is no change."""
     eager = basic()
     fused = fr.fuse(eager)
     x = image(*X).requires_grad_()

@@ -137,7 +137,7 @@ def test_ties_in_the_pool_go_to_the_first() -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_statistics_move_before_a_failing_backward_and_only_once(biased) -> None:
+def test_statistics_are_updated_before_a_failing_backward_and_only_once(biased) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=biased), nn.BatchNorm2d(4), nn.ReLU())
     eager = randomize(model).double().train()
     fused = fr.fuse(copy.deepcopy(eager))
@@ -145,7 +145,7 @@ def test_statistics_move_before_a_failing_backward_and_only_once(biased) -> None
         assert_same(results(fused, image(2, 4, 6, 5)), results(eager, image(2, 4, 6, 5)))
 
 
-def test_a_norm_by_itself_saves_and_moves_as_eager() -> None:
+def test_a_norm_by_itself_saves_and_updates_as_eager() -> None:
     x = image(3, 5, 4, 3).requires_grad_()
     running = torch.zeros(5).double(), torch.ones(5).double()
     versions = [t._version for t in running]

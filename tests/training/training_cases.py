@@ -153,7 +153,7 @@ class Backward(NamedTuple):
 
 
 def backward_of(case: Conv, dtype: torch.dtype, kind: str) -> Backward:
-    """``kind``: ``prologue``, ``add``, or ``frozen``, a batch norm that the batch does not move."""
+    """``kind``: ``prologue``, ``add``, or ``frozen``, with statistics that are given."""
     w = weight_of(case, dtype)
     x = coarse(*case.x, dtype=dtype).contiguous(memory_format=torch.channels_last)
     z = torch.empty_like(convolve(x, w, None, **geometry(case)))
