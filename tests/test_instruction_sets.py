@@ -21,6 +21,7 @@ OPERATIONS = (
     "test_whole_blocks.py",
     "test_residual_segment.py",
     "training/test_passes.py",
+    "training/test_convolutions.py",
 )
 
 

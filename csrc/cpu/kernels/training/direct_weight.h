@@ -32,17 +32,33 @@ FR_INLINE void outer_product(const A* rows, int64_t row_step, const A* cols, int
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec<A>{};
-  for (int64_t p = 0; p < count; ++p, rows += row_step, cols += kVecs * lanes) {
-    __builtin_prefetch(rows + 8 * row_step);
-    Vec<A> col[kVecs];
+  // What is summed so far, where the pixels are more than one chain of additions.
+  Vec<A> far[kRows][kVecs];
+  for (int64_t left = count; left > 0; left -= kChain) {
+    const int64_t length = min_of(left, kChain);
+    for (int64_t p = 0; p < length; ++p, rows += row_step, cols += kVecs * lanes) {
+      __builtin_prefetch(rows + 8 * row_step);
+      Vec<A> col[kVecs];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) col[v] = load(cols + v * lanes);
+      for (int v = 0; v < kVecs; ++v) col[v] = load(cols + v * lanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vec<A> row = broadcast<A>(rows[i]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<A> row = broadcast<A>(rows[i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) acc[i][v] += row * col[v];
+        for (int v = 0; v < kVecs; ++v) acc[i][v] += row * col[v];
+      }
     }
+    if (count <= kChain) break;
+    const bool first = left == count, last = left <= kChain;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        if (!first) acc[i][v] += far[i][v];
+        if (last) continue;
+        far[i][v] = acc[i][v];
+        acc[i][v] = Vec<A>{};
+      }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
