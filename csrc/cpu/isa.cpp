@@ -33,6 +33,15 @@ namespace {
   return table;
 }
 
+[[maybe_unused]] const TrainingTable& training_table_avx512_bf16() {
+  static const TrainingTable table = [] {
+    TrainingTable pairs = training_table_avx512();
+    avx512_bf16::replace_bfloat16(pairs);
+    return pairs;
+  }();
+  return table;
+}
+
 [[maybe_unused]] const KernelTable& kernel_table_amx() {
   static const KernelTable table =
       table_with(amx::replace_bfloat16, kernel_table_avx512_bf16(), "amx");
@@ -128,7 +137,10 @@ const TrainingTable& training_kernels() {
       if (isa == "avx2") return training_table_avx2();
     }
     if constexpr (FR_HAVE_AVX512) {
-      if (isa != "avx2" && isa != "portable") return training_table_avx512();
+      if (isa == "avx512") return training_table_avx512();
+    }
+    if constexpr (FR_HAVE_AVX512_BF16) {
+      if (isa != "avx2" && isa != "portable") return training_table_avx512_bf16();
     }
     return training_table_portable();
   }();

@@ -25,8 +25,12 @@ cases = pytest.mark.parametrize("case", TRAINED, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 kinds = pytest.mark.parametrize("kind", ["prologue", "add", "frozen"])
 BY_NAME = {str(case): case for case in TRAINED}
-#: A 1x1, a 3x3 of stride 2 and one of stride 1, each of several blocks, and one for PyTorch.
-FEW = [BY_NAME[n] for n in ("cifar-1x1", "3x3-stride2-many", "cifar-3x3", "prime-channels")]
+#: A 1x1, a 3x3 of stride 2 and one of stride 1, each of several blocks, a 1x1 that multiplies pairs
+#: in bfloat16 where the processor does, and one for PyTorch.
+FEW = [
+    BY_NAME[n]
+    for n in ("cifar-1x1", "3x3-stride2-many", "cifar-3x3", "1x1-pairs", "prime-channels")
+]
 few = pytest.mark.parametrize("case", FEW, ids=str)
 
 #: Winograd's bound in float32, relative root mean square: the forward, both gradients.
@@ -121,7 +125,7 @@ def test_each_gradient_alone(case, winograd):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", FEW[:3], ids=str)
+@pytest.mark.parametrize("case", FEW[:4], ids=str)
 def test_bits_do_not_depend_on_threads(case, dtype):
     """Where a kernel runs; PyTorch's convolutions promise no such thing."""
     operands, args = backward_of(case, dtype, "prologue"), geometry(case)

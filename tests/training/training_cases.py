@@ -23,6 +23,11 @@ TRAINED = [
     Conv("3x3-stride2-even", (2, 32, 16, 12), 48, args={"stride": 2, "padding": 1}),
     Conv("3x3-stride2-odd-wide", (1, 48, 15, 13), 64, args={"stride": 2, "padding": 1}),
     Conv("3x3-stride2-many", (3, 16, 56, 31), 32, args={"stride": 2, "padding": 1}),
+    # Whole vectors of pairs in both directions, and an odd number of pixels in a block.
+    Conv("1x1-pairs", (1, 64, 25, 25), 96, (1, 1)),
+    Conv("1x1-stride2-pairs", (3, 32, 15, 13), 64, (1, 1), {"stride": 2}),
+    # So many channels that the data gradient is not left to PyTorch.
+    Conv("3x3-stride2-wide", (2, 256, 9, 7), 32, args={"stride": 2, "padding": 1}),
     Conv("cifar-3x3", (2, 16, 33, 31), 16, args={"padding": 1}),
     Conv("3x3-panels", (1, 48, 13, 11), 80, args={"padding": 1}),
 ]

@@ -1,4 +1,5 @@
-// The product of a direct convolution: [pixels x depth] times [depth x channels].
+// The product of a direct convolution: [pixels x depth] times [depth x channels], by the terms M of
+// direct_terms.h.
 //
 // Pixels of the operand are copied through the prologue to rows in the L2 cache, tap by tap and
 // channel by channel, a vector longer than they need be, so that a tile's rows do not all fall on
@@ -13,6 +14,7 @@
 
 #include "../panels.h"
 #include "direct_grid.h"
+#include "direct_terms.h"
 #include "fusion.h"
 
 namespace fr {
@@ -25,16 +27,17 @@ constexpr int64_t kMostRows = kSumRows / kTilePixels * kTilePixels;  // of one b
 template <class A>
 constexpr int64_t kPanelWidth = 2 * kLanes<A>;
 
-template <class A>
+template <class M>
 FR_INLINE bool whole_vectors(const ConvShape& s) {
-  return s.groups == 1 && s.c % kLanes<A> == 0 && s.k % kLanes<A> == 0;
+  return s.groups == 1 && s.c % kWords<M> == 0 && s.k % kWords<M> == 0;
 }
 
 // The operand's pixels `from` (-1: padding), kVecs vectors of channels from c, to rows `step`
 // apart.
-template <int kVecs, class P, class A>
+template <int kVecs, class M, class P>
 FR_INLINE void copy_vectors(const P& in, const int64_t* from, int64_t count, int64_t channels,
-                            int64_t c, A* to, int64_t step) {
+                            int64_t c, Element<M>* to, int64_t step) {
+  using A = typename M::A;
   constexpr int64_t lanes = kLanes<A>, ahead = 8;
   typename P::Channel channel[kVecs];
   for (int v = 0; v < kVecs; ++v) channel[v] = in.channel(c + v * lanes);
@@ -43,30 +46,32 @@ FR_INLINE void copy_vectors(const P& in, const int64_t* from, int64_t count, int
     for (int v = 0; v < kVecs; ++v) {
       Vec<A> value{};
       if (from[p] >= 0) value = in.get(from[p] * channels + c + v * lanes, channel[v]);
-      store(value, to + v * lanes);
+      M::put(value, to + v * lanes);
     }
   }
 }
 
 // That for channels [c, end).
-template <class P, class A>
+template <class M, class P>
 FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, int64_t channels,
-                             int64_t c, int64_t end, A* to, int64_t step) {
-  constexpr int64_t lanes = kLanes<A>;
+                             int64_t c, int64_t end, Element<M>* to, int64_t step) {
+  constexpr int64_t lanes = kLanes<typename M::A>;
   for (; c + 2 * lanes <= end; c += 2 * lanes, to += 2 * lanes)
-    copy_vectors<2>(in, from, count, channels, c, to, step);
-  if (c < end) copy_vectors<1>(in, from, count, channels, c, to, step);
+    copy_vectors<2, M>(in, from, count, channels, c, to, step);
+  if (c < end) copy_vectors<1, M>(in, from, count, channels, c, to, step);
 }
 
 constexpr int64_t kAheadBytes = 32;  // of what the next block reads, asked for at each step
 
 // kRows pixels by kVecs vectors: x in rows `step` apart, w a panel. The pixels' vectors begin at
 // elements at[i] + q of the result.
-template <int kRows, int kVecs, class A, class E>
-__attribute__((noinline)) void product_tile(const A* x, int64_t step, int64_t depth, const A* w,
-                                            Ahead ahead, const E& e, const int64_t* at, int64_t q,
-                                            bool pivot) {
+template <int kRows, int kVecs, class M, class E>
+__attribute__((noinline)) void product_tile(const Element<M>* x, int64_t step, int64_t depth,
+                                            const Element<M>* w, Ahead ahead, const E& e,
+                                            const int64_t* at, int64_t q, bool pivot) {
+  using A = typename M::A;
   constexpr int64_t lanes = kLanes<A>;
+  const int64_t steps = depth / M::kTerms;
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) e.ask(at[i] + q);
   Vec<A> acc[kVecs][kRows];
@@ -76,25 +81,25 @@ __attribute__((noinline)) void product_tile(const A* x, int64_t step, int64_t de
     for (int i = 0; i < kRows; ++i) acc[v][i] = Vec<A>{};
   // What is summed so far, where the depth is more than one chain of additions.
   Vec<A> far[kVecs][kRows];
-  for (int64_t left = depth; left > 0; left -= kChain) {
+  for (int64_t left = steps; left > 0; left -= kChain) {
     const int64_t length = min_of(left, kChain);
-    for (int64_t d = 0; d < length; ++d, ++x, w += kVecs * lanes) {
+    for (int64_t d = 0; d < length; ++d, x += M::kTerms, w += kVecs * kWords<M>) {
       __builtin_prefetch(ahead.first, 0, 2);
       __builtin_prefetch(ahead.second, 0, 2);
       ahead.first += kAheadBytes;
       ahead.second += kAheadBytes;
-      Vec<A> weight[kVecs];
+      typename M::Word weight[kVecs];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * lanes);
+      for (int v = 0; v < kVecs; ++v) weight[v] = M::words(w + v * kWords<M>);
 #pragma GCC unroll 14
       for (int i = 0; i < kRows; ++i) {
-        const Vec<A> value = broadcast<A>(x[i * step]);
+        const typename M::Word value = M::spread(x + i * step);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) acc[v][i] += value * weight[v];
+        for (int v = 0; v < kVecs; ++v) acc[v][i] = M::add(acc[v][i], value, weight[v]);
       }
     }
-    if (depth <= kChain) break;
-    const bool first = left == depth, last = left <= kChain;
+    if (steps <= kChain) break;
+    const bool first = left == steps, last = left <= kChain;
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v)
 #pragma GCC unroll 14
@@ -122,34 +127,35 @@ __attribute__((noinline)) void product_tile(const A* x, int64_t step, int64_t de
 }
 
 // All pixels of a block by one panel.
-template <int kVecs, class A, class E, class Next>
-FR_INLINE void product_panel(int64_t count, const A* x, int64_t step, int64_t depth, const A* w,
-                             const Next& next, const E& e, const int64_t* at, int64_t q,
-                             bool pivot) {
+template <int kVecs, class M, class E, class Next>
+FR_INLINE void product_panel(int64_t count, const Element<M>* x, int64_t step, int64_t depth,
+                             const Element<M>* w, const Next& next, const E& e, const int64_t* at,
+                             int64_t q, bool pivot) {
   constexpr int kHalf = kTilePixels / 2;
   int64_t i = 0;
   for (; i + kTilePixels <= count; i += kTilePixels)
-    product_tile<kTilePixels, kVecs>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
-                                     pivot && i == 0);
+    product_tile<kTilePixels, kVecs, M>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
+                                        pivot && i == 0);
   for (; i + kHalf <= count; i += kHalf)
-    product_tile<kHalf, kVecs>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
-                               pivot && i == 0);
+    product_tile<kHalf, kVecs, M>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
+                                  pivot && i == 0);
   for (; i < count; ++i)
-    product_tile<1, kVecs>(x + i * step, step, depth, w, next(q, i), e, at + i, q, pivot && i == 0);
+    product_tile<1, kVecs, M>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
+                              pivot && i == 0);
 }
 
 // Columns [q0, q1) of the product of a block of pixels, whose rows lie at x.
-template <class A, class E, class Next>
-FR_INLINE void product_columns(int64_t count, const A* x, int64_t step, int64_t depth,
-                               const A* weight, int64_t q0, int64_t q1, const Next& next,
+template <class M, class E, class Next>
+FR_INLINE void product_columns(int64_t count, const Element<M>* x, int64_t step, int64_t depth,
+                               const Element<M>* weight, int64_t q0, int64_t q1, const Next& next,
                                const E& e, const int64_t* at, bool pivot) {
-  constexpr int64_t width = kPanelWidth<A>;
+  constexpr int64_t width = kPanelWidth<typename M::A>;
   for (int64_t q = q0; q < q1; q += width) {
-    const A* panel = weight + q * depth;
+    const Element<M>* panel = weight + q * depth;
     if (q + width <= q1) {
-      product_panel<2>(count, x, step, depth, panel, next, e, at, q, pivot);
+      product_panel<2, M>(count, x, step, depth, panel, next, e, at, q, pivot);
     } else {
-      product_panel<1>(count, x, step, depth, panel, next, e, at, q, pivot);
+      product_panel<1, M>(count, x, step, depth, panel, next, e, at, q, pivot);
     }
   }
 }
@@ -175,40 +181,42 @@ struct ProductPlan {
 };
 
 // A block's scratch: near sums, numbers of pixels, and a chunk's rows.
-template <class A>
+template <class M>
 struct ProductScratch {
+  using A = typename M::A;
   A* near;
   int64_t *from, *at;
-  A* rows;
+  Element<M>* rows;
 
   ProductScratch(void* scratch, int64_t sums) {
     near = static_cast<A*>(scratch);
     from = reinterpret_cast<int64_t*>(near + ceil_div(sums, 16) * 16);
     at = from + kMostRows;
-    rows = reinterpret_cast<A*>(at + kMostRows);
+    rows = reinterpret_cast<Element<M>*>(at + kMostRows);
   }
 
   static int64_t bytes(int64_t sums, int64_t rows, int64_t elements) {
-    return static_cast<int64_t>(sizeof(A)) * (ceil_div(sums, 16) * 16 + rows * elements) +
+    return static_cast<int64_t>(sizeof(A)) * ceil_div(sums, 16) * 16 + kBytes<M> * rows * elements +
            2 * kMostRows * static_cast<int64_t>(sizeof(int64_t));
   }
 };
 
 // Pixels [begin, end) of a grid: e gets conv(in) where `weight` holds panels of the grid's taps.
-template <class A, class P, class E>
-FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid, const A* weight,
-                             int64_t columns, int64_t begin, int64_t end, int64_t chunk,
-                             const ProductScratch<A>& scratch, const E& e) {
+template <class M, class P, class E>
+FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid,
+                             const Element<M>* weight, int64_t columns, int64_t begin, int64_t end,
+                             int64_t chunk, const ProductScratch<M>& scratch, const E& e) {
+  using A = typename M::A;
   const int64_t taps = grid.taps(), depth = taps * channels;
-  const int64_t step = ProductPlan::row_elements(depth, sizeof(A));
+  const int64_t step = ProductPlan::row_elements(depth, kBytes<M>);
   const bool in_order = taps == 1 && grid.y.move == 1 && grid.x.move == 1;
   e.begin();
   for (int64_t p0 = begin; p0 < end; p0 += chunk) {
     const int64_t count = min_of(chunk, end - p0);
     for (int64_t t = 0; t < taps; ++t) {
       grid.sources(t / grid.x.taps, t % grid.x.taps, p0, count, scratch.from);
-      copy_channels(in, scratch.from, count, channels, 0, channels, scratch.rows + t * channels,
-                    step);
+      copy_channels<M>(in, scratch.from, count, channels, 0, channels, scratch.rows + t * channels,
+                       step);
     }
     grid.places(p0, count, scratch.at);
     for (int64_t i = 0; i < count; ++i) scratch.at[i] *= columns;
@@ -220,8 +228,8 @@ FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid, co
       return in.ahead((p0 + count) * channels +
                       (q / kPanelWidth<A> * tiles + i / kTilePixels) * share);
     };
-    product_columns(count, scratch.rows, step, depth, weight, 0, columns, next, e, scratch.at,
-                    p0 == begin);
+    product_columns<M>(count, scratch.rows, step, depth, weight, 0, columns, next, e, scratch.at,
+                       p0 == begin);
   }
   e.fold();
 }

@@ -1,7 +1,8 @@
 // The weight gradient as a plain sum: dw[k][tap][c] = sum over pixels of dz[p][k] p(x)[p + tap][c].
 //
 // A block of pixels of dz is copied through its prologue to panels [k / lanes][p][lanes], and the
-// input under one tap, two vectors of channels at a time, to [p][two vectors]. A pair of panels
+// input under one tap, two vectors of channels at a time, to [p][two vectors]; by pairs of terms
+// (direct_terms.h) [p / 2] and behind the channel the two pixels. A pair of panels
 // makes its part of dw in registers, 8 rows by two vectors (4 by two with 16 registers), which is
 // added to dw in memory once for each block: some hundred terms are added in registers.
 //
@@ -21,11 +22,35 @@ constexpr int64_t kRangeChannels = 256;  // dz is copied anew for each range
 // panel of dz while all of dz's panels pass by.
 constexpr int64_t kOuterPixels = 224 / kTilePixels * kTilePixels;
 
-// kRows rows of `to`, kVecs vectors each, += the sum over `count` pixels of a row of kRows elements
-// (pixels `row_step` apart) times one of kVecs vectors.
-template <int kRows, int kVecs, class A>
-FR_INLINE void outer_product(const A* rows, int64_t row_step, const A* cols, int64_t count, A* to,
-                             int64_t to_step) {
+// The operand's pixels `from` (-1: padding), kVecs vectors of channels from c, to [pixels / kTerms]
+// [kVecs vectors of words].
+template <int kVecs, class M, class P>
+FR_INLINE void copy_words(const P& in, const int64_t* from, int64_t count, int64_t channels,
+                          int64_t c, Element<M>* to) {
+  using A = typename M::A;
+  constexpr int64_t lanes = kLanes<A>, ahead = 8;
+  typename P::Channel channel[kVecs];
+  for (int v = 0; v < kVecs; ++v) channel[v] = in.channel(c + v * lanes);
+  for (int64_t p = 0; p < count; p += M::kTerms) {
+    for (int64_t i = 0; i < M::kTerms; ++i)
+      if (p + i + ahead < count) in.ask(max_of(from[p + i + ahead], 0) * channels + c);
+    for (int v = 0; v < kVecs; ++v, to += kWords<M>) {
+      Vec<A> terms[M::kTerms]{};
+      for (int64_t i = 0; i < M::kTerms; ++i) {
+        if (p + i < count && from[p + i] >= 0)
+          terms[i] = in.get(from[p + i] * channels + c + v * lanes, channel[v]);
+      }
+      M::put_words(terms, to);
+    }
+  }
+}
+
+// kRows rows of `to`, kVecs vectors each, += the sum over `count` words of pixels of a row of kRows
+// words (`row_step` elements apart) times one of kVecs vectors.
+template <int kRows, int kVecs, class M>
+FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Element<M>* cols,
+                             int64_t count, typename M::A* to, int64_t to_step) {
+  using A = typename M::A;
   constexpr int64_t lanes = kLanes<A>;
   Vec<A> acc[kRows][kVecs];
 #pragma GCC unroll 8
@@ -36,16 +61,16 @@ FR_INLINE void outer_product(const A* rows, int64_t row_step, const A* cols, int
   Vec<A> far[kRows][kVecs];
   for (int64_t left = count; left > 0; left -= kChain) {
     const int64_t length = min_of(left, kChain);
-    for (int64_t p = 0; p < length; ++p, rows += row_step, cols += kVecs * lanes) {
+    for (int64_t p = 0; p < length; ++p, rows += row_step, cols += kVecs * kWords<M>) {
       __builtin_prefetch(rows + 8 * row_step);
-      Vec<A> col[kVecs];
+      typename M::Word col[kVecs];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) col[v] = load(cols + v * lanes);
+      for (int v = 0; v < kVecs; ++v) col[v] = M::words(cols + v * kWords<M>);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const Vec<A> row = broadcast<A>(rows[i]);
+        const typename M::Word row = M::spread(rows + i * M::kTerms);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) acc[i][v] += row * col[v];
+        for (int v = 0; v < kVecs; ++v) acc[i][v] = M::add(acc[i][v], row, col[v]);
       }
     }
     if (count <= kChain) break;
@@ -70,15 +95,16 @@ FR_INLINE void outer_product(const A* rows, int64_t row_step, const A* cols, int
 }
 
 // A panel of kVecs vectors of input channels with all of dz, whose k-th column begins at
-// rows + k / lanes * panel_step + k % lanes.
-template <int kVecs, class A>
-__attribute__((noinline)) void outer_products(const A* rows, int64_t panel_step, int64_t row_step,
-                                              int64_t k, const A* cols, int64_t count, A* to,
-                                              int64_t to_step) {
-  constexpr int64_t lanes = kLanes<A>;
+// rows + k / lanes * panel_step + k % lanes words; `count` pixels.
+template <int kVecs, class M>
+__attribute__((noinline)) void outer_products(const Element<M>* rows, int64_t panel_step,
+                                              int64_t row_step, int64_t k, const Element<M>* cols,
+                                              int64_t count, typename M::A* to, int64_t to_step) {
+  constexpr int64_t lanes = kLanes<typename M::A>;
   for (int64_t i = 0; i < k; i += kOuterRows) {
-    outer_product<kOuterRows, kVecs>(rows + i / lanes * panel_step + i % lanes, row_step, cols,
-                                     count, to + i * to_step, to_step);
+    outer_product<kOuterRows, kVecs, M>(rows + i / lanes * panel_step + i % lanes * M::kTerms,
+                                        row_step, cols, ceil_div(count, M::kTerms),
+                                        to + i * to_step, to_step);
   }
 }
 
@@ -121,23 +147,19 @@ struct WeightBlock {
   }
 };
 
-template <class A>
-int64_t direct_weight_blocks(const ConvShape& s) {
+inline int64_t direct_weight_blocks(const ConvShape& s) {
   const WeightPlan plan(s);
   return plan.ranges * plan.parts;
 }
 
-template <class A>
-int64_t direct_weight_parts(const ConvShape& s) {
-  return WeightPlan(s).parts;
-}
+inline int64_t direct_weight_parts(const ConvShape& s) { return WeightPlan(s).parts; }
 
-template <class A>
+template <class M>
 int64_t direct_weight_scratch(const ConvShape& s) {
-  return ProductScratch<A>::bytes(0, kOuterPixels, s.k + kPanelWidth<A>);
+  return ProductScratch<M>::bytes(0, kOuterPixels, s.k + kPanelWidth<typename M::A>);
 }
 
-template <class T>
+template <class T, class M>
 void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* memory) {
   using A = Acc<T>;
   constexpr int64_t lanes = kLanes<A>, width = kPanelWidth<A>;
@@ -145,9 +167,9 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
   const WeightBlock block(s, number);
   const Grid grid = forward_grid(s);
   const int64_t rows = kOuterPixels, to_step = s.depth();
-  const ProductScratch<A> scratch(memory, 0);
-  A* const dz = scratch.rows;
-  A* const x = dz + rows * s.k;
+  const ProductScratch<M> scratch(memory, 0);
+  Element<M>* const dz = scratch.rows;
+  Element<M>* const x = dz + rows * s.k;
   A* const dw = block.clear<A>(s, f.dw);
   with_gradient<T>(f, [&](const auto& gradient) {
     with_input<T>(f, [&](const auto& input) {
@@ -155,17 +177,17 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
         const int64_t count = min_of(rows, block.p1 - p0);
         for (int64_t i = 0; i < count; ++i) scratch.from[i] = p0 + i;
         for (int64_t k = 0; k < s.k; k += lanes)
-          copy_vectors<1>(gradient, scratch.from, count, s.k, k, dz + k * rows, lanes);
+          copy_words<1, M>(gradient, scratch.from, count, s.k, k, dz + k * rows);
         for (int64_t tap = 0; tap < grid.taps(); ++tap) {
           grid.sources(tap / s.kw, tap % s.kw, p0, count, scratch.from);
           for (int64_t c = block.c0; c < block.c1; c += width) {
             A* const to = dw + tap * s.c + c;
             if (c + width <= block.c1) {
-              copy_vectors<2>(input, scratch.from, count, s.c, c, x, width);
-              outer_products<2>(dz, rows * lanes, lanes, s.k, x, count, to, to_step);
+              copy_words<2, M>(input, scratch.from, count, s.c, c, x);
+              outer_products<2, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step);
             } else {
-              copy_vectors<1>(input, scratch.from, count, s.c, c, x, lanes);
-              outer_products<1>(dz, rows * lanes, lanes, s.k, x, count, to, to_step);
+              copy_words<1, M>(input, scratch.from, count, s.c, c, x);
+              outer_products<1, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step);
             }
           }
         }
@@ -179,24 +201,24 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
 // A chunk of dz is made once, in rows as the data gradient wants them, and each two vectors of the
 // input are read once: for the mask and the sums, and from the cache for the weight gradient.
 
-template <class A>
+template <class M>
 int64_t direct_both_scratch(const ConvShape& s) {
-  return ProductScratch<A>::bytes(kGradientRows * s.c, kOuterPixels,
-                                  ProductPlan::row_elements(s.k, sizeof(A)) + kPanelWidth<A>);
+  const int64_t elements = ProductPlan::row_elements(s.k, kBytes<M>) + kPanelWidth<typename M::A>;
+  return ProductScratch<M>::bytes(kGradientRows * s.c, kOuterPixels, elements);
 }
 
-template <class T>
+template <class T, class M>
 void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memory) {
   using A = Acc<T>;
   constexpr int64_t lanes = kLanes<A>, width = kPanelWidth<A>;
   const ConvShape& s = f.shape;
   const WeightBlock block(s, number);
-  const int64_t rows = kOuterPixels, step = ProductPlan::row_elements(s.k, sizeof(A));
-  const ProductScratch<A> scratch(memory, kGradientRows * s.c);
-  A* const dz = scratch.rows;
-  A* const x = dz + rows * step;
+  const int64_t rows = kOuterPixels, step = ProductPlan::row_elements(s.k, kBytes<M>);
+  const ProductScratch<M> scratch(memory, kGradientRows * s.c);
+  Element<M>* const dz = scratch.rows;
+  Element<M>* const x = dz + rows * step;
   A* const dw = block.clear<A>(s, f.dw);
-  const A* weight = static_cast<const A*>(f.weight);
+  const Element<M>* weight = static_cast<const Element<M>*>(f.weight);
   with_gradient<T>(f, [&](const auto& in) {
     with_input<T>(f, [&](const auto& input) {
       with_input_gradient<T>(f, number, scratch.near, [&](const auto& e) {
@@ -207,7 +229,7 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
             scratch.from[i] = p0 + i;
             scratch.at[i] = (p0 + i) * s.c;
           }
-          copy_channels(in, scratch.from, count, s.k, 0, s.k, dz, step);
+          copy_channels<M>(in, scratch.from, count, s.k, 0, s.k, dz, step);
           const int64_t share = count * s.k * width / (tiles * (block.c1 - block.c0));
           const auto next = [&](int64_t q, int64_t i) {
             const int64_t tile = (q - block.c0) / width * tiles + i / kTilePixels;
@@ -215,13 +237,13 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
           };
           for (int64_t c = block.c0; c < block.c1; c += width) {
             const int64_t end = min_of(c + width, block.c1);
-            product_columns(count, dz, step, s.k, weight, c, end, next, e, scratch.at, false);
+            product_columns<M>(count, dz, step, s.k, weight, c, end, next, e, scratch.at, false);
             if (end - c == width) {
-              copy_vectors<2>(input, scratch.from, count, s.c, c, x, width);
-              outer_products<2>(dz, lanes, step, s.k, x, count, dw + c, s.c);
+              copy_words<2, M>(input, scratch.from, count, s.c, c, x);
+              outer_products<2, M>(dz, lanes, step, s.k, x, count, dw + c, s.c);
             } else {
-              copy_vectors<1>(input, scratch.from, count, s.c, c, x, lanes);
-              outer_products<1>(dz, lanes, step, s.k, x, count, dw + c, s.c);
+              copy_words<1, M>(input, scratch.from, count, s.c, c, x);
+              outer_products<1, M>(dz, lanes, step, s.k, x, count, dw + c, s.c);
             }
           }
           e.fold();

@@ -168,5 +168,8 @@ struct TrainingTable {
 const TrainingTable& training_table_portable();
 const TrainingTable& training_table_avx2();
 const TrainingTable& training_table_avx512();
+namespace avx512_bf16 {
+void replace_bfloat16(TrainingTable& table);
+}
 
 }  // namespace fr
