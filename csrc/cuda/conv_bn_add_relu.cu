@@ -18,6 +18,10 @@ constexpr ConvTileInfo kTiles[kConvTiles] = {kInfo<Tiles<void>::Large>, kInfo<Ti
 // byte loaded into shared memory.
 constexpr double kEfficiency[kConvTiles] = {0.8, 0.7, 0.5};
 
+// Slabs of statistics that a block of the finishing kernel can merge while others have none, and
+// into which more are merged first: eight for each of its 16 threads of a channel.
+constexpr int kMergedSlabs = 128;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int element_bytes(ConvPrecision precision) {
@@ -31,6 +35,11 @@ int depth_steps(const ConvParams& p, ConvPrecision precision) {
 int64_t blocks(const ConvParams& p, int tile) {
   return ceil_div(p.rows, kTiles[tile].m) * ceil_div(p.group_k, kTiles[tile].n) *
          (p.epilogue.k / p.group_k);
+}
+
+int written_slabs(const ConvParams& p, const ConvPlan& plan) {
+  const ConvTileInfo& tile = kTiles[plan.tile];
+  return static_cast<int>(ceil_div(p.rows, tile.m) * (tile.m / tile.slab_rows));
 }
 
 // Clock cycles until the last multiprocessor finishes. The constants are round numbers for GPUs
@@ -103,9 +112,9 @@ int64_t conv_partial_numel(const ConvParams& p, const ConvPlan& plan) {
   return plan.split_k == 1 ? 0 : static_cast<int64_t>(plan.split_k) * p.rows * p.epilogue.k;
 }
 
-int conv_slabs(const ConvParams& p, const ConvPlan& plan) {
-  const ConvTileInfo& tile = kTiles[plan.tile];
-  return static_cast<int>(ceil_div(p.rows, tile.m) * (tile.m / tile.slab_rows));
+int64_t conv_statistics_numel(const ConvParams& p, const ConvPlan& plan) {
+  const int slabs = written_slabs(p, plan);
+  return (slabs + (slabs > kMergedSlabs ? kMergedSlabs : 0)) * int64_t{2} * p.epilogue.k;
 }
 
 cudaError_t conv_bn_add_relu(ConvParams p, ConvPrecision precision, const ConvPlan& plan,
@@ -129,12 +138,28 @@ cudaError_t conv_bn_add_relu(ConvParams p, ConvPrecision precision, const ConvPl
 
 cudaError_t conv_statistics(const ConvParams& p, const ConvPlan& plan, float* mean, float* var,
                             cudaStream_t stream) {
-  const ConvStatisticsParams args{
-      p.statistics, mean,        var, conv_slabs(p, plan), kTiles[plan.tile].slab_rows,
-      p.rows,       p.epilogue.k};
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.epilogue.k, kStatisticsLanes)));
-  return launch(conv_statistics_kernel, grid, dim3(kStatisticsLanes, kStatisticsWays),
-                kStatisticsLanes * kStatisticsWays * sizeof(Moments<1>), stream, args);
+  const unsigned groups = static_cast<unsigned>(ceil_div(p.epilogue.k, kStatisticsLanes));
+  const int slabs = written_slabs(p, plan);
+  ConvStatisticsParams args{p.statistics, nullptr, mean, var, slabs, slabs};
+  args.slab_rows = kTiles[plan.tile].slab_rows;
+  args.rows = p.rows;
+  args.k = p.epilogue.k;
+  const auto run = [&](unsigned blocks) {
+    return launch(conv_statistics_kernel, dim3(groups, blocks),
+                  dim3(kStatisticsLanes, kStatisticsWays),
+                  kStatisticsLanes * kStatisticsWays * sizeof(Moments<1>), stream, args);
+  };
+  if (slabs > kMergedSlabs) {
+    args.span = static_cast<int>(ceil_div(slabs, kMergedSlabs));
+    args.merged = p.statistics + static_cast<int64_t>(slabs) * 2 * args.k;
+    const unsigned blocks = static_cast<unsigned>(ceil_div(slabs, args.span));
+    if (const cudaError_t error = run(blocks); error != cudaSuccess) return error;
+    args.slabs = args.merged;
+    args.merged = nullptr;
+    args.slab_rows *= args.span;
+    args.count = args.span = static_cast<int>(blocks);
+  }
+  return run(1);
 }
 
 }  // namespace fr

@@ -34,14 +34,15 @@ ConvPlan plan_conv(const ConvParams& params, ConvPrecision precision, bool align
 // Floats of workspace that a plan needs for partial sums: zero without a split.
 int64_t conv_partial_numel(const ConvParams& params, const ConvPlan& plan);
 
-// Number of slabs of statistics that a plan writes.
-int conv_slabs(const ConvParams& params, const ConvPlan& plan);
+// Floats that a plan needs for statistics: those that the convolution writes, and those into which
+// conv_statistics merges them.
+int64_t conv_statistics_numel(const ConvParams& params, const ConvPlan& plan);
 
 // Launches the convolution.
 cudaError_t conv_bn_add_relu(ConvParams params, ConvPrecision precision, const ConvPlan& plan,
                              bool aligned, cudaStream_t stream);
 
-// Computes mean and biased variance from the slabs of a plan.
+// Computes mean and biased variance from what the convolution has written to params.statistics.
 cudaError_t conv_statistics(const ConvParams& params, const ConvPlan& plan, float* mean, float* var,
                             cudaStream_t stream);
 

@@ -157,6 +157,17 @@ def test_statistics_over_many_slabs(backend, precision, case):
 
 
 @on_gpu_kernels
+def test_statistics_of_slabs_that_are_merged_twice(backend):
+    """More slabs than one block merges by itself, and the last one has fewer rows."""
+    case = Conv("slabs", (4, 8, 73, 69), 16, (1, 1))
+    z, mean, var = run_statistics(backend, Operands(case, FLOAT16), None)
+    assert_statistics(z, mean, var)
+    if backend.name in ("simulator", "device"):
+        launched = [name for name in backend.kernels() if "conv_statistics_kernel" in name]
+        assert len(launched) == 2
+
+
+@on_gpu_kernels
 def test_statistics_survive_a_large_mean(backend):
     operands = Operands(CONVS[3], FLOAT32)
     assert_statistics(*run_statistics(backend, operands, torch.full((64,), 1000.0)), limit=1e-5)

@@ -309,6 +309,13 @@ MUTANTS = [
         CONV_STATISTICS,
     ),
     Mutant(
+        "statistics: merged slabs keep the rows of one",
+        "csrc/cuda/conv_bn_add_relu.cu",
+        "    args.slab_rows *= args.span;\n",
+        "",
+        f"{_CONV_TESTS}::test_statistics_of_slabs_that_are_merged_twice",
+    ),
+    Mutant(
         "statistics: no barrier before the parts are read",
         STATISTICS,
         "  __syncthreads();\n  if (way != 0",

@@ -168,7 +168,7 @@ at::Tensor ConvCall::run() {
 std::vector<at::Tensor> ConvCall::run_with_statistics() {
   const ConvPlan chosen = plan(false);
   const auto options = x_.options().dtype(at::kFloat).memory_format(std::nullopt);
-  const at::Tensor slabs = at::empty({conv_slabs(params_, chosen), 2, shape_.k}, options);
+  const at::Tensor slabs = at::empty({conv_statistics_numel(params_, chosen)}, options);
   const at::Tensor mean = at::empty({shape_.k}, options), var = at::empty_like(mean);
   const at::Tensor y = empty_map(shape_.k);
   params_.epilogue.y = y.mutable_data_ptr();

@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._common import REGISTERS, cdiv, check_map, check_same, on_device, vector
 from ._conv_kernels import (
+    MERGED_SLABS,
     STATISTICS_C,
     STATISTICS_S,
     conv_bn_add_relu_kernel,
@@ -279,14 +280,24 @@ class ConvCall:
         var = torch.empty_like(mean)
         if s.rows == 0:
             return self.empty(), mean.zero_(), var.zero_()
-        slabs = cdiv(s.rows, config.block_m)
+        slabs, slab_rows = cdiv(s.rows, config.block_m), config.block_m
         statistics = torch.empty((slabs, 2, s.k), dtype=torch.float32, device=mean.device)
         y = self.run(config, statistics)
-        with on_device(y):
-            conv_statistics_kernel[(cdiv(s.k, STATISTICS_C),)](
-                statistics, mean, var, s.rows, s.k, slabs, config.block_m,
+
+        def merge(span: int, merged: Tensor | None) -> None:
+            conv_statistics_kernel[(cdiv(s.k, STATISTICS_C), cdiv(slabs, span))](
+                statistics, merged, mean, var, s.rows, s.k, slabs, slab_rows,
+                span, min(span * slab_rows, s.rows),
                 BLOCK_S=STATISTICS_S, BLOCK_C=STATISTICS_C, num_warps=4, maxnreg=REGISTERS,
             )  # fmt: skip
+
+        with on_device(y):
+            if slabs > MERGED_SLABS:
+                span = cdiv(slabs, MERGED_SLABS)
+                merged = statistics.new_empty((cdiv(slabs, span), 2, s.k))
+                merge(span, merged)
+                statistics, slabs, slab_rows = merged, merged.shape[0], slab_rows * span
+            merge(slabs, None)
         return y, mean, var
 
 

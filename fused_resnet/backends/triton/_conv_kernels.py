@@ -32,6 +32,10 @@ from ._implicit_gemm import accumulate, finish, halves, multiply, swizzle
 #: Channels of a program, and slabs per iteration, of the kernel that merges statistics.
 STATISTICS_C, STATISTICS_S = 32, 32
 
+#: Slabs that one program merges by itself. More are first merged into so many, by a program each:
+#: otherwise two programs would read all slabs of a stem's 64 channels while the others wait.
+MERGED_SLABS = 128
+
 
 @triton.jit
 def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
@@ -172,30 +176,40 @@ def conv_split_finish_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def conv_statistics_kernel(  # type: ignore[no-untyped-def]
-    statistics_ptr,  # (slabs, 2, K) float32: mean, M2 of block_m rows; the last slab may be shorter
-    mean_ptr, var_ptr,  # (K,) float32
+    statistics_ptr,  # (slabs, 2, K) float32: mean, M2 of slab_rows rows; the last may have fewer
+    merged_ptr,  # (programs, 2, K) float32: mean, M2 of each program's slabs; or None
+    mean_ptr, var_ptr,  # (K,) float32, written without merged_ptr
     M, K, slabs, slab_rows,
+    span, span_rows,  # slabs of a program, and their rows; the last may have fewer
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance of each channel."""
+    """Merge each program's slabs into one, or all of them into mean and biased variance."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rows = tl.zeros((BLOCK_C,), tl.float64) + M
+    program = tl.program_id(1)
+    begin = program * span
+    end = tl.minimum(begin + span, slabs)
+    rows = tl.zeros((BLOCK_C,), tl.float64) + tl.minimum(M - begin * slab_rows, span_rows)
     mean = tl.zeros((BLOCK_C,), tl.float64)
-    for s0 in range(0, slabs, BLOCK_S):
+    for s0 in range(begin, end, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
-        valid = (s < slabs)[:, None] & (c < K)[None, :]
+        valid = (s < end)[:, None] & (c < K)[None, :]
         at = statistics_ptr + s.to(tl.int64)[:, None] * 2 * K + c[None, :]
         share = tl.minimum(M - s * slab_rows, slab_rows).to(tl.float64)
         mean += tl.sum(tl.load(at, mask=valid, other=0.0).to(tl.float64) * share[:, None], 0)
     mean = mean / rows
     m2 = tl.zeros((BLOCK_C,), tl.float64)
-    for s0 in range(0, slabs, BLOCK_S):
+    for s0 in range(begin, end, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
-        valid = (s < slabs)[:, None] & (c < K)[None, :]
+        valid = (s < end)[:, None] & (c < K)[None, :]
         at = statistics_ptr + s.to(tl.int64)[:, None] * 2 * K + c[None, :]
         share = tl.minimum(M - s * slab_rows, slab_rows).to(tl.float64)
         delta = tl.load(at, mask=valid, other=0.0).to(tl.float64) - mean[None, :]
         part = tl.load(at + K, mask=valid, other=0.0).to(tl.float64)
         m2 += tl.sum(tl.where(valid, part + delta * delta * share[:, None], 0.0), 0)
-    tl.store(mean_ptr + c, mean.to(tl.float32), mask=c < K)
-    tl.store(var_ptr + c, (m2 / rows).to(tl.float32), mask=c < K)
+    if merged_ptr is not None:
+        to = merged_ptr + program.to(tl.int64) * 2 * K + c
+        tl.store(to, mean.to(tl.float32), mask=c < K)
+        tl.store(to + K, m2.to(tl.float32), mask=c < K)
+    else:
+        tl.store(mean_ptr + c, mean.to(tl.float32), mask=c < K)
+        tl.store(var_ptr + c, (m2 / rows).to(tl.float32), mask=c < K)
