@@ -10,7 +10,6 @@
 #include "cpu/result_cache.h"
 #include "residual_segment.h"
 #include "schemas.h"
-#include "unchanged.h"
 #ifdef FR_WITH_CUDA
 #include "cuda/probe.h"
 #endif
@@ -144,7 +143,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Returns the unused memory that is cached for results on the CPU to the system.");
   m.def("kept_result_bytes", &fr::kept_result_bytes,
         "Bytes of unused memory that are cached for results on the CPU.");
-  m.def("unchanged", &fr::unchanged, "Whether modules' dictionaries still hold the same objects.");
   using Segment = fr::ResidualSegment;
   using Bools = std::vector<bool>;
   const auto call_without_gil = torch::wrap_pybind_function_no_gil(

@@ -369,10 +369,6 @@ def objects() -> Iterator[Call]:
     yield Call("a method without its object", lambda: row.__call__(5, x))
     yield Call("a method without an argument", lambda: made())
     yield Call("a copy", lambda: copy.copy(made)(x))
-    yield Call("unchanged, an int for a dictionary", lambda: _C.unchanged([], (), [], [1], "k"))
-    yield Call("unchanged, None for a dictionary", lambda: _C.unchanged([], (), [], [None], "k"))
-    yield Call("unchanged, a list for a dictionary", lambda: _C.unchanged([[]], (), [], [], "k"))
-    yield Call("unchanged, no length", lambda: _C.unchanged([], (), [3], [], "k"))
     for dtype in (torch.int8, torch.complex64, torch.bool):
         yield Call(f"peak_flops({dtype})", lambda d=dtype: _C.peak_flops(d))
         yield Call(f"packed dtype of {dtype}", lambda d=dtype: _C.packed_conv_weight_dtype(d))

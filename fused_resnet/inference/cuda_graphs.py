@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils._pytree import tree_map
 
 from ..backends.availability import _Marker, current_backend
-from ..nn.module_kinds import is_hooked, original_class
+from ..nn.module_kinds import PackedConv, is_hooked, original_class
 from ..tuning.tf32 import conv_allows_tf32, matmul_allows_tf32
+from .frozen_module import Derived
 from .graph_capture import Graph, Recorder
-from .guard import Guard
 
 #: Default of the number of graphs that a model keeps.
 SIZE = 8
@@ -58,18 +58,20 @@ class Recorded(NamedTuple):
     """The state of a model at a capture.
 
     Attributes:
-        guard: Records the modules.
-        tensors: Their tensors.
+        generation: How often its tensors were replaced.
+        tensors: Its tensors.
         addresses: The tensors' data pointers, which a graph contains.
     """
 
-    guard: Guard
+    generation: int
     tensors: list[Tensor]
     addresses: list[int]
 
-    def check(self) -> bool:
-        """Whether modules, tensors and addresses are unchanged, and there is no hook."""
-        return self.guard.check() and self.addresses == [t.data_ptr() for t in self.tensors]
+    def check(self, model: nn.Module) -> bool:
+        """Whether the model has the same tensors at the same addresses."""
+        if self.generation != _generation(model):
+            return False
+        return self.addresses == [t.data_ptr() for t in self.tensors]
 
 
 def is_one_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -180,12 +182,13 @@ class Graphs:
         self, model: nn.Module, forward: Callable[..., Any], x: Tensor, convert: Any
     ) -> Graph | None:
         """The graph for this call, captured now if its turn has come; None if there is none."""
-        if self._recorded is None or not self._recorded.check():
-            if any(map(is_hooked, _submodules(model))):
+        if self._recorded is None:
+            if any(map(is_hooked, _submodules(model))):  # since before it was frozen
                 return None
-            if self._recorded is not None:
-                self._drop()
-        key = (x.device, tuple(x.shape), *_settings(x.device.type))
+        elif not self._recorded.check(model):
+            self._drop()
+        dtype = getattr(model, "frozen_dtype", None) or x.dtype
+        key = (x.device, tuple(x.shape), dtype, *_settings(x.device.type))
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
@@ -284,10 +287,15 @@ def _submodules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if module is not model]
 
 
+def _generation(model: nn.Module) -> int:
+    derived: Derived | None = model.__dict__.get("_frozen_derived")
+    return 0 if derived is None else derived.generation
+
+
 def _recorded(model: nn.Module) -> Recorded:
-    guard = Guard(_submodules(model), model)
-    tensors = guard.tensors()
-    return Recorded(guard, tensors, [t.data_ptr() for t in tensors])
+    packed = [module.packed for module in model.modules() if isinstance(module, PackedConv)]
+    tensors: list[Any] = [*model.parameters(), *model.buffers(), *packed]
+    return Recorded(_generation(model), tensors, [t.data_ptr() for t in tensors])
 
 
 def _clone(output: Any) -> Any:

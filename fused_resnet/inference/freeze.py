@@ -26,7 +26,7 @@ from ..ops.checks import DTYPES
 from .cuda_graphs import Graphs, size_for
 from .frozen_block import FrozenBlock, is_block
 from .frozen_conv import FrozenConv
-from .frozen_module import Frozen
+from .frozen_module import Derived, Frozen
 from .frozen_root import FrozenRoot
 from .micro_batches import run_micro_batches
 from .segment import FrozenSegment, is_segment
@@ -71,8 +71,12 @@ def freeze(
 
     Returns:
         The frozen model. It takes floating-point inputs of its own dtype or float32, computes in
-        its own, in channels_last, and returns the dtype of the input, without a gradient.
-        ``train()``, ``requires_grad_()`` and conversions raise.
+        its own, in channels_last, and returns the dtype of the input, without a gradient. One
+        without floating-point parameters computes in the dtype of its input. It is immutable:
+        ``train()``, ``requires_grad_()``, conversions, hooks on its inner modules and every other
+        change inside it raise a RuntimeError that says what to do instead. Hooks on the frozen
+        model itself run, and so do those that the model's modules had before.
+        ``load_state_dict`` copies tensors in place, with ``assign=True`` too.
 
     Raises:
         TypeError: ``model`` is not a module; ``dtype`` is not one of these.
@@ -90,13 +94,16 @@ def freeze(
             if isinstance(module, FusedForward):
                 _freeze_groups(module, dtype, winograd)
         _own_tensors(frozen, dtype)
-    for module in frozen.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.__class__ = derive(type(module), _mixin(module))
+    modules = [m for m in frozen.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    for module in modules:
+        module.__class__ = derive(type(module), _mixin(module))
     if not isinstance(frozen, torch.jit.ScriptModule):
         frozen.__class__ = derive(type(frozen), FrozenRoot)
-        frozen.frozen_dtype = own or torch.float32  # type: ignore[assignment]
+        frozen.frozen_dtype = own  # type: ignore[assignment]
         frozen.cuda_graphs = Graphs(size_for(frozen, graphs))  # type: ignore[assignment]
+    derived = Derived()
+    for module in modules:
+        module.seal(derived)  # type: ignore[operator]
     return frozen
 
 

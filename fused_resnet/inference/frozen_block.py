@@ -24,7 +24,6 @@ from ..ops import packed as packed_ops
 from . import export
 from .frozen_conv import FrozenConv
 from .frozen_module import Frozen
-from .guard import Guard
 
 #: The arguments of the operator ``residual_block`` after the input, in its order; cached, so that a
 #: call builds nothing.
@@ -57,31 +56,31 @@ class FrozenBlock(Frozen):
         return super().forward(*args, **kwargs)
 
     def _operands(self, backend: str) -> BlockOperands | None:
-        """The operands on a backend, cached until a module changes; None if the modules must run.
+        """The operands on a backend; None if the modules must run.
 
         Args:
             backend: The backend that runs the operation.
         """
         if backend not in ("cpu", "cuda", "triton"):
             return None
-        if torch.compiler.is_compiling():  # a trace must not cache what it computes
+        if torch.compiler.is_compiling():  # a trace must not keep what it computes
             block = self._without_padding()
             return None if block is None else block_operands(block)
-        cached = self.__dict__.get("_frozen_cache")
-        if cached is not None:
-            guard, operands, reads = cached
-            if guard.check() and (reads is None or reads(self)):
-                return operands
+        concatenates = backend != "cpu"
+        purpose = "concatenated operands" if concatenates else "operands"
+        operands: BlockOperands | None = self.derived(
+            purpose, lambda: self._make_operands(concatenates)
+        )
+        return operands
+
+    def _make_operands(self, concatenates: bool) -> BlockOperands | None:
         block = self._without_padding()
         if block is None:
             return None
         convs: Any = block.convs
         has_shortcut = len(convs) > len(block.acts)
-        both = concatenate(*convs[-2:]) if backend != "cpu" and has_shortcut else (None, None)
-        operands = block_operands(block, *both)
-        guard = Guard(dict.fromkeys(block.members), self)
-        self.__dict__["_frozen_cache"] = (guard, operands, block.reads)
-        return operands
+        both = concatenate(*convs[-2:]) if concatenates and has_shortcut else (None, None)
+        return block_operands(block, *both)
 
     def _without_padding(self) -> BlockModules | None:
         """:meth:`supported_modules`; None for a zero-padded shortcut, which only segments take."""
@@ -212,11 +211,11 @@ def separate_convolutions(model: nn.Module) -> Iterator[None]:
     blocks = [module for module in model.modules() if isinstance(module, FrozenBlock)]
     try:
         for block in blocks:
-            block.whole = False
+            block.__dict__["whole"] = False
         yield
     finally:
         for block in blocks:
-            del block.whole
+            del block.__dict__["whole"]
 
 
 def is_block(module: nn.Module) -> bool:

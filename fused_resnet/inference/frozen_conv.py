@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import ops
 from ..backends.folding import fold
@@ -33,7 +35,7 @@ class FrozenConv(Frozen, PackedConv):
 
     scale: Tensor
     shift: Tensor
-    _packed: dict[str, Tensor]
+    _packed: Tensor
 
     _is_replica = False  # nn.DataParallel sets it in the copies that it makes
 
@@ -87,17 +89,14 @@ class FrozenConv(Frozen, PackedConv):
 
     def _set_weight(self, weight: Tensor) -> None:
         weight = weight.to(packed_dtype(self.dtype, weight.device))
-        # Not a buffer, which an exporter would store; and always the same dictionary, which a Guard
-        # reads.
-        self.__dict__.setdefault("_packed", {})["weight"] = ops.pack_conv_weight(
-            weight, self.groups
-        )
+        # Not a buffer, which an exporter would store.
+        self.__dict__["_packed"] = ops.pack_conv_weight(weight, self.groups)
+        self.changed()
 
     @property
     def packed(self) -> Tensor:
         """The packed weight."""
-        packed = self._packed["weight"]
-        return packed.to(self.scale.device) if self._is_replica else packed
+        return self._packed.to(self.scale.device) if self._is_replica else self._packed
 
     @property
     def operand(self) -> Tensor:
@@ -130,6 +129,10 @@ class FrozenConv(Frozen, PackedConv):
         Returns:
             ``(N, K, OH, OW)``, channels_last.
         """
+        if isinstance(x, Proxy):  # one node of the graph, as one of PyTorch's layers
+            given = (x, residual, relu, pool)
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, given, {})
         weight, scale, shift = self.operand, self.scale, self.shift
         functions = export if export.is_exporting() else ops
         if pool and self.pool is not None:
@@ -158,13 +161,18 @@ class FrozenConv(Frozen, PackedConv):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         super()._apply(fn, recurse)
-        self._packed["weight"] = fn(self._packed["weight"])
+        self.__dict__["_packed"] = fn(self._packed)
+        self.changed()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state, weight = super().__getstate__(), self.weight
         del state["_packed"]
-        return {**state, "weight": self.weight}
+        starting = get_spawning_popen()
+        if starting is not None:
+            # The process that starts takes over the weight's memory after this call.
+            starting.__dict__.setdefault("_fused_resnet_weights", []).append(weight)
+        return {**state, "weight": weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

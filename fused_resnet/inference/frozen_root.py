@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,35 +9,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..nn.same_signature import forward_like
 from .cuda_graphs import Graphs, is_one_tensor
 from .frozen_module import Frozen
 
 
 class FrozenRoot(Frozen):
-    """Mixin for the outermost module: converts dtype and memory format of inputs and results."""
+    """Mixin for the outermost module: converts dtype and memory format of inputs and results.
 
-    frozen_dtype: torch.dtype
+    Attributes:
+        frozen_dtype: Of the feature maps; None for that of each input.
+        cuda_graphs: The model's CUDA graphs.
+    """
+
+    fused_resnet_settable = Frozen.fused_resnet_settable | {
+        "cuda_graphs",
+        "_compiled_call_impl",
+        "_is_full_backward_hook",
+    }
+    frozen_dtype: torch.dtype | None
     cuda_graphs: Graphs
+
+    # Hooks around the whole model run outside of all that is derived from its modules.
+    register_forward_pre_hook = nn.Module.register_forward_pre_hook
+    register_forward_hook = nn.Module.register_forward_hook
+    register_backward_hook = nn.Module.register_backward_hook
+    register_full_backward_pre_hook = nn.Module.register_full_backward_pre_hook
+    register_full_backward_hook = nn.Module.register_full_backward_hook
 
     @classmethod
     def fused_resnet_members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """A forward with the signature of the base's, which exporters read."""
-
-        def forward(self: FrozenRoot, *args: Any, **kwargs: Any) -> Any:
-            return FrozenRoot.forward(self, *args, **kwargs)
-
-        forward.__doc__ = base.forward.__doc__
-        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-        return {"forward": forward}
+        """A forward with the signature of the base's, which tracers and exporters read."""
+        return {"forward": forward_like(base, FrozenRoot.forward)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""
+        if "_frozen_derived" not in self.__dict__:  # a slice of a frozen nn.Sequential
+            return super().forward(*args, **kwargs)
         # Flattening a structure takes ten times as long as checking for a single tensor.
         leaves = args if is_one_tensor(args, kwargs) else tree_leaves((args, kwargs))
         input_dtype = self._input_dtype(leaves)
         with torch.no_grad():
             result = self.cuda_graphs.run(self, super().forward, args, kwargs, self._enter)
-            if input_dtype is None or input_dtype is self.frozen_dtype:
+            if input_dtype is None or input_dtype is (self.frozen_dtype or input_dtype):
                 return result
             return tree_map(lambda leaf: leaf.to(input_dtype) if _is_map(leaf) else leaf, result)
 
@@ -47,7 +60,7 @@ class FrozenRoot(Frozen):
         for leaf in leaves:
             if not _is_map(leaf):
                 continue
-            if leaf.dtype not in (self.frozen_dtype, torch.float32):
+            if self.frozen_dtype and leaf.dtype not in (self.frozen_dtype, torch.float32):
                 wanted = dict.fromkeys((str(self.frozen_dtype), "torch.float32"))
                 raise TypeError(
                     f"{type(self).__name__}: input: expected dtype {' or '.join(wanted)}, "
@@ -59,9 +72,10 @@ class FrozenRoot(Frozen):
     def _enter(self, leaf: Any) -> Any:
         if not _is_map(leaf):
             return leaf
+        dtype = self.frozen_dtype or leaf.dtype
         if leaf.dim() == 4:
-            return leaf.to(self.frozen_dtype, memory_format=torch.channels_last)
-        return leaf.to(self.frozen_dtype)
+            return leaf.to(dtype, memory_format=torch.channels_last)
+        return leaf.to(dtype)
 
 
 def _is_map(leaf: Any) -> bool:

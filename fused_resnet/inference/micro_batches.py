@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn.fused_forward import BasicBlockForward, BottleneckForward, FusedForward, SequentialForward
 from ..nn.module_kinds import FoldedBatchNorm, PackedConv, is_hooked, original_class
-from .guard import Guard
+from .frozen_module import Frozen
 
 #: Bytes of the largest map of one micro-batch: a last-level cache of 32 MiB has room for the map
 #: that is read, the one that is written, the one kept for the residual, and weights.
@@ -35,7 +35,7 @@ _LAYERS = (nn.Conv2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def run_micro_batches(
-    model: nn.Module,
+    model: Frozen,
     forward: Callable[[Tensor], Tensor],
     x: Tensor,
     members: Callable[[], Iterable[nn.Module]],
@@ -57,27 +57,28 @@ def run_micro_batches(
     Returns:
         The result of ``forward`` for the whole batch.
     """
-    if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling():
+    if (
+        not isinstance(x, Tensor)
+        or x.device.type != "cpu"
+        or x.dim() != 4
+        or torch.compiler.is_compiling()
+    ):
         return forward(x)
     pixel_bytes = image_pixels * ELEMENTS_PER_PIXEL * x.element_size()
     images = MAP_BYTES // max(x.shape[2] * x.shape[3] * pixel_bytes, 1)
     images = max(images, torch.get_num_threads())
-    if x.shape[0] <= images or not _can_split(model, members):
+    if x.shape[0] <= images:
+        return forward(x)
+    if not model.derived("micro-batches", lambda: _can_split(model, members)):
         return forward(x)
     count = -(-x.shape[0] // images)  # micro-batches of nearly equal size: 4 of 4, not 5, 5, 5, 1
     return torch.cat([forward(batch) for batch in x.split(-(-x.shape[0] // count))])
 
 
 def _can_split(model: nn.Module, members: Callable[[], Iterable[nn.Module]]) -> bool:
-    """Whether micro-batches give the result of the whole batch and no hook sees them; cached."""
-    guard = model.__dict__.get("_frozen_cache")
-    if guard is not None and guard.check():
-        return True
-    modules = list(model.modules())
-    if any(map(is_hooked, modules)) or not all(map(_is_per_image, members())):
-        return False
-    model.__dict__["_frozen_cache"] = Guard(modules, model)
-    return True
+    """Whether micro-batches give the result of the whole batch and no hook sees them."""
+    inner = (module for module in model.modules() if module is not model)
+    return not any(map(is_hooked, inner)) and all(map(_is_per_image, members()))
 
 
 def _is_per_image(module: nn.Module) -> bool:

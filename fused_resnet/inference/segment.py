@@ -1,15 +1,13 @@
-"""Consecutive frozen residual blocks: one check that they are unchanged, and one operator call.
+"""Consecutive frozen residual blocks: one operator call.
 
-Calling a block costs ``Module.__call__``, the block's forward, the check that its modules are
-unchanged, and the dispatch of its operator: together half of a small block's compute time. A
-segment checks all of its blocks at once and calls a single operator, whose arguments the extension
-keeps.
+Calling a block costs ``Module.__call__``, the block's forward and the dispatch of its operator:
+together half of a small block's compute time. A segment calls a single operator, whose arguments
+the extension keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,43 +19,6 @@ from ..nn.module_kinds import is_hooked, is_observed
 from ..ops.dispatch import has_single_backend
 from .frozen_block import FrozenBlock, block_operands, is_block
 from .frozen_module import Frozen
-from .guard import Guard
-
-
-class Inlined(NamedTuple):
-    """A block that a segment runs without calling its module.
-
-    Attributes:
-        block: The block.
-        reads: Whether other attributes that the block's forward reads still have the expected
-            values; None if it reads none (:class:`~fused_resnet.nn.fused_forward.BlockModules`).
-    """
-
-    block: FrozenBlock
-    reads: Callable[[nn.Module], bool] | None
-
-    def check(self) -> bool:
-        """Whether calling the block, which has no hook, would run its operator and nothing else."""
-        block, reads = self
-        return block.whole and block._compiled_call_impl is None and (not reads or reads(block))
-
-
-class LoweredSegment(NamedTuple):
-    """The children of a sequence as a list of steps.
-
-    Attributes:
-        guard: Records the children, and the modules on which the blocks depend.
-        inlined: The blocks that run without being called.
-        steps: In order, the operator of consecutive blocks, or another child.
-    """
-
-    guard: Guard
-    inlined: list[Inlined]
-    steps: list[ResidualSegment | nn.Module]
-
-    def check(self) -> bool:
-        """Whether the steps still stand for the children."""
-        return self.guard.check() and all(map(Inlined.check, self.inlined))
 
 
 class FrozenSegment(Frozen):
@@ -68,24 +29,14 @@ class FrozenSegment(Frozen):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to the last child's result; PyTorch names the argument."""
-        lowered = self._lowered() if _is_supported(input) else None
-        if lowered is None:
+        lowered = self.derived("steps", lambda: _lower(self)) if _is_supported(input) else None
+        if lowered is None or not all(getattr(m, "whole", True) for m in self.children()):
             result: Tensor = super().forward(input)
             return result
         x = input
-        for step in lowered.steps:
+        for step in lowered:
             x = step(x)
         return x
-
-    def _lowered(self) -> LoweredSegment | None:
-        """The steps, cached until a module changes; None if the children must be called."""
-        cached: LoweredSegment | None = self.__dict__.get("_frozen_cache")
-        if cached is not None and cached.check():
-            return cached
-        lowered = _lower(self)
-        if lowered is not None:
-            self.__dict__["_frozen_cache"] = lowered
-        return lowered
 
 
 def is_segment(module: nn.Module) -> bool:
@@ -110,10 +61,11 @@ def _is_supported(x: Any) -> bool:
     )
 
 
-def _lower(owner: FrozenSegment) -> LoweredSegment | None:
-    """The children as steps; None while a block has a hook, which usually is not for long."""
-    members: list[nn.Module] = []
-    inlined: list[Inlined] = []
+def _lower(owner: FrozenSegment) -> list[ResidualSegment | nn.Module] | None:
+    """The children as steps: the operator of consecutive blocks, or another child.
+
+    None if a child has a hook from before the model was frozen.
+    """
     steps: list[list[BlockModules] | nn.Module] = []
     for child in owner._modules.values():
         assert child is not None
@@ -125,18 +77,11 @@ def _lower(owner: FrozenSegment) -> LoweredSegment | None:
         block = child.supported_modules()
         if block is None:
             steps.append(child)
-            continue
-        one = Inlined(child, block.reads)
-        if not one.check():
-            return None
-        inlined.append(one)
-        members += (child, *block.members)
-        if steps and isinstance(steps[-1], list):
+        elif steps and isinstance(steps[-1], list):
             steps[-1].append(block)
         else:
             steps.append([block])
-    lowered = [_operator_of(step) if isinstance(step, list) else step for step in steps]
-    return LoweredSegment(Guard(dict.fromkeys(members), owner), inlined, lowered)
+    return [_operator_of(step) if isinstance(step, list) else step for step in steps]
 
 
 def _operator_of(blocks: list[BlockModules]) -> ResidualSegment:

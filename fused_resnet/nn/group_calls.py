@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import ops
 from ..ops.training_reference import count_batch
@@ -57,6 +58,8 @@ def conv_bn(
         The result of calling the modules in turn, up to rounding.
     """
     if isinstance(conv, PackedConv):
+        if isinstance(x, Proxy):
+            return _one_by_one(bn, act, conv(x), residual, add)
         return _call_packed(conv, bn, act, x, residual, add)
     decision = decide_conv_bn(conv, bn, act, residual is not None)
     if not decision.operation or is_observed(x):

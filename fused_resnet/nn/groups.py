@@ -165,6 +165,8 @@ def decide_run(members: Sequence[nn.Module], start: int) -> Decision:
 def _decide_packed(conv: PackedConv, members: Sequence[nn.Module], start: int) -> Decision:
     if conv.operation == "conv_bn_relu_maxpool" and start + conv.span <= len(members):
         return Decision(conv.operation, "", True, conv.span)
+    if start + 1 == len(members):
+        return Decision("")  # its batch norm is behind the sequence
     end = start + 2
     inner = inner_activation(members[start + 1])
     if inner is not None:

@@ -43,23 +43,15 @@ def test_micro_batches_have_the_result_of_the_whole_batch(frozen, monkeypatch):
     torch.testing.assert_close(y, singly, rtol=1e-5, atol=1e-5)
 
 
-def test_a_hook_sees_the_whole_batch(frozen):
+@pytest.mark.parametrize("inside", ["layer2", "layer1.1.conv2"])
+def test_a_hook_from_before_sees_the_whole_batch(frozen, inside):
+    """The fixture makes micro-batches of two images."""
+    model = randomize(fr.resnet18(num_classes=10))
     x, seen = image(5, 3, 64, 64, dtype=torch.float32), []
-    frozen.layer2.register_forward_hook(lambda module, args, y: seen.append(y.shape[0]))
-    frozen(x)
+    hook = model.get_submodule(inside).register_forward_hook
+    hook(lambda module, args, y: seen.append(y.shape[0]))
+    fr.freeze(model)(x)
     assert seen == [5]
-
-
-def test_a_hook_added_later_sees_the_whole_batch(frozen, monkeypatch):
-    x = image(5, 3, 64, 64, dtype=torch.float32)
-    assert sizes(frozen, monkeypatch, x)[1] == [2, 2, 1]
-    seen: list[int] = []
-    block = frozen.layer1[1]
-    handle = block.conv2.register_forward_hook(lambda module, args, y: seen.append(y.shape[0]))
-    frozen(x)
-    assert seen == [5]
-    handle.remove()
-    assert sizes(frozen, monkeypatch, x)[1] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])

@@ -6,7 +6,6 @@ no tensor and no module, so it can be copied and pickled with its module.
 
 from __future__ import annotations
 
-import inspect
 import linecache
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from ...nn.module_kinds import (
     is_hooked,
     original_class,
 )
+from ...nn.same_signature import forward_like
 from .matching import FUNCTION, NOTHING_AROUND
 
 
@@ -168,30 +168,12 @@ class TracedForward(FusedForward):
         Args:
             base: The class of the module before it was fused.
         """
-        parameters = list(inspect.signature(base.forward).parameters.values())
-        declared, passed, defaults = [], [], {}
-        starred = False
-        for parameter in parameters:
-            text = parameter.name
-            only = parameter.kind is parameter.KEYWORD_ONLY
-            if only and not starred:
-                declared.append("*")
-                starred = True
-            passed.append(f"{text}={text}" if only else text)
-            if parameter.default is not parameter.empty:
-                defaults[f"_{text}"] = parameter.default
-                text = f"{text}=_{text}"
-            declared.append(text)
-        own_name = parameters[0].name
-        line = f"return {own_name}.fused_resnet_generated.functions['forward']({', '.join(passed)})"
-        source = f"def forward({', '.join(declared)}):\n    {line}\n"
-        exec(compile(source, "<fused_resnet forward>", "exec"), defaults)
-        forward = defaults["forward"]
-        forward.__doc__ = base.forward.__doc__
-        return {"forward": forward}
+        return {"forward": forward_like(base, TracedForward.forward)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the original class, with its groups as single operations."""
+        if any(isinstance(value, Proxy) for value in args):
+            return _original_forward(self)(self, *args, **kwargs)
         return self.fused_resnet_generated.functions["forward"](self, *args, **kwargs)
 
     def fused_groups(self) -> list[Group]:
