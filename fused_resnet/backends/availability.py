@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from .. import _C
 from .._version import __version__
 from . import aten
+from .constant import assume_constant_result
 
 #: The backends, in the order in which tables show them.
 NAMES = ("reference", "cpu", "cuda", "triton", "library")
@@ -186,7 +187,7 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
     return choice
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _cuda_runs(device: int) -> bool:
     """Whether this build has CUDA kernels for a device; constant in a process."""
     return not _cuda_problem(device)

@@ -1,18 +1,22 @@
 """The command ``fused-resnet``: one module per subcommand, each with ``add`` and ``run``.
 
+``fused_resnet_command`` lists the subcommands; only the module of the one that runs is imported.
+
 Exit codes: 0 success, 1 a failed check, 2 wrong usage or unusable input, 130 interrupted. An error
 is one line on stderr.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from .. import BackendUnavailable, __version__
+import fused_resnet_command
+
+from .. import BackendUnavailable
 from ..models.optional import MissingPackageError
-from . import bench, classify, coverage, demo, freeze, info, roofline, serve_check, tune, verify
 from ._common import Parser, UsageError
 
 
@@ -25,20 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = Parser(
-        prog="fused-resnet",
-        description="Fused residual networks for PyTorch: verify, benchmark, freeze, serve.",
-        epilog="fused-resnet COMMAND --help describes a command.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
+    typed = sys.argv[1:] if argv is None else list(argv)
+    answered = fused_resnet_command.answer(typed)
+    if answered is not None:
+        return answered
+    parser = Parser(prog="fused-resnet")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for module in (
-        info, verify, bench, coverage, tune, freeze, serve_check, roofline, classify, demo,
-    ):  # fmt: skip
-        module.add(commands)
+    importlib.import_module(f".{typed[0].replace('-', '_')}", __name__).add(commands)
     try:
-        arguments = parser.parse_args(argv)
-        arguments.typed = sys.argv[1:] if argv is None else list(argv)
+        arguments = parser.parse_args(typed)
+        arguments.typed = typed
         code = arguments.run(arguments)
         sys.stdout.flush()
         return int(code)

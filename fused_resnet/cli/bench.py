@@ -41,7 +41,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "bench",
-        help="compare the speed of a network's inference or training with PyTorch's and others'",
         description="Each provider runs in a separate process, its result is compared with float64 "
         "before it is timed, and rounds alternate. Ratios are those of medians in the same run, to "
         f"{results.BASELINE}. Exit code 1 if a provider fails or its result is wrong.",

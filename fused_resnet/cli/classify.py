@@ -19,7 +19,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "classify",
-        help="the five most probable classes of photographs",
         description="Classifies each photograph twice, with torchvision's network and with the "
         "same network fused and frozen, and prints both results.",
     )

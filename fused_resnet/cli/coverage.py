@@ -37,7 +37,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "coverage",
-        help="how much of other libraries' networks runs fused, and why not the rest",
         description="Builds networks with random weights, fuses them, and counts groups in eval "
         "mode; every fused group has one batch norm, so batch norms are counted. Without names, "
         "all networks of torchvision with batch norm, timm's residual ones, transformers' ResNets, "

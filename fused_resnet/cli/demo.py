@@ -30,7 +30,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "demo",
-        help="torchvision's ResNet-50 on a photograph, before and after fuse and freeze",
         description="Prints the five most probable classes, the error of the logits and the images "
         "per second of torchvision's ResNet-50 before and after fuse and freeze. Exit code 1 if "
         "the classes differ, or the logits differ by more than rounding.",

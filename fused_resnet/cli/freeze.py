@@ -18,7 +18,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "freeze",
-        help="write one file that fused_resnet.load_frozen serves from",
         description="Writes the network's name, its weights and the options of freeze to one file, "
         "atomically and without code. fused_resnet.load_frozen(FILE) and fused-resnet serve-check "
         "FILE fold the batch norms and pack the weights for the machine that they run on, so one "

@@ -20,7 +20,7 @@ from ._common import console, print_json
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser("info", help="versions, build, instruction set, backends")
+    parser = commands.add_parser("info")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 

@@ -21,7 +21,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "roofline",
-        help="bytes, flops and least microseconds of each layer on a GPU",
         description="The time of a kernel is the larger of its bytes over the card's bandwidth and "
         "its flops over the card's peak for dense matrix products, as data sheets give them; m "
         "(memory) or c (compute) after it says which. Each input is read once, each result written "

@@ -23,7 +23,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "serve-check",
-        help="compare a file that freeze wrote with the eager network: error and speed",
         description="Loads the file as a server would, and the eager network with the same "
         "weights, each in a separate process. Every result is compared with the eager network in "
         f"float64 and must be within {LIMITS['float32']:g} (bfloat16: "

@@ -22,7 +22,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "tune",
-        help="choose the fastest backend for each call of a network, ahead of its use",
         description="Runs a fused network's inference once, times each backend for each of its "
         "different calls, and stores the times in the user's cache folder (FUSED_RESNET_CACHE) "
         "for later processes. Without this, a process times a call when it first occurs "

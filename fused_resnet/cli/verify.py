@@ -25,7 +25,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "verify",
-        help="compare every operation and network with float64",
         description="Each row is an error relative to float64, next to PyTorch's own in the same "
         f"dtype. It passes at up to {LIMIT} times PyTorch's own, or {ROUNDING:g} units of the "
         "dtype's rounding. Exit code 1 if a row fails.",

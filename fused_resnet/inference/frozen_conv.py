@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import ops
+from ..backends.constant import assume_constant_result
 from ..backends.folding import fold
 from ..nn.groups import Group
 from ..nn.module_kinds import PackedConv, eps_of, padding_of
@@ -103,7 +104,7 @@ class FrozenConv(Frozen, PackedConv):
         """The operation's weight argument: packed, or in PyTorch's layout while exporting."""
         return self._plain_weight() if export.is_exporting() else self.packed
 
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _plain_weight(self) -> Tensor:
         # A method: the compiler of torch 2.11 takes no module as the argument of such a function.
         return export.plain_weight(self)

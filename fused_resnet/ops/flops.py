@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+from .when_imported import when_imported
 
 Shape = Sequence[int]
 
@@ -28,13 +29,21 @@ def _formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 
 def register(namespace: str) -> None:
-    """Register the formulas for one library of operators.
+    """Register the formulas for one library of operators, once the flop counter is imported.
+
+    Importing it imports Triton, which few processes need.
 
     Args:
         namespace: Name of the library under ``torch.ops``.
     """
-    for name, formula in FORMULAS.items():
-        register_flop_formula(getattr(getattr(torch.ops, namespace), name))(formula)
+
+    def enter() -> None:
+        from torch.utils.flop_counter import register_flop_formula
+
+        for name, formula in FORMULAS.items():
+            register_flop_formula(getattr(getattr(torch.ops, namespace), name))(formula)
+
+    when_imported("torch.utils.flop_counter", enter)
 
 
 def conv_flops(

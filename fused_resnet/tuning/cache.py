@@ -15,8 +15,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from .atomic_file import replacing, require_regular
 
 FORMAT = 1
@@ -67,6 +65,8 @@ def add(machine: str, entries: dict[str, dict[str, float]]) -> None:
         machine: Name that the tuner gives to this machine and these versions.
         entries: By the key of a call, milliseconds by candidate.
     """
+    import filelock  # takes as long to import as the rest of this package's tuner
+
     try:
         file = path()
         file.parent.mkdir(parents=True, exist_ok=True)
