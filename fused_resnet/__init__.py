@@ -7,17 +7,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-import torch  # noqa: F401  (loads libtorch and the one OpenMP runtime before the extension does)
-
-if importlib.util.find_spec("fused_resnet._C") is None:
-    raise ImportError(
-        "fused_resnet's extension is not built; run: pip install --no-build-isolation -e . "
-        "in the source folder, and import it from elsewhere or after that"
-    )
-
-from . import nn, ops
+# The extension first: an error of it is the one to see.
+from . import _extension, nn, ops  # noqa: F401
 from ._version import __version__
 from .backends import reference
 from .backends.availability import BackendUnavailable, backends, build_info, use_backend
