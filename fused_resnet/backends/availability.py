@@ -169,8 +169,19 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
 
     Raises:
         BackendUnavailable: The forced backend does not run on that device.
+        RuntimeError: The call is part of an ONNX export, or ``x`` is a ``DTensor``.
     """
     choice, device = current_backend(), x.device.type
+    if _is_exporting_to_onnx():
+        raise RuntimeError(
+            f"{op}: ONNX has no such operator: export the model that fuse() or freeze() was given, "
+            "which computes the same from the same state_dict"
+        )
+    if type(x).__name__ == "DTensor":
+        raise RuntimeError(
+            f"{op}: a DTensor is not supported: run the model that fuse() or freeze() was given, "
+            "or give this one x.to_local()"
+        )
     if choice == "reference":
         return choice
     if choice == "auto":
@@ -185,6 +196,13 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
     if choice == "library" and op not in (*aten.OPERATIONS, "training_unit"):
         return "reference"
     return choice
+
+
+@assume_constant_result
+def _is_exporting_to_onnx() -> bool:
+    # A function of its own: the compiler takes torch.onnx.is_in_onnx_export() for False, also where
+    # the exporter runs it.
+    return torch.onnx.is_in_onnx_export()
 
 
 @assume_constant_result

@@ -140,6 +140,15 @@ class Frozen(nn.Module):
             refuse(f"deleting {name}", _CHANGE)
         super().__delattr__(name)
 
+    @property
+    def qconfig(self) -> Any:
+        """What ``torch.ao.quantization`` sets before it quantises: there is none, and can't be."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise RuntimeError(_refusal("quantisation"))
+
     def train(self, mode: bool = True) -> Frozen:
         """Accept ``train(False)``, which is ``eval()``; raise for ``train(True)``."""
         if mode:
