@@ -53,6 +53,19 @@ def freeze(
     wherever this package is imported, and on the same instruction set gives the same bits; its
     weights are packed at its first call.
 
+    Winograd's algorithm computes tiles of 4x4 or 2x2 results from windows of 6x6 or 4x4 inputs, and
+    its error is relative to the largest value of the window, not to the inputs of one result: with
+    the filters :math:`w` and the batch norm's scale :math:`s`,
+    :math:`|\hat y - y| \le 2 \cdot 10^{-6} \sum |s w| \max_{window} |x|` in float32. So one value
+    of 1e4 among values of 1 gives an error of 1e-3 at results of its tiles that it does not reach.
+    A NaN or an infinity makes the tiles that read it NaN, at most 8x8 results where a direct sum
+    has 3x3; and :math:`\sum |s w| \max |x|` above 1e33 may overflow where a direct sum is finite.
+    Images never mix. ``winograd=False`` has none of this.
+
+    The same batch gives the same bits, whatever ran before. An image alone and the same image in a
+    batch may run by different algorithms: logits differ by up to 2e-6 in float32 and, by Winograd's
+    algorithm, 1e-2 in bfloat16, relative to their norm.
+
     Args:
         model: Any module on the CPU or on one CUDA device; :func:`fused_resnet.fuse` is applied
             first. It is not changed.
@@ -61,7 +74,7 @@ def freeze(
         winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm, in float32
             arithmetic: 2.5 times as fast, at a relative error of about 1e-6 where the direct sum
             has 2e-7. It also runs on bfloat16 and float16 maps, where the result's rounding is
-            larger than that error, and never on float64 maps.
+            larger than that error, and never on float64 maps. See below for its bounds.
         graphs: Number of input shapes for which the model keeps a CUDA graph, captured at the
             shape's second call; 0 or False for none, True for 8. A replay runs no Python, so None
             means 8 if all modules are torch's, torchvision's and this package's, else 0.

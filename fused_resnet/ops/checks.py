@@ -81,8 +81,13 @@ def statistics(
     training: bool,
     values_per_channel: int,
     shape: tuple[int, ...],
+    eps: float,
 ) -> None:
-    """Both or no running statistics; both in inference; more than one value each in training."""
+    """Both or no running statistics; both in inference; in training what the batch's need.
+
+    These are more than one value per channel, and a positive ``eps``: a channel of equal values
+    would be divided by zero.
+    """
     if (running_mean is None) != (running_var is None):
         raise ValueError(
             f"{op}: running_mean, running_var: expected both or neither, got one of them"
@@ -95,6 +100,14 @@ def statistics(
         raise ValueError(
             f"{op}: x: expected more than 1 value per channel when training, got {shape}"
         )
+    if training:
+        positive_eps(op, eps)
+
+
+def positive_eps(op: str, eps: float) -> None:
+    """As PyTorch's, batch norm in training needs a positive ``eps``."""
+    if not eps > 0:
+        raise ValueError(f"{op}: eps: expected a positive number when training, got {eps}")
 
 
 def convolution(

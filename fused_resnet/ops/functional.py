@@ -78,7 +78,7 @@ def bn_add_relu(
         residual: :math:`r`, shape and dtype of ``x``; None means 0.
         training: Normalise with the statistics of the batch and update the running ones.
         momentum: Weight of the batch in the running statistics.
-        eps: Added to the variance.
+        eps: Added to the variance; positive when training.
         relu: Whether to apply ReLU to the sum.
 
     Returns:
@@ -86,7 +86,7 @@ def bn_add_relu(
 
     Raises:
         ValueError: Wrong rank, shape or device; no running statistics when not training; a single
-            value per channel when training.
+            value per channel or an ``eps`` that is not positive when training.
         TypeError: Wrong dtype.
 
     Source:
@@ -97,7 +97,7 @@ def bn_add_relu(
     checks.feature_map(op, "x", x)
     _check_bn(op, x, x.shape[1], bn_weight, bn_bias, running_mean, running_var)
     count = x.shape[0] * x.shape[2] * x.shape[3]
-    checks.statistics(op, running_mean, running_var, training, count, tuple(x.shape))
+    checks.statistics(op, running_mean, running_var, training, count, tuple(x.shape), eps)
     checks.residual(op, residual, tuple(x.shape), x)
 
     backend = _resolve(op, x, training)
@@ -174,7 +174,7 @@ def conv_bn_add_relu(
         groups: Number of independent groups of channels.
         training: Normalise with the statistics of the batch and update the running ones.
         momentum: Weight of the batch in the running statistics.
-        eps: Added to the variance.
+        eps: Added to the variance; positive when training.
         relu: Whether to apply ReLU to the sum.
 
     Returns:
@@ -198,7 +198,7 @@ def conv_bn_add_relu(
     )
     _check_bn(op, x, shape[1], bn_weight, bn_bias, running_mean, running_var)
     count = shape[0] * shape[2] * shape[3]
-    checks.statistics(op, running_mean, running_var, training, count, shape)
+    checks.statistics(op, running_mean, running_var, training, count, shape, eps)
     checks.residual(op, residual, shape, x)
 
     backend = _resolve(op, x, training)
@@ -289,7 +289,7 @@ def conv_bn_relu_maxpool(
         groups: Number of independent groups of channels.
         training: Normalise with the statistics of the batch and update the running ones.
         momentum: Weight of the batch in the running statistics.
-        eps: Added to the variance.
+        eps: Added to the variance; positive when training.
         pool_kernel: Window of the max-pool, an int or ``(height, width)``.
         pool_stride: Stride of the max-pool, an int or ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side, an int or
@@ -319,7 +319,7 @@ def conv_bn_relu_maxpool(
     backend = _resolve(op, x, training)
     one_pass = backend != "reference" and not training
     if one_pass and not _wants_grad(x, conv_weight, conv_bias, bn_weight, bn_bias):
-        checks.statistics(op, running_mean, running_var, training, 0, shape)
+        checks.statistics(op, running_mean, running_var, training, 0, shape, eps)
         arguments = (
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, stride,
             padding, dilation, groups, eps, *pool,
@@ -329,7 +329,7 @@ def conv_bn_relu_maxpool(
     fits_a_byte = pool[0][0] * pool[0][1] <= _MOST_PLACES
     if training and backend in UNIT_BACKENDS and conv_bias is None and fits_a_byte:
         count = shape[0] * shape[2] * shape[3]
-        checks.statistics(op, running_mean, running_var, training, count, shape)
+        checks.statistics(op, running_mean, running_var, training, count, shape, eps)
         layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
         unit = Unit((layer,), pool=pool, winograd=False, backend=backend)
         tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)

@@ -17,6 +17,7 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.library import Library
 
+from .checks import positive_eps
 from .fakes import accumulator
 from .registry import primitives_of
 from .training_reference import before_relu, count_batch, pad_with_zeros, run_reference
@@ -177,6 +178,7 @@ def _chain(unit: Unit, primitives: Any, x: Tensor, tensors: Sequence[LayerTensor
                     "residual_block: x: expected more than 1 value per channel when training, got "
                     f"{tuple(z.shape)}"
                 )
+            positive_eps("residual_block", layer.eps)
         else:
             mean, var = _as(t.running_mean, vectors), _as(t.running_var, vectors)
         scale, shift = primitives.bn_coefficients(

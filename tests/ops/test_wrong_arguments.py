@@ -53,6 +53,8 @@ BAD = [
         ValueError,
         "more than 1 value per channel when training",
     ),
+    ({"training": True, "eps": 0.0}, ValueError, "eps: expected a positive number when training"),
+    ({"training": True, "eps": float("nan")}, ValueError, "eps: expected a positive number"),
 ]
 
 
@@ -69,6 +71,26 @@ def test_one_pixel_in_training_is_an_error(backend):
     bn = batch_norm(4, torch.float32)
     with fr.use_backend(backend), pytest.raises(ValueError, match="more than 1 value per channel"):
         ops.bn_add_relu(torch.randn(1, 4, 1, 1), *bn, training=True)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_eps_of_zero_is_an_error_in_training_alone(train):
+    """As in PyTorch; in whole blocks too, which run as one operation in training."""
+    block = fr.fuse(fr.nn.BasicBlock(4, 4)).train(train)
+    block.bn2.eps = 0.0
+    x = torch.randn(2, 4, 5, 5)
+    bn = batch_norm(4, torch.float32)
+    if not train:
+        assert block(x).isfinite().all()
+        assert ops.bn_add_relu(x, *bn, eps=0.0).isfinite().all()
+        return
+    for call in (
+        lambda: block(x),
+        lambda: ops.bn_add_relu(x, *bn, training=True, eps=0.0),
+        lambda: torch.nn.functional.batch_norm(x, *bn[2:], *bn[:2], training=True, eps=0.0),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=r"eps.* positive"):
+            call()
 
 
 def test_wrong_pool_arguments_are_named():
