@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import mutants_python
+import mutants_training
 from mutant import BACKWARD, BFLOAT16, BLOCKS, ROW, Mutant
 from rich.console import Console
 from rich.table import Table
@@ -386,6 +387,7 @@ MUTANTS = [
         BACKWARD,
     ),
     *mutants_python.MUTANTS,
+    *mutants_training.MUTANTS,
 ]
 
 
