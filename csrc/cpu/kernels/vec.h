@@ -161,6 +161,17 @@ FR_INLINE void store(Vec<float> v, BFloat16* p) {
   const U16 narrow = __builtin_convertvector(result, U16);
   __builtin_memcpy(p, &narrow, sizeof narrow);
 }
+// store, but subnormal numbers may become zero where that is faster.
+template <class V, class T>
+FR_INLINE void store_flushing(V v, T* p) {
+  store(v, p);
+}
+#ifdef __AVX512BF16__
+FR_INLINE void store_flushing(Vec<float> v, BFloat16* p) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+}
+#endif
 FR_INLINE void store(Vec<float> v, Half* p) {
 #if FR_VECTOR_BYTES == 64
   const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

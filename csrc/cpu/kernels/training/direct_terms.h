@@ -62,10 +62,7 @@ struct PairTerms {
     return (Vec<A>)_mm512_dpbf16_ps((__m512)sum, x, w);
   }
 
-  static FR_INLINE void put(Vec<A> v, Element* to) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
-    __builtin_memcpy(to, &rounded, sizeof rounded);
-  }
+  static FR_INLINE void put(Vec<A> v, Element* to) { store_flushing(v, to); }
   static FR_INLINE void put_words(const Vec<A> (&terms)[2], Element* to) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)terms[0]));
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)terms[1]));

@@ -196,7 +196,7 @@ struct Store {
   FR_INLINE Channel channel(int64_t) const { return {}; }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(y + i, 1); }
-  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { store(v, y + i); }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { store_flushing(v, y + i); }
   FR_INLINE void done(const Channel&, int64_t) const {}
   FR_INLINE void fold() const {}
 };
@@ -217,7 +217,7 @@ struct StoreStatistics {
   FR_INLINE void pivot(Vec<A> v, Channel& k) const { k.pivot = v; }
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(y + i, 1); }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
-    store(v, y + i);
+    store_flushing(v, y + i);
     const Vec<A> d = (sizeof(T) == sizeof(A) ? v : load(y + i)) - k.pivot;  // of what is stored
     k.sum += d;
     k.squares += d * d;
@@ -250,7 +250,7 @@ struct StoreMasked {
     __builtin_prefetch(x + i);
   }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
-    store(bn_relu_mask(v, load(x + i), k.scale, k.shift), g + i);
+    store_flushing(bn_relu_mask(v, load(x + i), k.scale, k.shift), g + i);
   }
   FR_INLINE void done(const Channel&, int64_t) const {}
   FR_INLINE void fold() const {}
@@ -279,7 +279,7 @@ struct StoreMaskedSums {
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
     const Vec<A> at = load(x + i);
     Vec<A> d = bn_relu_mask(v, at, k.scale, k.shift);
-    store(d, g + i);
+    store_flushing(d, g + i);
     if (sizeof(T) != sizeof(A)) d = load(g + i);  // of what is stored
     k.sum += d;
     k.sum_xc += d * (at - k.mean);
@@ -307,7 +307,9 @@ struct StoreSum {
     __builtin_prefetch(g + i, 1);
     __builtin_prefetch(add + i);
   }
-  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { store(v + load(add + i), g + i); }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const {
+    store_flushing(v + load(add + i), g + i);
+  }
   FR_INLINE void done(const Channel&, int64_t) const {}
   FR_INLINE void fold() const {}
 };
