@@ -20,6 +20,7 @@ import contextlib
 import contextvars
 import functools
 import importlib.metadata
+import logging
 import os
 import threading
 import time
@@ -44,6 +45,9 @@ MARGIN = 0.03
 
 #: Rounds in which the candidates alternate, by mode; the fastest time counts.
 ROUNDS = {"1": 3, "exhaustive": 20}
+
+#: Says what was timed (INFO), and what was decided for each call, and from what (DEBUG).
+_log = logging.getLogger(__name__)
 
 _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar(
     "fused_resnet_recorded_calls", default=None
@@ -143,9 +147,13 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
     if torch.jit.is_tracing() or x.numel() == 0:  # sizes are tensors; nothing to time
         return default
     times = {} if deterministic else timings(op, candidates, arguments)
-    choice = fastest(times or _shipped(op, arguments), default, candidates)
+    shipped = {} if times else _shipped(op, arguments)
+    choice = fastest(times or shipped, default, candidates)
     if _may_time(x):  # otherwise a later call can be timed
         _decided[call] = (candidates, choice)
+        if _log.isEnabledFor(logging.DEBUG):
+            source = "its times" if times else "the shipped table" if shipped else "the default"
+            _log.debug("%s runs on %s, by %s", key_of(op, arguments), choice, source)
     return choice
 
 
@@ -222,6 +230,7 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
     if how == "0" or x.numel() == 0 or not _may_time(x):
         return {}
     times = measure(op, candidates, arguments, ROUNDS[how])
+    _log.info("timed %s: %s", key, ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items()))
     with _lock:
         known[key] = times
     if times:

@@ -72,6 +72,26 @@ def test_cached_timings_are_used_when_timing_is_off(monkeypatch):
     assert choose(cpu=SLOW, library=FAST) == "library"
 
 
+def test_what_is_decided_is_logged(caplog, monkeypatch):
+    """Timings at INFO, decisions with their source at DEBUG, and neither unless asked for."""
+    choose(cpu=SLOW, library=FAST)
+    assert not caplog.records
+    tuner.forget()
+    tuning_cache.path().unlink()
+    caplog.set_level("DEBUG", logger="fused_resnet")
+    choose(cpu=SLOW, library=FAST)
+    timed, decided = caplog.messages
+    assert timed.startswith("timed op(2x3 float32): cpu ")
+    assert ", library " in timed
+    assert decided == "op(2x3 float32) runs on library, by its times"
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    tuner.forget()
+    tuning_cache.path().unlink()
+    choose(cpu=SLOW, library=FAST)
+    assert caplog.messages[2:] == ["op(2x3 float32) runs on cpu, by the default"]
+    assert {record.name for record in caplog.records} == {"fused_resnet.tuning.tuner"}
+
+
 def test_a_wrong_setting_is_named(monkeypatch):
     monkeypatch.setenv("FUSED_RESNET_TUNE", "yes")
     with pytest.raises(ValueError, match="FUSED_RESNET_TUNE: expected 0, 1 or exhaustive, got 'ye"):
