@@ -28,6 +28,7 @@ THOROUGH_FILES = (
     "test_cli.py",
     "test_cli_tune.py",
     "test_compile.py",
+    "test_examples_serving.py",
     "test_exported.py",
     "test_fuse_networks.py",
     "test_gpu_bench.py",
