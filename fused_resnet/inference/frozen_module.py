@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..nn.module_kinds import PackedConv
+from ..nn.module_kinds import PackedConv, is_hooked
 
 #: What to do in place of a change, by its kind.
 _TRAIN = "use the model that freeze() was given"
@@ -131,6 +131,8 @@ class Frozen(nn.Module):
             return value is False
         if name in self.fused_resnet_settable:
             return True
+        if is_hooked(self) and isinstance(self.__dict__.get(name), Tensor):
+            return isinstance(value, Tensor)  # torch.nn.utils.weight_norm computes it in a hook
         # Some forwards keep results in attributes, as that of torchvision's AnchorGenerator does.
         plain = not name.startswith("__") and not isinstance(value, (nn.Module, nn.Parameter))
         return plain and _is_method_of(self, sys._getframe(2))
