@@ -195,11 +195,8 @@ constexpr TrainingConv direct_of() {
                         direct_data_gradient<T, M>};
   conv.weight_gradient = {direct_weight_blocks, direct_weight_scratch<M>, direct_weight_parts,
                           nullptr, direct_weight_gradient<T, M>};
-  // Rows of pairs along the channels are no panels of pairs along the pixels.
-  if constexpr (M::kTerms == 1) {
-    conv.both_gradients = {direct_weight_blocks, direct_both_scratch<M>, direct_weight_parts,
-                           nullptr, direct_both_gradients<T, M>};
-  }
+  conv.both_gradients = {direct_weight_blocks, direct_both_scratch<M>, direct_weight_parts, nullptr,
+                         direct_both_gradients<T, M>};
   return conv;
 }
 

@@ -200,11 +200,13 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
 //
 // A chunk of dz is made once, in rows as the data gradient wants them, and each two vectors of the
 // input are read once: for the mask and the sums, and from the cache for the weight gradient.
+// Single terms serve both; pairs along the channels are copied to panels of pairs along the pixels.
 
 template <class M>
 int64_t direct_both_scratch(const ConvShape& s) {
   const int64_t elements = ProductPlan::row_elements(s.k, kBytes<M>) + kPanelWidth<typename M::A>;
-  return ProductScratch<M>::bytes(kGradientRows * s.c, kOuterPixels, elements);
+  const int64_t panels = M::kTerms > 1 ? s.k : 0;
+  return ProductScratch<M>::bytes(kGradientRows * s.c, kOuterPixels, elements + panels);
 }
 
 template <class T, class M>
@@ -217,19 +219,31 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
   const ProductScratch<M> scratch(memory, kGradientRows * s.c);
   Element<M>* const dz = scratch.rows;
   Element<M>* const x = dz + rows * step;
+  // dz as the weight gradient reads it.
+  constexpr bool pairs = M::kTerms > 1;
+  Element<M>* const panels = pairs ? x + rows * width : dz;
+  const int64_t panel_step = pairs ? rows * lanes : lanes, row_step = pairs ? kWords<M> : step;
   A* const dw = block.clear<A>(s, f.dw);
   const Element<M>* weight = static_cast<const Element<M>*>(f.weight);
+  const auto number_pixels = [&](int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) scratch.from[i] = first + i;
+  };
   with_gradient<T>(f, [&](const auto& in) {
     with_input<T>(f, [&](const auto& input) {
       with_input_gradient<T>(f, number, scratch.near, [&](const auto& e) {
         e.begin();
         for (int64_t p0 = block.p0; p0 < block.p1; p0 += rows) {
           const int64_t count = min_of(rows, block.p1 - p0), tiles = ceil_div(count, kTilePixels);
-          for (int64_t i = 0; i < count; ++i) {
-            scratch.from[i] = p0 + i;
-            scratch.at[i] = (p0 + i) * s.c;
-          }
+          for (int64_t i = 0; i < count; ++i) scratch.at[i] = (p0 + i) * s.c;
+          number_pixels(p0, count);
           copy_channels<M>(in, scratch.from, count, s.k, 0, s.k, dz, step);
+          if constexpr (pairs) {
+            number_pixels(0, count);
+            for (int64_t k = 0; k < s.k; k += lanes)
+              copy_words<1, M>(Plain<Element<M>>{dz}, scratch.from, count, step, k,
+                               panels + k * rows);
+            number_pixels(p0, count);
+          }
           const int64_t share = count * s.k * width / (tiles * (block.c1 - block.c0));
           const auto next = [&](int64_t q, int64_t i) {
             const int64_t tile = (q - block.c0) / width * tiles + i / kTilePixels;
@@ -240,10 +254,10 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
             product_columns<M>(count, dz, step, s.k, weight, c, end, next, e, scratch.at, false);
             if (end - c == width) {
               copy_words<2, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<2, M>(dz, lanes, step, s.k, x, count, dw + c, s.c);
+              outer_products<2, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c);
             } else {
               copy_words<1, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<1, M>(dz, lanes, step, s.k, x, count, dw + c, s.c);
+              outer_products<1, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c);
             }
           }
           e.fold();
