@@ -9,6 +9,7 @@ MAX_JOBS                     compilers at a time
 import multiprocessing
 import os
 import platform
+import runpy
 import shutil
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,9 @@ ISAS["avx512_bf16"] = ISAS["amx_emulated"] = ISAS["avx512"] + " -mavx512bf16"
 ISAS["amx"] = ISAS["avx512_bf16"] + " -mamx-tile -mamx-bf16"
 # Where no card is in sight to ask, and TORCH_CUDA_ARCH_LIST says nothing.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-JOBS = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+# As many as the process may use, also in a container with a quota.
+PROCESSORS = runpy.run_path(str(ROOT / "fused_resnet/tuning/processor.py"))["available"]()
+JOBS = int(os.environ.setdefault("MAX_JOBS", str(PROCESSORS)))
 
 
 def sources(pattern: str) -> list[str]:

@@ -170,17 +170,15 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
     Raises:
         BackendUnavailable: The forced backend does not run on that device.
         RuntimeError: The call is part of an ONNX export, or ``x`` is a ``DTensor``.
+        TypeError: ``x`` is no tensor.
     """
+    if type(x) is not torch.Tensor:
+        _check_kind(op, x)
     choice, device = current_backend(), x.device.type
     if _is_exporting_to_onnx():
         raise RuntimeError(
             f"{op}: ONNX has no such operator: export the model that fuse() or freeze() was given, "
             "which computes the same from the same state_dict"
-        )
-    if type(x).__name__ == "DTensor":
-        raise RuntimeError(
-            f"{op}: a DTensor is not supported: run the model that fuse() or freeze() was given, "
-            "or give this one x.to_local()"
         )
     if choice == "reference":
         return choice
@@ -196,6 +194,16 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
     if choice == "library" and op not in (*aten.OPERATIONS, "training_unit"):
         return "reference"
     return choice
+
+
+def _check_kind(op: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor | torch.fx.Proxy):
+        raise TypeError(f"{op}: x: expected a Tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":
+        raise RuntimeError(
+            f"{op}: a DTensor is not supported: run the model that fuse() or freeze() was given, "
+            "or give this one x.to_local()"
+        )
 
 
 @assume_constant_result

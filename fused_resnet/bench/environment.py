@@ -20,7 +20,12 @@ VARIABLES = (
     ("FUSED_RESNET_ISA", "run", "force the instruction set of the CPU kernels"),
     ("FUSED_RESNET_TUNE", "run", "0, 1 or exhaustive: time the backends of a new call"),
     ("FUSED_RESNET_CACHE", "run", "file in which the tuner keeps its choices"),
-    ("OMP_NUM_THREADS", "run", "size of PyTorch's thread pool, which the kernels share"),
+    (
+        "OMP_NUM_THREADS",
+        "run",
+        "size of PyTorch's thread pool, which the kernels share; "
+        "set it where a container has a quota, which PyTorch doesn't see",
+    ),
     ("FUSED_RESNET_CUDA", "build", "0, 1 or auto: build the CUDA kernels"),
     ("TORCH_CUDA_ARCH_LIST", "build", "architectures to compile the CUDA kernels for"),
     ("FUSED_RESNET_TEST_DATA", "tests", "folder with the CIFAR slice and trained networks"),
@@ -35,10 +40,8 @@ _OTHERS = (
 
 
 def cores() -> int:
-    """Logical processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Logical processors that this process may use, within its container's quota."""
+    return processor.available()
 
 
 def versions() -> dict[str, str | None]:

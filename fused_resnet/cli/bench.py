@@ -105,8 +105,8 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=positive,
-        default=environment.cores(),
-        help="threads of each process (default: the cores of this machine)",
+        default=processor.threads(),
+        help="threads of each process (default: processors that it may use; OMP_NUM_THREADS)",
     )
     parser.add_argument(
         "--size",

@@ -37,11 +37,18 @@ def collect() -> dict[str, Any]:
             for name, status in backends().items()
         },
         "tuner": {
-            "file": str(tuning_cache.path()),
+            "file": _tuning_file(),
             "machines": [machine_choices(device) for device in _devices()],
         },
         "environment": {name: os.environ.get(name) for name, _, _ in environment.VARIABLES},
     }
+
+
+def _tuning_file() -> str:
+    try:
+        return str(tuning_cache.path())
+    except OSError as error:
+        return f"none: {error}"
 
 
 def _bfloat16(build: dict[str, Any]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..bench import environment
 from ..models import sources
 from ..tuning import cache as tuning_cache
+from ..tuning import processor
 from ._choices import network_calls, table_of
 from ._common import UsageError, console, listed, one_of, positive
 
@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--device", type=one_of("device", ("cpu", "cuda")), help="default: cpu")
     parser.add_argument(
-        "--threads", type=positive, default=environment.cores(), help="number of threads on a CPU"
+        "--threads", type=positive, default=processor.threads(), help="number of threads on a CPU"
     )
     parser.add_argument(
         "--size", type=positive, default=224, help="height and width of the images (default: 224)"
@@ -54,6 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("tune: --device: PyTorch sees no CUDA device")
+    try:
+        file = tuning_cache.path()
+    except OSError as error:
+        raise UsageError(f"tune: the times would be lost: {error}") from None
     os.environ["FUSED_RESNET_TUNE"] = "exhaustive" if arguments.exhaustive else "1"
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
@@ -61,5 +65,5 @@ def run(arguments: argparse.Namespace) -> int:
         calls = network_calls(arguments.model, batch, arguments.size, dtype, device)
         title = f"{arguments.model}, batch {batch}, {arguments.dtype}, {device}"
         console().print(table_of(calls, title))
-    print(f"stored in {tuning_cache.path()}")
+    print(f"stored in {file}")
     return 0

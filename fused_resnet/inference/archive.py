@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,6 +28,7 @@ from .._version import __version__
 from ..models import resnet, sources
 from ..models.weights import check_numbers
 from ..ops.checks import DTYPES
+from ..tuning import processor
 from ..tuning.atomic_file import replacing
 from .freeze import freeze
 
@@ -214,9 +216,26 @@ def load_frozen(
         TypeError: ``dtype`` is not float32, float64, bfloat16 or float16.
     """
     file = read_frozen(path)
+    _compare_threads()
     with _memory(f"frozen file {os.fspath(path)!r}"):
         model = network_of(file).to(device)
         return freeze(model, dtype or file.dtype, winograd=file.winograd, graphs=graphs)
+
+
+def _compare_threads() -> None:
+    """Warn where PyTorch has more threads than the container has processors.
+
+    PyTorch counts the machine's. Threads that wait for each other on fewer processors than they
+    are take many times as long as one.
+    """
+    threads, processors = torch.get_num_threads(), processor.available()
+    if threads > processors and processor.quota() < threads:
+        warnings.warn(
+            f"fused_resnet: PyTorch has {threads} threads, and this container a quota of "
+            f"{processors} processors: set OMP_NUM_THREADS={processors}, or call "
+            f"torch.set_num_threads({processors})",
+            stacklevel=3,
+        )
 
 
 def network_of(file: FrozenFile) -> nn.Module:
