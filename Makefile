@@ -6,7 +6,9 @@
 # make lint       ruff, mypy, clang-format, import-linter and the limit of 500 lines a file;
 #                 make format fixes what can be fixed
 # make verify     every operation and network, compared with float64
-# make bench      the benchmark results, their pictures and README's table (BENCH_ARGS=--quick)
+# make docs       the documentation as a site, in build/site/index.html
+# make bench      the benchmark results, their pictures, and the tables of README and docs/
+#                 (BENCH_ARGS=--quick)
 # make asan       the operations' tests under AddressSanitizer
 # make mutants    planted bugs, each of which a test must catch
 #
@@ -27,12 +29,14 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Built without isolation: the extension is compiled against the torch that it runs with.
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
+# The extra `docs` of pyproject.toml, without this package.
+DOCS_REQUIRES := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0' 'latex2mathml>=3.78'
 # CuTe's headers, with which tests compare the simulator. Without dependencies: they are for CuTe's
 # Python half, and torch has CUDA's bindings of its own.
 HEADERS := 'nvidia-cutlass>=4.2,<5'
 
 .DELETE_ON_ERROR:
-.PHONY: demo check test test-all lint format verify bench gpu asan mutants install clean
+.PHONY: demo check test test-all lint format verify docs bench gpu asan mutants install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fused-resnet demo $(if $(IMAGE),'$(IMAGE)') $(if $(WEIGHTS),--weights '$(WEIGHTS)')
@@ -62,6 +66,13 @@ format: $(INSTALLED)
 
 verify: $(INSTALLED)
 	$(VENV)/bin/fused-resnet verify
+
+# The pages are read from the sources, which need not be compiled. mkdocs' theme announces its
+# successor at every build.
+docs: | $(PY)
+	$(PY) -c 'import material, mkdocstrings_handlers.python, latex2mathml' 2>/dev/null || \
+	    $(PY) -m pip install -q $(DOCS_REQUIRES)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(PY) -m pip install -q --no-build-isolation -e '.[bench]'

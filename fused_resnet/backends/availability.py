@@ -228,6 +228,7 @@ def build_info() -> dict[str, Any]:
     """How the extension was built, and what it uses on this machine.
 
     Returns:
+        A dictionary with these entries.
         ``version``: of the package. ``torch``: the version that it was compiled against.
         ``compiler``: of the host code. ``cuda``: version of the toolkit, or None. ``cuda_archs``:
         the GPU architectures that it has code for. ``isa``: the instruction set in use.

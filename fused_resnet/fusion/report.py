@@ -91,7 +91,7 @@ def report(model: nn.Module) -> Report:
         model: Any model; fused, frozen, built from this package's modules, or none of these.
 
     Returns:
-        The report of the model's next call: it takes account of hooks added and modules replaced
+        The report of the model's next call, which takes account of hooks added and modules replaced
         since :func:`fuse <fused_resnet.fuse>`.
 
     Raises:

@@ -206,7 +206,7 @@ def load_frozen(
         graphs: Number of CUDA graphs to keep, as in :func:`freeze`; None for its default.
 
     Returns:
-        The frozen network, as from :func:`freeze`: ``(N, 3, H, W)`` to logits ``(N, classes)``.
+        The frozen network of :func:`freeze`, from ``(N, 3, H, W)`` to logits ``(N, classes)``.
 
     Raises:
         ValueError: The file does not exist, is damaged or of another kind, names a network that
