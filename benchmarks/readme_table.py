@@ -1,16 +1,19 @@
-"""Writes README.md's tables from results/, between their markers: benchmarks and coverage.
+"""Writes what README.md and docs/ show of results/: tables between their markers, and a picture.
 
-python benchmarks/readme_table.py [--check]    with --check: exit code 1 if README.md would change
+python benchmarks/readme_table.py [--check]    with --check: exit code 1 if a file would change
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from readme_picture import picture
 
 from fused_resnet.bench import results
 from fused_resnet.bench.coverage import Coverage, total
@@ -27,6 +30,9 @@ NAMES = {
     "openvino": "OpenVINO",
     "ncnn": "ncnn",
 }
+#: The file of README's picture.
+PICTURED = RESULTS / "cpu-amd-epyc-family-26-model-2-2-threads.json"
+PICTURE = "docs/images/images-per-second.svg"
 OURS = {"frozen": "`freeze`", "frozen_direct": "`freeze(winograd=False)`", "fused": "`fuse`"}
 
 
@@ -44,7 +50,7 @@ def _table(device: str, files: Sequence[tuple[str, Sequence[results.Row]]]) -> s
     named = ("torch", "onnxruntime", "openvino", "ncnn")
     software = ", ".join(f"{n} {versions[n]}" for n in named if versions.get(n))
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
-    links = ", ".join(f"[{name}](benchmarks/results/{name})" for name, _ in files)
+    links = ", ".join(f"[{name}](results/{name})" for name, _ in files)
     peers = dict.fromkeys(row["provider"] for row in rows if row["provider"] not in OURS)
     cases: dict[tuple[str, str, int, int, int], dict[str, results.Row]] = {}
     for row in rows:
@@ -112,7 +118,7 @@ def training_section(files: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
 def _training_table(device: str, files: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
     rows = [row for _, own in files for row in own]
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
-    links = ", ".join(f"[{name}](benchmarks/results/{name})" for name, _ in files)
+    links = ", ".join(f"[{name}](results/{name})" for name, _ in files)
     cases: dict[Any, dict[str, results.Row]] = {}
     for row in rows:
         keys = ("dtype", "subject", "size", "threads", "batch")
@@ -174,38 +180,90 @@ def coverage_section(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(files: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
+    """A sentence: the ratios of ``freeze`` to the best other provider over all cases of a dtype."""
+    ratios: dict[str, list[float]] = {}
+    names: dict[str, str] = {}
+    for _, rows in files:
+        cases: dict[Any, dict[str, results.Row]] = {}
+        for row in rows:
+            if row["status"] == "ok":
+                key = tuple(row[k] for k in ("dtype", "subject", "size", "threads", "batch"))
+                cases.setdefault(key, {})[row["provider"]] = row
+        for (dtype, *_), measured in cases.items():
+            others = [row for name, row in measured.items() if name not in OURS]
+            if "frozen" in measured and others:
+                best = max(others, key=lambda row: row["images_per_s"])
+                ratio = measured["frozen"]["images_per_s"] / best["images_per_s"]
+                ratios.setdefault(dtype, []).append(ratio)
+                names[NAMES.get(best["provider"], best["provider"])] = ""
+    if not ratios:
+        return NOTHING
+    parts = []
+    for dtype, found in sorted(ratios.items(), key=lambda item: item[0] != "float32"):
+        slower = sum(ratio < 1 for ratio in found)
+        parts.append(
+            f"in {dtype} {min(found):.2f} to {max(found):.2f} times, median "
+            f"{statistics.median(found):.2f} ({len(found)} cases, {slower} of them slower)"
+        )
+    return (
+        "Images per second of `freeze`, as a multiple of the fastest other runtime's in the same "
+        f"run ({', '.join(names)}): {'; '.join(parts)}."
+    )
+
+
 def replaced(text: str, name: str, new: str) -> str:
     """The text with what stands between the two markers of that name replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     head, found, rest = text.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
-        raise SystemExit(f"README.md: expected the markers {begin} and {end}")
+        raise SystemExit(f"expected the markers {begin} and {end}")
     return f"{head}{begin}\n{new}\n{end}{tail}"
 
 
-def rewritten(text: str) -> str:
-    """README.md with its tables as the recorded results have them."""
-    files = sorted(RESULTS.glob("cpu-*.json"))
-    text = replaced(text, "benchmarks", section([(f.name, results.load(f)) for f in files]))
-    trained = sorted(RESULTS.glob("training-*.json"))
-    text = replaced(
-        text, "training", training_section([(f.name, results.load(f)) for f in trained])
-    )
-    counted = json.loads((RESULTS / "coverage.json").read_text())
-    return replaced(text, "coverage", coverage_section(counted))
+def sections() -> dict[str, str]:
+    """What belongs between the markers, by their names."""
+    timed = [(f.name, results.load(f)) for f in sorted(RESULTS.glob("cpu-*.json"))]
+    trained = [(f.name, results.load(f)) for f in sorted(RESULTS.glob("training-*.json"))]
+    return {
+        "summary": summary(timed),
+        "benchmarks": section(timed),
+        "training": training_section(trained),
+        "coverage": coverage_section(json.loads((RESULTS / "coverage.json").read_text())),
+    }
+
+
+#: The files with markers, and the names of these.
+MARKED = {
+    "README.md": ("summary",),
+    "docs/index.md": ("summary",),
+    "docs/benchmarks.md": ("summary", "benchmarks", "training"),
+    "docs/supported-models.md": ("coverage",),
+}
+
+
+def written() -> dict[str, str]:
+    """The files as the recorded results have them, by their paths in the repository."""
+    new, texts = sections(), {}
+    for path, names in MARKED.items():
+        text = (ROOT / path).read_text()
+        for name in names:
+            text = replaced(text, name, new[name])
+        texts[path] = text
+    return {**texts, PICTURE: picture(results.load(PICTURED))}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = rewritten(old)
+    texts = written()
+    old = {path: (ROOT / path).read_text() for path in texts if (ROOT / path).exists()}
     if arguments.check:
-        return int(new != old)
-    readme.write_text(new)
+        return int(texts != old)
+    for path, text in texts.items():
+        (ROOT / path).write_text(text)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""README: its examples run as printed, its table is what was recorded."""
+"""README: its examples run as printed, and its numbers, and those of docs/, were recorded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -43,14 +45,17 @@ def test_example_runs(number: int, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def readme_table() -> ModuleType:
+def readme_table() -> Iterator[ModuleType]:
     path = ROOT / "benchmarks" / "readme_table.py"
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location("readme_table", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    monkeypatch.undo()
 
 
 def timed(name: str, milliseconds: float) -> Measurement:
@@ -110,6 +115,51 @@ def test_coverage_table(readme_table: ModuleType) -> None:
     assert lines[4:] == ["| a | 2 | 14 | 6 | 6: other; 2: why |", "| b | 1 | 3 | 3 |  |"]
 
 
-def test_readme_shows_the_recorded_results(readme_table: ModuleType) -> None:
-    readme = README.read_text()
-    assert readme_table.rewritten(readme) == readme, "run benchmarks/readme_table.py"
+def test_summary(readme_table: ModuleType) -> None:
+    """The ratio to the best other of each case; cases without one do not count."""
+    rows = [
+        {**case, "provider": provider, "images_per_s": speed, "status": "ok"}
+        for case, speeds in (
+            ({"batch": 1}, {"ncnn": 10, "openvino": 20, "frozen": 30, "fused": 5}),
+            ({"batch": 16}, {"openvino": 20, "frozen": 19}),
+            ({"batch": 32}, {"frozen": 19}),
+        )
+        for provider, speed in speeds.items()
+    ]
+    named = [{**row, "dtype": "float32", "subject": "a", "size": 224, "threads": 1} for row in rows]
+    text = readme_table.summary([("cpu-a.json", named)])
+    assert "(OpenVINO)" in text
+    assert text.endswith("in float32 0.95 to 1.50 times, median 1.23 (2 cases, 1 of them slower).")
+
+
+def test_picture(readme_table: ModuleType) -> None:
+    """A bar for each provider of a panel that was timed, as long as its speed."""
+    about = {"dtype": "float32", "threads": 2, "device": "a & b", "status": "ok"}
+    rows = [
+        {**about, "subject": subject, "batch": batch, "provider": provider, "images_per_s": speed}
+        for subject in ("resnet18", "resnet50")
+        for batch in (1, 16)
+        for provider, speed in (("frozen", 100.0), ("openvino", 50.0))
+    ]
+    svg = readme_table.picture([*rows, {**rows[0], "provider": "ncnn", "status": "failed"}])
+    ElementTree.fromstring(svg)
+    assert "2 threads of a &amp; b" in svg
+    assert "ncnn" not in svg
+    widths = [float(w) for w in re.findall(r'width="([0-9.]+)" height="14"', svg)]
+    assert widths == [widths[0], widths[0] / 2] * 4
+
+
+def test_readme_and_pages_show_the_recorded_results(readme_table: ModuleType) -> None:
+    for path, text in readme_table.written().items():
+        assert (ROOT / path).read_text() == text, f"{path}: run benchmarks/readme_table.py"
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_links_of_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README.read_text())
+    paths = [path for pair in links for path in pair if path and not path.startswith("https:")]
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
