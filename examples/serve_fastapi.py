@@ -46,7 +46,7 @@ def create_app() -> FastAPI:
     transform = ResNet50_Weights.IMAGENET1K_V2.transforms()  # every image becomes 224x224
 
     @app.post("/classify")
-    async def classify(request: Request) -> dict[str, float]:
+    async def classify(request: Request) -> dict[str, int | float]:
         data = torch.frombuffer(bytearray(await request.body()), dtype=torch.uint8)
         try:
             image = transform(await asyncio.to_thread(decode_image, data, ImageReadMode.RGB))

@@ -125,6 +125,7 @@ def test_serve_fastapi(
         expected = eager(torch.stack([transform(image) for image in images])).softmax(1)
     for answer, row in zip(answers, expected, strict=True):
         assert answer.status_code == 200
+        assert isinstance(answer.json()["label"], int)
         assert answer.json()["probability"] == pytest.approx(float(row.max()), rel=1e-3)
         assert row[answer.json()["label"]] == pytest.approx(float(row.max()), rel=1e-3)
     assert sum(sizes) == len(bodies)
