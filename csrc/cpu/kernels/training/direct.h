@@ -8,7 +8,6 @@
 // lie side by side behind the panel's channel.
 #pragma once
 
-#include "../transpose.h"
 #include "direct_product.h"
 #include "direct_weight.h"
 
