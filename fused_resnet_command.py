@@ -14,6 +14,7 @@ from pathlib import Path
 #: The commands, in the order of the list, and what each is for.
 COMMANDS = {
     "info": "versions, build, instruction set, backends",
+    "models": "the names of networks that the commands take",
     "verify": "errors of every operation and network against float64",
     "bench": "inference or training compared with PyTorch and other runtimes",
     "coverage": "how much of other libraries' networks runs fused",

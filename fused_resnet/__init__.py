@@ -14,7 +14,7 @@ from .backends import reference
 from .backends.availability import BackendUnavailable, backends, build_info, use_backend
 from .fusion.fuse import fuse
 from .fusion.report import Report, report
-from .inference.archive import load_frozen
+from .inference.archive import load_frozen, save_frozen
 from .inference.freeze import freeze
 from .models.cifar import CifarResNet, cifar_resnet
 from .models.resnet import (
@@ -55,6 +55,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "save_frozen",
     "use_backend",
     "wide_resnet50_2",
     "wide_resnet101_2",

@@ -30,16 +30,21 @@ class Problem(NamedTuple):
     truth: Tensor
 
 
-def random_problem(name: str, batch: int, size: int) -> tuple[nn.Module, Tensor]:
+def random_problem(
+    name: str, batch: int, size: int, state: dict[str, Tensor] | None = None
+) -> tuple[nn.Module, Tensor]:
     """A seeded network and one batch of images, float32.
 
     Args:
         name: A network's name from :func:`fused_resnet.models.sources.parse`.
         batch: Number of images.
         size: Their height and width.
+        state: The network's own ``state_dict``; None for random weights.
     """
     generator = torch.Generator().manual_seed(batch)
     images = torch.randn(batch, 3, size, size, generator=generator)
+    if state is not None:
+        return plain_model(name, state).float(), images
     # Other images for the statistics: those of a batch of one would be degenerate.
     others = torch.randn(8, 3, size, size, generator=generator)
     torch.manual_seed(0)

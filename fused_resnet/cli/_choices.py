@@ -10,7 +10,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import _C, freeze, fuse
-from ..models import resnet
 from ..tuning import tuner
 from ._common import progress
 
@@ -33,20 +32,20 @@ def calls_of(model: nn.Module, images: Tensor) -> list[tuple[tuner.Call, int]]:
 
 
 def network_calls(
-    name: str, batch: int, size: int, dtype: torch.dtype, device: str = "cpu"
+    network: nn.Module, batch: int, size: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[tuple[tuner.Call, int]]:
-    """The calls of a network of this package, fused and, on CUDA, frozen; in channels_last.
+    """The calls of a network, fused and, on CUDA, frozen; in channels_last.
 
     On the CPU a frozen network has none, because its weights are packed for one backend.
 
     Args:
-        name: One of :data:`fused_resnet.models.sources.MODELS`.
+        network: In eval mode.
         batch: Number of images.
         size: Height and width of the images.
         dtype: Storage type.
         device: The device.
     """
-    model = fuse(getattr(resnet, name)().eval()).to(device=device, dtype=dtype)
+    model = fuse(network).to(device=device, dtype=dtype)
     images = torch.zeros(batch, 3, size, size, dtype=dtype, device=device)
     images = images.to(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)

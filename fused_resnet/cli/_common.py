@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import json
+import logging
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .._version import __version__
+from ..inference.archive import FrozenFile, read_frozen
 from ..models import sources
 
 #: Names of the storage types.
@@ -40,9 +47,9 @@ def one_of(kind: str, choices: Iterable[str]) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if text not in known:
-            raise argparse.ArgumentTypeError(
-                f"unknown {kind} {text!r}; expected one of {', '.join(known)}"
-            )
+            near = difflib.get_close_matches(text, known, n=1, cutoff=0.7)
+            advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; {advice}")
         return text
 
     return parse
@@ -70,6 +77,30 @@ def network(text: str) -> str:
         return sources.parse(text)
     except sources.UnknownNetworkError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def own_network(text: str) -> str:
+    """An argparse type: a network that this package builds itself, by any of its names."""
+    name = network(text)
+    if name not in sources.MODELS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of this command's: {', '.join(sources.MODELS)}"
+        )
+    return name
+
+
+def network_or_file(text: str) -> FrozenFile:
+    """An argparse type: a network's name, or a file that ``fused-resnet freeze`` wrote.
+
+    Returns:
+        The contents of the file; for a name one without weights.
+    """
+    if Path(text).suffix in (".safetensors", ".pt") or (os.sep in text and ":" not in text):
+        try:
+            return read_frozen(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return FrozenFile(network(text), 0, torch.float32, True, __version__, {})
 
 
 def positive(text: str) -> int:
@@ -112,6 +143,22 @@ def progress() -> Progress:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+@contextlib.contextmanager
+def printed_notes() -> Iterator[None]:
+    """Print on stderr what the package says in its log, such as which prefixes it removed."""
+    logger = logging.getLogger("fused_resnet")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("fused-resnet: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def print_json(value: Any) -> None:

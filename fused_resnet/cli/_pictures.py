@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..models import sources
 from ..models.optional import MissingPackageError
-from ..models.sources import torchvision_model
 from ..models.weights import load_weights
-from ._common import UsageError
+from ._common import UsageError, printed_notes
 
 
 def read_image(command: str, path: str) -> Any:
@@ -44,23 +44,55 @@ def read_image(command: str, path: str) -> Any:
         raise UsageError(f"{command}: can't read image {path!r}: the file is damaged") from None
 
 
-def trained_model(command: str, name: str, weights: str) -> nn.Module:
-    """torchvision's network with the weights of a file or of torchvision.
+def read_weights(command: str, name: str, weights: str) -> dict[str, Tensor]:
+    """The weights of a file, or of torchvision by their name.
 
     Args:
         command: The subcommand, for error messages.
-        name: torchvision's name of the network.
+        name: The network.
+        weights: A file, or torchvision's name of weights.
+
+    Raises:
+        UsageError: The weights can't be read.
+    """
+    try:
+        with printed_notes():
+            return load_weights(weights, name=name if name in sources.MODELS else None)
+    except MissingPackageError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{command}: --weights {weights}: {str(error).splitlines()[0]}") from None
+
+
+def network_with(command: str, name: str, state: dict[str, Tensor]) -> nn.Module:
+    """The network of its own library, with weights.
+
+    Args:
+        command: The subcommand, for error messages.
+        name: The network.
+        state: Its ``state_dict``.
+
+    Raises:
+        UsageError: The weights do not fit the network.
+    """
+    try:
+        return sources.plain_model(name, state)
+    except ValueError as error:
+        raise UsageError(f"{command}: --weights: {error}") from None
+
+
+def trained_model(command: str, name: str, weights: str) -> nn.Module:
+    """The network with the weights of a file or of torchvision.
+
+    Args:
+        command: The subcommand, for error messages.
+        name: The network.
         weights: A file, or torchvision's name of weights.
 
     Raises:
         UsageError: The weights can't be read, or do not fit the network.
     """
-    try:
-        return torchvision_model(name, load_weights(weights, name=name))
-    except MissingPackageError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"{command}: --weights {weights}: {str(error).splitlines()[0]}") from None
+    return network_with(command, name, read_weights(command, name, weights))
 
 
 def weights_enum(model: str, weights: str | None = None) -> Any:
@@ -79,14 +111,14 @@ def weights_enum(model: str, weights: str | None = None) -> Any:
     return known[name] if name in known.__members__ else known.DEFAULT
 
 
-def read_labels(command: str, path: str | None, classes: int, enum: Any) -> list[str]:
+def read_labels(command: str, path: str | None, classes: int, enum: Any = None) -> list[str]:
     """The names of the classes: one per line of a file, or ImageNet's if the number fits.
 
     Args:
         command: The subcommand, for error messages.
         path: The file; None for ImageNet's names.
         classes: Number of classes.
-        enum: A result of :func:`weights_enum`.
+        enum: A result of :func:`weights_enum`, for ImageNet's names.
 
     Raises:
         UsageError: The file can't be read or does not have one line per class.

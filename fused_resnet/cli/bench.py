@@ -25,7 +25,7 @@ from ._common import (
     UsageError,
     console,
     listed,
-    network,
+    network_or_file,
     one_of,
     positive,
     progress,
@@ -45,13 +45,17 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "before it is timed, and rounds alternate. Ratios are those of medians in the same run, to "
         f"{results.BASELINE}. Exit code 1 if a provider fails or its result is wrong.",
     )
-    parser.add_argument("model", nargs="?", type=network, help="for example resnet50")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=network_or_file,
+        help="a network (fused-resnet models) with random weights, or a frozen file",
+    )
     parser.add_argument(
         "--model-from",
-        type=network,
+        type=network_or_file,
         metavar="SOURCE:NAME",
-        help="a network of another library, with random weights and without a download: "
-        "torchvision:resnet50, timm:resnet50 or hf:microsoft/resnet-50",
+        help="the same as the model",
     )
     parser.add_argument(
         "--dtype", type=one_of("dtype", DTYPES), default="float32", help="default: float32"
@@ -130,10 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     if (arguments.model is None) == (arguments.model_from is None):
         raise UsageError("bench: expected a model or --model-from SOURCE:NAME, and not both")
-    arguments.model = arguments.model or arguments.model_from
+    file = arguments.model or arguments.model_from
+    arguments.model, arguments.state = file.network, file.state or None
     arguments.size = arguments.size or sources.size_of(arguments.model)
-    if arguments.explain and arguments.model not in sources.MODELS:
-        raise UsageError(f"bench: --explain: expected one of {', '.join(sources.MODELS)}")
     if arguments.size < 32:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
     if arguments.training:
@@ -143,7 +146,9 @@ def run(arguments: argparse.Namespace) -> int:
     command = shlex.join(["fused-resnet", *arguments.typed])
     rows: list[results.Row] = []
     for batch in arguments.batch:
-        model, images = problem.random_problem(arguments.model, batch, arguments.size)
+        model, images = problem.random_problem(
+            arguments.model, batch, arguments.size, arguments.state
+        )
         rows += measure(
             model,
             images,
@@ -172,6 +177,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_training(arguments: argparse.Namespace) -> int:
     """Measure and show training steps, or a network's convolutions in their three directions."""
+    if arguments.state:
+        raise UsageError("bench: --training: expected a network's name, not a frozen file")
     if arguments.explain:
         raise UsageError("bench: --training: does not go with --explain")
     out = console()
@@ -209,7 +216,9 @@ def view_layers(arguments: argparse.Namespace) -> int:
     found = []
     for batch in arguments.batch:
         for provider in viewed:
-            plain, images = problem.random_problem(arguments.model, batch, arguments.size)
+            plain, images = problem.random_problem(
+                arguments.model, batch, arguments.size, arguments.state
+            )
             model = sources.our_model(arguments.model, plain.state_dict())
             found.append(
                 view(
@@ -248,7 +257,8 @@ def explain(arguments: argparse.Namespace, batch: int) -> Table:
     """
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    calls = network_calls(arguments.model, batch, arguments.size, dtype)
+    model = sources.our_model(arguments.model, arguments.state)
+    calls = network_calls(model, batch, arguments.size, dtype)
     return table_of(calls, f"the fused network's calls, batch {batch}")
 
 

@@ -10,9 +10,10 @@ import torch
 import fused_resnet as fr
 
 from ..bench.networks import relative_error
+from ..models import sources
 from ..models.sources import MODELS
 from . import _pictures
-from ._common import console, one_of
+from ._common import UsageError, console, network_or_file
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -24,19 +25,22 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photograph")
     parser.add_argument(
-        "--model", type=one_of("model", MODELS), default="resnet50", help="default: resnet50"
+        "--model",
+        type=network_or_file,
+        default="resnet50",
+        help="a network (fused-resnet models), or a frozen file, which has the weights (default: "
+        "resnet50)",
     )
     parser.add_argument(
         "--weights",
-        required=True,
         metavar="PATH|NAME",
-        help=".pth or .safetensors file, or torchvision's name for weights (IMAGENET1K_V2), which "
-        "are downloaded once",
+        help="for a network's name: .pth or .safetensors file, or torchvision's name for weights "
+        "(IMAGENET1K_V2), which are downloaded once",
     )
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="a file with one class per line (default: ImageNet's, from torchvision)",
+        help="a file with one class per line (default: the frozen file's, or ImageNet's)",
     )
     parser.set_defaults(run=run)
 
@@ -44,12 +48,21 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Classify and print."""
     pictures = [_pictures.read_image("classify", path) for path in arguments.images]
-    enum = _pictures.weights_enum(arguments.model, arguments.weights)
-    theirs = _pictures.trained_model("classify", arguments.model, arguments.weights)
-    classes = theirs.get_parameter("fc.bias").numel()
-    labels = _pictures.read_labels("classify", arguments.labels, classes, enum)
+    file, name = arguments.model, arguments.model.network
+    if bool(file.state) == bool(arguments.weights):
+        raise UsageError("classify: expected --weights, or a frozen file as --model, and not both")
+    # Without a transform of its own: ImageNet's usual one.
+    enum = _pictures.weights_enum(name if name in MODELS else "resnet50", arguments.weights)
+    if file.state:
+        theirs = _pictures.network_with("classify", name, file.state)
+    else:
+        theirs = _pictures.trained_model("classify", name, arguments.weights)
+    classes = sources.classes_of(name, theirs.state_dict())
+    labels = list(file.labels or ())
+    if arguments.labels or not labels:
+        labels = _pictures.read_labels("classify", arguments.labels, classes, enum)
     ours = fr.freeze(theirs)
-    prepare = enum.transforms()
+    prepare = file.preprocessing or enum.transforms()
     out = console()
     for path, picture in zip(arguments.images, pictures, strict=True):
         x = prepare(picture)[None]

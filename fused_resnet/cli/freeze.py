@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import Any
 
 import torch
 
 from ..inference.archive import write_frozen
 from ..models import sources
-from ..models.optional import MissingPackageError
+from ..models.optional import MissingPackageError, library
 from ..models.weights import is_path, load_weights
-from ._common import DTYPES, UsageError, network, one_of, writable
+from . import _pictures
+from ._common import DTYPES, UsageError, network, one_of, printed_notes, writable
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -26,8 +28,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "model",
         type=network,
-        help="for example resnet50, cifar_resnet56, timm:resnet50, hf:microsoft/resnet-50 or "
-        "torchvision:resnet50",
+        help="for example resnet50, cifar_resnet56, timm:resnet50 or hf:microsoft/resnet-50; "
+        "fused-resnet models lists them",
     )
     parser.add_argument(
         "--weights",
@@ -48,6 +50,12 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="run all convolutions direct, which rounds less and takes longer",
     )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="a file with one class per line, to be stored (default: ImageNet's from torchvision "
+        "where the network is its and has 1000 classes)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -59,13 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 "there is no such file; only torchvision's networks have named weights"
             )
-        state = load_weights(arguments.weights, name=arguments.model if theirs else None)
+        with printed_notes():
+            state = load_weights(arguments.weights, name=arguments.model if theirs else None)
+        labels, transform = _metadata(arguments, sources.classes_of(arguments.model, state))
         file = write_frozen(
             arguments.out,
             arguments.model,
             state,
             dtype=getattr(torch, arguments.dtype),
             winograd=not arguments.no_winograd,
+            labels=labels,
+            transform=transform,
         )
     except MissingPackageError:
         raise
@@ -74,9 +86,32 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"freeze: --weights {arguments.weights}: {reason}") from None
+    stored = [f"{len(file.labels)} labels"] if file.labels else ["no labels"]
+    p = file.preprocessing
+    stored += (
+        [f"resize {p.resize}, crop {p.crop}, {p.interpolation}"] if p else ["no preprocessing"]
+    )
     size = arguments.out.stat().st_size / 2**20
     print(
         f"{arguments.out}: {file.network}, {file.classes} classes, {arguments.dtype}, "
-        f"{size:.1f} MiB; load it with fused_resnet.load_frozen"
+        f"{size:.1f} MiB; {'; '.join(stored)}; load it with fused_resnet.load_frozen"
     )
     return 0
+
+
+def _metadata(arguments: argparse.Namespace, classes: int) -> tuple[list[str] | None, Any]:
+    """Labels and transform: torchvision's by its weights, timm's by its configuration."""
+    labels, transform = None, None
+    if arguments.labels:
+        labels = _pictures.read_labels("freeze", arguments.labels, classes)
+    source, _, name = arguments.model.rpartition(":")
+    if source == "timm":
+        timm = library("timm")
+        config = timm.get_pretrained_cfg(name).to_dict()
+        transform = timm.data.resolve_data_config({}, pretrained_cfg=config)
+    elif arguments.model in sources.MODELS and importlib.util.find_spec("torchvision"):
+        enum = _pictures.weights_enum(arguments.model, arguments.weights)
+        transform = enum.transforms()
+        if labels is None and classes == len(enum.meta["categories"]):
+            labels = list(enum.meta["categories"])
+    return labels, transform

@@ -9,9 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from ..bench import gpu_results
-from ..models.sources import MODELS
 from ..roofline import CARDS, FUSIONS, ITEMSIZE, Card, Kernel, kernels, total
-from ._common import UsageError, console, listed, one_of, positive, print_json
+from ._common import UsageError, console, listed, one_of, own_network, positive, print_json
 
 #: The folder of measured results in a source checkout.
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -28,7 +27,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "GPU is needed. Times measured by make gpu are shown if there is a results file of the "
         "card.",
     )
-    parser.add_argument("model", type=one_of("model", MODELS), help="for example resnet50")
+    parser.add_argument("model", type=own_network, help="for example resnet50")
     parser.add_argument("--batch", type=positive, default=256, help="images (default: 256)")
     parser.add_argument(
         "--dtype",

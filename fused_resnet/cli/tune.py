@@ -12,7 +12,7 @@ from ..models import sources
 from ..tuning import cache as tuning_cache
 from ..tuning import processor
 from ._choices import network_calls, table_of
-from ._common import UsageError, console, listed, one_of, positive
+from ._common import UsageError, console, listed, network_or_file, one_of, positive
 
 #: Storage types for which the tuner chooses.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,7 +27,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "for later processes. Without this, a process times a call when it first occurs "
         "(FUSED_RESNET_TUNE).",
     )
-    parser.add_argument("model", type=one_of("model", sources.MODELS), help="for example resnet50")
+    parser.add_argument(
+        "model", type=network_or_file, help="a network (fused-resnet models), or a frozen file"
+    )
     parser.add_argument(
         "--batch", type=listed(positive), default=[1], metavar="N,...", help="default: 1"
     )
@@ -39,7 +41,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--threads", type=positive, default=processor.threads(), help="number of threads on a CPU"
     )
     parser.add_argument(
-        "--size", type=positive, default=224, help="height and width of the images (default: 224)"
+        "--size",
+        type=positive,
+        help="height and width of the images (default: 224; 32 for CIFAR's networks)",
     )
     parser.add_argument(
         "--exhaustive", action="store_true", help="more rounds, like FUSED_RESNET_TUNE=exhaustive"
@@ -49,21 +53,24 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Time and print."""
-    if arguments.size < 32:
-        raise UsageError(f"tune: --size: expected at least 32, got {arguments.size}")
+    file = arguments.model
+    size = arguments.size or sources.size_of(file.network)
+    if size < 32:
+        raise UsageError(f"tune: --size: expected at least 32, got {size}")
     device = arguments.device or "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("tune: --device: PyTorch sees no CUDA device")
     try:
-        file = tuning_cache.path()
+        stored = tuning_cache.path()
     except OSError as error:
         raise UsageError(f"tune: the times would be lost: {error}") from None
     os.environ["FUSED_RESNET_TUNE"] = "exhaustive" if arguments.exhaustive else "1"
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     for batch in arguments.batch:
-        calls = network_calls(arguments.model, batch, arguments.size, dtype, device)
-        title = f"{arguments.model}, batch {batch}, {arguments.dtype}, {device}"
+        model = sources.our_model(file.network, file.state or None)
+        calls = network_calls(model, batch, size, dtype, device)
+        title = f"{file.network}, batch {batch}, {arguments.dtype}, {device}"
         console().print(table_of(calls, title))
-    print(f"stored in {file}")
+    print(f"stored in {stored}")
     return 0

@@ -13,12 +13,21 @@ from rich.table import Table
 from ..backends.availability import NAMES, use_backend
 from ..bench import environment
 from ..bench.results import save
-from ..models.sources import MODELS as ALL_MODELS
 from ..verify import LIMIT, ROUNDING, Row, verify_networks, verify_operations
 from ..verify.networks import MODELS
 from ..verify.operations import rows_of
 from . import _matrix
-from ._common import DTYPES, UsageError, console, listed, one_of, print_json, progress, writable
+from ._common import (
+    DTYPES,
+    UsageError,
+    console,
+    listed,
+    one_of,
+    own_network,
+    print_json,
+    progress,
+    writable,
+)
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -31,7 +40,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--models",
-        type=listed(one_of("model", ("none", *ALL_MODELS))),
+        type=listed(lambda text: text if text == "none" else own_network(text)),
         default=list(MODELS),
         metavar="M,...",
         help=f"networks, or none for the operations alone (default: {','.join(MODELS)})",

@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,7 +30,11 @@ from ..models.weights import check_numbers
 from ..ops.checks import DTYPES
 from ..tuning import processor
 from ..tuning.atomic_file import replacing
+from . import preprocessing as preprocess
 from .freeze import freeze
+from .frozen_module import Frozen
+from .identify import identify
+from .preprocessing import Preprocessing
 
 #: The file's kind, and the version of its layout.
 KIND, FORMAT = "fused_resnet.frozen", 2
@@ -66,6 +70,8 @@ class FrozenFile(NamedTuple):
         winograd: Whether Winograd's algorithm may run.
         version: The version of the package that wrote it.
         state: The network's ``state_dict``, in the dtype of the trained network.
+        labels: Names of the classes, in the order of the logits; None if unknown.
+        preprocessing: From an image to the network's input; None if unknown.
     """
 
     network: str
@@ -74,6 +80,60 @@ class FrozenFile(NamedTuple):
     winograd: bool
     version: str
     state: dict[str, Tensor]
+    labels: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+
+
+def save_frozen(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    transform: Any = None,
+    network: str | None = None,
+    dtype: torch.dtype | None = None,
+    winograd: bool = True,
+) -> FrozenFile:
+    """Write one file from which :func:`load_frozen` serves a trained network, on any machine.
+
+    The file has the network's name, its weights, and no code, so the network has to be one that
+    ``fused-resnet models`` lists; that it computes what the model does is checked on an image of
+    noise.
+
+    Args:
+        model: The trained network, as its library built it, fused or not; it is not changed. Not a
+            frozen one, whose batch norms are folded.
+        path: The file, in an existing folder; an older file is replaced, atomically.
+        labels: Names of the classes, in the order of the logits; None for none.
+        transform: How images are prepared: torchvision's ``weights.transforms()``, a ``Compose`` of
+            ``Resize``, ``CenterCrop`` and ``Normalize``, timm's ``resolve_data_config(...)``, or a
+            dictionary with ``resize``, ``crop``, ``interpolation``, ``mean`` and ``std``; None for
+            none. The loaded network has it as ``preprocessing``.
+        network: The network's name, ``timm:resnet50`` for example; None to find it.
+        dtype: The dtype of the frozen network's maps; None for the model's own.
+        winograd: Whether 3x3 convolutions may run by Winograd's algorithm.
+
+    Returns:
+        The contents of the file.
+
+    Raises:
+        ValueError: The network is unknown or computes something else; the labels are not as many
+            as the classes; the transform can't be stored; the model is frozen.
+        TypeError: ``model`` is not a module, or ``dtype`` not float32, float64, bfloat16, float16.
+        MissingPackageError: The network's library is not installed.
+        OSError: The file can't be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save_frozen: model: expected a module, got {type(model).__name__}")
+    if any(isinstance(module, Frozen) for module in model.modules()):
+        raise ValueError("save_frozen: model: is frozen already; give the model that was frozen")
+    name, state = identify(model, network)
+    own = dtype or next((v.dtype for v in state.values() if v.is_floating_point()), torch.float32)
+    if own not in DTYPES:
+        raise TypeError(f"save_frozen: dtype: expected one of ({', '.join(_DTYPES)}), got {own}")
+    return write_frozen(
+        path, name, state, dtype=own, winograd=winograd, labels=labels, transform=transform
+    )
 
 
 def write_frozen(
@@ -83,6 +143,8 @@ def write_frozen(
     *,
     dtype: torch.dtype = torch.float32,
     winograd: bool = True,
+    labels: Sequence[str] | None = None,
+    transform: Any = None,
 ) -> FrozenFile:
     """Write a file for :func:`load_frozen`, atomically.
 
@@ -93,26 +155,34 @@ def write_frozen(
         state: Its ``state_dict``, from which the number of classes is taken.
         dtype: The dtype of the frozen network's maps: float32, float64, bfloat16 or float16.
         winograd: Whether 3x3 convolutions may run by Winograd's algorithm.
+        labels: Names of the classes, in the order of the logits; None for none.
+        transform: As in :func:`save_frozen`.
 
     Returns:
         The contents of the file.
 
     Raises:
-        ValueError: The network is unknown (``UnknownNetworkError``), or the weights do not fit it.
+        ValueError: The network is unknown (``UnknownNetworkError``), the weights do not fit it, the
+            labels are not as many as the classes, or the transform can't be stored.
         MissingPackageError: Its library is not installed.
         OSError: The file can't be written.
     """
     network = sources.parse(network)
     check_numbers(state, network)
     classes = sources.classes_of(network, state)
+    names = None if labels is None else tuple(labels)
+    if names is not None and (len(names) != classes or not all(type(n) is str for n in names)):
+        raise ValueError(f"labels: expected {classes} strings, one a class, got {len(names)}")
+    preprocessing = None if transform is None else preprocess.of(transform)
     own = {
         # No view of a larger storage, and no storage twice.
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, value in _build(network, classes, dict(state)).state_dict().items()
     }
-    file = FrozenFile(network, classes, dtype, winograd, __version__, own)
+    file = FrozenFile(network, classes, dtype, winograd, __version__, own, names, preprocessing)
     document = {"kind": KIND, "format": FORMAT} | file._asdict()
     document["dtype"] = str(dtype).removeprefix("torch.")
+    document["preprocessing"] = preprocessing and preprocessing._asdict()
     del document["state"]
     metadata = {"format": "pt", KIND: json.dumps(document), "sha256": _UNHASHED}
     with replacing(Path(path)) as part:
@@ -206,7 +276,9 @@ def load_frozen(
         graphs: Number of CUDA graphs to keep, as in :func:`freeze`; None for its default.
 
     Returns:
-        The frozen network of :func:`freeze`, from ``(N, 3, H, W)`` to logits ``(N, classes)``.
+        The frozen network of :func:`freeze`, from ``(N, 3, H, W)`` to logits ``(N, classes)``. Its
+        ``labels`` are the names of the classes or None, and its ``preprocessing`` turns an image
+        into ``(3, H, W)``, or is None.
 
     Raises:
         ValueError: The file does not exist, is damaged or of another kind, names a network that
@@ -219,6 +291,9 @@ def load_frozen(
     _compare_threads()
     with _memory(f"frozen file {os.fspath(path)!r}"):
         model = network_of(file).to(device)
+        about: dict[str, Any] = {"labels": file.labels, "preprocessing": file.preprocessing}
+        for name, value in about.items():
+            setattr(model, name, value)
         return freeze(model, dtype or file.dtype, winograd=file.winograd, graphs=graphs)
 
 
@@ -326,7 +401,17 @@ def _fields(document: dict[str, Any]) -> dict[str, Any]:
     complete = all(type(document.get(key)) is kind for key, kind in expected.items())
     if not complete or document["dtype"] not in _DTYPES or not 0 < document["classes"] < 2**31:
         raise ValueError("some of its fields are missing or have the wrong type")
-    return {key: document[key] for key in expected} | {"dtype": _DTYPES[document["dtype"]]}
+    fields = {key: document[key] for key in expected} | {"dtype": _DTYPES[document["dtype"]]}
+    labels, stored = document.get("labels"), document.get("preprocessing")
+    if labels is not None:
+        if type(labels) is not list or not all(type(label) is str for label in labels):
+            raise ValueError("its labels are not names of classes")
+        if len(labels) != fields["classes"]:
+            raise ValueError(f"has {len(labels)} labels for {fields['classes']} classes")
+        fields["labels"] = tuple(labels)
+    if stored is not None:
+        fields["preprocessing"] = preprocess.read(stored)
+    return fields
 
 
 def _check_fit(network: str, classes: int, empty: dict[str, Tensor]) -> None:

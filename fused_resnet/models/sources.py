@@ -7,7 +7,8 @@ its library.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -56,22 +57,34 @@ def parse(text: str) -> str:
         source, name = "torchvision", text
     if source == "torchvision":
         if name not in (*MODELS, *CIFAR):
-            raise UnknownNetworkError(
-                f"unknown model {name!r}; expected one of {', '.join((*MODELS, *CIFAR))}"
-            )
+            raise UnknownNetworkError(_unknown(text, name, (*MODELS, *CIFAR)))
         return name
     if source == "hf":
         known = (*hub.RESNETS, *hub.REGNETS)
         if name not in known:
-            raise UnknownNetworkError(
-                f"unknown model {text!r}; expected hf: and {', '.join(known)}"
-            )
+            raise UnknownNetworkError(_unknown(text, name, known))
     elif source == "timm":
-        if not library("timm").is_model(name):
-            raise UnknownNetworkError(f"unknown model {text!r}: timm has no such network")
+        timm = library("timm")
+        if not timm.is_model(name):
+            raise UnknownNetworkError(_unknown(text, name, timm.list_models()))
     else:
-        raise UnknownNetworkError(f"unknown source {source!r}; expected torchvision, timm or hf")
+        raise UnknownNetworkError(
+            f"unknown source {source!r}; expected torchvision, timm or hf before the colon"
+        )
     return text
+
+
+def _unknown(text: str, name: str, known: Sequence[str]) -> str:
+    """The error of an unknown name, with the nearest known ones."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    source = text[: len(text) - len(name)]
+    if near:
+        advice = f"did you mean {' or '.join(source + found for found in near)}?"
+    elif len(known) <= 20:
+        advice = f"expected one of {', '.join(known)}"
+    else:
+        advice = "fused-resnet models lists the known ones"
+    return f"unknown model {text!r}; {advice}"
 
 
 def size_of(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import warnings
@@ -20,8 +21,17 @@ from ..ops.checks import DTYPES
 #: A torchvision enum or its name, the path of a file, or a state dict.
 Source = Any
 
-#: Keys under which training scripts store the state dict of a checkpoint.
-_NESTED = ("state_dict", "model")
+logger = logging.getLogger(__name__)
+
+#: Keys under which training scripts store the state dict of a checkpoint, the preferred first: the
+#: trained weights, then their exponential moving average.
+_NESTED = (
+    "state_dict", "model_state_dict", "model", "net", "module",
+    "model_ema", "state_dict_ema", "ema_state_dict", "ema",
+)  # fmt: skip
+
+#: What DataParallel, torch.compile, Lightning and averaged models put before the keys.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "ema.")
 #: How a pickle of torch.save begins that is no zip: protocol 2, and its magic number.
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -32,8 +42,10 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Load a state dict onto the CPU.
 
-    A surrounding ``{"state_dict": ...}`` or ``{"model": ...}`` is removed, as is the prefix
-    ``module.`` of keys that DataParallel adds.
+    What training scripts put around a state dict (``{"state_dict": ...}``, ``{"model": ...}``, or
+    an average under ``"model_ema"`` if that is all there is) is removed, as are the prefixes that
+    wrappers add to all keys (``module.``, ``_orig_mod.``, ``model.``); the logger
+    ``fused_resnet.models.weights`` says what, at level ``INFO``.
 
     The checksums of a ``.pth`` file are verified before it is read, which ``torch.load`` does not
     do. The format that ``torch.save`` wrote before 1.6 has none (a warning says so), and neither
@@ -239,9 +251,13 @@ def _damaged(path: Path) -> ValueError:
 
 
 def _state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
-    for key in _NESTED:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+    removed = []
+    while isinstance(loaded, Mapping):
+        found = [key for key in _NESTED if isinstance(loaded.get(key), Mapping)]
+        if not found:
+            break
+        removed.append(f"took {found[0]!r}" + (f" and not {found[1]!r}" if found[1:] else ""))
+        loaded = loaded[found[0]]
     if not isinstance(loaded, Mapping) or not loaded:
         raise ValueError(
             f"{what}: expected a dict of tensors (a state_dict), got "
@@ -253,9 +269,29 @@ def _state_dict(loaded: Any, what: str) -> dict[str, Tensor]:
             f"{what}: expected tensors only, got {type(loaded[odd[0]]).__name__} under {odd[0]!r}; "
             "save model.state_dict() alone"
         )
-    if all(key.startswith("module.") for key in loaded):
-        return {key.removeprefix("module."): value for key, value in loaded.items()}
-    return dict(loaded)
+    state, stripped = strip_prefixes(loaded)
+    if removed or stripped:
+        logger.info("%s: %s", what, ", ".join(removed + stripped))
+    return state
+
+
+def strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Remove what wrappers put before all keys of a state dict, and the counter of an average.
+
+    Args:
+        state: Tensors by key.
+
+    Returns:
+        The tensors by their own keys, and what was removed, in words.
+    """
+    found, removed = dict(state), []
+    if "n_averaged" in found and len(found) > 1:  # torch.optim.swa_utils.AveragedModel
+        del found["n_averaged"]
+        removed.append("left out 'n_averaged'")
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in found)), ""):
+        found = {key.removeprefix(prefix): value for key, value in found.items()}
+        removed.append(f"removed the prefix {prefix!r}")
+    return found, removed
 
 
 def _mismatch(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:

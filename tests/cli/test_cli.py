@@ -50,7 +50,7 @@ def complaint(capsys: Capture, *arguments: str) -> str:
         ([], ["COMMAND", "--help"]),
         (["train"], ["'train'", "info"]),
         (["info", "--jsn"], ["--jsn"]),
-        (["bench", "resnet51"], ["'resnet51'", "resnet50", "wide_resnet101_2"]),
+        (["bench", "resnet51"], ["'resnet51'", "did you mean resnet50"]),
         (["bench", "resnet18", "--batch", "1,none"], ["--batch", "'none'", "at least 1"]),
         (["bench", "resnet18", "--batch", "0"], ["--batch", "'0'"]),
         (["bench", "resnet18", "--batch", ","], ["--batch", "nothing"]),

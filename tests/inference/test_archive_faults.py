@@ -213,3 +213,22 @@ def test_missing_memory_is_said(tmp_path: Path, whole: bytes) -> None:
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
     )
     assert run.stdout == f"frozen file {str(path)!r}: not enough memory for its weights\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("labels", ["one"], "has 1 labels for 10 classes"),
+        ("labels", [1] * 10, "its labels are not names of classes"),
+        ("labels", "0123456789", "its labels are not names"),
+        ("preprocessing", {"resize": 2**70}, "its preprocessing is not"),
+        ("preprocessing", [], "its preprocessing is not"),
+    ],
+)
+def test_metadata_is_checked(
+    tmp_path: Path, whole: bytes, field: str, value: Any, message: str
+) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(sealed(whole, set_field(field, value)))
+    with pytest.raises(ValueError, match=message):
+        fr.load_frozen(path)

@@ -37,8 +37,8 @@ def test_files(tmp_path: Path, source: fr.CifarResNet, suffix: str) -> None:
     assert_loaded(fr.cifar_resnet(20, weights=str(path)), source)
 
 
-@pytest.mark.parametrize("nested", ["", "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("nested", ["", "state_dict", "model", "model_state_dict", "model_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
 def test_checkpoints_around_a_state_dict(
     tmp_path: Path, source: fr.CifarResNet, nested: str, prefix: str
 ) -> None:
@@ -47,6 +47,22 @@ def test_checkpoints_around_a_state_dict(
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     assert_loaded(fr.cifar_resnet(20, weights=tmp_path / "checkpoint.pth"), source)
     assert_loaded(fr.cifar_resnet(20, weights=checkpoint), source)
+
+
+def test_what_was_removed_is_logged(
+    source: fr.CifarResNet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An average is not taken in silence, nor left in silence."""
+    state = {"module." + key: value for key, value in source.state_dict().items()}
+    averaged = state | {"n_averaged": torch.tensor(3)}
+    with caplog.at_level("INFO", "fused_resnet"):
+        assert_loaded(fr.cifar_resnet(20, weights={"model_ema": averaged}), source)
+        assert_loaded(fr.cifar_resnet(20, weights={"model_ema": {}, "model": state}), source)
+        load_weights(source.state_dict())
+    assert [record.getMessage() for record in caplog.records] == [
+        "weights: took 'model_ema', left out 'n_averaged', removed the prefix 'module.'",
+        "weights: took 'model' and not 'model_ema', removed the prefix 'module.'",
+    ]
 
 
 def test_files_without_counters_load(source: fr.CifarResNet) -> None:
