@@ -120,6 +120,8 @@ class Frozen(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_frozen_derived" in self.__dict__ and not self._may_set(name, value):
+            if name == "qconfig":  # which torch.ao.quantization sets first
+                refuse("quantisation")
             refuse(f"setting {name}", _CHANGE)
         if isinstance(self.__dict__.get("_buffers"), SealedDict) and name in self._buffers:
             self._buffers[name] = value
@@ -141,15 +143,6 @@ class Frozen(nn.Module):
         if "_frozen_derived" in self.__dict__:
             refuse(f"deleting {name}", _CHANGE)
         super().__delattr__(name)
-
-    @property
-    def qconfig(self) -> Any:
-        """What ``torch.ao.quantization`` sets before it quantises: there is none, and can't be."""
-        raise AttributeError("qconfig")
-
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        raise RuntimeError(_refusal("quantisation"))
 
     def train(self, mode: bool = True) -> Frozen:
         """Accept ``train(False)``, which is ``eval()``; raise for ``train(True)``."""

@@ -122,7 +122,6 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
         m.stage[1].conv1, "weight", 0.5
     ),
     "weight_norm as a hook": lambda m: torch.nn.utils.weight_norm(m.head),
-    "quantisation": lambda m: torch.ao.quantization.quantize_dynamic(m, inplace=True),
 }
 
 
