@@ -116,10 +116,9 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 def extension(cuda: bool):
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    macros = [(f"FR_HAVE_{isa.upper()}", "1") for isa in wanted_isas()] + [
-        ("FR_WITH_CUDA", "1")
-    ] * cuda
-    files = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp"), *sources("csrc/cpu/training/*.cpp")]
+    parts = [f"HAVE_{isa.upper()}" for isa in wanted_isas()] + ["WITH_CUDA"] * cuda
+    macros = [(f"FR_{part}", "1") for part in parts]
+    files = sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + sources("csrc/cpu/training/*.cpp")
     files += sources("csrc/cuda/host/*.cpp") + sources("csrc/cuda/*.cu") if cuda else []
     # Without -fopenmp at::parallel_for is serial. The linker does not get it: the runtime is the
     # one that torch brought, never a second one with threads of its own.

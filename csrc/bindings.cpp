@@ -8,6 +8,8 @@
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 #include "cpu/result_cache.h"
+#include "cpu/run_program.h"
+#include "program.h"
 #include "residual_segment.h"
 #include "schemas.h"
 #ifdef FR_WITH_CUDA
@@ -71,7 +73,7 @@ std::string conv_algorithm(const std::vector<int64_t>& input_shape,
   const at::IntArrayRef input(input_shape);
   const fr::ConvShape s =
       fr::conv_shape("conv_algorithm", input, weight_shape, stride, padding, dilation, groups);
-  return fr::conv_algorithm(fr::dtype_of(dtype), s, winograd);
+  return fr::conv_algorithm(fr::dtype_of(dtype), s, winograd).name();
 }
 
 py::dict memory_bandwidth() {
@@ -156,6 +158,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("groups"), py::arg("winograd"))
       .def("__call__", [call_without_gil](const py::object& self, const at::Tensor& x) {
         return call_without_gil(initialized<Segment>(self), x);
+      });
+  m.def(
+      "program_report", &fr::program_report, py::arg("tensors"), py::arg("steps"),
+      py::arg("outputs"), py::arg("sizes"), py::arg("dtype"),
+      "What run_program would run on the CPU for an x of these sizes and dtype: for each step the "
+      "shape of its result, the algorithm of its convolution, and the images of a micro-batch.");
+  using Program = fr::Program;
+  const auto run_without_gil = torch::wrap_pybind_function_no_gil(
+      [](const Program& program, const at::Tensor& x) { return program(x); });
+  py::class_<Program>(m, "Program", "run_program with all arguments bound but x.")
+      .def(py::init<Program::Tensors, Program::Ints, Program::Ints>(), py::arg("tensors"),
+           py::arg("steps"), py::arg("outputs"))
+      .def("__call__", [run_without_gil](const py::object& self, const at::Tensor& x) {
+        return run_without_gil(initialized<Program>(self), x);
       });
   // The operators themselves, through the dispatcher, without the checks of
   // fused_resnet/ops/checks.py.

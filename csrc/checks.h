@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -163,8 +164,8 @@ inline ConvShape conv_shape(const char* op, const at::Tensor& x, at::IntArrayRef
   return conv_shape(op, x.sizes(), weight, stride, padding, dilation, groups);
 }
 
-// Checks a max-pool that follows a convolution of shape `s`.
-inline void check_pool(const char* op, const ConvShape& s, at::IntArrayRef kernel,
+// Checks a pool of a map of these sizes (N, C, H, W), which has pixels.
+inline void check_pool(const char* op, std::array<int64_t, 4> map, at::IntArrayRef kernel,
                        at::IntArrayRef stride, at::IntArrayRef padding) {
   check_pair(op, "pool_kernel", kernel, 1);
   check_pair(op, "pool_stride", stride, 1);
@@ -172,11 +173,12 @@ inline void check_pool(const char* op, const ConvShape& s, at::IntArrayRef kerne
   TORCH_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], op,
                     ": pool_padding: expected at most half of pool_kernel ", kernel, ", got ",
                     padding);
-  const int64_t rows = s.out_h() + 2 * padding[0], cols = s.out_w() + 2 * padding[1];
+  const auto [n, c, h, w] = map;
+  const int64_t rows = h + 2 * padding[0], cols = w + 2 * padding[1];
   TORCH_CHECK_VALUE(rows >= kernel[0] && cols >= kernel[1], op,
-                    ": pool_kernel: expected at most the padded map of ", s.out_h(), " x ",
-                    s.out_w(), ", got ", kernel);
-  check_numel(op, "pool_padding", {s.k, rows, cols, s.n});
+                    ": pool_kernel: expected at most the padded map of ", h, " x ", w, ", got ",
+                    kernel);
+  check_numel(op, "pool_padding", {c, rows, cols, n});
 }
 
 // Checks the arguments of bn_add_relu, on any device.

@@ -30,9 +30,9 @@ struct Block {
 };
 
 // A basic block is 3x3 (with the stride), 3x3; a bottleneck is 1x1, 3x3 (with the stride, dilation
-// and groups), 1x1; a projection shortcut is a 1x1 with the stride. Channel counts come from x and
-// from the lengths of the scales.
-inline Block decompose(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
+// and groups), 1x1; a projection shortcut is a 1x1 with the stride. `channels` are those of its
+// input; the others come from the lengths of the scales.
+inline Block decompose(int64_t channels, at::TensorList packed, at::TensorList scale,
                        at::TensorList shift, bool bottleneck, int64_t stride, int64_t dilation,
                        int64_t groups) {
   const char* op = "residual_block";
@@ -41,7 +41,6 @@ inline Block decompose(const at::Tensor& x, at::TensorList packed, at::TensorLis
                     own + 1, " tensors, got ", count);
   TORCH_CHECK_VALUE(scale.size() == count && shift.size() == count, op, ": scale, shift: expected ",
                     count, " tensors, got ", scale.size(), " and ", shift.size());
-  check_map(op, "x", x);
   TORCH_CHECK_VALUE(bottleneck || (dilation == 1 && groups == 1), op,
                     ": dilation, groups: expected 1 in a basic block, got ", dilation, " and ",
                     groups);
@@ -58,7 +57,7 @@ inline Block decompose(const at::Tensor& x, at::TensorList packed, at::TensorLis
   };
   Block block;
   block.convs.reserve(own);
-  const int64_t c = x.size(1);
+  const int64_t c = channels;
   if (bottleneck) {
     block.convs.push_back(conv(0, c, 1, 1, 1, 1));
     block.convs.push_back(conv(1, scale[0].numel(), 3, stride, dilation, groups));

@@ -79,6 +79,10 @@ inline constexpr const char* kSchemas[] = {
     "bool[] projected, int[] padding, int[] stride, int[] dilation, int[] groups, bool[] winograd) "
     "-> Tensor",
 
+    // A program of a frozen network: steps of kNumFields ints (program.h), their tensors, and the
+    // values that are returned.
+    "run_program(Tensor x, Tensor[] tensors, int[] steps, int[] outputs) -> Tensor[]",
+
     // The primitives of a training step; fused_resnet/backends/reference_training.py has the
     // meaning
     // of each. Vectors per channel are float64 for float64 maps, else float32.

@@ -41,6 +41,20 @@ class ResidualSegment:
     ) -> None: ...
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
+def program_report(
+    tensors: list[torch.Tensor],
+    steps: list[int],
+    outputs: list[int],
+    sizes: list[int],
+    dtype: torch.dtype,
+) -> list[tuple[list[int], str, int]]: ...
+
+class Program:
+    def __init__(
+        self, tensors: list[torch.Tensor], steps: list[int], outputs: list[int]
+    ) -> None: ...
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]: ...
+
 # The operators of torch.ops.fused_resnet, without the checks of fused_resnet.ops.checks.
 bn_add_relu: Callable[..., Any]
 bn_add_relu_backward: Callable[..., Any]
@@ -56,6 +70,7 @@ conv_bn_add_relu_planned: Callable[..., Any]
 conv_conv_add_relu_packed: Callable[..., Any]
 residual_block: Callable[..., Any]
 residual_segment: Callable[..., Any]
+run_program: Callable[..., Any]
 conv_forward: Callable[..., Any]
 conv_backward: Callable[..., Any]
 block_end: Callable[..., Any]

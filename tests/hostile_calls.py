@@ -15,135 +15,22 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from hostile_arguments import ERRORS, Call, calls_of, channels_last
+from hostile_programs import programs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_resnet
 from fused_resnet import _C, ops
 
-#: What a wrong argument may raise.
-ERRORS = (ValueError, TypeError, RuntimeError)
-
-#: Numbers that are wrong for every size, stride, dilation and number of groups: not positive, or
-#: beyond 2^31, among them those whose products wrap to zero in 64 bits.
-NUMBERS = (0, -1, -(2**31) + 1, 2**31, 2**32, 2**61, 2**62, 2**63 - 1, -(2**63))
-
 #: Seconds for all calls of a group: a call that hangs ends its process, too.
 SECONDS = 120
 #: What a call may allocate beyond what the process has: larger requests fail, as without memory.
 BYTES = 4 * 2**30
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call and its answer: an exception whose message has ``says``; None: that or a result."""
-
-    label: str
-    run: Callable[[], object]
-    says: str | None = ""
-
-
-def freed(t: Tensor) -> Tensor:
-    """A tensor whose storage was freed, as sharded training does between uses."""
-    t = t.clone(memory_format=torch.preserve_format)
-    t.untyped_storage().resize_(0)
-    return t
-
-
-def shrunk(t: Tensor) -> Tensor:
-    """A tensor whose storage is an element shorter than its sizes and strides say."""
-    t = t.clone(memory_format=torch.preserve_format)
-    t.untyped_storage().resize_(t.untyped_storage().nbytes() - t.element_size())
-    return t
-
-
-#: Tensors that are wrong in every place.
-BROKEN: dict[str, Callable[[Tensor], Any]] = {
-    "freed": freed,
-    "shrunk": shrunk,
-    "of no elements": lambda t: t[:0] if t.dim() == 1 else t[:, :0],
-    "of integers": lambda t: t.to(torch.int32),
-    "of another rank": lambda t: t[None, None],
-    "sparse": lambda t: t.to_sparse(),
-}
-
-
-def _replaced(arguments: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    return {**arguments, name: value}
-
-
-def _variants(value: Any, least: int) -> Iterator[tuple[str, Any]]:
-    """Wrong values in the place of an int, or of any one of a list's."""
-    wrong = [n for n in NUMBERS if not least <= n < 2**31]
-    if isinstance(value, int):
-        yield from ((str(n), n) for n in wrong)
-        return
-    for i in range(len(value)):
-        for n in wrong:
-            changed = [*value[:i], n, *value[i + 1 :]]
-            yield str(changed), changed
-
-
-def _calls(
-    op: str,
-    function: Callable[..., Any],
-    arguments: dict[str, Any],
-    least: dict[str, int],
-    says: str | None = None,
-) -> Iterator[Call]:
-    """A valid call, and one for every wrong number and tensor in each argument's place.
-
-    Args:
-        op: The operation's name.
-        function: Takes ``arguments`` as keywords.
-        arguments: Valid ones.
-        least: For the arguments that are numbers, the least that is valid.
-        says: What messages about numbers must have in them; None means the name.
-    """
-    name = op if says is None else says
-    yield Call(f"{op}, valid", lambda: function(**arguments), None)
-    for argument, bound in least.items():
-        for label, value in _variants(arguments[argument], bound):
-            wrong = _replaced(arguments, argument, value)
-            yield Call(f"{op}, {argument}={label}", lambda wrong=wrong: function(**wrong), name)
-        if not isinstance(arguments[argument], int):
-            for value in ([], [1] * (len(arguments[argument]) + 1)):
-                wrong = _replaced(arguments, argument, value)
-                yield Call(f"{op}, {argument}={value}", lambda wrong=wrong: function(**wrong))
-    for argument, tensor in arguments.items():
-        for label, breaks in BROKEN.items():
-            if isinstance(tensor, Tensor) and tensor.numel() > 0:
-                values = [breaks(tensor)]
-            elif isinstance(tensor, list) and tensor and isinstance(tensor[0], Tensor):
-                values = [
-                    [*tensor[:i], breaks(tensor[i]), *tensor[i + 1 :]] for i in range(len(tensor))
-                ]
-            else:
-                continue
-            for i, value in enumerate(values):
-                wrong = _replaced(arguments, argument, value)
-                says_of = op if label in ("freed", "shrunk") else ""
-                yield Call(
-                    f"{op}, {argument}[{i}] {label}",
-                    lambda wrong=wrong: function(**wrong),
-                    says_of if says is None else "",
-                )
-        if isinstance(tensor, list) and tensor and isinstance(tensor[0], Tensor):
-            for i in range(len(tensor)):
-                for value in ([*tensor[:i], None, *tensor[i + 1 :]], tensor[:i]):
-                    wrong = _replaced(arguments, argument, value)
-                    yield Call(
-                        f"{op}, {argument} without {i}", lambda wrong=wrong: function(**wrong)
-                    )
-
-
-def _channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
 def _conv_operands(packed: bool) -> dict[str, Any]:
@@ -159,7 +46,7 @@ def _conv_operands(packed: bool) -> dict[str, Any]:
         vectors = dict.fromkeys(("conv_bias", "bn_weight", "bn_bias", "mean", "var"))
         operands = {"weight": weight, **{name: torch.ones(16) for name in vectors}, "eps": 1e-5}
     geometry = {"stride": [2, 1], "padding": [1, 1], "dilation": [1, 2], "groups": 2}
-    return {"x": _channels_last(2, 8, 9, 8), **operands, **geometry}
+    return {"x": channels_last(2, 8, 9, 8), **operands, **geometry}
 
 
 CONV_LEAST = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -171,10 +58,10 @@ def convolutions() -> Iterator[Call]:
     """The convolution's operators, bare."""
     bare = torch.ops.fused_resnet
     live, packed = _conv_operands(False), _conv_operands(True)
-    residual = _channels_last(2, 16, 5, 6)
+    residual = channels_last(2, 16, 5, 6)
     more = {"residual": residual, "relu": True}
-    yield from _calls("conv_bn_add_relu", bare.conv_bn_add_relu, {**live, **more}, CONV_LEAST)
-    yield from _calls(
+    yield from calls_of("conv_bn_add_relu", bare.conv_bn_add_relu, {**live, **more}, CONV_LEAST)
+    yield from calls_of(
         "conv_bn_add_relu_packed",
         bare.conv_bn_add_relu_packed,
         {**packed, **more, "winograd": True},
@@ -187,8 +74,8 @@ def stems() -> Iterator[Call]:
     bare = torch.ops.fused_resnet
     least = {**CONV_LEAST, **POOL_LEAST}
     live, packed = _conv_operands(False), _conv_operands(True)
-    yield from _calls("conv_bn_relu_maxpool", bare.conv_bn_relu_maxpool, {**live, **POOL}, least)
-    yield from _calls(
+    yield from calls_of("conv_bn_relu_maxpool", bare.conv_bn_relu_maxpool, {**live, **POOL}, least)
+    yield from calls_of(
         "conv_bn_relu_maxpool_packed",
         bare.conv_bn_relu_maxpool_packed,
         {**packed, **POOL},
@@ -199,17 +86,17 @@ def stems() -> Iterator[Call]:
 def batch_norms() -> Iterator[Call]:
     """Batch norm's operators, bare."""
     bare = torch.ops.fused_resnet
-    x = _channels_last(2, 8, 5, 4)
+    x = channels_last(2, 8, 5, 4)
     vectors = {name: torch.ones(8) for name in ("weight", "bias", "running_mean", "running_var")}
-    rest = {"residual": _channels_last(2, 8, 5, 4), "training": False, "eps": 1e-5, "relu": True}
+    rest = {"residual": channels_last(2, 8, 5, 4), "training": False, "eps": 1e-5, "relu": True}
     for training in (False, True):
         arguments = {"x": x, **vectors, **rest, "training": training}
-        yield from _calls("bn_add_relu", bare.bn_add_relu, arguments, {})
+        yield from calls_of("bn_add_relu", bare.bn_add_relu, arguments, {})
     backward = {
         "grad": x.clone(), "x": x, "y": x.clone(), "weight": torch.ones(8), "mean": torch.ones(8),
         "var": torch.ones(8), "training": True, "eps": 1e-5, "relu": True, "need_residual": True,
     }  # fmt: skip
-    yield from _calls("bn_add_relu_backward", bare.bn_add_relu_backward, backward, {})
+    yield from calls_of("bn_add_relu_backward", bare.bn_add_relu_backward, backward, {})
     # Sizes whose product wraps, where one of them is zero.
     for shape in ((2**40, 0, 2**20, 1), (0, 8, 2**28, 2**28), (2**40, 8, 0, 2**20)):
         for training in (False, True):
@@ -230,20 +117,20 @@ def weights() -> Iterator[Call]:
     weight = torch.randn(16, 4, 3, 3)
     packed = {"packed": ops.pack_conv_weight(weight, 2), "weight_shape": [16, 4, 3, 3], "groups": 2}
     bare = torch.ops.fused_resnet
-    yield from _calls(
+    yield from calls_of(
         "pack_conv_weight", bare.pack_conv_weight, {"weight": weight, "groups": 2}, {"groups": 1}
     )
-    yield from _calls(
+    yield from calls_of(
         "unpack_conv_weight", bare.unpack_conv_weight, packed, {"weight_shape": 1, "groups": 1}
     )
-    yield from _calls(
+    yield from calls_of(
         "packed_conv_weight_numel",
         _C.packed_conv_weight_numel,
         {"weight_shape": [16, 4, 3, 3], "groups": 2, "dtype": torch.float32},
         {"weight_shape": 1, "groups": 1},
         says="pack_conv_weight",
     )
-    yield from _calls(
+    yield from calls_of(
         "conv_algorithm",
         _C.conv_algorithm,
         {
@@ -282,14 +169,14 @@ def _block_operands(widths: list[int], sizes: list[int]) -> dict[str, list[Tenso
 def blocks() -> Iterator[Call]:
     """Residual blocks and sequences of them, bare."""
     bare = torch.ops.fused_resnet
-    x = _channels_last(2, 8, 9, 8)
+    x = channels_last(2, 8, 9, 8)
     basic = _block_operands([8, 8, 8], [3, 3])
     bottleneck = _block_operands([8, 4, 4, 8], [1, 3, 1])
     shared = {"concatenated": None, "concatenated_shift": None, "winograd": True}
     numbers = {"stride": 1, "dilation": 1, "groups": 1}
     for operands, is_bottleneck in ((basic, False), (bottleneck, True)):
         arguments = {"x": x, **operands, **shared, "bottleneck": is_bottleneck, **numbers}
-        yield from _calls("residual_block", bare.residual_block, arguments, numbers)
+        yield from calls_of("residual_block", bare.residual_block, arguments, numbers)
     both = {name: basic[name] + bottleneck[name] for name in basic}
     lists = {
         "convs": [2, 3], "projected": [False, False], "padding": [0, 0], "stride": [1, 1],
@@ -297,13 +184,13 @@ def blocks() -> Iterator[Call]:
     }  # fmt: skip
     least = {"convs": 2, "padding": 0, "stride": 1, "dilation": 1, "groups": 1}
     for images in (2, 0):
-        arguments = {"x": _channels_last(images, 8, 9, 8), **both, **lists}
-        for call in _calls(
+        arguments = {"x": channels_last(images, 8, 9, 8), **both, **lists}
+        for call in calls_of(
             "residual_segment", bare.residual_segment, arguments, least, says="residual"
         ):
             yield Call(f"{images} images, {call.label}", call.run, call.says)
     # Through the Python object that holds all arguments but x.
-    for call in _calls("residual_segment", _row, arguments, least, says="residual"):
+    for call in calls_of("residual_segment", _row, arguments, least, says="residual"):
         yield Call(f"_C.ResidualSegment, {call.label}", call.run, call.says)
 
 
@@ -326,10 +213,10 @@ def _functions() -> Iterator[Call]:
     live = _conv_operands(False)
     live["conv_weight"] = live.pop("weight")
     live["running_mean"], live["running_var"] = live.pop("mean"), live.pop("var")
-    live["residual"] = _channels_last(2, 16, 5, 6)
+    live["residual"] = channels_last(2, 16, 5, 6)
     for training in (False, True):
         arguments = {**live, "training": training}
-        for call in _calls("conv_bn_add_relu", ops.conv_bn_add_relu, arguments, CONV_LEAST, "bn"):
+        for call in calls_of("conv_bn_add_relu", ops.conv_bn_add_relu, arguments, CONV_LEAST, "bn"):
             # In training the convolution is PyTorch's, which reads through freed storages.
             if training and re.search(r"(x|conv_weight|conv_bias)\[0\] (freed|shrunk)", call.label):
                 continue
@@ -337,13 +224,13 @@ def _functions() -> Iterator[Call]:
     stem = {**live, **POOL}
     del stem["residual"]
     least = {**CONV_LEAST, **POOL_LEAST}
-    yield from _calls("conv_bn_relu_maxpool", ops.conv_bn_relu_maxpool, stem, least)
+    yield from calls_of("conv_bn_relu_maxpool", ops.conv_bn_relu_maxpool, stem, least)
     packed = _conv_operands(True)
-    yield from _calls("conv_bn_add_relu_packed", ops.conv_bn_add_relu_packed, packed, CONV_LEAST)
-    block = {"x": _channels_last(2, 8, 9, 8), **_block_operands([8, 8, 8], [3, 3])}
+    yield from calls_of("conv_bn_add_relu_packed", ops.conv_bn_add_relu_packed, packed, CONV_LEAST)
+    block = {"x": channels_last(2, 8, 9, 8), **_block_operands([8, 8, 8], [3, 3])}
     block |= {"bottleneck": False, "stride": 1, "dilation": 1, "groups": 1}
     least = {"stride": 1, "dilation": 1, "groups": 1}
-    yield from _calls("residual_block", ops.residual_block, block, least)
+    yield from calls_of("residual_block", ops.residual_block, block, least)
     # What people met.
     for name, change in {
         "stride": (9223372036854775807, 1),
@@ -369,6 +256,10 @@ def objects() -> Iterator[Call]:
     yield Call("a method without its object", lambda: row.__call__(5, x))
     yield Call("a method without an argument", lambda: made())
     yield Call("a copy", lambda: copy.copy(made)(x))
+    program = _C.Program.__new__(_C.Program)
+    yield Call("a program without __init__", lambda: program(x), "__init__")
+    yield Call("a program's method without its object", lambda: _C.Program.__call__(5, x))
+    yield Call("a copy of a program", lambda: copy.copy(program)(x))
     for dtype in (torch.int8, torch.complex64, torch.bool):
         yield Call(f"peak_flops({dtype})", lambda d=dtype: _C.peak_flops(d))
         yield Call(f"packed dtype of {dtype}", lambda d=dtype: _C.packed_conv_weight_dtype(d))
@@ -404,7 +295,7 @@ def after_a_failed_allocation() -> Iterator[Call]:
 GROUPS: dict[str, Callable[[], Iterator[Call]]] = {
     f.__name__: f
     for f in (
-        convolutions, stems, batch_norms, weights, blocks, functions, objects,
+        convolutions, stems, batch_norms, weights, blocks, programs, functions, objects,
         after_a_failed_allocation,
     )
 }  # fmt: skip

@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import mutants_program
 import mutants_python
 import mutants_training
-from mutant import BACKWARD, BFLOAT16, BLOCKS, ROW, Mutant
+from mutant import BACKWARD, BFLOAT16, PROGRAM, Mutant
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,6 @@ CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
 INPUT = "csrc/cpu/kernels/conv_input.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
-BLOCK = "csrc/cpu/residual_block.cpp"
 RESULTS = "csrc/cpu/result_cache.cpp"
 PAIRS = "csrc/cpu/kernels/conv_bfloat16.h"
 TILES = "csrc/cpu/kernels/conv_amx.h"
@@ -131,27 +131,6 @@ MUTANTS = [
         "if constexpr (kStep > 2) swap_blocks<A, kStep / 2>(rows);",
     ),
     Mutant(
-        "a part of the batch takes the first part's residual",
-        BLOCK,
-        "steps_.back().run(team, images, h, identity ? x : y, y, true);",
-        "steps_.back().run(team, images, h, identity ? x_->const_data_ptr() : y, y, true);",
-        BLOCKS,
-    ),
-    Mutant(
-        "two maps of a block share their memory",
-        BLOCK,
-        "scratch + half(), y + n0 * out",
-        "scratch + half() / 2, y + n0 * out",
-        BLOCKS,
-    ),
-    Mutant(
-        "scratch for one image of a part",
-        BLOCK,
-        "return 2 * half();",
-        "return 2 * rounded(bytes_between());",
-        BLOCKS,
-    ),
-    Mutant(
         "memory handed out twice",
         RESULTS,
         "free_.erase(std::next(at).base());",
@@ -170,20 +149,6 @@ MUTANTS = [
         INPUT,
         "const int64_t row = n * source.image + oy * source.row;",
         "const int64_t row = n * source.image + oy * (source.row - source.pixel);",
-    ),
-    Mutant(
-        "a part starts an image late",
-        BLOCK,
-        "n0 = images * part / parts,",
-        "n0 = images * part / parts + (part > 0),",
-        BLOCKS,
-    ),
-    Mutant(
-        "no ReLU between a block's convolutions",
-        BLOCK,
-        "steps_[i].run(team, images, h, nullptr, here, true);",
-        "steps_[i].run(team, images, h, nullptr, here, i > 0);",
-        BLOCKS,
     ),
     Mutant(
         "Winograd's weight transform with a wrong sign",
@@ -240,20 +205,6 @@ MUTANTS = [
         "    y = 0;",
     ),
     Mutant(
-        "a shortcut that pads takes neighbouring rows",
-        BLOCK,
-        "line = row % out[2] * stride;",
-        "line = row % out[2];",
-        ROW,
-    ),
-    Mutant(
-        "a row's blocks take the first one's tensors",
-        BLOCK,
-        "    at += count;\n",
-        "",
-        ROW,
-    ),
-    Mutant(
         "groups in a vector take each other's channels",
         CONV,
         "channel[c][i] = i / kShare * kShare + c;",
@@ -261,18 +212,11 @@ MUTANTS = [
         isa="avx2",
     ),
     Mutant(
-        "a row writes over the map that it was given",
-        BLOCK,
-        "maps_.size() > 2 &&",
-        "maps_.size() > 1 &&",
-        ROW,
-    ),
-    Mutant(
         "threads do not wait for each other between two loops",
         "csrc/cpu/thread_team.h",
         "if (loops_ > 0 && size_ > 1) barrier_.wait(loops_, size_);",
         "",
-        ROW,
+        PROGRAM,
     ),
     Mutant(
         "nobody wakes the threads that sleep in the barrier",
@@ -286,7 +230,7 @@ MUTANTS = [
         "csrc/cpu/thread_team.h",
         "if (begin >= count) return;",
         "if (begin + share >= count && rank_ > 0) return;",
-        ROW,
+        PROGRAM,
     ),
     Mutant("pairs in the wrong order", PAIRS, "+ in_run % 2;", "+ 1 - in_run % 2;", *PAIRED),
     Mutant(
@@ -386,6 +330,7 @@ MUTANTS = [
         "store(Load<A>::from(dz.grad + i), to + i);",
         BACKWARD,
     ),
+    *mutants_program.MUTANTS,
     *mutants_python.MUTANTS,
     *mutants_training.MUTANTS,
 ]

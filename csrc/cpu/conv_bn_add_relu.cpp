@@ -33,7 +33,8 @@ at::Tensor run(ConvCall& call, bool winograd) {
   const ConvShape& s = call.args.shape;
   const at::Tensor y = empty_map({s.n, s.k, s.out_h(), s.out_w()}, call.x.options());
   call.args.y = y.mutable_data_ptr();
-  run_on_thread_team([&](ThreadTeam& team) { run_conv(team, call.dtype, call.args, winograd); });
+  const ConvAlgorithm algorithm = conv_algorithm(call.dtype, s, winograd);
+  run_on_thread_team([&](ThreadTeam& team) { run_conv(team, call.dtype, call.args, algorithm); });
   return y;
 }
 

@@ -1,38 +1,23 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "../checks.h"
 #include "conv_bn_add_relu.h"
+#include "layers.h"
 #include "result_cache.h"
 
 namespace fr {
 namespace {
 
-PoolForward pool_shape(const char* op, const ConvShape& s, at::IntArrayRef kernel,
-                       at::IntArrayRef stride, at::IntArrayRef padding) {
-  check_pool(op, s, kernel, stride, padding);
-  PoolForward p{};
-  p.h = s.out_h();
-  p.w = s.out_w();
-  p.c = s.k;
-  p.kernel_h = kernel[0];
-  p.kernel_w = kernel[1];
-  // Strides beyond the padded map are normalised, as in conv_shape.
-  p.stride_h = std::min(stride[0], p.h + 2 * padding[0]);
-  p.stride_w = std::min(stride[1], p.w + 2 * padding[1]);
-  p.pad_h = padding[0];
-  p.pad_w = padding[1];
-  return p;
-}
-
 at::Tensor run(const char* op, ConvCall& call, at::IntArrayRef pool_kernel,
                at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
   const ConvShape& s = call.args.shape;
-  const PoolForward pool = pool_shape(op, s, pool_kernel, pool_stride, pool_padding);
+  const PoolForward pool =
+      checked_pool(op, {s.n, s.k, s.out_h(), s.out_w()}, pool_kernel, pool_stride, pool_padding);
   const at::Tensor y = empty_map({s.n, s.k, pool.out_h(), pool.out_w()}, call.x.options());
-  run_conv_max_pool(call.dtype, call.args, pool, y.mutable_data_ptr());
+  run_on_thread_team([&](ThreadTeam& team) {
+    run_conv_max_pool(team, call.dtype, call.args, pool, y.mutable_data_ptr());
+  });
   return y;
 }
 

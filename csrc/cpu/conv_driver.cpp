@@ -100,8 +100,6 @@ Blocks cut(const ConvShape& s, bool residual, int64_t panels, int64_t tile, int6
   return b;
 }
 
-int64_t bytes_of(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-
 // For a 1x1 convolution of stride 1 without padding, all images are one row of pixels.
 void flatten(ConvShape& s) {
   if (s.kh == 1 && s.kw == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 &&
@@ -211,21 +209,27 @@ void run_winograd(ThreadTeam& team, const WinogradKernels& kernels, const ConvFo
 
 }  // namespace
 
-const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
-  const WinogradKernels* k = winograd ? winograd_for(dtype, shape) : nullptr;
-  return k == nullptr ? "direct" : k->side == 4 ? "winograd 4x4" : "winograd 2x2";
+int64_t bytes_of(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+ConvAlgorithm conv_algorithm(DType dtype, const ConvShape& shape, bool winograd) {
+  return {winograd ? winograd_for(dtype, shape) : nullptr};
 }
 
-void run_conv(ThreadTeam& team, DType dtype, const ConvForward& f, bool winograd) {
+const char* ConvAlgorithm::name() const {
+  return winograd == nullptr ? "direct" : winograd->side == 4 ? "winograd 4x4" : "winograd 2x2";
+}
+
+void run_conv(ThreadTeam& team, DType dtype, const ConvForward& f, ConvAlgorithm algorithm) {
   if (f.shape.n == 0) return;
-  if (const WinogradKernels* k = winograd ? winograd_for(dtype, f.shape) : nullptr) {
-    run_winograd(team, *k, f, kernels().winograd_panel);
+  if (algorithm.winograd != nullptr) {
+    run_winograd(team, *algorithm.winograd, f, kernels().winograd_panel);
   } else {
     run_direct(team, dtype, f);
   }
 }
 
-void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
+void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, const PoolForward& pool,
+                       void* y) {
   const KernelTable& table = kernels();
   const Kernels& k = table.of[dtype];
   const ConvShape& s = f.shape;
@@ -234,9 +238,9 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
   const int64_t row_bytes = s.out_w() * s.k * element;
   const int64_t panels = k.panels(s);
   const int64_t rows = block_size(pool.out_h(), kBlockBytes / (row_bytes * pool.stride_h),
-                                  ceil_div(at::get_num_threads(), s.n));
+                                  ceil_div(team.size(), s.n));
   const int64_t per_image = ceil_div(pool.out_h(), rows);
-  at::parallel_for(0, s.n * per_image, 1, [&](int64_t begin, int64_t end) {
+  team.parallel_for(s.n * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch, rows_between;
     const int64_t most_rows = std::min((rows - 1) * pool.stride_h + pool.kernel_h, pool.h);
     char* const map = rows_between.at_least(most_rows * row_bytes);
@@ -260,7 +264,7 @@ void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y) {
       p.x = map;
       p.x_first = row0;
       p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;
-      k.max_pool(p);
+      k.max_pool_after_relu(p);
     }
   });
 }

@@ -6,15 +6,26 @@
 
 namespace fr {
 
+// How a convolution is computed: Winograd's algorithm, or null for the direct sum.
+struct ConvAlgorithm {
+  const WinogradKernels* winograd;
+
+  const char* name() const;  // "direct", "winograd 4x4" or "winograd 2x2"
+};
+
+// The faster one for a batch. `winograd`: whether Winograd's algorithm may be chosen. The bits of a
+// result depend on the algorithm: parts of a batch must be computed by that of the whole.
+ConvAlgorithm conv_algorithm(DType dtype, const ConvShape& shape, bool winograd);
+
 // One parallel loop of the team, which all of its threads call. Operands are channels-last,
-// f.packed is laid out by pack_conv_weight. `winograd`: whether Winograd's algorithm may run.
-void run_conv(ThreadTeam& team, DType dtype, const ConvForward& f, bool winograd);
+// f.packed is laid out by pack_conv_weight.
+void run_conv(ThreadTeam& team, DType dtype, const ConvForward& f, ConvAlgorithm algorithm);
 
-// Convolution, ReLU and max-pool, on ATen's threads. y is the pooled result; f.y is not used.
-void run_conv_max_pool(DType dtype, ConvForward f, PoolForward pool, void* y);
+// Convolution, ReLU and max-pool, likewise. y is the pooled result; f.y is not used.
+void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, const PoolForward& pool,
+                       void* y);
 
-// The name of the algorithm that run_conv chooses for such a convolution: "direct", "winograd 4x4"
-// or "winograd 2x2".
-const char* conv_algorithm(DType dtype, const ConvShape& shape, bool winograd);
+// Of an element.
+int64_t bytes_of(DType dtype);
 
 }  // namespace fr

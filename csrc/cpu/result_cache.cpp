@@ -134,6 +134,12 @@ at::Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options) {
                                    c10::typeMetaToScalarType(options.dtype()), kChannelsLast);
 }
 
+c10::DataPtr result_memory(int64_t bytes) {
+  const auto size = static_cast<size_t>(bytes);
+  if (size < kLeastKept) return c10::GetCPUAllocator()->allocate(size);
+  return ResultCache::instance().allocate(size);
+}
+
 void release_results() { ResultCache::instance().release(); }
 
 int64_t kept_result_bytes() { return static_cast<int64_t>(ResultCache::instance().kept()); }

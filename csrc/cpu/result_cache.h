@@ -20,6 +20,9 @@ namespace fr {
 // for the next map of the same size. Any thread may ask and let go.
 at::Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// Uninitialised memory for maps that no tensor holds, kept likewise.
+c10::DataPtr result_memory(int64_t bytes);
+
 // Gives free memory back to the system.
 void release_results();
 

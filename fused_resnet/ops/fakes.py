@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import _C
+from .program_shapes import program_shapes
 
 #: By the name of the operator; the same for all libraries.
 FAKES: dict[str, Callable[..., Any]] = {}
@@ -183,3 +184,14 @@ def _(  # type: ignore[no-untyped-def]
         size = [_window(n, 1, stride[i], 0, 1) for n in size]
         at += count + projected[i]
     return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
+
+
+@fake("run_program")
+def _(x, tensors, steps, outputs):  # type: ignore[no-untyped-def]
+    shapes = program_shapes(x.shape, [t.shape for t in tensors], steps)
+    results = []
+    for value in outputs:
+        result = x.new_empty(shapes[value - 1].result)
+        is_map = result.dim() == 4
+        results.append(result.to(memory_format=torch.channels_last) if is_map else result)
+    return results

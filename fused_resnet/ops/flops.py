@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 
+from .program_shapes import program_shapes
 from .when_imported import when_imported
 
 Shape = Sequence[int]
@@ -129,6 +130,11 @@ def _(  # type: ignore[no-untyped-def]
         flops += more
         at += own + projected[i]
     return flops
+
+
+@_formula("run_program")
+def _(x, tensors, steps, *_, **__):  # type: ignore[no-untyped-def]
+    return sum(step.flops for step in program_shapes(x, tensors, steps))
 
 
 @_formula("conv_forward")

@@ -1,8 +1,11 @@
 // The kernels of one instruction set, for every storage type. Each isa_*.cpp includes this once.
 #pragma once
 
+#include "add_relu.h"
+#include "average.h"
 #include "bn_add_relu.h"
 #include "conv_bn_add_relu.h"
+#include "linear.h"
 #include "max_pool.h"
 #include "pack_conv_weight.h"
 #include "peak.h"
@@ -21,6 +24,11 @@ constexpr Kernels kernels_of() {
           conv_scratch_bytes<T>,
           conv<T>,
           max_pool<T>,
+          max_pool<T>,
+          avg_pool<T>,
+          global_avg_pool<T>,
+          linear<T>,
+          add_relu<T>,
           pack<T>,
           unpack<T>,
           packed_numel<T>,

@@ -15,7 +15,7 @@ void replace_bfloat16(KernelTable& table) {
   bfloat16.panels = all_pair_panels;
   bfloat16.conv_scratch_bytes = conv_bfloat16_scratch_bytes;
   bfloat16.conv = conv_pairs<VectorTiles>;
-  bfloat16.max_pool = max_pool_bfloat16;
+  bfloat16.max_pool_after_relu = max_pool_bfloat16;
   bfloat16.pack = pack_bfloat16;
   bfloat16.unpack = unpack_bfloat16;
   bfloat16.packed_numel = packed_bfloat16_numel;

@@ -93,6 +93,31 @@ struct PoolForward {
   }
 };
 
+// Averages of all pixels of each image and channel, for a batch of channels-last maps.
+struct MeanForward {
+  int64_t h, w, c;
+  const void* x;
+  void* y;  // [image][c]
+};
+
+// y = relu(x weight^T + bias), all of the map's type.
+struct LinearForward {
+  int64_t c, k;
+  const void* x;       // [image][c]
+  const void* weight;  // [k][c]
+  const void* bias;    // [k]
+  void* y;             // [image][k]
+  bool relu;
+};
+
+// y = relu(x + residual), element by element.
+struct AddForward {
+  const void* x;
+  const void* residual;
+  void* y;
+  bool relu;
+};
+
 struct Kernels {
   // Chunks are ranges of rows (channels-last) or of channels (contiguous). Their number depends on
   // the shape only, so a sum has the same bits on any number of threads.
@@ -103,7 +128,12 @@ struct Kernels {
   int64_t (*panels)(const ConvShape&);  // number of panels of output channels
   int64_t (*conv_scratch_bytes)(const ConvShape&, const ConvBlock&);
   void (*conv)(const ConvForward&, const ConvBlock&, void* scratch);
-  void (*max_pool)(const PoolForward&);  // of a result of conv with ReLU
+  void (*max_pool)(const PoolForward&);
+  void (*max_pool_after_relu)(const PoolForward&);  // of a result of conv with ReLU
+  void (*avg_pool)(const PoolForward&);
+  void (*global_avg_pool)(const MeanForward&, int64_t image, int64_t c0, int64_t c1);
+  void (*linear)(const LinearForward&, int64_t k0, int64_t k1, int64_t image0, int64_t image1);
+  void (*add_relu)(const AddForward&, int64_t begin, int64_t end);
   void (*pack)(const ConvShape&, bool taps_inside, const void* weight, int64_t panel0,
                int64_t panel1, void* packed);
   void (*unpack)(const ConvShape&, const void* packed, void* weight);  // weight: contiguous

@@ -13,7 +13,7 @@ namespace {
 
 PoolWindow pool_window(const char* op, const ConvShape& s, at::IntArrayRef kernel,
                        at::IntArrayRef stride, at::IntArrayRef padding) {
-  check_pool(op, s, kernel, stride, padding);
+  check_pool(op, {s.n, s.k, s.out_h(), s.out_w()}, kernel, stride, padding);
   const auto as_int = [](int64_t v) { return static_cast<int>(v); };
   return {as_int(kernel[0]), as_int(kernel[1]),  as_int(stride[0]),
           as_int(stride[1]), as_int(padding[0]), as_int(padding[1])};

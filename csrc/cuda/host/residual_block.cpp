@@ -39,7 +39,9 @@ at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::T
                                at::TensorList shift, const OptionalTensor& concatenated,
                                const OptionalTensor& concatenated_shift, bool bottleneck,
                                int64_t stride, int64_t dilation, int64_t groups, bool) {
-  const Block block = decompose(x, packed, scale, shift, bottleneck, stride, dilation, groups);
+  check_map("residual_block", "x", x);
+  const Block block =
+      decompose(x.size(1), packed, scale, shift, bottleneck, stride, dilation, groups);
   const std::vector<BlockConv>& convs = block.convs;
   if (concatenated && concatenated_shift && block.shortcut) {
     at::Tensor h = x;

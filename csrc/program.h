@@ -1,0 +1,90 @@
+// Programs of frozen networks: how the operator run_program takes them, and the object that holds
+// its arguments but x.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace fr {
+
+// What a step computes. The names in Python are in fused_resnet/ops/program_steps.py.
+enum Operation : int64_t {
+  kConv,             // relu(scale * conv(input, packed) + shift + residual)
+  kConvMaxPool,      // max_pool(relu(scale * conv(input, packed) + shift))
+  kMaxPool,          // max_pool(input)
+  kZeroPadShortcut,  // every stride-th pixel, with `zeros` zero channels on both sides
+  kGlobalAvgPool,    // (N, C, H, W) -> (N, C, 1, 1)
+  kLinear,           // (N, C) or (N, C, 1, 1) -> (N, K)
+  kAvgPool,          // avg_pool(input), which counts the padding
+  kAddRelu,          // relu(input + residual)
+  kNumOperations
+};
+
+// The places of a step's integers. Value 0 is x, and step i computes value i + 1. What an operation
+// does not name is not read.
+enum Field : int64_t {
+  kOperation,
+  kInput,     // value
+  kResidual,  // value that is added before the activation; -1: none
+  kTensor,  // first of its tensors: packed, scale, shift of a convolution; weight, bias of kLinear
+  kActivation,  // 0: none, 1: ReLU
+  kKernelH,     // of the convolution, or of kMaxPool and kAvgPool; so are stride and padding
+  kKernelW,
+  kStrideH,
+  kStrideW,
+  kPadH,
+  kPadW,
+  kDilationH,
+  kDilationW,
+  kGroups,
+  kOutChannels,
+  kWinograd,     // 1: Winograd's algorithm may run
+  kPoolKernelH,  // of kConvMaxPool's pool
+  kPoolKernelW,
+  kPoolStrideH,
+  kPoolStrideW,
+  kPoolPadH,
+  kPoolPadW,
+  kZeros,
+  kReserved,  // 0
+  kNumFields
+};
+
+struct KeptPlan;
+
+// run_program with all arguments bound but x. Converting Python's lists at every call would cost 8
+// us. A device may keep here what it derived from the arguments.
+class Program {
+ public:
+  using Tensors = std::vector<at::Tensor>;
+  using Ints = std::vector<int64_t>;
+
+  // The operator's arguments after x.
+  Program(Tensors tensors, Ints steps, Ints outputs);
+
+  // Calls the operator through the dispatcher.
+  Tensors operator()(const at::Tensor& x) const;
+
+  // The program that called the operator with these arguments, on this thread; null: none.
+  static const Program* caller(at::TensorList tensors, at::IntArrayRef steps,
+                               at::IntArrayRef outputs);
+
+  // The plan of an earlier call, for whatever x that was; null: none. Any thread may ask and keep.
+  std::shared_ptr<const KeptPlan> plan() const;
+  void keep(std::shared_ptr<const KeptPlan> plan) const;
+
+ private:
+  // Whether autograd has to record a call.
+  bool is_recorded(const at::Tensor& x) const;
+
+  const Tensors tensors_;
+  const Ints steps_, outputs_;
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const KeptPlan> plan_;
+};
+
+}  // namespace fr
