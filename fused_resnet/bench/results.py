@@ -125,15 +125,25 @@ def table(rows: Sequence[Row], title: str | None = None) -> Table:
         rows: Result rows of one subject.
         title: Title of the table.
     """
-    from rich.table import Table  # here: files are also written where rich is not installed
+    from rich import box  # here: files are also written where rich is not installed
+    from rich.table import Table
 
-    result = Table(title=title)
-    for name in ("batch", "provider"):
-        result.add_column(name)
     baseline = rows[0]["baseline"] if rows else BASELINE
-    columns = ("median ms", "p20 to p80", "img/s", f"x {baseline}", "x best peer")
-    for name in (*columns, "error", "peak MiB", "cores"):
-        result.add_column(name, justify="right")
+    peer = next((row["best_peer"] for row in rows if row["best_peer"]), None)
+    # Narrow enough for 80 columns with every digit.
+    result = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+        caption=f"x base: times the speed of {baseline}"
+        + (f"; x peer: of the fastest other ({peer})" if peer else ""),
+        caption_justify="left",
+    )
+    result.add_column("batch")
+    result.add_column("provider", no_wrap=True)
+    for name in ("ms", "p20-p80", "img/s", "x base", "x peer", "error", "MiB", "cores"):
+        result.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in rows:
         if last is not None and row["batch"] != last:
@@ -142,8 +152,8 @@ def table(rows: Sequence[Row], title: str | None = None) -> Table:
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         if row["status"] == "ok":
             cells = [
-                f"{row['median_ms']:.2f}",
-                f"{row['p20_ms']:.2f} to {row['p80_ms']:.2f}",
+                _digits(row["median_ms"]),
+                f"{_digits(row['p20_ms'])}-{_digits(row['p80_ms'])}",
                 f"{row['images_per_s']:.1f}",
                 _number(row["ratio"], ".2f"),
                 _number(row["ratio_to_best_peer"], ".2f"),
@@ -157,8 +167,39 @@ def table(rows: Sequence[Row], title: str | None = None) -> Table:
     return result
 
 
+def _digits(ms: float) -> str:
+    """Milliseconds with three digits or more."""
+    return f"{ms:.{2 if ms < 10 else 1 if ms < 1000 else 0}f}"
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+#: Share of the median by which p80 may be above p20, in measurements on an idle machine.
+WIDE = 0.2
+
+
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """Why the numbers may not be trusted: one line for a loaded machine, one for wide spreads.
+
+    Args:
+        rows: Result rows.
+    """
+    timed = [row for row in rows if row["status"] == "ok"]
+    found = []
+    load = max((row.get("load") or 0 for row in timed), default=0)
+    processors = min((row.get("processors") or 0 for row in timed), default=0)
+    # What the benchmark itself leaves in the average of a minute is one process.
+    if processors and load > processors / 2 + max(row["threads"] for row in timed):
+        found.append(
+            f"the machine was loaded (load {load:.1f} on {processors} processors): measure again"
+        )
+    wide = [row for row in timed if row["p80_ms"] - row["p20_ms"] > WIDE * row["median_ms"]]
+    if wide:
+        names = ", ".join(dict.fromkeys(f"{row['provider']}" for row in wide))
+        found.append(f"times spread widely, p20 to p80 over {WIDE:.0%} of the median: {names}")
+    return found
 
 
 def complaints(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Shared by the subcommands: usage errors, argument types, consoles, progress bars."""
+"""Shared by the subcommands: usage errors, argument types, and what :mod:`._output` has."""
 
 from __future__ import annotations
 
@@ -14,12 +14,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .._version import __version__
 from ..inference.archive import FrozenFile, read_frozen
 from ..models import sources
+from ._output import Output, progress
+
+__all__ = [
+    "DTYPES",
+    "Output",
+    "Parser",
+    "UsageError",
+    "console",
+    "listed",
+    "network",
+    "network_or_file",
+    "one_of",
+    "own_network",
+    "positive",
+    "print_json",
+    "printed_notes",
+    "progress",
+    "writable",
+]
 
 #: Names of the storage types.
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -124,25 +141,9 @@ def writable(text: str) -> Path:
     return path
 
 
-def console() -> Console:
-    """A console of the current stdout, which may be redirected.
-
-    Without a terminal it is wide enough for the tables not to be cut.
-    """
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def progress() -> Progress:
-    """A progress bar on stderr; silent if that is not a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+def console() -> Output:
+    """A console of the current stdout, which may be redirected."""
+    return Output()
 
 
 @contextlib.contextmanager

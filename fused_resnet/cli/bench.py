@@ -230,8 +230,6 @@ def view_layers(arguments: argparse.Namespace) -> int:
                 )
             )
     out = console()
-    if not out.is_terminal:
-        out.width = 200
     size = f"{arguments.size}x{arguments.size}"
     title = f"{arguments.model}, {size}, {arguments.dtype}, {processor.name()}"
     for one in found:
@@ -263,13 +261,15 @@ def explain(arguments: argparse.Namespace, batch: int) -> Table:
 
 
 def complain(rows: list[results.Row]) -> int:
-    """Print the providers that were not timed to stderr; return 1 if one failed, else 0.
+    """Print what was not timed, or may not be trusted, to stderr; return 1 if one failed, else 0.
 
     Args:
         rows: Result rows.
     """
     for line in results.complaints(rows):
         print(f"fused-resnet: {line}", file=sys.stderr)
+    for line in results.doubts(rows):
+        print(f"fused-resnet: warning: {line}", file=sys.stderr)
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
 
 

@@ -22,6 +22,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand."""
     parser = commands.add_parser("info")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--tuning", action="store_true", help="also the tuner's choices and every variable"
+    )
     parser.set_defaults(run=run)
 
 
@@ -108,7 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, version in facts["versions"].items():
-        table.add_row(name, version or "not installed")
+        if version or arguments.tuning:
+            table.add_row(name, version or "not installed")
     table.add_row("commit", facts["commit"] or "not a source checkout")
     table.add_row("processor", f"{facts['cpu']['name']}, {facts['cpu']['cores']} cores")
     isa = f"{build['isa']} in use, of {', '.join(build['isa_supported'])}"
@@ -124,12 +128,14 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_row(f"backend {name}", Text(answer, style=style))
     known = facts["tuner"]
     count = sum(len(machine["calls"]) for machine in known["machines"])
-    table.add_row("tuner", f"{count} calls known, in {known['file']}")
+    table.add_row("tuner", f"{count} calls known (--tuning), in {known['file']}")
     for name, when, meaning in environment.VARIABLES:
         value = facts["environment"][name]
+        if value is None and not arguments.tuning:
+            continue
         table.add_row(name, f"{'not set' if value is None else value} ({when}: {meaning})")
     console().print(table, highlight=False)
     for machine in known["machines"]:
-        if machine["calls"]:
+        if machine["calls"] and arguments.tuning:
             console().print(choices_table(machine), highlight=False)
     return 0

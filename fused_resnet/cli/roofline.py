@@ -79,8 +79,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.batch, arguments.dtype, arguments.fusion, arguments.size
     )
     out = console()
-    if not out.is_terminal:
-        out.width = 240  # wide enough for every card with its measured times
     out.print(_layers(arguments, cards, parts, found), highlight=False)
     out.print(_ceilings(cards, document["ceilings"]), highlight=False)
     for card in cards:

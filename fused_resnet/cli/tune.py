@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 import torch
 
 from ..models import sources
 from ..tuning import cache as tuning_cache
-from ..tuning import processor
+from ..tuning import processor, tuner
 from ._choices import network_calls, table_of
 from ._common import UsageError, console, listed, network_or_file, one_of, positive
 
@@ -28,7 +29,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "(FUSED_RESNET_TUNE).",
     )
     parser.add_argument(
-        "model", type=network_or_file, help="a network (fused-resnet models), or a frozen file"
+        "model",
+        nargs="?",
+        type=network_or_file,
+        help="a network (fused-resnet models), or a frozen file",
     )
     parser.add_argument(
         "--batch", type=listed(positive), default=[1], metavar="N,...", help="default: 1"
@@ -48,29 +52,55 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--exhaustive", action="store_true", help="more rounds, like FUSED_RESNET_TUNE=exhaustive"
     )
+    parser.add_argument(
+        "--clear",
+        action="store_true",
+        help="remove the stored times first: those of the network's calls, which are then timed "
+        "again, or without a network all of this machine and these versions",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Time and print."""
     file = arguments.model
-    size = arguments.size or sources.size_of(file.network)
-    if size < 32:
-        raise UsageError(f"tune: --size: expected at least 32, got {size}")
+    if file is None and not arguments.clear:
+        raise UsageError("tune: expected a network, a frozen file, or --clear")
     device = arguments.device or "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("tune: --device: PyTorch sees no CUDA device")
+    torch.set_num_threads(arguments.threads)
+    if file is None:
+        removed = tuning_cache.remove(tuner.machine_of(torch.device(device)))
+        tuner.forget()
+        print(f"removed {removed} calls")
+        return 0
+    size = arguments.size or sources.size_of(file.network)
+    if size < 32:
+        raise UsageError(f"tune: --size: expected at least 32, got {size}")
     try:
         stored = tuning_cache.path()
     except OSError as error:
         raise UsageError(f"tune: the times would be lost: {error}") from None
     os.environ["FUSED_RESNET_TUNE"] = "exhaustive" if arguments.exhaustive else "1"
-    torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
+    missing = 0
     for batch in arguments.batch:
         model = sources.our_model(file.network, file.state or None)
         calls = network_calls(model, batch, size, dtype, device)
+        if arguments.clear:
+            keys = [call.key for call, _ in calls]
+            tuning_cache.remove(tuner.machine_of(torch.device(device)), keys)
+            tuner.forget()
         title = f"{file.network}, batch {batch}, {arguments.dtype}, {device}"
         console().print(table_of(calls, title))
+        known = tuning_cache.load(tuner.machine_of(torch.device(device)))
+        missing += sum(call.key not in known for call, _ in calls)
     print(f"stored in {stored}")
+    if missing:
+        print(
+            f"fused-resnet: warning: {missing} calls are not stored: other work on the machine "
+            "took part of their time; run this again when it is idle",
+            file=sys.stderr,
+        )
     return 0

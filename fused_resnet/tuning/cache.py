@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,42 @@ def add(machine: str, entries: dict[str, dict[str, float]]) -> None:
         machine: Name that the tuner gives to this machine and these versions.
         entries: By the key of a call, milliseconds by candidate.
     """
+
+    def added(machines: dict[str, Any]) -> None:
+        kept = _valid(machines.pop(machine, {}))
+        for key in entries:
+            kept.pop(key, None)
+        machines[machine] = _newest({**kept, **entries}, MOST_CALLS)
+
+    _change(added)
+
+
+def remove(machine: str, keys: Iterable[str] | None = None) -> int:
+    """Remove timings of a machine.
+
+    Args:
+        machine: Name that the tuner gives to this machine and these versions.
+        keys: Of the calls; None for all.
+
+    Returns:
+        How many were removed.
+    """
+    removed = 0
+
+    def without(machines: dict[str, Any]) -> None:
+        nonlocal removed
+        known = _valid(machines.pop(machine, {}))
+        kept = {} if keys is None else {k: v for k, v in known.items() if k not in set(keys)}
+        removed = len(known) - len(kept)
+        if kept:
+            machines[machine] = kept
+
+    _change(without)
+    return removed
+
+
+def _change(change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the machines of the file, under its lock."""
     import filelock  # takes as long to import as the rest of this package's tuner
 
     try:
@@ -74,10 +111,7 @@ def add(machine: str, entries: dict[str, dict[str, float]]) -> None:
         # Beside the file, whose name may have no room for another suffix.
         with filelock.FileLock(file.parent / f".{file.name}.lock", timeout=PATIENCE):
             machines = _read()
-            kept = _valid(machines.pop(machine, {}))
-            for key in entries:
-                kept.pop(key, None)
-            machines[machine] = _newest({**kept, **entries}, MOST_CALLS)
+            change(machines)
             document = {"format": FORMAT, "machines": _newest(machines, MOST_MACHINES)}
             with replacing(file) as part, open(part, "w") as text:
                 json.dump(document, text, indent=1)

@@ -339,7 +339,7 @@ def test_demo(photo: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsy
     out = capsys.readouterr().out
     assert "No trained weights are shipped" in " ".join(out.split())
     assert "same five classes in the same order" in out
-    assert "x channels_last" in out
+    assert "times the speed of channels_last" in out
 
 
 def test_demo_with_trained_weights(

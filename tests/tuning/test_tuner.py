@@ -230,3 +230,27 @@ def test_threads_share_decisions():
     for thread in threads:
         thread.join()
     assert chosen == ["library"] * 4
+
+
+@pytest.mark.parametrize(
+    ("shares", "noisy"),
+    [([0.9] * 3, False), ([0.1] * 3 + [0.9] * 3, False), ([0.1] * 9, True)],
+    ids=["quiet", "quiet later", "noisy"],
+)
+def test_a_noisy_measurement_is_not_stored(monkeypatch, shares, noisy):
+    """Shares of a processor that the thread had in each round, of which the last is the fastest."""
+    clock, rounds = [0.0], iter(range(len(shares)))
+
+    def timed(call):
+        at = next(rounds)
+        ms = 1 - 0.01 * at
+        clock[0] += shares[at] * ms * 1e-3
+        return ms
+
+    monkeypatch.setattr(tuner, "QUIET", 0.8)
+    monkeypatch.setattr(tuner, "_clock", timed)
+    monkeypatch.setattr(tuner.time, "thread_time", lambda: clock[0])
+    assert choose(cpu=FAST) == "cpu"
+    assert next(rounds, None) is None  # as many rounds as it takes, and no more
+    machine = tuner.machine_of(torch.device("cpu"))
+    assert bool(tuning_cache.load(machine)) != noisy
