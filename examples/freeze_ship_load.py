@@ -3,7 +3,6 @@
 python freeze_ship_load.py [FOLDER]
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,27 +19,32 @@ def train(folder: Path) -> torch.nn.Module:
     return model
 
 
-def freeze(folder: Path) -> Path:
-    """Write the network's name, its weights and the options of ``freeze``: one file, no code."""
+def ship(model: torch.nn.Module, folder: Path) -> Path:
+    """Write the network's name, its weights, labels and preprocessing: one file, no code.
+
+    From the checkpoint, the command does the same: fused-resnet freeze resnet18 --weights best.pth
+    --labels names.txt --out served.safetensors
+    """
     served = folder / "served.safetensors"
-    command = [sys.executable, "-m", "fused_resnet", "freeze", "resnet18"]
-    subprocess.run([*command, "--weights", folder / "best.pth", "--out", served], check=True)
+    transform = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    fr.save_frozen(model, served, labels=[f"class {i}" for i in range(10)], transform=transform)
     return served
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     model = train(folder)
-    served = freeze(folder)
+    served = ship(model, folder)
 
     # On the machine that serves: the weights are packed for its processor while they are loaded.
     # float32 as in the file; dtype=torch.bfloat16 would run the same file in bfloat16.
     frozen = fr.load_frozen(served)
-    images = torch.randn(2, 3, 64, 64)
+    picture = torch.randint(0, 256, (3, 300, 260), dtype=torch.uint8)
+    images = frozen.preprocessing(picture)[None]
     with torch.inference_mode():
         logits, expected = frozen(images), model(images)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
-    print(f"{served}: {served.stat().st_size / 2**20:.1f} MiB, logits {tuple(logits.shape)}")
+    print(f"{served}: {served.stat().st_size / 2**20:.1f} MiB; {frozen.labels[logits.argmax()]}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.models import ResNet50_Weights
 
 import fused_resnet as fr
 
@@ -42,18 +41,18 @@ class Batcher:
 
 
 def create_app() -> FastAPI:
-    app, batcher = FastAPI(), Batcher(fr.load_frozen(os.environ["MODEL"]))
-    transform = ResNet50_Weights.IMAGENET1K_V2.transforms()  # every image becomes 224x224
+    model = fr.load_frozen(os.environ["MODEL"])  # with labels and preprocessing, if it was given
+    app, batcher = FastAPI(), Batcher(model)
 
     @app.post("/classify")
-    async def classify(request: Request) -> dict[str, int | float]:
+    async def classify(request: Request) -> dict[str, str | float]:
         data = torch.frombuffer(bytearray(await request.body()), dtype=torch.uint8)
         try:
-            image = transform(await asyncio.to_thread(decode_image, data, ImageReadMode.RGB))
+            image = await asyncio.to_thread(decode_image, data, ImageReadMode.RGB)
         except RuntimeError:
             raise HTTPException(400, "the body is not a JPEG or PNG image") from None
-        batcher.waiting.put((image, answer := Future()))
+        batcher.waiting.put((model.preprocessing(image), answer := Future()))
         probability, label = (await asyncio.wrap_future(answer)).max(0)
-        return {"label": int(label), "probability": float(probability)}
+        return {"label": model.labels[label], "probability": float(probability)}
 
     return app

@@ -74,7 +74,7 @@ def freeze(
         winograd: Whether 3x3 convolutions of stride 1 may run by Winograd's algorithm, in float32
             arithmetic: 2.5 times as fast, at a relative error of about 1e-6 where the direct sum
             has 2e-7. It also runs on bfloat16 and float16 maps, where the result's rounding is
-            larger than that error, and never on float64 maps. See below for its bounds.
+            larger than that error, and never on float64 maps. Its bounds are above.
         graphs: Number of input shapes for which the model keeps a CUDA graph, captured at the
             shape's second call; 0 or False for none, True for 8. A replay runs no Python, so None
             means 8 if all modules are torch's, torchvision's and this package's, else 0.
