@@ -65,7 +65,8 @@ def one_of(kind: str, choices: Iterable[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in known:
             near = difflib.get_close_matches(text, known, n=1, cutoff=0.7)
-            advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+            advice = f"expected one of {', '.join(known)}"
+            advice += f"; did you mean {near[0]}?" if near else ""
             raise argparse.ArgumentTypeError(f"unknown {kind} {text!r}; {advice}")
         return text
 

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = console()
     out.print(_table(rows, by_family=not arguments.models), highlight=False)
     for line in missing:
-        out.print(line, highlight=False, markup=False)
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

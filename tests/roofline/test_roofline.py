@@ -213,7 +213,8 @@ def test_help_says_what_a_block_is(capsys: Capture) -> None:
     assert "A100,H100,B200" in out
 
 
-def test_the_table(capsys: Capture) -> None:
+def test_the_table(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # fewer wrap the names of the kernels
     assert command("resnet50", "--fusion", "conv", "--device", "H100,A100") == 0
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if "layer1.0.conv3" in line)
