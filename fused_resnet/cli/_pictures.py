@@ -64,13 +64,14 @@ def read_weights(command: str, name: str, weights: str) -> dict[str, Tensor]:
         raise UsageError(f"{command}: --weights {weights}: {str(error).splitlines()[0]}") from None
 
 
-def network_with(command: str, name: str, state: dict[str, Tensor]) -> nn.Module:
+def network_with(command: str, name: str, state: dict[str, Tensor], given: str) -> nn.Module:
     """The network of its own library, with weights.
 
     Args:
         command: The subcommand, for error messages.
         name: The network.
         state: Its ``state_dict``.
+        given: Where the weights are from, for error messages.
 
     Raises:
         UsageError: The weights do not fit the network.
@@ -78,7 +79,7 @@ def network_with(command: str, name: str, state: dict[str, Tensor]) -> nn.Module
     try:
         return sources.plain_model(name, state)
     except ValueError as error:
-        raise UsageError(f"{command}: --weights: {error}") from None
+        raise UsageError(f"{command}: {given}: {error}") from None
 
 
 def trained_model(command: str, name: str, weights: str) -> nn.Module:
@@ -92,7 +93,7 @@ def trained_model(command: str, name: str, weights: str) -> nn.Module:
     Raises:
         UsageError: The weights can't be read, or do not fit the network.
     """
-    return network_with(command, name, read_weights(command, name, weights))
+    return network_with(command, name, read_weights(command, name, weights), f"--weights {weights}")
 
 
 def weights_enum(model: str, weights: str | None = None) -> Any:

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Without a transform of its own: ImageNet's usual one.
     enum = _pictures.weights_enum(name if name in MODELS else "resnet50", arguments.weights)
     if file.state:
-        theirs = _pictures.network_with("classify", name, file.state)
+        theirs = _pictures.network_with("classify", name, file.state, "the frozen file")
     else:
         theirs = _pictures.trained_model("classify", name, arguments.weights)
     classes = sources.classes_of(name, theirs.state_dict())

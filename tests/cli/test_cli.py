@@ -47,8 +47,8 @@ def complaint(capsys: Capture, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["COMMAND", "--help"]),
-        (["train"], ["'train'", "info"]),
+        ([], ["expected a command", "--help"]),
+        (["zzz"], ["'zzz'", "info"]),
         (["info", "--jsn"], ["--jsn"]),
         (["bench", "resnet51"], ["'resnet51'", "did you mean resnet50"]),
         (["bench", "resnet18", "--batch", "1,none"], ["--batch", "'none'", "at least 1"]),
@@ -125,7 +125,7 @@ def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_info(capsys: Capture) -> None:
-    assert command("info") == 0
+    assert command("info", "--tuning") == 0
     out = capsys.readouterr().out
     for text in (fr.__version__, torch.__version__, fr.build_info()["isa"], "FUSED_RESNET_ISA"):
         assert text in out
@@ -189,7 +189,8 @@ def test_bench(capsys: Capture, tmp_path: Path) -> None:
     out, err = capsys.readouterr()
     assert "channels_last" in out
     assert "frozen" in out
-    assert err == ""
+    loaded = "fused-resnet: warning: "  # of the machine, which the test can't choose
+    assert [line for line in err.splitlines() if not line.startswith(loaded)] == []
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = load(rows)
     assert [(r["batch"], r["provider"]) for r in found] == [
