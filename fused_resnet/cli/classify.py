@@ -47,10 +47,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Classify and print."""
-    pictures = [_pictures.read_image("classify", path) for path in arguments.images]
     file, name = arguments.model, arguments.model.network
     if bool(file.state) == bool(arguments.weights):
         raise UsageError("classify: expected --weights, or a frozen file as --model, and not both")
+    pictures = [_pictures.read_image("classify", path) for path in arguments.images]
     # Without a transform of its own: ImageNet's usual one.
     enum = _pictures.weights_enum(name if name in MODELS else "resnet50", arguments.weights)
     if file.state:
