@@ -1,8 +1,8 @@
 """Builds networks of other libraries by name, with random weights and without a download.
 
 A name is ``source:name``: ``torchvision:resnet50`` (or ``resnet50``), ``timm:resnet50``,
-``hf:microsoft/resnet-50``; or the paper's ``cifar_resnet56``. Each is the plain PyTorch model of
-its library.
+``hf:microsoft/resnet-50``; or the paper's ``cifar_resnet56`` and its counterpart without shortcuts,
+``cifar_plain56``. Each is the plain PyTorch model of its library.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from . import hub
-from .cifar import cifar_resnet
+from .cifar import DEPTHS, cifar_resnet
 from .optional import MissingPackageError, library
-from .unfused_cifar import PlainCifarResNet
+from .unfused_cifar import UnfusedCifarResNet
 from .weights import load_into
 
 #: torchvision's residual networks, which this package has too.
@@ -32,8 +32,8 @@ MODELS = (
     "wide_resnet101_2",
 )
 
-#: The paper's networks for images of 32x32.
-CIFAR = tuple(f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110))
+#: The paper's networks for images of 32x32, with shortcuts and without.
+CIFAR = tuple(f"cifar_{kind}{depth}" for kind in ("resnet", "plain") for depth in DEPTHS)
 
 
 class UnknownNetworkError(ValueError):
@@ -96,13 +96,15 @@ def size_of(name: str) -> int:
     return 32 if name in CIFAR else 224
 
 
-def torchvision_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+def torchvision_model(
+    name: str, state: dict[str, Tensor] | None = None, classes: int | None = None
+) -> nn.Module:
     """A network of torchvision in eval mode.
 
     Args:
         name: One of :data:`MODELS`.
-        state: Its state dict, which determines the number of classes; None for the initial
-            parameters and 1000 classes.
+        state: Its state dict; None for the initial parameters.
+        classes: Number of classes; None for that of ``state``, or 1000 without one.
 
     Raises:
         ValueError: The state dict does not fit the network.
@@ -112,20 +114,23 @@ def torchvision_model(name: str, state: dict[str, Tensor] | None = None) -> nn.M
         import torchvision
     except ImportError:
         raise MissingPackageError("torchvision") from None
-    classes = state["fc.bias"].numel() if state is not None and "fc.bias" in state else 1000
+    if classes is None:
+        classes = state["fc.bias"].numel() if state is not None and "fc.bias" in state else 1000
     model: nn.Module = getattr(torchvision.models, name)(num_classes=classes)
     if state is not None:
         load_into(model, state, name=name)
     return model.eval()
 
 
-def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+def plain_model(
+    name: str, state: dict[str, Tensor] | None = None, classes: int | None = None
+) -> nn.Module:
     """The network as its own library builds it, in eval mode.
 
     Args:
         name: From :func:`parse`.
-        state: Its state dict, which determines the number of classes; None for the initial
-            parameters and the default number of classes.
+        state: Its state dict; None for the initial parameters.
+        classes: Number of classes; None for that of ``state``, or the default number without one.
 
     Raises:
         ValueError: The state dict does not fit the network.
@@ -133,21 +138,36 @@ def plain_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
     """
     source, _, rest = name.rpartition(":")
     if not source and name not in CIFAR:
-        return torchvision_model(name, state)
+        return torchvision_model(name, state, classes)
+    if classes is None:
+        classes = _default_classes(name) if state is None else classes_of(name, state)
     model: nn.Module
     if source == "timm":
-        classes = 1000 if state is None else classes_of(name, state)
         model = library("timm").create_model(rest, pretrained=False, num_classes=classes)
     elif source == "hf":
-        classes = 1000 if state is None else classes_of(name, state)
         model = hub.build(library("transformers"), rest, classes)
         if state is not None and not any(key.startswith("model.") for key in state):
             state = {f"model.{key}": value for key, value in state.items()}  # the Hub's own keys
     else:
-        model = PlainCifarResNet(_depth(name))
+        depth, residual = _cifar(name)
+        model = UnfusedCifarResNet(depth, residual, classes)
     if state is not None:
         load_into(model, state, name=name)
     return model.eval()
+
+
+def head_of(name: str) -> tuple[str, ...]:
+    """The paths that a network's classifier has in a state dict; the first is the model's own.
+
+    Args:
+        name: The network, from :func:`parse`.
+    """
+    source, _, rest = name.rpartition(":")
+    if source == "timm":
+        return (library("timm").get_pretrained_cfg_value(rest, "classifier") or "fc",)
+    if source == "hf":
+        return ("model.classifier.1", "classifier.1")  # this package's wrapper, and the Hub's keys
+    return ("linear" if name in CIFAR else "fc",)
 
 
 def classes_of(name: str, state: Mapping[str, Tensor]) -> int:
@@ -160,34 +180,40 @@ def classes_of(name: str, state: Mapping[str, Tensor]) -> int:
     Raises:
         ValueError: The state dict has no such bias, so it does not fit the network.
     """
-    source, _, rest = name.rpartition(":")
-    if source == "timm":
-        heads = [f"{library('timm').get_pretrained_cfg_value(rest, 'classifier') or 'fc'}.bias"]
-    elif source == "hf":
-        heads = ["model.classifier.1.bias", "classifier.1.bias"]
-    else:
-        heads = ["linear.bias" if name in CIFAR else "fc.bias"]
+    heads = [f"{head}.bias" for head in head_of(name)]
     for head in heads:
         if head in state:
             return state[head].numel()
     raise ValueError(f"{name}: weights do not fit: no {' or '.join(heads)} among them")
 
 
-def our_model(name: str, state: dict[str, Tensor] | None = None) -> nn.Module:
+def our_model(
+    name: str, state: dict[str, Tensor] | None = None, classes: int | None = None
+) -> nn.Module:
     """The network to fuse: this package's CIFAR network, else :func:`plain_model`.
 
     Args:
         name: From :func:`parse`.
         state: Its state dict; None for the initial parameters.
+        classes: Number of classes; None for that of ``state``, or the default number without one.
 
     Raises:
         ValueError: The state dict does not fit the network.
         MissingPackageError: The network's library is not installed.
     """
     if name not in CIFAR:
-        return plain_model(name, state)
-    return cifar_resnet(_depth(name), weights=state).eval()
+        return plain_model(name, state, classes)
+    if classes is None:
+        classes = _default_classes(name) if state is None else classes_of(name, state)
+    depth, residual = _cifar(name)
+    return cifar_resnet(depth, residual, num_classes=classes, weights=state).eval()
 
 
-def _depth(name: str) -> int:
-    return int(name.removeprefix("cifar_resnet"))
+def _default_classes(name: str) -> int:
+    return 10 if name in CIFAR else 1000
+
+
+def _cifar(name: str) -> tuple[int, bool]:
+    """Depth, and whether there are shortcuts."""
+    kind = name.removeprefix("cifar_").rstrip("0123456789")
+    return int(name.removeprefix(f"cifar_{kind}")), kind == "resnet"

@@ -39,19 +39,42 @@ def test_the_hubs_configurations_have_the_papers_sizes(depth: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in ours.parameters())
 
 
-def test_the_plain_cifar_network_is_ours() -> None:
-    plain, images = problem.random_problem("cifar_resnet20", 2, 32)
-    ours = sources.our_model("cifar_resnet20", plain.state_dict())
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20"])
+def test_the_unfused_cifar_network_is_ours(name: str) -> None:
+    plain, images = problem.random_problem(name, 2, 32)
+    ours = sources.our_model(name, plain.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(
             ours.double()(images.double()), plain.double()(images.double()), rtol=1e-9, atol=1e-9
         )
 
 
+@pytest.mark.parametrize(
+    "name", ["cifar_plain20", "resnet18", "timm:resnet18", "hf:microsoft/resnet-18"]
+)
+def test_any_number_of_classes(name: str) -> None:
+    """Asked for, or as many as the weights have; the head is where `head_of` says."""
+    if name.startswith(("hf", "timm")):
+        pytest.importorskip({"hf": "transformers", "timm": "timm"}[name.partition(":")[0]])
+    for make in (sources.plain_model, sources.our_model):
+        model = make(name, None, 7)
+        state = model.state_dict()
+        assert state[f"{sources.head_of(name)[0]}.weight"].shape[0] == 7
+        assert sources.classes_of(name, state) == 7
+        again = make(name, state).state_dict()
+        assert all(torch.equal(value, again[key]) for key, value in state.items())
+
+
 def test_names() -> None:
     assert sources.parse("torchvision:resnet50") == "resnet50"
-    assert sources.size_of("cifar_resnet56") == 32
-    for wrong in ("resnet51", "torchvision:resnet51", "hf:resnet-50", "nowhere:resnet50"):
+    assert sources.size_of("cifar_resnet56") == sources.size_of("cifar_plain56") == 32
+    for wrong in (
+        "resnet51",
+        "torchvision:resnet51",
+        "hf:resnet-50",
+        "nowhere:resnet50",
+        "cifar_plain21",
+    ):
         with pytest.raises(sources.UnknownNetworkError):
             sources.parse(wrong)
 
