@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "inference or training compared with PyTorch and other runtimes",
     "coverage": "how much of other libraries' networks runs fused",
     "tune": "time the backends for a network's calls, ahead of its use",
+    "train": "train or fine-tune a network on your images",
     "freeze": "write one file that fused_resnet.load_frozen serves from",
     "serve-check": "a file that freeze wrote and the eager network: error, speed",
     "roofline": "bytes, flops and least microseconds of each layer on a GPU",
@@ -26,7 +27,7 @@ COMMANDS = {
     "demo": "ResNet-50 on a photograph, before and after fuse and freeze",
 }
 
-DESCRIPTION = "Fused residual networks for PyTorch: verify, benchmark, freeze, serve."
+DESCRIPTION = "Fused residual networks for PyTorch: verify, benchmark, train, serve."
 
 
 def version() -> str:

@@ -36,6 +36,7 @@ THOROUGH_FILES = (
     "test_instruction_sets.py",
     "test_matrix.py",
     "test_readme.py",
+    "test_resume.py",
     "test_serving.py",
     "test_static_gate.py",
     "test_traced_distributed.py",

@@ -30,13 +30,13 @@ def examples() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_there_are_two_examples_of_about_ten_lines() -> None:
-    assert len(examples()) == 2
+def test_there_are_three_examples_of_about_ten_lines() -> None:
+    assert len(examples()) == 3
     for code in examples():
-        assert len(code.strip().splitlines()) <= 13
+        assert len(code.strip().splitlines()) <= 15
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["serving", "training"])
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["serving", "training", "a run"])
 def test_example_runs(number: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", examples()[number]], cwd=tmp_path, capture_output=True, text=True

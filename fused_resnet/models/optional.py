@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-#: Modules of the extra ``models``; all others belong to the extra ``bench``.
+#: Modules of the extra ``models``; if nothing is said, all others belong to the extra ``bench``.
 _MODELS = ("timm", "transformers", "segmentation_models_pytorch")
 
 
@@ -14,18 +14,20 @@ class MissingPackageError(RuntimeError):
 
     Args:
         package: Name of the package.
+        extra: The extra of this package that installs it; None for ``models`` or ``bench``.
     """
 
-    def __init__(self, package: str) -> None:
-        extra = "models" if package in _MODELS else "bench"
+    def __init__(self, package: str, extra: str | None = None) -> None:
+        extra = extra or ("models" if package in _MODELS else "bench")
         super().__init__(f"{package} is not installed; run: pip install 'fused_resnet[{extra}]'")
 
 
-def library(name: str) -> Any:
+def library(name: str, extra: str | None = None) -> Any:
     """Import an optional package.
 
     Args:
         name: Of the package's module.
+        extra: The extra of this package that installs it; None for ``models`` or ``bench``.
 
     Raises:
         MissingPackageError: The package is not installed.
@@ -33,4 +35,4 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise MissingPackageError(name) from None
+        raise MissingPackageError(name, extra) from None

@@ -1,0 +1,83 @@
+"""Batch norm over the images of all processes, on CPUs too.
+
+PyTorch's SyncBatchNorm normalises on accelerators only. On a CPU this one computes the same by
+differentiable sums over the processes:
+
+    mean = sum(x) / n,  var = sum((x - mean)^2) / n,  y = (x - mean) / sqrt(var + eps) * w + b
+
+with n the values of a channel in all processes. The deviations are summed in a second pass, so
+nothing cancels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class CpuSyncBatchNorm(nn.SyncBatchNorm):
+    """SyncBatchNorm for CPU tensors; in eval mode it is a plain batch norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise.
+
+        Args:
+            input: This process's part of the batch, ``(N, C, H, W)``.
+
+        Returns:
+            The same shape.
+        """
+        if not self.training or not dist.is_initialized():
+            return nn.functional.batch_norm(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                self.momentum or 0.0,
+                self.eps,
+            )
+        dims = [0, *range(2, input.dim())]
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        count = torch.tensor(float(input.numel() // input.shape[1]), dtype=torch.float64)
+        dist.all_reduce(count)
+        n = float(count)
+        wide = input if input.dtype == torch.float64 else input.float()
+        mean = all_reduce(wide.sum(dims)) / n
+        centred = wide - mean.view(shape)
+        var = all_reduce(centred.square().sum(dims)) / n
+        self._update(mean.detach(), var.detach(), n)
+        y = centred * torch.rsqrt(var + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, n: float) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var * (n / (n - 1)), momentum)
+
+
+def converted(model: nn.Module, device: torch.device) -> nn.Module:
+    """A network whose batch norms normalise over all processes.
+
+    Args:
+        model: The network; its batch norms are replaced and keep their parameters.
+        device: Where it will run.
+    """
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if device.type == "cpu":
+        for module in model.modules():
+            if type(module) is nn.SyncBatchNorm:
+                module.__class__ = CpuSyncBatchNorm
+    return model

@@ -1,0 +1,170 @@
+"""What goes wrong in a run is one line, and what was good stays."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_data
+import torch
+
+from fused_resnet import training
+from fused_resnet.cli import main
+from fused_resnet.training import checkpoint
+
+pytest.importorskip("torchvision", reason="torchvision's transforms are what is run")
+pytest.importorskip("yaml", reason="a run writes RUN/recipe.yaml")
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_data.archive(tmp_path_factory.mktemp("data") / "tiny.npz")
+
+
+@pytest.fixture(scope="module")
+def done(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch."""
+    out = tmp_path_factory.mktemp("done") / "run"
+    training.train(tiny_data.settings(archive, out, epochs=1))
+    return out
+
+
+def complaint(capsys: Capture, *arguments: str, code: int = 2) -> str:
+    """The one line of an error."""
+    assert main(["train", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("fused-resnet: ")
+    assert "Traceback" not in err
+    return line
+
+
+def test_a_loss_that_is_not_finite(archive: str, tmp_path: Path, capsys: Capture) -> None:
+    """A rate that overflows float32 in the second epoch; the checkpoint of the first is kept."""
+    options = f"--data {archive} --out {tmp_path} --epochs 2 --batch 8 --device cpu"
+    schedule = "--schedule constant --lr 1e38 --warmup 1"
+    line = complaint(capsys, "cifar_resnet20", *options.split(), *schedule.split(), code=1)
+    assert "the loss of step" in line
+    assert "is not finite" in line
+
+
+def test_divergence_keeps_the_last_good_checkpoint(archive: str, tmp_path: Path) -> None:
+    """Weights of the second epoch become NaN; what the first one saved is still there."""
+    from fused_resnet.training import run
+
+    class Spoiled(run.Run):
+        def _epoch(self) -> None:
+            if self.epoch == 1:
+                with torch.no_grad():
+                    self.model.conv1.weight[:] = torch.nan
+            super()._epoch()
+
+    settings = tiny_data.settings(archive, tmp_path)
+    with (
+        pytest.raises(training.DivergedError, match="the loss of step 6 is not finite"),
+        run.started(settings) as engine,
+    ):
+        Spoiled(settings, engine, run.Silent()).go()
+    found = checkpoint.read(tmp_path / "last")
+    assert found["epoch"] == 1
+    assert all(value.isfinite().all() for value in found["model"].values())
+
+
+def test_an_unreadable_image(tmp_path: Path, capsys: Capture) -> None:
+    place = tiny_data.folder(tmp_path / "photos")
+    (place / "train" / "class1" / "1.png").write_bytes(b"no picture")
+    options = f"--data {place} --out {tmp_path / 'run'} --size 16 --epochs 1 --batch 40"
+    for workers in ("0", "1"):
+        line = complaint(capsys, "cifar_resnet20", *options.split(), "--workers", workers)
+        assert "1.png': the file is damaged or no picture" in line
+        assert line.startswith("fused-resnet: error: train: data: image '")
+
+
+def test_a_full_disk(archive: str, done: Path, tmp_path: Path) -> None:
+    """A limit on the size of files, which the checkpoint exceeds and all other files do not."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("last", "recipe.yaml"):
+        (out / name).write_bytes((done / name).read_bytes())
+    before = (out / "last").read_bytes()
+    limit = 100_000
+    assert len(before) > limit
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code = (
+        "import dataclasses, sys; from fused_resnet import cli, training; "
+        "from fused_resnet.training import checkpoint\n"
+        "try: checkpoint.write(__import__('pathlib').Path(sys.argv[1]) / 'last', "
+        "{'model': __import__('torch').zeros(100_000)})\n"
+        "except training.TrainingError as error: print(error)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(out)], preexec_fn=limited, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "last': File too large; the last checkpoint is whole, and --resume" in run.stdout
+    assert (out / "last").read_bytes() == before
+    assert sorted(path.name for path in out.iterdir()) == ["last", "recipe.yaml"]
+
+
+def test_checkpoints_of_something_else(
+    archive: str, done: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    options = f"--data {archive} --out {done} --epochs 1 --batch 8 --lr 0.05 --device cpu"
+    train = ["cifar_resnet20", *options.split()]
+    assert "has a run already" in complaint(capsys, *train)
+    for more, words in (
+        (["--lr", "0.1"], "was made with lr 0.05, got 0.1"),
+        (["--unfused"], "was made with unfused False, got True"),
+    ):
+        assert words in complaint(capsys, *train, *more, "--resume")
+    other = ["cifar_resnet32", *options.split(), "--resume"]
+    assert "was made with model 'cifar_resnet20', got 'cifar_resnet32'" in complaint(capsys, *other)
+
+    empty = tmp_path / "empty"
+    line = complaint(capsys, "--out", str(empty), "--resume")
+    assert "there is no run to resume" in line
+    options = f"--data {archive} --out {empty} --resume"
+    line = complaint(capsys, "cifar_resnet20", *options.split())
+    assert "there is no such file, so there is nothing to resume" in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "another file"])
+def test_damaged_checkpoints(damage: str, done: Path, tmp_path: Path) -> None:
+    content = bytearray((done / "last").read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    elif damage == "one bit":
+        content[len(content) // 2] ^= 1
+    else:
+        torch.save({"a": 1}, tmp_path / "other")
+        content = bytearray((tmp_path / "other").read_bytes())
+    (tmp_path / "last").write_bytes(content)
+    with pytest.raises(training.TrainingError, match="damaged, or not a checkpoint"):
+        checkpoint.read(tmp_path / "last")
+
+
+def test_mistakes_of_the_command(archive: str, tmp_path: Path, capsys: Capture) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    data = ["--data", archive]
+    tiny = ["cifar_resnet20", *data, *out, "--batch", "8"]
+    for arguments, words in (
+        ([*data, *out], "expected MODEL"),
+        (["resnet18", *out], "expected --data"),
+        (["resnet18", *data, *out, "--batch", "0"], "batch: expected at least 1, got 0"),
+        (["resnet18", *data, *out, "--batch", "64"], "batch 64: more than the 40 training images"),
+        ([*tiny, "--weights", "none.pth"], "none.pth': there is no such file"),
+        ([*tiny, "--device", "cuda"], "device 'cuda': PyTorch finds no GPU"),
+        (["resnet18", *data, *out, "--recipe", "none.yaml"], "recipe 'none.yaml': No such file"),
+        ([*tiny, "--out", f"{archive}/run"], "Not a directory"),
+    ):
+        if "cuda" not in arguments or not torch.cuda.is_available():
+            assert words in complaint(capsys, *arguments)
