@@ -20,6 +20,7 @@ COMMANDS = {
     "coverage": "how much of other libraries' networks runs fused",
     "tune": "time the backends for a network's calls, ahead of its use",
     "train": "train or fine-tune a network on your images",
+    "story": "the ResNet paper's experiment: depth hurts plain networks",
     "freeze": "write one file that fused_resnet.load_frozen serves from",
     "serve-check": "a file that freeze wrote and the eager network: error, speed",
     "roofline": "bytes, flops and least microseconds of each layer on a GPU",
