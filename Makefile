@@ -1,4 +1,5 @@
-# make demo       a photograph through ResNet-50, before and after (IMAGE=path WEIGHTS=path)
+# make demo       a photograph through ResNet-50, before and after (IMAGE=path WEIGHTS=path); with
+#                 torchvision's trained weights if they are cached or can be downloaded
 # make check      the tests of the inner loop, on the CPU: at most 3 minutes on 2 cores
 # make test       what CI runs, with the CUDA simulator, Triton's interpreter and planted bugs: at most
 #                 12 minutes on 2 cores once all is built

@@ -16,7 +16,7 @@ from ..bench.providers import PROVIDERS
 from ..bench.results import table
 from ..models.optional import MissingPackageError
 from ..tuning import processor
-from . import _pictures
+from . import _pictures, _trained
 from ._common import console, listed, one_of, positive
 from .bench import complain, measure
 
@@ -43,7 +43,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--weights",
         metavar="PATH|NAME",
-        help="trained weights (default: seeded random ones, calibrated on the photograph)",
+        help="trained weights (default: torchvision's, from torch.hub's cache or downloaded; if "
+        "neither is possible, seeded random ones, calibrated on the photograph)",
     )
     parser.add_argument(
         "--providers",
@@ -66,7 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     out = console()
     path = arguments.image or _photograph()
     picture = _pictures.read_image("demo", path)
-    enum = _pictures.weights_enum(MODEL, arguments.weights)
+    weights, sentence = arguments.weights, ""
+    if weights is None:
+        entry, sentence = _trained.find(type(_pictures.weights_enum(MODEL)))
+        weights = None if entry is None else entry.name
+    enum = _pictures.weights_enum(MODEL, weights)
     photo = enum.transforms()(picture)[None]
     crops = _crops(picture, max(arguments.batch, CALIBRATION), enum)
     build = fr.build_info()
@@ -75,17 +80,19 @@ def run(arguments: argparse.Namespace) -> int:
         f"{build['isa']}, torch {torch.__version__}",
         highlight=False,
     )
-    if arguments.weights is None:
+    if sentence:
+        out.print(sentence, highlight=False)
+    if weights is None:
         out.print(
-            "No trained weights are shipped. These are seeded random ones, with batch norms "
-            "calibrated on crops of the photograph: the classes are meaningless, and what counts "
-            "is that all three agree. --weights takes trained ones (make demo WEIGHTS=...).",
+            "These are seeded random ones, with batch norms calibrated on crops of the "
+            "photograph: the classes are meaningless, and what counts is that all three agree. "
+            "--weights takes trained ones (make demo WEIGHTS=...).",
             style="yellow",
             highlight=False,
         )
         model = random_model(MODEL, crops)
     else:
-        model = _pictures.trained_model("demo", MODEL, arguments.weights)
+        model = _pictures.trained_model("demo", MODEL, weights)
 
     answers, agreed = _answers(model, photo)
     labels = _pictures.read_labels("demo", None, answers["torchvision"].numel(), enum)

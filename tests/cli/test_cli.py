@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 import fused_resnet as fr
 from fused_resnet.bench.networks import random_model
 from fused_resnet.bench.results import load
-from fused_resnet.cli import demo, main, verify
+from fused_resnet.cli import _trained, demo, main, verify
 from fused_resnet.verify import Row
 
 Capture = pytest.CaptureFixture[str]
@@ -48,7 +49,7 @@ def complaint(capsys: Capture, *arguments: str) -> str:
     ("arguments", "named"),
     [
         ([], ["expected a command", "--help"]),
-        (["zzz"], ["'zzz'", "info"]),
+        (["trian"], ["'trian'", "did you mean train?"]),
         (["info", "--jsn"], ["--jsn"]),
         (["bench", "resnet51"], ["'resnet51'", "did you mean resnet50"]),
         (["bench", "resnet18", "--batch", "1,none"], ["--batch", "'none'", "at least 1"]),
@@ -70,6 +71,9 @@ def complaint(capsys: Capture, *arguments: str) -> str:
         (["serve-check", "none.pt"], ["'none.pt'", "no such file"]),
         (["classify", "photo.jpg"], ["--weights"]),
         (["classify", "--weights", "w.pth"], ["IMAGE"]),
+        (["train", "resnt50", "--out", "run"], ["'resnt50'", "did you mean resnet50"]),
+        (["train", "resnet18", "--data", "cifar10"], ["--out"]),
+        (["train", "resnet18", "--out", "run", "--lr", "fast"], ["--lr", "'fast'"]),
         (["demo", "/no/such/photo.jpg"], ["'/no/such/photo.jpg'", "No such file"]),
     ],
     ids=" ".join,
@@ -81,7 +85,8 @@ def test_mistakes_give_one_line(arguments: list[str], named: list[str], capsys: 
 
 
 @pytest.mark.parametrize(
-    "subcommand", ["info", "verify", "bench", "freeze", "serve-check", "classify", "demo"]
+    "subcommand",
+    ["info", "verify", "bench", "train", "story", "freeze", "serve-check", "classify", "demo"],
 )
 def test_help_says_all(subcommand: str, capsys: Capture) -> None:
     assert command(subcommand, "--help") == 0
@@ -332,13 +337,23 @@ def test_labels_must_fit(photo: Path, weights: Path, tmp_path: Path, capsys: Cap
 # demo
 
 
-def test_demo(photo: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache, no network; the folder where the cache keeps its files."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(_trained, "_unreachable", lambda url: "no network")
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.mark.usefixtures("offline")
+def test_demo(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """With the smallest network in ResNet-50's place, so that it takes seconds."""
     monkeypatch.setattr(demo, "MODEL", "resnet18")
     options = ["--providers", "channels_last,frozen", "--batch", "1", "--rounds", "1"]
     assert command("demo", str(photo), *options) == 0
-    out = capsys.readouterr().out
-    assert "No trained weights are shipped" in " ".join(out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "No trained weights: none in" in out
+    assert "download.pytorch.org: no network. These are seeded random ones" in out
     assert "same five classes in the same order" in out
     assert "times the speed of channels_last" in out
 
@@ -354,6 +369,31 @@ def test_demo_with_trained_weights(
     assert "same five classes in the same order" in out
 
 
+def test_demo_finds_weights_in_the_cache(
+    photo: Path, weights: Path, offline: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(demo, "MODEL", "resnet18")
+    monkeypatch.setattr(demo, "measure", lambda *a, **k: [])
+    offline.mkdir(parents=True)
+    (offline / "resnet18-f37072fd.pth").write_bytes(weights.read_bytes())
+    assert command("demo", str(photo)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Weights: ResNet18_Weights.IMAGENET1K_V1, from" in out
+    assert "random" not in out
+
+
+def test_a_server_without_an_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that accepts and says nothing, and one that is not there."""
+    monkeypatch.setattr(_trained, "ANSWER", 0.2)
+    for key in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(key, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/weights.pth"
+        assert _trained._unreachable(url) in ("timed out", "no answer")
+    assert "refused" in str(_trained._unreachable(url))
+
+
+@pytest.mark.usefixtures("offline")
 def test_demo_fails_when_the_answers_differ(
     photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
