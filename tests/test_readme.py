@@ -25,9 +25,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def examples() -> list[str]:
-    if not README.exists():
-        return []
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    """README's two, and the one of training by one command."""
+    pages = (README, ROOT / "docs" / "train-command.md")
+    texts = [page.read_text() for page in pages if README.exists()]
+    pattern = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [code for text in texts for code in pattern.findall(text)]
 
 
 def test_there_are_three_examples_of_about_ten_lines() -> None:
