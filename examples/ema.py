@@ -9,11 +9,11 @@ torch.manual_seed(0)
 images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
 
 model = fr.fuse(fr.cifar_resnet(20)).to(memory_format=torch.channels_last)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 # use_buffers: the running statistics are averaged with the weights.
 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
 
-for _ in range(4):
+for _ in range(20):
     x = images.to(memory_format=torch.channels_last)
     loss = torch.nn.functional.cross_entropy(model(x), labels)
     optimizer.zero_grad()

@@ -11,14 +11,45 @@ nothing cancels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class CpuSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm for CPU tensors; in eval mode it is a plain batch norm."""
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of each process's tensor; so is its gradient, since every process has the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _summed(value: Tensor) -> Tensor:
+    total: Tensor = _SumOverProcesses.apply(value)
+    return total
+
+
+class CpuSyncBatchNorm(_BatchNorm):
+    """SyncBatchNorm for CPU tensors; in eval mode it is a plain batch norm.
+
+    No subclass of ``nn.SyncBatchNorm``, which DistributedDataParallel refuses on CPUs.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise.
@@ -46,9 +77,9 @@ class CpuSyncBatchNorm(nn.SyncBatchNorm):
         dist.all_reduce(count)
         n = float(count)
         wide = input if input.dtype == torch.float64 else input.float()
-        mean = all_reduce(wide.sum(dims)) / n
+        mean = _summed(wide.sum(dims)) / n
         centred = wide - mean.view(shape)
-        var = all_reduce(centred.square().sum(dims)) / n
+        var = _summed(centred.square().sum(dims)) / n
         self._update(mean.detach(), var.detach(), n)
         y = centred * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
@@ -79,5 +110,5 @@ def converted(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cpu":
         for module in model.modules():
             if type(module) is nn.SyncBatchNorm:
-                module.__class__ = CpuSyncBatchNorm
+                module.__class__ = CpuSyncBatchNorm  # type: ignore[assignment]
     return model

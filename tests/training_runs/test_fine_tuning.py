@@ -78,7 +78,7 @@ def test_killed_resumed_and_served(
 
     assert following.startswith("fused-resnet freeze resnet18 --weights")
     assert main(following.split()[1:]) == 0
-    served = fr.load_frozen(killed / "served.pt")
+    served = fr.load_frozen(killed / "served.safetensors")
     settings = resumed(killed)
     images = data.load(settings)
     right = 0
