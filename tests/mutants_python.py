@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import ALIASING, BACKWARD, SWAP, Mutant
 
 AUTOGRAD = "fused_resnet/ops/autograd.py"
+LOWERING = "tests/inference/test_lowering.py tests/inference/test_frozen_changes.py"
 OPS = "fused_resnet/ops/functional.py"
 
 MUTANTS = [
@@ -30,6 +31,34 @@ MUTANTS = [
         "(inner + offset * total)",
         "inner",
         BACKWARD,
+    ),
+    Mutant(
+        "an addition that may broadcast becomes part of a convolution",
+        "fused_resnet/inference/lowering.py",
+        "if not self._same_shape(pending, other):",
+        "if False:",
+        LOWERING,
+    ),
+    Mutant(
+        "an addition comes before the ReLU that is in front of it",
+        "fused_resnet/inference/lowering.py",
+        "return pending.residual is None and not pending.step.relu",
+        "return pending.residual is None",
+        LOWERING,
+    ),
+    Mutant(
+        "conditions on shapes are not asked",
+        "fused_resnet/inference/lowered.py",
+        "bool(result) is not conditions[item.output]",
+        "False",
+        LOWERING,
+    ),
+    Mutant(
+        "what was derived from tensors outlives them",
+        "fused_resnet/inference/frozen_module.py",
+        "        self.generation += 1\n        self.values = {}",
+        "        self.generation += 1",
+        LOWERING,
     ),
     Mutant(
         "the running mean is ignored",

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
-from ..inference.frozen_block import separate_convolutions
 from ..inference.frozen_conv import FrozenConv
+from ..inference.program import separate_operations
+from ..ops.flops import FORMULAS
+from ..ops.program_steps import decode
 
 #: Operators of PyTorch's convolutions, which the tuner may choose for live weights.
 _LIBRARY = ("aten.convolution", "mkldnn._convolution_pointwise")
@@ -130,7 +132,7 @@ def profile(
     """
     timer = _Timer(model)
     plain: list[float] = []
-    with torch.inference_mode(), separate_convolutions(model):
+    with torch.inference_mode(), separate_operations():
         for _ in range(2):  # allocates, tunes and packs
             model(images)
         began = time.perf_counter()
@@ -199,6 +201,13 @@ class _Timer(TorchDispatchMode):
         paths = [self._paths[t.data_ptr()] for t in weights if t.data_ptr() in self._paths]
         path = _common(paths) or operator
         moved = sum(_bytes(t) for t in (*tensors, *_tensors([result])))
+        if own == "run_program":  # of a single step
+            (step,) = decode(values["steps"])
+            shapes = [t.shape for t in values["tensors"]]
+            flops = FORMULAS[own](values["x"].shape, shapes, values["steps"])
+            path = _common([p for t in tensors if (p := self._paths.get(t.data_ptr()))])
+            path = path or step.operation
+            return Layer(path, operator, step.operation, "", fused, flops=flops, bytes=moved)
         if own.startswith("conv_bn") or operator in _LIBRARY:
             return _conv(path, operator, values, result)
         flops = 2 * result.numel() * values["input"].shape[-1] if operator == "aten.linear" else 0

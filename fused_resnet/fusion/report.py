@@ -29,6 +29,8 @@ class Report:
         blocks: ``(module path, reason)`` of every residual block in training mode; the reason is
             empty where forward and backward of the whole block are one operation, else it says why
             the block's groups run one by one.
+        programs: ``(module path, number of steps)`` of every program of a frozen model, in the
+            order of the modules that run them.
         graphs: Memory of each CUDA graph of a frozen model in bytes, by the shape and dtype of its
             input.
     """
@@ -36,6 +38,7 @@ class Report:
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     blocks: list[tuple[str, str]] = field(default_factory=list)
+    programs: list[tuple[str, int]] = field(default_factory=list)
     graphs: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -51,6 +54,9 @@ class Report:
         if self.blocks:
             whole = sum(not reason for _, reason in self.blocks)
             line += f"; {whole} of {len(self.blocks)} residual blocks train as one operation"
+        if self.programs:
+            count, steps = len(self.programs), sum(steps for _, steps in self.programs)
+            line += f"; {count} program{'s' * (count > 1)} of {steps} steps"
         graphs = [f"{name} ({taken / 2**20:.1f} MiB)" for name, taken in self.graphs.items()]
         return line + (f"; CUDA graphs: {', '.join(graphs)}" if graphs else "")
 
@@ -99,7 +105,7 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
-    result = Report(graphs=_graphs_of(model))
+    result = Report(programs=list(_programs_of(model)), graphs=_graphs_of(model))
     for path, group in groups_of(model):
         name = _join(path, group.path) or type(model).__name__
         if group.operation:
@@ -150,6 +156,26 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
             yield path, Group("", reason)
         elif is_norm(module) and id(module) not in reported:
             yield path, Group("", "no group around it that fuse() can prove")
+
+
+def _programs_of(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """The programs of a frozen model's largest modules that have a plan."""
+    covered: list[str] = []
+    called: list[str] = []
+    for path, module in model.named_modules():
+        plan = getattr(module, "fused_resnet_plan", None)
+        if plan is None or -1 < _above(path, covered) >= _above(path, called):
+            continue
+        covered.append(path)
+        calls = [item for item in plan.items if getattr(item, "kind", "") == "call_module"]
+        called += [_join(path, call.target) for call in calls]
+        yield from ((path or type(module).__name__, len(p.steps)) for p in plan.programs)
+
+
+def _above(path: str, others: list[str]) -> int:
+    """The length of the longest of these paths that is the path or leads to it; -1 for none."""
+    above = [p for p in others if not p or f"{path}.".startswith(f"{p}.")]
+    return max(map(len, above), default=-1)
 
 
 def _graphs_of(model: nn.Module) -> dict[str, int]:

@@ -168,13 +168,21 @@ class Graphs:
         args, kwargs = tree_map(convert, (args, kwargs))
         return forward(*args, **kwargs)
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether a call with this map may be captured or replayed at all; not on a CPU.
+
+        Args:
+            x: The map.
+        """
+        takes: bool = self.size > 0 and self._recorder.takes(x)
+        return takes
+
     def _may_replay(self, model: nn.Module, args: Any, kwargs: Any) -> bool:
         return (
-            self.size > 0
-            and is_one_tensor(args, kwargs)
+            is_one_tensor(args, kwargs)
+            and self.takes(args[0])
             and _is_unobserved()
             and _is_plain_map(args[0])
-            and self._recorder.takes(args[0])
             and not getattr(model, "_is_replica", False)  # nn.DataParallel's share this object
         )
 

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import _C, ops
 from ..backends import reference
 from ..backends.availability import resolve_backend
+from ..ops import packed as packed_ops
 from ..ops.fakes import FAKES
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ _library.define(
     "residual_block(Tensor x, Tensor[] weight, Tensor[] scale, Tensor[] shift, "
     "bool bottleneck, int stride, int dilation, int groups, bool winograd) -> Tensor"
 )
+_library.define("global_avg_pool(Tensor x) -> Tensor")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 # Functions that a frozen model calls during an export
@@ -112,6 +115,16 @@ def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Te
     """:func:`fused_resnet.packed_ops.run_residual_block` of weights that are not packed."""
     weight, scale, shift, _, _, *settings = operands  # a trace concatenates no weights
     return torch.ops.fused_resnet_export.residual_block(x, weight, scale, shift, *settings)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """:func:`fused_resnet.ops.packed.global_avg_pool`."""
+    return torch.ops.fused_resnet_export.global_avg_pool(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`fused_resnet.ops.packed.linear`."""
+    return torch.ops.fused_resnet_export.linear(x, weight, bias)
 
 
 #: The plain weight of a packed one, while a trace or a program refers to it: a module that is
@@ -224,6 +237,8 @@ for _name, _kernel in (
     ("conv_bn_add_relu", _conv_bn_add_relu),
     ("conv_bn_relu_maxpool", _conv_bn_relu_maxpool),
     ("residual_block", _residual_block),
+    ("global_avg_pool", packed_ops.global_avg_pool),
+    ("linear", packed_ops.linear),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -247,6 +262,16 @@ def _(x, weight, scale, shift, bottleneck, stride, dilation, groups, winograd): 
     return FAKES["residual_block"](
         x, None, scale, shift, None, None, bottleneck, stride, dilation, groups, winograd
     )
+
+
+@register_fake("fused_resnet_export::global_avg_pool")
+def _(x):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:2], 1, 1))
+
+
+@register_fake("fused_resnet_export::linear")
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 # Packed weights

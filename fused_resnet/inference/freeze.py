@@ -9,28 +9,21 @@ one instruction set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.availability import BackendUnavailable
 from ..fusion.fuse import derive, fuse
-from ..fusion.trace import TracedForward
-from ..nn.fused_forward import FusedForward, ResNetForward
+from ..nn.fused_forward import FusedForward
 from ..nn.module_kinds import FoldedBatchNorm, PackedConv
 from ..ops.checks import DTYPES
 from .cuda_graphs import Graphs, size_for
-from .frozen_block import FrozenBlock, is_block
 from .frozen_conv import FrozenConv
 from .frozen_module import Derived, Frozen
 from .frozen_root import FrozenRoot
-from .micro_batches import run_micro_batches
-from .segment import FrozenSegment, is_segment
-from .transformers_encoder import TransformersEncoder, is_resnet_encoder
+from .lowered import Lowered, add_plans
 
 
 def freeze(
@@ -107,9 +100,12 @@ def freeze(
             if isinstance(module, FusedForward):
                 _freeze_groups(module, dtype, winograd)
         _own_tensors(frozen, dtype)
+    plans = add_plans(frozen)
     modules = [m for m in frozen.modules() if not isinstance(m, torch.jit.ScriptModule)]
     for module in modules:
-        module.__class__ = derive(type(module), _mixin(module))
+        module.__class__ = derive(type(module), Lowered if module in plans else Frozen)
+        if module in plans:
+            module.fused_resnet_plan = plans[module]  # type: ignore[assignment]
     if not isinstance(frozen, torch.jit.ScriptModule):
         frozen.__class__ = derive(type(frozen), FrozenRoot)
         frozen.frozen_dtype = own  # type: ignore[assignment]
@@ -118,43 +114,6 @@ def freeze(
     for module in modules:
         module.seal(derived)  # type: ignore[operator]
     return frozen
-
-
-def _mixin(module: nn.Module) -> type[Frozen]:
-    if isinstance(module, ResNetForward):
-        return FrozenResNet
-    if is_resnet_encoder(module):
-        return TransformersEncoder
-    if isinstance(module, TracedForward) and module.early_members():
-        return FrozenTraced
-    if is_block(module):
-        return FrozenBlock
-    return FrozenSegment if is_segment(module) else Frozen
-
-
-class FrozenResNet(Frozen):
-    """Mixin for a ResNet: a large batch goes through the early stages in micro-batches."""
-
-    def _early_stages(self, x: Tensor) -> Tensor:
-        return run_micro_batches(self, super()._early_stages, x, self._early_members)  # type: ignore[misc]
-
-    def _early_members(self) -> list[nn.Module]:
-        m: Any = self
-        return [m.conv1, m.bn1, m.relu, m.maxpool, m.layer1, m.layer2]
-
-
-class FrozenTraced(Frozen):
-    """Mixin for a traced module that calls stages: the early ones run in micro-batches."""
-
-    def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
-        """The early stages in micro-batches.
-
-        Args:
-            stages: The generated function that runs the early stages of a module on a map.
-            x: ``(N, C, H, W)``.
-        """
-        m: Any = self
-        return run_micro_batches(self, partial(stages, self), x, m.early_members)
 
 
 def _freeze_groups(owner: FusedForward, dtype: torch.dtype | None, winograd: bool) -> None:

@@ -157,7 +157,8 @@ class Frozen(nn.Module):
         return super().requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k != "_compiled_call_impl"}
+        own = ("_compiled_call_impl", "_frozen_programs")
+        state = {k: v for k, v in self.__dict__.items() if k not in own}
         return state | {name: dict(state[name]) for name in _MEMBERS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -172,7 +173,8 @@ class Frozen(nn.Module):
         replica: Frozen = self.__new__(type(self))
         members = {"_parameters": {}, "_buffers": dict(self._buffers), "_is_replica": True}
         replica.__dict__ = self.__dict__ | members | {"_modules": dict(self._modules)}
-        del replica.__dict__["_frozen_derived"]
+        for name in ("_frozen_derived", "_frozen_programs"):
+            replica.__dict__.pop(name, None)
         return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:

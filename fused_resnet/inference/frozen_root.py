@@ -44,8 +44,10 @@ class FrozenRoot(Frozen):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""
-        if "_frozen_derived" not in self.__dict__:  # a slice of a frozen nn.Sequential
+        if "frozen_dtype" not in self.__dict__:  # a slice of a frozen nn.Sequential
             return super().forward(*args, **kwargs)
+        if is_one_tensor(args, kwargs) and self._is_plain_call(args[0]):
+            return super().forward(args[0].to(memory_format=torch.channels_last))
         # Flattening a structure takes ten times as long as checking for a single tensor.
         leaves = args if is_one_tensor(args, kwargs) else tree_leaves((args, kwargs))
         input_dtype = self._input_dtype(leaves)
@@ -54,6 +56,16 @@ class FrozenRoot(Frozen):
             if input_dtype is None or input_dtype is (self.frozen_dtype or input_dtype):
                 return result
             return tree_map(lambda leaf: leaf.to(input_dtype) if _is_map(leaf) else leaf, result)
+
+    def _is_plain_call(self, x: Tensor) -> bool:
+        """Whether nothing is to be converted but the memory format: most calls on a CPU."""
+        return (
+            x.dtype is self.frozen_dtype
+            and x.dim() == 4
+            and not x.requires_grad
+            and not torch.compiler.is_compiling()
+            and not self.cuda_graphs.takes(x)
+        )
 
     def _input_dtype(self, leaves: Iterable[Any]) -> torch.dtype | None:
         found = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
 import torch.nn.functional as F
@@ -121,18 +120,13 @@ class CifarBlock(FusedForward):
         if not self.residual:
             return None
         if original_class(self.shortcut) is not PadShortcut:
-            return block_modules_of(self, 2, self.shortcut, attrgetter("residual"))
-        padding = _padding_of(self)
-        block = block_modules_of(self, 2, None, lambda m: _padding_of(m) == padding)
+            return block_modules_of(self, 2, self.shortcut)
+        block = block_modules_of(self, 2, None)
         assert block is not None
-        assert padding is not None
+        pad: Any = self.shortcut
+        padding = (pad.padding, pad.stride)
         members = [*block.members, self.shortcut]
         return replace(block, members=members, padding=padding, shortcut="zeros")
-
-
-def _padding_of(block: Any) -> tuple[int, int] | None:
-    """Channels of zeros on each side and stride of a block's :class:`PadShortcut`, if any."""
-    return (block.shortcut.padding, block.shortcut.stride) if block.residual else None
 
 
 def _stage(

@@ -58,7 +58,9 @@ def run_residual_block(
         None where no gradient and no batch statistics are wanted, or the block's groups must run
         one by one.
     """
-    if is_observed(x) or not isinstance(x, Tensor) or isinstance(convs[0], PackedConv):
+    if is_observed(x) or not isinstance(x, Tensor):
+        return None
+    if any(isinstance(conv, PackedConv) for conv in convs):
         return None
     if not (any(map(uses_batch_statistics, norms)) or _wants_grad(x, convs, norms)):
         return None

@@ -6,7 +6,6 @@ modules of other libraries. Each one also lists the groups that its forward runs
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +80,6 @@ class BlockModules:
         acts: The activation after each batch norm of the main branch, for the last one after the
             addition; None where the batch norm contains it.
         members: All modules that this description depends on.
-        reads: Called with the block, checks that the attributes that this description depends on
-            have not changed; None when there are none.
         padding: Of a shortcut without parameters: channels of zeros on each side, and its stride.
         shortcut: Of a block without a projection: ``"identity"``, ``"zeros"``, or ``"none"``.
     """
@@ -91,7 +88,6 @@ class BlockModules:
     norms: list[nn.Module]
     acts: list[nn.Module | None]
     members: list[nn.Module]
-    reads: Callable[[nn.Module], bool] | None = None
     padding: tuple[int, int] = NO_PADDING
     shortcut: str = "identity"
 
@@ -117,7 +113,6 @@ def block_modules_of(
     block: Any,
     count: int,
     shortcut: nn.Module | None,
-    reads: Callable[[nn.Module], bool] | None = None,
 ) -> BlockModules | None:
     """The modules of a block whose children are named as in torchvision.
 
@@ -126,7 +121,6 @@ def block_modules_of(
         count: Number of convolutions of the main branch.
         shortcut: An ``nn.Sequential`` of a convolution and a batch norm, or an empty one; None for
             the identity.
-        reads: Checks that attributes of the block have not changed (:attr:`BlockModules.reads`).
 
     Returns:
         The description, or None for any other shortcut.
@@ -143,7 +137,7 @@ def block_modules_of(
         convs += pair[:1]
         norms += pair[1:]
         members += [shortcut, *pair]
-    return BlockModules(convs, norms, [block.relu] * count, members, reads)
+    return BlockModules(convs, norms, [block.relu] * count, members)
 
 
 class BasicBlockForward(FusedForward):
@@ -214,19 +208,11 @@ class BottleneckForward(FusedForward):
 class ResNetForward(FusedForward):
     """The forward of a ResNet whose children are named as in torchvision; the stem is one group."""
 
-    def _early_stages(self, x: Tensor) -> Tensor:
-        """The stem and the first two stages: their activations are larger than their weights.
-
-        A frozen model runs them in micro-batches, so that the activations stay in the cache.
-        """
-        m: Any = self
-        x = run_sequence((m.conv1, m.bn1, m.relu, m.maxpool), x)
-        return m.layer2(m.layer1(x))
-
     def _forward_impl(self, x: Tensor) -> Tensor:
         m: Any = self
         converted = training_format(x)
-        y = m.layer4(m.layer3(self._early_stages(converted)))
+        y = run_sequence((m.conv1, m.bn1, m.relu, m.maxpool), converted)
+        y = m.layer4(m.layer3(m.layer2(m.layer1(y))))
         if converted is not x:
             y = y.contiguous()  # small here: what follows sees the format of the input
         return m.fc(torch.flatten(m.avgpool(y), 1))

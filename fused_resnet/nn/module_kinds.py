@@ -62,6 +62,12 @@ _METHODS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
         (nn.BatchNorm2d, ("forward", "_check_input_dim")),
         (nn.ReLU, ("forward",)),
         (nn.MaxPool2d, ("forward",)),
+        (nn.AvgPool2d, ("forward",)),
+        (nn.AdaptiveAvgPool2d, ("forward",)),
+        (nn.Flatten, ("forward",)),
+        (nn.Dropout, ("forward",)),
+        (nn.Identity, ("forward",)),
+        (nn.Linear, ("forward",)),
     )
 }
 

@@ -17,6 +17,7 @@ from ..backends.reference import IntOrPair
 from . import checks
 from .checks import Pair
 from .dispatch import fastest_backend
+from .program_steps import Step, encode
 from .registry import OPERATORS, packers
 
 
@@ -267,6 +268,43 @@ def run_residual_block(backend: str, x: Tensor, operands: tuple[Any, ...]) -> Te
     arguments = (x, *operands)
     backend = fastest_backend("residual_block", backend, arguments)
     return OPERATORS[backend].residual_block(*arguments)
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """The average of each channel, with the bits that a program's step has on the CPU.
+
+    Args:
+        x: ``(N, C, H, W)``.
+
+    Returns:
+        ``(N, C, 1, 1)``.
+    """
+    if x.device.type != "cpu":
+        return F.adaptive_avg_pool2d(x, 1)
+    return _run_step(x, Step("global_avg_pool", 0), [])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A fully connected layer, with the bits that a program's step has on the CPU.
+
+    Args:
+        x: ``(N, C, 1, 1)`` or ``(N, C)``.
+        weight: ``(K, C)``.
+        bias: ``(K,)``; None for zeros.
+
+    Returns:
+        ``(N, K)``.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x.flatten(1), weight, bias)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    step = Step("linear", 0, tensor=0, out_channels=weight.shape[0])
+    return _run_step(x if x.dim() == 4 else x[:, :, None, None], step, [weight, bias])
+
+
+def _run_step(x: Tensor, step: Step, tensors: list[Tensor]) -> Tensor:
+    outputs: list[Tensor] = OPERATORS["cpu"].run_program(x, tensors, encode([step]), [1])
+    return outputs[0]
 
 
 def _conv_reference(

@@ -33,7 +33,7 @@ def test_every_convolution_is_there_with_its_flops(name: str, provider: str) -> 
     counted = {layer.path: layer.flops for layer in found.layers if layer.algorithm}
     assert counted == {path: 2 * flops for path, flops in expected.items()}
     assert all(len(layer.seconds) == 2 and layer.calls == 1 for layer in found.fused)
-    head = next(layer for layer in found.others if layer.path == "fc")
+    head = next(layer for layer in found.layers if layer.path == "fc")
     assert head.flops == 2 * 2 * net.features * 1000
 
 
@@ -47,7 +47,7 @@ def test_bytes_are_the_least_that_must_move() -> None:
     assert by_path["layer2.0.downsample.0"].bytes == 4 * (x + y + weight)
 
 
-def test_micro_batches_are_summed() -> None:
+def test_flops_grow_with_the_batch() -> None:
     one, many = (
         {
             layer.path: layer
@@ -55,7 +55,6 @@ def test_micro_batches_are_summed() -> None:
         }
         for batch in (1, 8)
     )
-    assert many["layer1.0.conv1"].calls > 1
     assert many["layer1.0.conv1"].flops == 8 * one["layer1.0.conv1"].flops
 
 

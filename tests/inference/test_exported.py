@@ -183,7 +183,10 @@ def test_weights_that_cannot_tell_a_change_are_packed_at_every_call(
         assert torch.equal(again, fr.ops.pack_conv_weight(weight))
 
 
-@pytest.mark.parametrize("name", ["conv_bn_add_relu", "conv_bn_relu_maxpool", "residual_block"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv_bn_add_relu", "conv_bn_relu_maxpool", "residual_block", "global_avg_pool", "linear"],
+)
 def test_operators(name: str) -> None:
     """Schema, fake and dispatch, by PyTorch's own checks."""
     g = torch.Generator().manual_seed(0)
@@ -194,6 +197,8 @@ def test_operators(name: str) -> None:
     arguments = {
         "conv_bn_add_relu": (x, weight, scale, shift, x, *pairs, 1, True, False),
         "conv_bn_relu_maxpool": (x, weight, scale, shift, *pairs, 1, [3, 3], [2, 2], [1, 1]),
+        "global_avg_pool": (x,),
+        "linear": (x[:, :, :1, :1].contiguous(), torch.randn(5, 8, generator=g), None),
         "residual_block": (x, [weight] * 2, [scale] * 2, [shift] * 2, False, 1, 1, 1, False),
     }[name]
     operator = getattr(torch.ops.fused_resnet_export, name).default

@@ -12,7 +12,7 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.inference.frozen_block import separate_convolutions
+from fused_resnet.inference.program import separate_operations
 
 
 def network(depth: int = 18) -> nn.Module:
@@ -69,7 +69,7 @@ def test_the_network_equals_its_separate_convolutions(calls, dtype, depth):
     frozen, x = fr.freeze(network(depth), dtype), x_of(3)
     y = frozen(x)
     calls.clear()
-    with separate_convolutions(frozen):
+    with separate_operations():
         torch.testing.assert_close(y, frozen(x), rtol=1e-6, atol=1e-6)
     assert not calls
 
@@ -84,7 +84,7 @@ def test_a_loaded_weight_has_an_effect(depth):
     conv.load_state_dict({**state, "weight": state["weight"] * 2})
     after = frozen(x)
     assert not torch.equal(after, before)
-    with separate_convolutions(frozen):
+    with separate_operations():
         torch.testing.assert_close(after, frozen(x), rtol=1e-5, atol=1e-5)
 
 

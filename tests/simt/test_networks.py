@@ -13,7 +13,7 @@ from tolerances import RATIO, error
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.inference import frozen_block, frozen_conv, segment
+from fused_resnet.inference import frozen_conv, lowered
 from fused_resnet.ops import packed as packed_ops
 from fused_resnet.ops.registry import OPERATORS
 
@@ -82,7 +82,7 @@ def test_every_convolution_of_the_family(on_simulator, name, precision):
 def as_cuda(on_simulator, monkeypatch) -> Any:
     """Frozen modules take the ways that they have for tensors on CUDA."""
     monkeypatch.setattr(frozen_conv, "packed_dtype", lambda dtype, device: dtype)
-    for module in (packed_ops, frozen_block, segment):
+    for module in (packed_ops, lowered):
         monkeypatch.setattr(module, "resolve_backend", lambda op, x: "cuda")
     return on_simulator
 

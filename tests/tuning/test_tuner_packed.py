@@ -27,7 +27,7 @@ from fused_resnet import ops, reference
 from fused_resnet.backends import aten as library
 from fused_resnet.backends.folding import fold
 from fused_resnet.cli._choices import calls_of, describe
-from fused_resnet.inference import frozen_block, frozen_conv, segment
+from fused_resnet.inference import frozen_conv, lowered
 from fused_resnet.inference.cuda_graphs import Graphs
 from fused_resnet.ops import packed as packed_ops
 from fused_resnet.ops import registry
@@ -60,7 +60,7 @@ def stand_in(monkeypatch, operators: dict[str, Any]) -> list[tuple[str, str]]:
     ran: list[tuple[str, str]] = []
     for name, own in operators.items():
         monkeypatch.setitem(OPERATORS, name, Counted(name, own, ran))
-    for module in (packed_ops, frozen_block, segment):
+    for module in (packed_ops, lowered):
         monkeypatch.setattr(module, "resolve_backend", lambda op, x: "cuda")
     registry.candidates.cache_clear()
     return ran

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ...nn.module_kinds import is_hooked, original_class
+from ...nn.module_kinds import PackedConv, is_hooked, original_class
+from .patterns import addition
 
 #: Functions and methods that always return newly allocated memory.
 _FRESH = {
@@ -64,7 +65,7 @@ class Aliases:
             elif self._is_fresh(node):
                 self.roots[node] = frozenset([node])
             else:
-                self.roots[node] = self.of(node.all_input_nodes) | {node}
+                self.roots[node] = self.of(_passed_on(node)) | {node}
         self._merge_list_items(graph, lists)
 
     def _merge_list_items(self, graph: fx.Graph, lists: frozenset[str]) -> None:
@@ -108,7 +109,7 @@ class Aliases:
             or "out" in node.kwargs
             or any(argument is True for argument in node.args)
         )
-        return self.of(node.all_input_nodes) if in_place else frozenset()
+        return self.of(_passed_on(node)) if in_place else frozenset()
 
     def _is_fresh(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -130,6 +131,12 @@ _OPERATORS = {
 }  # fmt: skip
 
 
+def _passed_on(node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node may write to or return: of an addition in place, the left one."""
+    sides = addition(node)
+    return [sides[0]] if sides is not None and sides[2] else node.all_input_nodes
+
+
 def _name(node: fx.Node) -> str:
     target: Any = node.target
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -143,6 +150,8 @@ def _is_torch_layer(module: nn.Module) -> bool:
 
 def returns_new_tensor(module: nn.Module) -> bool:
     """Whether the module always returns newly allocated memory, never a view of its input."""
+    if isinstance(module, PackedConv):
+        return not is_hooked(module)
     if not _is_torch_layer(module) or is_hooked(module) or isinstance(module, _MAY_RETURN_INPUT):
         return False
     return not getattr(module, "inplace", False) and not any(True for _ in module.children())
@@ -152,6 +161,8 @@ def writes_to_input(module: nn.Module) -> bool:
     """Whether calling the module may change its arguments."""
     if is_hooked(module):
         return True
+    if isinstance(module, PackedConv):
+        return False
     if _is_torch_layer(module) and not any(True for _ in module.children()):
         return bool(getattr(module, "inplace", False))
     return any(map(_is_in_place, module.modules())) and not _writes_only_to_own_results(module)

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 
 from ...nn.module_kinds import original_class
 from .arguments import DEFAULT, SEQUENCE, TENSOR, UNUSED
-from .early_stages import early_stages
 from .generated_forward import BlockPaths, GeneratedForward, GroupPaths, Specialization
 from .matching import FUNCTION, Match, Matches
 from .tracing import Trace
@@ -86,7 +85,7 @@ def generate_source(
         first = first or traced.trace
         writer = _SpecializationWriter(module, traced, constants, shared)
         guard, body = writer.guard(index), writer.body(index)
-        functions += [guard, *writer.early_stages_source(index)]
+        functions.append(guard)
         bodies.append(body)
         specializations.append(writer.description())
     assert first is not None
@@ -193,8 +192,6 @@ class _SpecializationWriter:
         self.module, self.shared = module, shared
         self.trace, self.matches, self.block = traced.trace, traced.matches, traced.block
         self.constants = constants
-        tensors = {a.name for a in self.trace.arguments if a.kind == TENSOR}
-        self.early = early_stages(module, self.trace.graph, self.matches, tensors)
         self.names: dict[fx.Node, str] = {}
         for index, node in enumerate(self.trace.graph.nodes):
             is_argument = node.op == "placeholder"
@@ -208,9 +205,8 @@ class _SpecializationWriter:
             shortcut = None if side is None else self._paths(side)
             main = tuple(map(self._paths, self.block.groups))
             block = BlockPaths(main, shortcut, tuple(self.block.identities))
-        early = tuple(self.early[1]) if self.early else ()
         unfused = tuple(self.matches.unfused)
-        return Specialization(groups, unfused, self.trace.inlined, block, early)
+        return Specialization(groups, unfused, self.trace.inlined, block)
 
     def _paths(self, match: Match) -> GroupPaths:
         conv = str(match.conv.target) if match.conv else ""
@@ -342,12 +338,6 @@ class _SpecializationWriter:
         """
         child = _Children()
         lines = self._statements(child)
-        if self.early is not None:
-            end, _, image = self.early
-            child = _Children()
-            lines = self._statements(child, after=end)
-            stages = f"self.run_early(early_{index}, {self.names[image]})"
-            lines.insert(0, f"{self.names[end]} = {stages}")
         lines = self._whole_block(child) + lines
         head = " and ".join([f"check_{index}(self)", *self._argument_checks()])
         block = [f"            {line}" for line in [*child.lines(), *lines]]
@@ -370,33 +360,12 @@ class _SpecializationWriter:
         call = f"_run_block(self, {image}, ({groups}), {shortcut}, ({identities}))"
         return [f"_whole = {call}", "if _whole is not None: return _whole"]
 
-    def early_stages_source(self, index: int) -> list[str]:
-        """A function that runs all stages but the last two; none where there are no stages.
-
-        Args:
-            index: Of the specialization; part of the function's name.
-        """
-        if self.early is None:
-            return []
-        child = _Children()
-        end, _, image = self.early
-        lines = self._statements(child, until=end)
-        lines = [*child.lines(), *lines, f"return {self.names[end]}"]
-        head = f"def early_{index}(self, {self.names[image]}):"
-        return ["\n".join([head, *(f"    {line}" for line in lines)])]
-
-    def _statements(
-        self, child: _Children, after: fx.Node | None = None, until: fx.Node | None = None
-    ) -> list[str]:
+    def _statements(self, child: _Children) -> list[str]:
         ends = {match.members[-1]: match for match in self.matches.groups}
         inner = {node for match in self.matches.groups for node in match.members[:-1]}
         readers = self._readers(ends, inner)
         lines: list[str] = []
-        started = after is None
         for node in self.trace.graph.nodes:
-            if not started:
-                started = node is after
-                continue
             if node in inner or node.op == "placeholder" or self._is_unused_query(node):
                 continue
             if node.op == "output":
@@ -408,8 +377,6 @@ class _SpecializationWriter:
             done = [self.names[n] for n, last in readers.items() if last is node]
             if done:
                 lines.append(f"{' = '.join(done)} = None")
-            if node is until:
-                break
         return lines
 
     def _readers(self, ends: dict[fx.Node, Match], inner: set[fx.Node]) -> dict[fx.Node, fx.Node]:

@@ -77,15 +77,12 @@ class Specialization:
         unfused: ``(path, reason)`` of the batch norms in no group.
         inlined: Paths of the submodules whose forward is part of this one.
         block: The residual block that the forward computes; None if it is not a block.
-        early: Paths of the modules that all stages but the last two call, in order; empty where
-            the forward has no such stages.
     """
 
     groups: tuple[GroupPaths, ...]
     unfused: tuple[tuple[str, str], ...]
     inlined: tuple[str, ...]
     block: BlockPaths | None = None
-    early: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,20 +189,6 @@ class TracedForward(FusedForward):
         active = self.fused_resnet_generated.active(self)
         return [self.get_submodule(path) for path in active.inlined] if active else []
 
-    def run_early(self, stages: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run all stages but the last two; a frozen model overrides this to split the batch.
-
-        Args:
-            stages: The generated function of these stages; called with the module and ``x``.
-            x: Input of the forward, ``(N, C, H, W)``.
-        """
-        return stages(self, x)
-
-    def early_members(self) -> list[nn.Module]:
-        """The modules that :meth:`run_early` calls, in order."""
-        active = self.fused_resnet_generated.active(self)
-        return [self.get_submodule(path) for path in active.early] if active else []
-
     def block_modules(self) -> BlockModules | None:
         """The residual block that a call with one tensor computes; None if it is not a block."""
         generated = self.fused_resnet_generated
@@ -224,7 +207,6 @@ class TracedForward(FusedForward):
             [get(group.bn) for group in groups],
             [_activation(self, group) for group in paths.groups],
             [member for member in self.modules() if member is not self],
-            generated.functions[f"check_attributes_{index}"],
         )
 
 

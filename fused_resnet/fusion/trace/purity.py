@@ -111,7 +111,7 @@ def checking_purity(names: set[str]) -> Iterator[None]:
 def is_library_file(path: str) -> bool:
     """Whether a file belongs to PyTorch, to Python's standard library or to this package."""
     # site-packages, with torch in it, is a folder of the standard library's.
-    if path.startswith(_LIBRARY_FILES[:2]):
+    if path.startswith((*_LIBRARY_FILES[:2], "<fused_resnet forward")):
         return True
     return path.startswith(_LIBRARY_FILES[2:]) and "-packages" not in path
 

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +31,9 @@ _INTERNAL = set(nn.Module().__dict__) - {"training"}
 #: Methods and attributes of a tensor that depend only on its shape and dtype.
 _SHAPE_METHODS = {"size", "dim", "ndimension"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype"}
+
+
+T = TypeVar("T", bound="_Tracer")
 
 
 @dataclass
@@ -81,11 +84,25 @@ def trace(
         NeedsOutputKind: The code depends on the kind of a result that is not in ``output_kinds``.
         Untraceable: One run cannot show the operations of every call.
     """
+    return first_trace(
+        lambda outcomes: _Tracer(module, arguments, inline, outcomes, output_kinds or {})
+    )[1]
+
+
+def first_trace(make: Callable[[list[bool]], T]) -> tuple[T, Trace]:
+    """The first run of a tracer that does not raise, over the outcomes of conditions on shapes.
+
+    Args:
+        make: Makes the tracer of one run; called with the outcomes of the first conditions.
+
+    Raises:
+        Untraceable: No run shows the operations of every call.
+    """
     outcomes: list[bool] = []
     while True:
-        tracer = _Tracer(module, arguments, inline, outcomes, output_kinds or {})
+        tracer = make(outcomes)
         try:
-            return tracer.run()
+            return tracer, tracer.run()
         except Untraceable:
             raise
         except Exception as error:
@@ -180,6 +197,12 @@ class _NoOtherTensors(TorchFunctionMode):
 
 
 class _Tracer(fx.Tracer):
+    """One run of a module's forward; the arguments are those of :func:`trace`.
+
+    Args:
+        outcomes: Of the first conditions on shapes; later ones are false.
+    """
+
     proxy_buffer_attributes = True
 
     def __init__(
@@ -320,6 +343,8 @@ class _Tracer(fx.Tracer):
         Returns:
             The value, or a copy of a list, dict or set, so that writes to it are noticed.
         """
+        if name.startswith("fused_resnet_"):
+            return value
         path = self.paths.get(module)
         if path is None:
             raise Untraceable(f"its forward reads {name} of a module that is not its own")

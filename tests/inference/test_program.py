@@ -1,4 +1,4 @@
-"""Consecutive frozen blocks run as one operator, with the results and hooks of separate calls."""
+"""A frozen module runs as few operators, with the bits of its modules called one by one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.inference.frozen_block import FrozenBlock, separate_convolutions
-from fused_resnet.inference.segment import FrozenSegment
-from fused_resnet.ops import dispatch as choice
-from fused_resnet.tuning import tuner
+from fused_resnet.inference.lowered import Lowered
+from fused_resnet.inference.program import separate_operations
 
 
 def operators(model, x):
@@ -23,20 +21,6 @@ def operators(model, x):
     with torch.no_grad(), OperatorCalls() as ran:
         y = model(x)
     return y, ran.counts("fused_resnet")
-
-
-@pytest.fixture
-def called(monkeypatch):
-    """Collects the blocks whose modules are called."""
-    blocks: list[nn.Module] = []
-    forward = FrozenBlock.forward
-
-    def noted(self, *args, **kwargs):
-        blocks.append(self)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(FrozenBlock, "forward", noted)
-    return blocks
 
 
 def live(shortcut: str) -> nn.Module:
@@ -72,32 +56,33 @@ def child_by_child(segment, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_a_segment_has_the_bits_of_its_blocks(called, dtype, batch):
+def test_a_stage_has_the_bits_of_its_blocks(dtype, batch):
     frozen = network(dtype=dtype)
-    for segment in (frozen.layer1, frozen.layer2, frozen.layer3):
-        x = image(batch, segment[0].conv1.in_channels, 9, 7, dtype=dtype)
-        y, calls = operators(segment, x)
-        assert calls == {"residual_block": 3}
-        assert called == []
-        assert torch.equal(y, child_by_child(segment, x))
-        assert len(called) == 3
-        called.clear()
+    for stage in (frozen.layer1, frozen.layer2, frozen.layer3):
+        x = image(batch, stage[0].conv1.in_channels, 9, 7, dtype=dtype)
+        with torch.no_grad(), OperatorCalls() as ran:
+            y = stage(x)
+        assert ran.rows == [3]
+        with OperatorCalls() as ran:
+            assert torch.equal(y, child_by_child(stage, x))
+        assert ran.rows == [1, 1, 1]
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])
-def test_a_stage_is_one_operation(called, shortcut):
+def test_a_network_is_one_program(shortcut):
     """Also with zero-padded shortcuts."""
     frozen, x = network(shortcut), x_of()
     with torch.no_grad(), OperatorCalls() as ran:
         y = frozen(x)
-    assert called == []
-    assert ran.rows == [3, 3, 3]
-    assert ran.counts("fused_resnet") == {"residual_block": 9, "conv_bn_add_relu_packed": 1}
+    assert ran.rows == [9]
+    counts = ran.counts("fused_resnet")
+    assert counts.pop("residual_block") == 9
+    assert counts == {"conv_bn_add_relu_packed": 1, "global_avg_pool": 1, "linear": 1}
     with torch.no_grad():
         torch.testing.assert_close(y, live(shortcut)(x), rtol=1e-4, atol=1e-4)
 
 
-def test_another_module_between_blocks_and_a_repeated_block(called):
+def test_another_module_between_blocks_and_a_repeated_block():
     model = live("B")
     block = model.layer1[1]
     model.layer1[1] = nn.ReLU6()
@@ -107,16 +92,15 @@ def test_another_module_between_blocks_and_a_repeated_block(called):
     with torch.no_grad(), OperatorCalls() as ran:
         y = frozen.layer1(x)
     assert ran.rows == [1, 3]
-    assert called == []
     assert torch.equal(y, child_by_child(frozen.layer1, x))
 
 
-def test_a_model_that_is_one_segment(called):
+def test_a_model_that_is_one_program():
     torch.manual_seed(0)
     model = randomize(nn.Sequential(fr.nn.BasicBlock(8, 8), fr.nn.BasicBlock(8, 8))).eval()
     frozen, x = fr.freeze(model), image(2, 8, 9, 9, dtype=torch.float32)
     y, calls = operators(frozen, x)
-    assert (calls, called) == ({"residual_block": 2}, [])
+    assert calls == {"residual_block": 2}
     with torch.no_grad():
         torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
 
@@ -134,11 +118,10 @@ class Once(nn.Sequential):
 
 
 @pytest.mark.parametrize("kind", [Backwards, Once])
-def test_a_subclass_of_sequential_is_no_segment(kind):
+def test_a_subclass_of_sequential_runs_its_own_code(kind):
     torch.manual_seed(0)
     model = randomize(kind(*(fr.nn.BasicBlock(8, 8) for _ in range(3)))).eval()
     frozen, x = fr.freeze(model), image(2, 8, 9, 9, dtype=torch.float32)
-    assert not isinstance(frozen, FrozenSegment)
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-5, atol=1e-5)
 
@@ -168,7 +151,7 @@ def test_a_change_after_the_first_call_has_an_effect(change):
         after = segment(x)
         assert not torch.equal(after, before)
         assert torch.equal(segment(x), after)
-        with separate_convolutions(segment):
+        with separate_operations():
             torch.testing.assert_close(after, segment(x), rtol=1e-5, atol=1e-5)
 
 
@@ -199,47 +182,29 @@ def test_global_hooks_see_the_blocks():
     assert all(block in seen and block.conv2 in seen for block in segment)
 
 
-def test_a_block_with_separate_convolutions(called):
-    """For one block, or for all of a network."""
+def test_separate_operations():
     segment, x = stage_and_map()
     expected = segment(x)
-    for inside, blocks in ((segment[1], 2), (segment, 0)):
-        with separate_convolutions(inside):
-            y, calls = operators(segment, x)
-        assert calls.get("residual_block", 0) == blocks
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    called.clear()
+    with separate_operations():
+        y, calls = operators(segment, x)
+    assert calls == {"conv_bn_add_relu_packed": 7}
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(segment(x), expected)
-    assert called == []
 
 
 # Calls for which the blocks' modules run
 
 
 @pytest.mark.parametrize("backend", ["reference", "library"])
-def test_another_backend(called, backend):
+def test_another_backend(backend):
     segment, x = stage_and_map()
     expected = segment(x)
     with fr.use_backend(backend):
         y, calls = operators(segment, x)
     assert "residual_block" not in calls
-    assert len(called) == 3
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    called.clear()
     with fr.use_backend("cpu"):
         assert torch.equal(segment(x), expected)
-    assert called == []
-
-
-def test_each_block_is_tuned_with_several_candidates(monkeypatch, called):
-    segment, x = stage_and_map()
-    segment(x)
-    operators_of = {"cpu": torch.ops.fused_resnet, "library": torch.ops.fused_resnet}
-    monkeypatch.setattr(choice, "candidates", lambda op, backend: operators_of)
-    with tuner.recording() as calls:
-        segment(x)
-    assert [call.op for call in calls] == ["residual_block"] * 3
-    assert len(called) == 3
 
 
 def test_a_wrong_input_raises_the_error_of_a_block():
@@ -260,23 +225,25 @@ def test_a_torch_fx_trace_has_the_blocks():
 
     class Blocks(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
-            return isinstance(module, FrozenBlock)
+            return isinstance(module, fr.models.cifar.CifarBlock)
 
     graph = Blocks().trace(segment)
     assert [n.target for n in graph.nodes if n.op == "call_module"] == ["0", "1", "2"]
     assert torch.equal(torch.fx.GraphModule(segment, graph)(x), expected)
 
 
-def test_a_jit_trace_calls_the_blocks(called):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:FutureWarning")
+def test_a_jit_trace_calls_the_blocks():
     segment, x = stage_and_map()
     expected = segment(x)
     traced = torch.jit.trace(segment, x, check_trace=False)
-    assert called == list(segment)
+    assert [name for name, _ in traced.named_children()] == ["0", "1", "2"]
+    assert "conv_bn_add_relu_packed" in str(dict(traced.named_children())["1"].inlined_graph)
     assert torch.equal(traced(x), expected)
 
 
 @pytest.mark.parametrize("first", ["called before", "not called before"])
-def test_compile_and_export(called, first):
+def test_compile_and_export(first):
     frozen, x = network(), x_of()
     if first == "called before":
         frozen(x)
@@ -310,7 +277,7 @@ def test_copies_derive_anew():
     segment, x = stage_and_map()
     y = segment(x)
     for other in (copy.deepcopy(segment), pickle.loads(pickle.dumps(segment))):
-        assert isinstance(other, FrozenSegment)
+        assert isinstance(other, Lowered)
         assert not other._frozen_derived.values
         assert torch.equal(other(x), y)
         other[1].conv1.scale.mul_(2)
@@ -345,3 +312,13 @@ def test_two_threads_at_once():
 
     in_threads(work, 0, 1)
     assert wrong == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+def test_a_scripted_child_is_called():
+    """Its children and tensors are not in dictionaries."""
+    model = randomize(fr.resnet18(num_classes=10)).eval()
+    x = image(5, 3, 64, 64, dtype=torch.float32)
+    expected = fr.freeze(model)(x)
+    model.fc = torch.jit.script(model.fc)
+    torch.testing.assert_close(fr.freeze(model)(x), expected, rtol=1e-6, atol=1e-6)
