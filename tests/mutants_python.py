@@ -10,13 +10,11 @@ OPS = "fused_resnet/ops/functional.py"
 
 MUTANTS = [
     Mutant(
-        "momentum reversed", OPS, "running_mean.mul_(1 - momentum)", "running_mean.mul_(momentum)"
-    ),
-    Mutant(
-        "running variance biased",
-        OPS,
-        "add_(var, alpha=momentum * count / (count - 1))",
-        "add_(var, alpha=momentum)",
+        "momentum reversed",
+        "csrc/cpu/training/coefficients.cpp",
+        "old + momentum * (now[i] * factor - old)",
+        "old + (1 - momentum) * (now[i] * factor - old)",
+        "tests/training/test_passes.py",
     ),
     Mutant(
         "weight's gradient without batch norm's scale",
