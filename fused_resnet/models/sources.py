@@ -146,8 +146,6 @@ def plain_model(
         model = library("timm").create_model(rest, pretrained=False, num_classes=classes)
     elif source == "hf":
         model = hub.build(library("transformers"), rest, classes)
-        if state is not None and not any(key.startswith("model.") for key in state):
-            state = {f"model.{key}": value for key, value in state.items()}  # the Hub's own keys
     else:
         depth, residual = _cifar(name)
         model = UnfusedCifarResNet(depth, residual, classes)

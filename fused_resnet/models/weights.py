@@ -7,7 +7,7 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,11 @@ def load_into(model: nn.Module, source: Source, *, name: str, progress: bool = T
     """
     state = load_weights(source, name=name, progress=progress)
     what = f"file {str(source)!r}" if isinstance(source, str | os.PathLike) else "dict"
-    problem = _mismatch(model.state_dict(), state)
+    own = model.state_dict()
+    # A prefix of all of the network's own keys was taken for a wrapper's.
+    prefix = _common_prefix(own)
+    state = {prefix + key: value for key, value in state.items()}
+    problem = _mismatch(own, state)
     if problem:
         raise ValueError(
             f"{name}: weights {what} do not fit: {problem}; choose the network and the number of "
@@ -288,10 +292,20 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list
     if "n_averaged" in found and len(found) > 1:  # torch.optim.swa_utils.AveragedModel
         del found["n_averaged"]
         removed.append("left out 'n_averaged'")
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in found)), ""):
+    prefix = _common_prefix(found)
+    if prefix:
         found = {key.removeprefix(prefix): value for key, value in found.items()}
         removed.append(f"removed the prefix {prefix!r}")
     return found, removed
+
+
+def _common_prefix(keys: Iterable[str]) -> str:
+    """Of :data:`_PREFIXES`, those with which all keys begin, one after another."""
+    left, prefix = list(keys), ""
+    while more := next((p for p in _PREFIXES if left and all(k.startswith(p) for k in left)), ""):
+        left = [key.removeprefix(more) for key in left]
+        prefix += more
+    return prefix
 
 
 def _mismatch(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:

@@ -86,4 +86,4 @@ def test_bench_of_another_librarys_network(capsys: pytest.CaptureFixture[str]) -
     assert "timm:resnet18" in capsys.readouterr().out
     for wrong in (["bench"], ["bench", "resnet18", "--model-from=timm:resnet18"]):
         assert main([*wrong, *options.split()]) == 2
-        assert "expected a model, or --model-from" in capsys.readouterr().err
+        assert "expected a model or --model-from" in capsys.readouterr().err
