@@ -8,6 +8,7 @@ and under autocast :func:`run_steps` calls one operation after the other, a resi
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -75,23 +76,22 @@ def _tensors(module: Any) -> list[Tensor]:
     return [module.packed, module.scale, module.shift]
 
 
-_single_operations = False
+_SEPARATE = contextvars.ContextVar("separate_operations", default=False)
 
 
 @contextlib.contextmanager
 def separate_operations() -> Iterator[None]:
-    """Run each step of every frozen model as its own operation, to time it."""
-    global _single_operations
-    before, _single_operations = _single_operations, True
+    """Run each step of every frozen model as its own operation, to time it; in this thread."""
+    token = _SEPARATE.set(True)
     try:
         yield
     finally:
-        _single_operations = before
+        _SEPARATE.reset(token)
 
 
 def are_separate() -> bool:
-    """Whether :func:`separate_operations` is active."""
-    return _single_operations
+    """Whether :func:`separate_operations` is active in this thread."""
+    return _SEPARATE.get()
 
 
 def run_steps(
@@ -106,8 +106,9 @@ def run_steps(
         known: Keeps the operands of blocks; None to keep nothing.
     """
     values: dict[int, Tensor] = {0: x}
+    separate = are_separate()
     for i, step in enumerate(bound.steps):
-        block = None if _single_operations else bound.blocks.get(i)
+        block = None if separate else bound.blocks.get(i)
         if block is None:
             values[i + 1] = run_step(step, bound.modules[i], values)
         elif i == block.last:
