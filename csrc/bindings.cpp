@@ -10,7 +10,6 @@
 #include "cpu/result_cache.h"
 #include "cpu/run_program.h"
 #include "program.h"
-#include "residual_segment.h"
 #include "schemas.h"
 #ifdef FR_WITH_CUDA
 #include "cuda/probe.h"
@@ -145,20 +144,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Returns the unused memory that is cached for results on the CPU to the system.");
   m.def("kept_result_bytes", &fr::kept_result_bytes,
         "Bytes of unused memory that are cached for results on the CPU.");
-  using Segment = fr::ResidualSegment;
-  using Bools = std::vector<bool>;
-  const auto call_without_gil = torch::wrap_pybind_function_no_gil(
-      [](const Segment& segment, const at::Tensor& x) { return segment(x); });
-  py::class_<Segment>(m, "ResidualSegment", "residual_segment with all arguments bound but x.")
-      .def(py::init<Segment::Tensors, Segment::Tensors, Segment::Tensors, Segment::Ints,
-                    const Bools&, Segment::Ints, Segment::Ints, Segment::Ints, Segment::Ints,
-                    const Bools&>(),
-           py::arg("packed"), py::arg("scale"), py::arg("shift"), py::arg("convs"),
-           py::arg("projected"), py::arg("padding"), py::arg("stride"), py::arg("dilation"),
-           py::arg("groups"), py::arg("winograd"))
-      .def("__call__", [call_without_gil](const py::object& self, const at::Tensor& x) {
-        return call_without_gil(initialized<Segment>(self), x);
-      });
   m.def(
       "program_report", &fr::program_report, py::arg("tensors"), py::arg("steps"),
       py::arg("outputs"), py::arg("sizes"), py::arg("dtype"),

@@ -41,7 +41,7 @@ enum Field : int64_t {
   kDilationH,
   kDilationW,
   kGroups,
-  kOutChannels,
+  kOutChannels,  // of a convolution or of kLinear
   kWinograd,     // 1: Winograd's algorithm may run
   kPoolKernelH,  // of kConvMaxPool's pool
   kPoolKernelW,

@@ -71,14 +71,6 @@ inline constexpr const char* kSchemas[] = {
     "Tensor? concatenated, Tensor? concatenated_shift, bool bottleneck, int stride, int dilation, "
     "int groups, bool winograd) -> Tensor",
 
-    // A sequence of residual blocks, on the CPU. The lists of tensors hold those of all blocks in
-    // order. The other lists have one element per block: the number of convolutions on its main
-    // path, whether its shortcut is a 1x1 convolution, and the number of zero channels that a
-    // shortcut without parameters adds on each side.
-    "residual_segment(Tensor x, Tensor[] packed, Tensor[] scale, Tensor[] shift, int[] convs, "
-    "bool[] projected, int[] padding, int[] stride, int[] dilation, int[] groups, bool[] winograd) "
-    "-> Tensor",
-
     // A program of a frozen network: steps of kNumFields ints (program.h), their tensors, and the
     // values that are returned.
     "run_program(Tensor x, Tensor[] tensors, int[] steps, int[] outputs) -> Tensor[]",

@@ -24,23 +24,6 @@ def peak_flops(dtype: torch.dtype) -> float: ...
 def memory_bandwidth() -> dict[str, float]: ...
 def release_results() -> None: ...
 def kept_result_bytes() -> int: ...
-
-class ResidualSegment:
-    def __init__(
-        self,
-        packed: list[torch.Tensor],
-        scale: list[torch.Tensor],
-        shift: list[torch.Tensor],
-        convs: list[int],
-        projected: list[bool],
-        padding: list[int],
-        stride: list[int],
-        dilation: list[int],
-        groups: list[int],
-        winograd: list[bool],
-    ) -> None: ...
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
 def program_report(
     tensors: list[torch.Tensor],
     steps: list[int],
@@ -69,7 +52,6 @@ conv_statistics: Callable[..., Any]
 conv_bn_add_relu_planned: Callable[..., Any]
 conv_conv_add_relu_packed: Callable[..., Any]
 residual_block: Callable[..., Any]
-residual_segment: Callable[..., Any]
 run_program: Callable[..., Any]
 conv_forward: Callable[..., Any]
 conv_backward: Callable[..., Any]

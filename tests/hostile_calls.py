@@ -167,7 +167,7 @@ def _block_operands(widths: list[int], sizes: list[int]) -> dict[str, list[Tenso
 
 
 def blocks() -> Iterator[Call]:
-    """Residual blocks and sequences of them, bare."""
+    """Residual blocks, bare."""
     bare = torch.ops.fused_resnet
     x = channels_last(2, 8, 9, 8)
     basic = _block_operands([8, 8, 8], [3, 3])
@@ -177,25 +177,6 @@ def blocks() -> Iterator[Call]:
     for operands, is_bottleneck in ((basic, False), (bottleneck, True)):
         arguments = {"x": x, **operands, **shared, "bottleneck": is_bottleneck, **numbers}
         yield from calls_of("residual_block", bare.residual_block, arguments, numbers)
-    both = {name: basic[name] + bottleneck[name] for name in basic}
-    lists = {
-        "convs": [2, 3], "projected": [False, False], "padding": [0, 0], "stride": [1, 1],
-        "dilation": [1, 1], "groups": [1, 1], "winograd": [True, False],
-    }  # fmt: skip
-    least = {"convs": 2, "padding": 0, "stride": 1, "dilation": 1, "groups": 1}
-    for images in (2, 0):
-        arguments = {"x": channels_last(images, 8, 9, 8), **both, **lists}
-        for call in calls_of(
-            "residual_segment", bare.residual_segment, arguments, least, says="residual"
-        ):
-            yield Call(f"{images} images, {call.label}", call.run, call.says)
-    # Through the Python object that holds all arguments but x.
-    for call in calls_of("residual_segment", _row, arguments, least, says="residual"):
-        yield Call(f"_C.ResidualSegment, {call.label}", call.run, call.says)
-
-
-def _row(x: Tensor, **lists: Any) -> Tensor:
-    return _C.ResidualSegment(**lists)(x)
 
 
 def functions() -> Iterator[Call]:
@@ -249,15 +230,10 @@ def _functions() -> Iterator[Call]:
 
 def objects() -> Iterator[Call]:
     """The functions and classes of ``_C`` with objects that are not what they take."""
-    row = _C.ResidualSegment
-    made = row.__new__(row)
     x = torch.randn(1, 8, 4, 4)
-    yield Call("an object without __init__", lambda: made(x), "__init__")
-    yield Call("a method without its object", lambda: row.__call__(5, x))
-    yield Call("a method without an argument", lambda: made())
-    yield Call("a copy", lambda: copy.copy(made)(x))
     program = _C.Program.__new__(_C.Program)
     yield Call("a program without __init__", lambda: program(x), "__init__")
+    yield Call("a program without an argument", lambda: program())
     yield Call("a program's method without its object", lambda: _C.Program.__call__(5, x))
     yield Call("a copy of a program", lambda: copy.copy(program)(x))
     for dtype in (torch.int8, torch.complex64, torch.bool):

@@ -11,7 +11,6 @@ FORWARD = " ".join(
 BFLOAT16 = "tests/ops/test_bfloat16.py"
 BACKWARD = "tests/ops/test_autograd.py"
 BLOCKS = "tests/test_whole_blocks.py"
-ROW = "tests/test_residual_segment.py"
 PROGRAM = "tests/test_program.py"
 HEAD = "tests/test_program_head.py"
 CALLS = "tests/test_program_calls.py"

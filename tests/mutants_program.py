@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant import BLOCKS, CALLS, HEAD, PROGRAM, ROW, Mutant
+from mutant import BLOCKS, CALLS, HEAD, PROGRAM, Mutant
 
 BLOCK = "csrc/cpu/residual_block.cpp"
 LAYERS = "csrc/cpu/layers.cpp"
@@ -125,13 +125,6 @@ MUTANTS = [
         "h = conv(block.convs[i], h, -1, true, winograd);",
         "h = conv(block.convs[i], h, -1, i > 0, winograd);",
         BLOCKS,
-    ),
-    Mutant(
-        "a row's blocks take the first one's tensors",
-        BLOCK,
-        "    at += count;\n",
-        "",
-        ROW,
     ),
     Mutant(
         "a shortcut that pads takes neighbouring rows",

@@ -110,7 +110,8 @@ class Program:
         features = self.channels[value]
         weight = normal(classes, features, dtype=self.dtype, scale=features**-0.5)
         bias = normal(classes, dtype=self.dtype)
-        return self._add("linear", value, classes, value, (weight, bias), activation=relu)
+        fields = {"activation": relu, "out_channels": classes}
+        return self._add("linear", value, classes, value, (weight, bias), **fields)
 
     def add(self, value: int, residual: int, *, relu: bool = True) -> int:
         def single(values: list[Tensor]) -> Tensor:

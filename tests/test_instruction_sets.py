@@ -19,7 +19,6 @@ OPERATIONS = (
     "ops/test_winograd.py",
     "ops/test_bfloat16.py",
     "test_whole_blocks.py",
-    "test_residual_segment.py",
     "test_program.py",
     "test_program_head.py",
     "training/test_passes.py",

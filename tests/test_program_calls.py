@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import normal
-from operator_calls import OperatorCalls
-from programs import PLACES, Program, basic_block, encode, head
+from programs import OPERATIONS, PLACES, Program, basic_block, encode, head
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet import _C
+from fused_resnet.ops import program_steps
 
 
 def small(dtype: torch.dtype = torch.float32) -> Program:
@@ -144,11 +145,25 @@ def test_many_threads_call_one_object():
 # An ordinary operator to everything in PyTorch.
 
 
+class Names(TorchDispatchMode):
+    """The operators that a mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 def test_modes_see_an_operator():
-    p = small()
-    with OperatorCalls() as calls:
-        held(p)(image())
-    assert calls.rows == [2]  # one program, with two residual blocks
+    p, x = small(), image()
+    expected = p.run(x)
+    with Names() as names:
+        results = held(p)(x)
+    assert names.seen == ["fused_resnet::run_program"]
+    assert_equal(results, expected)
 
 
 def test_autograd_sees_an_operator():
@@ -200,6 +215,21 @@ def test_the_report_says_what_runs():
     assert [images for *_, images in none] == [0] * 4
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_steps_are_encoded_as_the_extension_reads_them(operation):
+    """``programs.encode`` has the places of csrc/program.h in numbers."""
+    fields = {name: 2 + place for name, place in PLACES.items() if name != "operation"}
+    fields |= {"activation": True, "winograd": True}
+    names = {"activation": "relu", "channels": "out_channels"}
+    pairs = [n for n in fields if n.endswith(("kernel", "stride", "padding", "dilation"))]
+    step = program_steps.Step(
+        operation,
+        **{names.get(n, n): (v, v) if n in pairs else v for n, v in fields.items()},
+    )
+    assert program_steps.encode([step]) == encode(operation, fields.pop("input"), **fields)
+    assert program_steps.decode(program_steps.encode([step, step])) == [step, step]
+
+
 # Wrong arguments.
 
 
@@ -235,7 +265,7 @@ WRONG = {
     "kernel": (changed(0, kernel=5), r"step 0 \(conv\): packed: expected shape"),
     "channels": (changed(0, out_channels=9), r"step 0 \(conv\): scale: expected shape"),
     "groups": (changed(0, groups=3), r"step 0 \(conv\): groups: expected a divisor of 8"),
-    "map": (changed(6, tensor=0), r"step 6 \(linear\): weight: expected shape \(K, 16\), got"),
+    "map": (changed(6, tensor=0), r"step 6 \(linear\): weight: expected shape \[10, 16\], got"),
 }
 
 

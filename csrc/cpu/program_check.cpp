@@ -161,12 +161,9 @@ class Checker {
     TORCH_CHECK_VALUE(x.h == 1 && x.w == 1, op_, ": x: expected shape (N, C) or (N, C, 1, 1), got ",
                       c10::IntArrayRef(x.shape()));
     const at::Tensor *weight = tensors(2), *bias = weight + 1;
-    check_storage(op_, "weight", *weight);
-    TORCH_CHECK_VALUE(weight->dim() == 2 && weight->size(1) == x.c, op_,
-                      ": weight: expected shape (K, ", x.c, "), got ", weight->sizes());
-    const int64_t k = weight->size(0);
-    check_size(op_, "weight", k, 1);
-    check_same(op_, "weight", *weight, weight->sizes(), like_);
+    const int64_t k = at(kOutChannels);
+    check_size(op_, "out_channels", k, 1);
+    check_same(op_, "weight", *weight, {k, x.c}, like_);
     check_same(op_, "bias", *bias, {k}, like_);
     check_numel(op_, "result", {k, x.n});
     step.linear = {x.c, k, nullptr, data(*weight), data(*bias), nullptr, step.relu};

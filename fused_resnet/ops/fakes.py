@@ -174,21 +174,9 @@ def _(  # type: ignore[no-untyped-def]
     return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
 
 
-@fake("residual_segment")
-def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, convs, projected, padding, stride, dilation, groups, winograd
-):  # fmt: skip
-    channels, size, at = x.shape[1], list(x.shape[2:]), 0
-    for i, count in enumerate(convs):
-        channels = scale[at + count - 1].shape[0]
-        size = [_window(n, 1, stride[i], 0, 1) for n in size]
-        at += count + projected[i]
-    return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
-
-
 @fake("run_program")
 def _(x, tensors, steps, outputs):  # type: ignore[no-untyped-def]
-    shapes = program_shapes(x.shape, [t.shape for t in tensors], steps)
+    shapes = program_shapes(x.shape, steps)
     results = []
     for value in outputs:
         result = x.new_empty(shapes[value - 1].result)

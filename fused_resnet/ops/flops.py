@@ -116,25 +116,12 @@ def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups, *_, **__
 ):  # fmt: skip
     own = 3 if bottleneck else 2
-    return _block_flops(x, scale, own, len(scale) > own, stride, dilation, groups)[0]
-
-
-@_formula("residual_segment")
-def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, convs, projected, padding, stride, dilation, groups, *_, **__
-):  # fmt: skip
-    flops = at = 0
-    for i, own in enumerate(convs):
-        rest = scale[at:]
-        more, x = _block_flops(x, rest, own, projected[i], stride[i], dilation[i], groups[i])
-        flops += more
-        at += own + projected[i]
-    return flops
+    return _block_flops(x, scale, own, len(scale) > own, stride, dilation, groups)
 
 
 @_formula("run_program")
 def _(x, tensors, steps, *_, **__):  # type: ignore[no-untyped-def]
-    return sum(step.flops for step in program_shapes(x, tensors, steps))
+    return sum(step.flops for step in program_shapes(x, steps))
 
 
 @_formula("conv_forward")
@@ -160,8 +147,8 @@ def _block_flops(
     stride: int,
     dilation: int,
     groups: int,
-) -> tuple[int, Shape]:
-    """Operations of a residual block and the shape of its result; convolutions as in its schema."""
+) -> int:
+    """Operations of a residual block; convolutions as in its schema."""
     flops, h = 0, x
     middle = (
         own - 2
@@ -175,4 +162,4 @@ def _block_flops(
         h = (h[0], weight[0], *_output_size(h, weight, *geometry))
     if projected:
         flops += conv_flops(x, (scale[own][0], x[1], 1, 1), (stride, stride), (0, 0))
-    return flops, h
+    return flops
