@@ -106,7 +106,8 @@ def test_without_the_extension_one_line_says_what_to_run(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: fused_resnet's extension is not built; run: pip install")
+    assert last.startswith("ImportError: fused_resnet: ")
+    assert "pip install --no-build-isolation" in last
 
 
 def test_wide_instructions_stay_behind_the_dispatch():

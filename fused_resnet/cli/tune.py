@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,6 +63,20 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
+@contextlib.contextmanager
+def _timing(how: str) -> Iterator[None]:
+    """``FUSED_RESNET_TUNE`` for a while."""
+    before = os.environ.get("FUSED_RESNET_TUNE")
+    os.environ["FUSED_RESNET_TUNE"] = how
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FUSED_RESNET_TUNE"]
+        else:
+            os.environ["FUSED_RESNET_TUNE"] = before
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Time and print."""
     file = arguments.model
@@ -82,20 +98,20 @@ def run(arguments: argparse.Namespace) -> int:
         stored = tuning_cache.path()
     except OSError as error:
         raise UsageError(f"tune: the times would be lost: {error}") from None
-    os.environ["FUSED_RESNET_TUNE"] = "exhaustive" if arguments.exhaustive else "1"
     dtype = getattr(torch, arguments.dtype)
     missing = 0
-    for batch in arguments.batch:
-        model = sources.our_model(file.network, file.state or None)
-        calls = network_calls(model, batch, size, dtype, device)
-        if arguments.clear:
-            keys = [call.key for call, _ in calls]
-            tuning_cache.remove(tuner.machine_of(torch.device(device)), keys)
-            tuner.forget()
-        title = f"{file.network}, batch {batch}, {arguments.dtype}, {device}"
-        console().print(table_of(calls, title))
-        known = tuning_cache.load(tuner.machine_of(torch.device(device)))
-        missing += sum(call.key not in known for call, _ in calls)
+    with _timing("exhaustive" if arguments.exhaustive else "1"):
+        for batch in arguments.batch:
+            model = sources.our_model(file.network, file.state or None)
+            calls = network_calls(model, batch, size, dtype, device)
+            if arguments.clear:
+                keys = [call.key for call, _ in calls]
+                tuning_cache.remove(tuner.machine_of(torch.device(device)), keys)
+                tuner.forget()
+            title = f"{file.network}, batch {batch}, {arguments.dtype}, {device}"
+            console().print(table_of(calls, title))
+            known = tuning_cache.load(tuner.machine_of(torch.device(device)))
+            missing += sum(call.key not in known for call, _ in calls)
     print(f"stored in {stored}")
     if missing:
         print(

@@ -239,8 +239,11 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
 
 
 def _may_time(x: Tensor) -> bool:
-    """Whether calls run eagerly, without a trace or the capture of a CUDA graph."""
-    if type(x) not in _PLAIN or torch.jit.is_tracing():
+    """Whether calls run eagerly, without a trace or the capture of a CUDA graph.
+
+    Under a dispatch mode they don't either: it would count or record every call that is timed.
+    """
+    if type(x) not in _PLAIN or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()

@@ -71,6 +71,7 @@ def test_every_cell_runs_within_its_bound(capsys, dtype):
 
 @NO_GPU
 def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # fewer wrap a cell
     monkeypatch.setattr(matrix, "LINES", matrix.LINES[:1])
     code, found = cells(capsys)
     assert code == 1
@@ -109,6 +110,8 @@ def test_a_wrong_kernel_fails_its_cells_alone(capsys, monkeypatch):
 
 @NO_GPU
 def test_a_kernel_that_raises_fails_its_cells_alone(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # fewer wrap a cell
+
     def fails(*arguments: Any, **options: Any) -> Tensor:
         raise RuntimeError("no kernel\nand more")
 
