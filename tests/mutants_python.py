@@ -100,4 +100,18 @@ MUTANTS = [
         'setattr(_Proxy, f"_i{_name}",',
         ALIASING,
     ),
+    Mutant(
+        "statistics of processes are merged as if their batches were of one size",
+        "fused_resnet/ops/training_sync.py",
+        "share = each[:, -1:] / each[:, -1].sum()",
+        "share = torch.full_like(each[:, -1:], 1 / len(gathered))",
+        "tests/training/test_block_sync_batch_norm.py",
+    ),
+    Mutant(
+        "backward sums over one process only",
+        "fused_resnet/ops/training_unit.py",
+        "whole = sum_over_processes(layer.group, sum_g, sum_g_xc)",
+        "sum_over_processes(layer.group, sum_g, sum_g_xc)",
+        "tests/training/test_block_sync_batch_norm.py",
+    ),
 ]

@@ -25,6 +25,7 @@ from .module_kinds import (
     running_statistics,
     uses_batch_statistics,
 )
+from .sync_batch_norm import group_of
 
 #: Tensors whose class changes nothing.
 _PLAIN = (Tensor, nn.Parameter)
@@ -71,10 +72,10 @@ def run_residual_block(
     backend = _backend(x)
     if not backend:
         return None
-    layers, tensors = [], []
-    for conv, norm in zip(convs, norms, strict=True):
-        layers.append(_layer(conv, norm))
-        tensors.append(_tensors(conv, norm))
+    layers = [_layer(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
+    tensors = [_tensors(conv, norm) for conv, norm in zip(convs, norms, strict=True)]
+    if any(layer.group for layer in layers) and not _may_exchange(x):
+        return None
     if not _fits(x, layers, tensors, len(acts), shortcut, zeros):
         return None
     unit = Unit(
@@ -122,6 +123,14 @@ def _backend(x: Tensor) -> str:
         return ""
     backend = resolve_backend("training_unit", x)
     return backend if backend in UNIT_BACKENDS else ""
+
+
+def _may_exchange(x: Tensor) -> bool:
+    """Whether a call's unit may exchange statistics with other processes by itself.
+
+    Where it is traced, or the batch is empty, PyTorch's own modules do.
+    """
+    return x.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def _fits(
@@ -187,7 +196,10 @@ def _layer(conv: Any, norm: Any) -> Layer:
     assert padding is not None
     batch = uses_batch_statistics(norm)
     momentum = norm.momentum if batch else None
-    return Layer(conv.stride, padding, conv.dilation, conv.groups, eps_of(norm), momentum, batch)
+    return Layer(
+        conv.stride, padding, conv.dilation, conv.groups, eps_of(norm), momentum, batch,
+        group_of(norm),
+    )  # fmt: skip
 
 
 def _tensors(conv: Any, norm: Any) -> LayerTensors:

@@ -25,6 +25,7 @@ from .module_kinds import (
     norm_reason,
     original_class,
 )
+from .sync_batch_norm import group_of
 
 
 class Decision(NamedTuple):
@@ -200,7 +201,7 @@ def decide_residual_block(
     for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
         if isinstance(conv, PackedConv):
             return Decision("", "its convolutions are packed")
-        reason = conv_reason(conv) or norm_reason(norm)
+        reason = conv_reason(conv) or ("" if group_of(norm) else norm_reason(norm))
         if not reason and conv.bias is not None:
             reason = "a Conv2d with a bias"
         if reason:

@@ -27,6 +27,8 @@ class Layer(NamedTuple):
         eps: Added to the variance.
         momentum: Weight of the batch in the running statistics; None averages all batches.
         batch: Whether the statistics are those of the batch; else they are the running ones.
+        group: Name of the process group over whose batches the statistics are taken; empty for this
+            process's batch alone.
     """
 
     stride: Pair
@@ -36,6 +38,7 @@ class Layer(NamedTuple):
     eps: float
     momentum: float | None
     batch: bool
+    group: str = ""
 
 
 class LayerTensors(NamedTuple):
@@ -102,7 +105,7 @@ _OF_UNIT = 5
 
 
 def flatten(unit: Unit) -> tuple[list[int], list[float]]:
-    """The integers and the numbers of a unit, its backend excepted."""
+    """The integers and the numbers of a unit, its backend and process groups excepted."""
     integers = [SHORTCUTS.index(unit.shortcut), *unit.zeros, int(unit.relu)]
     integers.append(int(unit.recompute) + 2 * int(unit.winograd) + 4 * (unit.pool is not None))
     for kernel, stride, padding in [] if unit.pool is None else [unit.pool]:

@@ -22,6 +22,7 @@ from .fakes import accumulator
 from .registry import primitives_of
 from .training_reference import before_relu, count_batch, pad_with_zeros, run_reference
 from .training_spec import LayerTensors, Unit, flatten, unflatten
+from .training_sync import merge_statistics, sum_over_processes
 
 #: Those that have the training primitives.
 UNIT_BACKENDS = ("cpu", "library")
@@ -121,7 +122,7 @@ class _TrainingUnit(torch.autograd.Function):
     ) -> Tensor:
         primitives = primitives_of(unit.backend)
         map_ = x.contiguous(memory_format=_CHANNELS_LAST)
-        saved = _chain(unit, primitives, map_, tensors)
+        saved, counts = _chain(unit, primitives, map_, tensors)
         last = saved[unit.length - 1]
         index = None
         if unit.pool is not None:
@@ -133,10 +134,10 @@ class _TrainingUnit(torch.autograd.Function):
             )
         if suggest_memory_format(x) is not _CHANNELS_LAST and not _any_channels_last(tensors):
             y = y.contiguous()
-        _update_running(unit, tensors, saved)
+        _update_running(unit, tensors, saved, counts)
         if unit.recompute and unit.length == 3:
             saved[2] = saved[2]._replace(z=None)
-        ctx.unit = unit
+        ctx.unit, ctx.counts = unit, counts
         kept = y if unit.relu and unit.pool is None else None
         ctx.save_for_backward(x, kept, index, *parameters, *(t for layer in saved for t in layer))
         return y
@@ -151,19 +152,24 @@ class _TrainingUnit(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             found = _differentiable(unit, ctx.needs_input_grad[2:], dy, x, y, parameters, saved)
         else:
-            found = _Backward(unit, ctx.needs_input_grad[2:], x, parameters, saved).run(
-                dy, y, index
-            )
+            needed = ctx.needs_input_grad[2:]
+            found = _Backward(unit, needed, x, parameters, saved, ctx.counts).run(dy, y, index)
         return (None, None, *found)
 
 
 # Forward
 
 
-def _chain(unit: Unit, primitives: Any, x: Tensor, tensors: Sequence[LayerTensors]) -> list[_Saved]:
-    """The convolutions, each with its statistics and its batch norm's scale and shift."""
+def _chain(
+    unit: Unit, primitives: Any, x: Tensor, tensors: Sequence[LayerTensors]
+) -> tuple[list[_Saved], list[int]]:
+    """The convolutions, each with its statistics and its batch norm's scale and shift.
+
+    Also the number of values per channel that each of the statistics is of.
+    """
     vectors = accumulator(x)
     saved: list[_Saved] = []
+    counts: list[int] = []
     source, scale, shift = x, None, None
     for i, (layer, t) in enumerate(zip(unit.layers, tensors, strict=True)):
         if i == unit.length:  # the projection
@@ -172,8 +178,11 @@ def _chain(unit: Unit, primitives: Any, x: Tensor, tensors: Sequence[LayerTensor
             source, scale, shift, t.weight.to(x.dtype), layer.stride, layer.padding,
             layer.dilation, layer.groups, layer.batch, unit.winograd,
         )  # fmt: skip
+        count = z.shape[0] * z.shape[2] * z.shape[3]
         if layer.batch:
-            if _count(z) == 1:
+            if layer.group:
+                mean, var, count = merge_statistics(layer.group, mean, var, count)
+            if count == 1:
                 raise ValueError(
                     "residual_block: x: expected more than 1 value per channel when training, got "
                     f"{tuple(z.shape)}"
@@ -185,8 +194,9 @@ def _chain(unit: Unit, primitives: Any, x: Tensor, tensors: Sequence[LayerTensor
             mean, var, _as(t.bn_weight, vectors), _as(t.bn_bias, vectors), layer.eps
         )
         saved.append(_Saved(z, mean, var, scale, shift))
+        counts.append(count)
         source = z
-    return saved
+    return saved, counts
 
 
 def _side(
@@ -202,28 +212,28 @@ def _side(
     return shortcut, None, None
 
 
-def _update_running(unit: Unit, tensors: Sequence[LayerTensors], saved: list[_Saved]) -> None:
-    for layer, t, found in zip(unit.layers, tensors, saved, strict=True):
+def _update_running(
+    unit: Unit, tensors: Sequence[LayerTensors], saved: list[_Saved], counts: list[int]
+) -> None:
+    for layer, t, found, count in zip(unit.layers, tensors, saved, counts, strict=True):
         if not layer.batch:
             continue
         average = layer.momentum is None and t.batches is not None
         if average and type(t.batches) is not Tensor:  # a compiler's, which has no number
-            _average(t, found)
+            _average(t, found, count)
             continue
         momentum = count_batch(layer.momentum, t.batches)
         if t.running_mean is None or t.running_var is None:
             continue
         update_running(
-            unit.backend, found.mean, found.var, t.running_mean, t.running_var, momentum,
-            _count(found.z),
+            unit.backend, found.mean, found.var, t.running_mean, t.running_var, momentum, count
         )  # fmt: skip
 
 
-def _average(t: LayerTensors, found: _Saved) -> None:
+def _average(t: LayerTensors, found: _Saved, count: int) -> None:
     """Count a batch, and update the averages by a counter whose number is not known yet."""
     assert t.batches is not None
     t.batches.add_(1)
-    count = _count(found.z)
     share = t.batches.to(found.mean.dtype).reciprocal()
     for running, batch in ((t.running_mean, found.mean), (t.running_var, found.var)):
         if running is None:
@@ -257,11 +267,6 @@ def update_running(
     primitives_of(backend).bn_update_running(mean, var, running_mean, running_var, momentum, count)
 
 
-def _count(z: Tensor | None) -> int:
-    assert z is not None
-    return z.shape[0] * z.shape[2] * z.shape[3]
-
-
 def _as(t: Any, dtype: torch.dtype) -> Any:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
@@ -283,8 +288,9 @@ class _Backward:
         x: Tensor,
         parameters: Sequence[Tensor | None],
         saved: list[_Saved],
+        counts: Sequence[int],
     ) -> None:
-        self.unit, self.saved, self.parameters = unit, saved, parameters
+        self.unit, self.saved, self.parameters, self.counts = unit, saved, parameters, counts
         self.primitives = primitives_of(unit.backend)
         self.x = x.contiguous(memory_format=_CHANNELS_LAST)
         self.need_x, self.need_shortcut = needed[0], needed[1]
@@ -342,14 +348,19 @@ class _Backward:
         z, a, b, c = saved.z, saved.scale, None, None
         if layer.batch and self._needs_sums(i):
             bn_weight = _as(self.parameters[3 * i + 1], saved.mean.dtype)
+            whole: tuple[Tensor, ...] = (sum_g, sum_g_xc)
+            if layer.group:
+                whole = sum_over_processes(layer.group, sum_g, sum_g_xc)
             a, b, c, of_weight, of_bias = self.primitives.bn_backward_coefficients(
-                sum_g, sum_g_xc, saved.mean, saved.var, bn_weight, layer.eps, _count(z)
+                *whole, saved.mean, saved.var, bn_weight, layer.eps, self.counts[i]
             )
+            if layer.group:  # the parameters' gradients are this process's, as PyTorch has them
+                of_weight, of_bias = _of_parameters(saved, sum_g, sum_g_xc, layer.eps)
         else:
             z = None
             of_weight, of_bias = sum_g_xc, sum_g
             if self.needed[3 * i + 1]:
-                of_weight = sum_g_xc * (saved.var.double() + layer.eps).rsqrt().to(sum_g_xc.dtype)
+                of_weight, _ = _of_parameters(saved, sum_g, sum_g_xc, layer.eps)
         self._keep(3 * i + 1, of_weight)
         self._keep(3 * i + 2, of_bias)
         if not (need_weight or need_input):
@@ -387,6 +398,13 @@ class _Backward:
         return bn_weight or bn_bias or behind
 
 
+def _of_parameters(
+    saved: _Saved, sum_g: Tensor, sum_g_xc: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a batch norm's weight and bias, from the sums of this process."""
+    return sum_g_xc * (saved.var.double() + eps).rsqrt().to(sum_g_xc.dtype), sum_g
+
+
 def _without_zeros(g: Tensor, x: Tensor, channels: int, stride: int) -> Tensor:
     """The gradient of :func:`pad_with_zeros`."""
     if channels:
@@ -412,6 +430,11 @@ def _differentiable(
     Second derivatives are rare, so the unit is computed again for them. The mask of the last ReLU
     is locally constant; it is taken from the result that the forward gave.
     """
+    if any(layer.group for layer in unit.layers):
+        raise RuntimeError(
+            "residual_block: create_graph: batch norm over several processes is differentiable "
+            "once, as PyTorch's SyncBatchNorm is"
+        )
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         # Aliases: a parameter that the unit has twice gets a gradient for each.
         inputs = [None if t is None else t.view_as(t) for t in (x, *parameters)]

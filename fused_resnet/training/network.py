@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..fusion.fuse import fuse
 from ..models import sources
 from ..models.weights import is_path, load_weights
-from . import sync_batchnorm
+from ..nn import sync_batch_norm
 from .engine import Engine
 from .errors import TrainingError
 from .settings import Settings
@@ -40,7 +40,7 @@ def build(
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key.startswith(f"{sources.head_of(name)[0]}."))
     if settings.sync_bn and engine.world > 1:
-        model = sync_batchnorm.converted(model, engine.device)
+        model = sync_batch_norm.converted(model, engine.device)
     model = engine.placed(model)
     return model if settings.unfused else fuse(model)
 

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fused_resnet import training
+from fused_resnet.nn.sync_batch_norm import converted
 from fused_resnet.training import checkpoint
-from fused_resnet.training.sync_batchnorm import converted
 
 pytest.importorskip("torchvision", reason="torchvision's transforms are what is run")
 pytest.importorskip("yaml", reason="a run writes RUN/recipe.yaml")
