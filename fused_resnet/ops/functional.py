@@ -19,6 +19,7 @@ from ..backends.reference import IntOrPair
 from . import checks
 from .checks import Pair
 from .dispatch import fastest_backend
+from .memory_format import with_plain_strides
 from .packed import (
     conv_bn_add_relu_packed,
     conv_bn_relu_maxpool_packed,
@@ -114,15 +115,18 @@ def bn_add_relu(
             eps=eps,
             relu=relu,
         )
+    x = with_plain_strides(x)
     arguments = (
         x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, relu,
     )  # fmt: skip
     backend = fastest_backend(op, backend, arguments)
     if training:
-        return training_bn_add_relu(
+        y = training_bn_add_relu(
             x, bn_weight, bn_bias, running_mean, running_var, residual, momentum, eps, relu, backend
         )
-    return OPERATORS[backend].bn_add_relu(*arguments)[0]
+    else:
+        y = OPERATORS[backend].bn_add_relu(*arguments)[0]
+    return with_plain_strides(y)
 
 
 def conv_bn_add_relu(
@@ -208,7 +212,7 @@ def conv_bn_add_relu(
             stride, padding, dilation, groups, eps, relu,
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
-        return OPERATORS[backend].conv_bn_add_relu(*arguments)
+        return with_plain_strides(OPERATORS[backend].conv_bn_add_relu(*arguments))
     # A contiguous map would be converted twice, to and from channels_last. The backend comes first:
     # under vmap, where it is the reference, no tensor tells its memory format.
     as_unit = backend in UNIT_BACKENDS and conv_bias is None
@@ -218,7 +222,7 @@ def conv_bn_add_relu(
         # Direct sums: the bound of a single operation is 1.5 times PyTorch's error.
         unit = Unit((layer,), shortcut, relu=relu, winograd=False, backend=backend)
         tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
-        return training_unit(unit, x, residual, [tensors])
+        return with_plain_strides(training_unit(unit, x, residual, [tensors]))
     if current_backend() in ("cuda", "triton") and backend != "reference":
         operators = OPERATORS[backend]
         z, mean, var = operators.conv_statistics(
@@ -227,7 +231,8 @@ def conv_bn_add_relu(
         # Before the next operator saves its tensors: checkpointing recomputes no further than that.
         if running_mean is not None and running_var is not None:
             update_running("library", mean, var, running_mean, running_var, momentum, count)
-        return operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        y = operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        return with_plain_strides(y)
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
         z,
@@ -325,7 +330,7 @@ def conv_bn_relu_maxpool(
             padding, dilation, groups, eps, *pool,
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
-        return OPERATORS[backend].conv_bn_relu_maxpool(*arguments)
+        return with_plain_strides(OPERATORS[backend].conv_bn_relu_maxpool(*arguments))
     fits_a_byte = pool[0][0] * pool[0][1] <= _MOST_PLACES
     if training and backend in UNIT_BACKENDS and conv_bias is None and fits_a_byte:
         count = shape[0] * shape[2] * shape[3]
@@ -333,7 +338,7 @@ def conv_bn_relu_maxpool(
         layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
         unit = Unit((layer,), pool=pool, winograd=False, backend=backend)
         tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
-        return training_unit(unit, x, None, [tensors])
+        return with_plain_strides(training_unit(unit, x, None, [tensors]))
     y = conv_bn_add_relu(
         x,
         conv_weight,
