@@ -101,13 +101,14 @@ def is_transformed() -> bool:
 
 
 class _Saved(NamedTuple):
-    """What the forward keeps of a layer."""
+    """What the forward keeps of a layer; the weight only where it was cast."""
 
     z: Tensor | None
     mean: Tensor
     var: Tensor
     scale: Tensor
     shift: Tensor
+    weight: Tensor | None
 
 
 class _TrainingUnit(torch.autograd.Function):
@@ -148,7 +149,8 @@ class _TrainingUnit(torch.autograd.Function):
         x, y, index, *rest = ctx.saved_tensors
         count = 3 * len(unit.layers)
         parameters, flat = rest[:count], rest[count:]
-        saved = [_Saved(*flat[i : i + 5]) for i in range(0, len(flat), 5)]
+        size = len(_Saved._fields)
+        saved = [_Saved(*flat[i : i + size]) for i in range(0, len(flat), size)]
         if torch.is_grad_enabled():  # create_graph=True
             found = _differentiable(unit, ctx.needs_input_grad[2:], dy, x, y, parameters, saved)
         else:
@@ -174,8 +176,9 @@ def _chain(
     for i, (layer, t) in enumerate(zip(unit.layers, tensors, strict=True)):
         if i == unit.length:  # the projection
             source, scale, shift = x, None, None
+        weight = _as(t.weight, x.dtype)
         z, mean, var = primitives.conv_forward(
-            source, scale, shift, t.weight.to(x.dtype), layer.stride, layer.padding,
+            source, scale, shift, weight, layer.stride, layer.padding,
             layer.dilation, layer.groups, layer.batch, unit.winograd,
         )  # fmt: skip
         count = z.shape[0] * z.shape[2] * z.shape[3]
@@ -193,7 +196,8 @@ def _chain(
         scale, shift = primitives.bn_coefficients(
             mean, var, _as(t.bn_weight, vectors), _as(t.bn_bias, vectors), layer.eps
         )
-        saved.append(_Saved(z, mean, var, scale, shift))
+        cast = None if weight is t.weight else weight
+        saved.append(_Saved(z, mean, var, scale, shift, cast))
         counts.append(count)
         source = z
     return saved, counts
@@ -379,9 +383,9 @@ class _Backward:
         return g if need_input else None, sum_g, sum_g_xc
 
     def _weight(self, i: int) -> Tensor:
-        weight = self.parameters[3 * i]
+        cast, weight = self.saved[i].weight, self.parameters[3 * i]
         assert weight is not None
-        return _as(weight, self.x.dtype)
+        return weight if cast is None else cast
 
     def _keep(self, at: int, gradient: Tensor) -> None:
         if self.needed[at]:
