@@ -13,6 +13,7 @@
 #include <exception>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 namespace fr {
 
@@ -85,36 +86,97 @@ class Barrier {
   std::condition_variable all_arrived_;
 };
 
+// Which iterations of a loop are taken. Each thread has a share of them, from which it takes a
+// chunk at a time; when it has none left it takes chunks of the others, so that a thread that is
+// delayed holds up the team by one chunk and not by its whole share. Shares come first, so that a
+// thread mostly reads what it wrote in the loop before.
+class Claims {
+ public:
+  explicit Claims(int64_t threads) : threads_(threads), next_(2 * threads) {}
+
+  // The first of `step` untaken iterations of a share, counted from its beginning.
+  int64_t take(int64_t loop, int64_t owner, int64_t step) {
+    return of(loop, owner).fetch_add(step, std::memory_order_relaxed);
+  }
+  bool any_left(int64_t loop, int64_t owner, int64_t share) {
+    return of(loop, owner).load(std::memory_order_relaxed) < share;
+  }
+  // Of the loop after `loop`, to be called by the owner in `loop`: nobody is in the loop before
+  // `loop` any more, whose memory it has, and the next barrier orders this before its use.
+  void prepare_next(int64_t loop, int64_t owner) {
+    of(loop + 1, owner).store(0, std::memory_order_relaxed);
+  }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+  };
+  std::atomic<int64_t>& of(int64_t loop, int64_t owner) {
+    return next_[(loop & 1) * threads_ + owner].next;
+  }
+  const int64_t threads_;
+  std::vector<Counter> next_;
+};
+
 // One thread's view of its team. All threads of a team must start the same loops in the same order.
 class ThreadTeam {
  public:
-  ThreadTeam(int64_t rank, int64_t size, Barrier& barrier, TeamError& error)
-      : rank_(rank), size_(size), barrier_(barrier), error_(error) {}
+  ThreadTeam(int64_t rank, int64_t size, Barrier& barrier, Claims& claims, TeamError& error)
+      : rank_(rank), size_(size), barrier_(barrier), claims_(claims), error_(error) {}
 
   int64_t size() const { return size_; }
 
-  // Calls body(begin, end) with this thread's share of [0, count), after all threads have finished
-  // the loop before. A share has at least `grain` iterations. Once a thread has raised an exception
-  // the team's loops do nothing but wait.
+  // Calls body(begin, end) for ranges that together are [0, count), each on one of the threads,
+  // after all threads have finished the loop before. A range has at least `grain` iterations, the
+  // last one excepted, and which thread has it differs from call to call. Once a thread has raised
+  // an exception the team's loops do nothing but wait.
   template <class Body>
   void parallel_for(int64_t count, int64_t grain, const Body& body) {
     if (loops_ > 0 && size_ > 1) barrier_.wait(loops_, size_);
-    ++loops_;
+    const int64_t loop = loops_++;
+    if (size_ > 1) claims_.prepare_next(loop, rank_);
     if (count == 0 || error_.raised()) return;
     const int64_t threads = std::min(size_, (count + grain - 1) / grain);
-    const int64_t share = (count + threads - 1) / threads;
-    const int64_t begin = rank_ * share;
-    if (begin >= count) return;
     try {
-      body(begin, std::min(begin + share, count));
+      if (threads == 1) {
+        if (rank_ == 0) body(int64_t{0}, count);
+      } else {
+        take_shares(loop, count, grain, threads, body);
+      }
     } catch (...) {
       error_.set(std::current_exception());
     }
   }
 
  private:
+  // Chunks of a share: more of them balance better, and cost bodies that carry something from one
+  // iteration to the next.
+  static constexpr int64_t kChunks = 8;
+  // Threads whose shares a thread looks at, its own included.
+  static constexpr int64_t kShares = 8;
+
+  template <class Body>
+  void take_shares(int64_t loop, int64_t count, int64_t grain, int64_t threads, const Body& body) {
+    const int64_t share = (count + threads - 1) / threads;
+    const int64_t step = std::max(grain, share / kChunks);
+    if (share <= step) {  // small loops: asking the others' counters takes 0.3 us and more
+      const int64_t begin = rank_ * share;
+      if (begin < count) body(begin, std::min(begin + share, count));
+      return;
+    }
+    for (int64_t other = 0; other < std::min(threads, kShares); ++other) {
+      const int64_t owner = (rank_ + other) % threads;
+      const int64_t begin = owner * share, size = std::min(share, count - begin);
+      while (claims_.any_left(loop, owner, size)) {
+        const int64_t first = claims_.take(loop, owner, step);
+        if (first < size) body(begin + first, begin + std::min(first + step, size));
+      }
+    }
+  }
+
   const int64_t rank_, size_;
   Barrier& barrier_;
+  Claims& claims_;
   TeamError& error_;
   int64_t loops_ = 0;  // started so far
 };
@@ -126,17 +188,19 @@ template <class Task>
 void run_on_thread_team(const Task& task) {
   at::internal::lazy_init_num_threads();
   Barrier barrier(at::get_num_threads() > omp_get_num_procs());
+  const bool alone = at::in_parallel_region() || at::get_num_threads() == 1;
+  Claims claims(alone ? 0 : at::get_num_threads());
   TeamError error;
   const auto run = [&](int64_t rank, int64_t size) {
     const c10::ParallelGuard guard(true);
-    ThreadTeam team(rank, size, barrier, error);
+    ThreadTeam team(rank, size, barrier, claims, error);
     try {
       task(team);
     } catch (...) {
       error.set(std::current_exception());
     }
   };
-  if (at::in_parallel_region() || at::get_num_threads() == 1) {
+  if (alone) {
     run(0, 1);
   } else {
 #pragma omp parallel
