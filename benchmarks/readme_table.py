@@ -126,8 +126,8 @@ def _training_table(device: str, files: Sequence[tuple[str, Sequence[results.Row
     lines = [
         f"{device}; torch {rows[0]['versions']['torch']}; fused_resnet at {commits}. Images per "
         "second of whole training steps, and in brackets how many times those of the best other in "
-        "the same run; memory is the peak beyond PyTorch's own libraries, in MiB, beside the least "
-        f"of the others. bfloat16 is autocast. All numbers: {links}.",
+        "the same run; memory is the peak beyond the network, the batch and libraries, in MiB, "
+        f"beside the least of the others. bfloat16 is autocast. All numbers: {links}.",
         "",
         "| | threads | batch | best other | `fuse` | memory | `fuse(recompute=True)` | memory |",
         "|---|---:|---:|---|---:|---:|---:|---:|",

@@ -98,7 +98,10 @@ def _mib(value: int | None) -> float | None:
 
 
 def _added(m: Measurement) -> float | None:
-    """The most memory that was resident beyond PyTorch's own libraries."""
+    """The most memory that was resident beyond PyTorch's own libraries, in MiB.
+
+    Of training, beyond the network and the batch too.
+    """
     if m.peak_bytes is None or m.base_bytes is None:
         return None
     return (m.peak_bytes - m.base_bytes) / 2**20

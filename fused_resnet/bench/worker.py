@@ -9,7 +9,8 @@ is one JSON line:
 ``{"do": "warm_up", "seconds"}``        runs that long; answers ``seconds`` an iteration
 ``{"do": "round", "iterations"}``       answers ``times``, in seconds, ``start`` and ``end``,
                                         ``cpu_seconds`` between them, ``peak_bytes`` of memory
-                                        resident since building ended, and ``base_bytes`` before
+                                        resident since building ended, and ``base_bytes`` before;
+                                        of training, between the building and the first step
 ``{"do": "details"}``                   answers further numbers about the subject
 ``{"do": "call", "target", "case"}``    imports ``module:function``, calls it with the case, and
                                         answers what it returns
@@ -43,7 +44,7 @@ class _Worker:
         self.call: Callable[[], Any] = lambda: None
         self.subject: Subject | None = None
         self.each = 0.0  # seconds of one call
-        self.base: int | None = None  # bytes resident before the build
+        self.base: int | None = None  # bytes resident before what is measured
 
     def build(self, target: str, case: dict[str, Any]) -> dict[str, Any]:
         reset_peak()
@@ -54,6 +55,9 @@ class _Worker:
         # Counted as part of the build: the first call compiles. A training step is checked before
         # it is called, since each call changes the parameters.
         if subject.training:
+            # What a step adds to the network, the batch and the truth, which all providers have.
+            reset_peak()
+            self.base = peak_bytes()
             error = subject.error()
             self.call()
         else:

@@ -88,7 +88,7 @@ def table_of(rows: Sequence[results.Row], title: str) -> Table:
     table = Table(
         title=title,
         title_justify="left",
-        caption="Memory is the peak beyond PyTorch's own libraries.",
+        caption="Memory is the peak beyond the network, the batch and libraries.",
         caption_justify="left",
     )
     for name in ("batch", "provider"):
