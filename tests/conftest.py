@@ -32,6 +32,8 @@ THOROUGH_FILES = (
     "test_exported.py",
     "test_fuse_networks.py",
     "test_gpu_bench.py",
+    "test_gpu_children.py",
+    "test_gpu_rehearsal.py",
     "test_hostile_calls.py",
     "test_instruction_sets.py",
     "test_matrix.py",

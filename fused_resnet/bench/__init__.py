@@ -4,7 +4,7 @@
 :mod:`.operations` and :mod:`.providers` define what is measured, :mod:`.results` rows, tables and
 files.
 
-On a GPU (``make gpu``) :mod:`.gpu_layers` and :mod:`.gpu_networks` define what is measured,
-:mod:`.gpu_cells` and :mod:`.clock` how, :mod:`.gpu_session` in which processes, and
-:mod:`.gpu_results` the results file.
+On a GPU (``make gpu``) :mod:`.gpu` has what is checked and measured, :mod:`.gpu_results` the
+results file, and ``benchmarks/gpu_window`` runs it. :mod:`.gpu_layers`, :mod:`.gpu_cells` and
+:mod:`.clock` time the roofline's blocks and single operators.
 """

@@ -2,8 +2,7 @@
 
 A *cell* is one kernel of the roofline, or one network at one batch and precision. On a GPU its
 providers share a process: they have no competing thread pools, and take turns. A failing provider
-may leave the CUDA context unusable: then the result says so, and the caller starts a new process
-with the remaining ones (``benchmarks/gpu.py``).
+may leave the CUDA context unusable: then the result says so, and the caller starts a new process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The roofline's kernels, timed: PyTorch's operators, cuDNN's fused ones, and ours."""
+"""The roofline's blocks, timed by PyTorch, by cuDNN and by us, and PyTorch's single operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 
-from .. import ops
 from ..backends import reference
 from ..backends.availability import use_backend
 from ..roofline import Kernel, card_of, kernels
@@ -31,7 +30,7 @@ Operands = dict[str, Tensor]
 
 
 def cells(model: str, batch: int, precision: str, size: int = 224) -> list[dict[str, Any]]:
-    """One cell for each distinct kernel, the most fused first.
+    """One cell for each whole block, and for each operator of PyTorch's but the convolutions.
 
     Args:
         model: One of :data:`fused_resnet.models.sources.MODELS`.
@@ -40,30 +39,17 @@ def cells(model: str, batch: int, precision: str, size: int = 224) -> list[dict[
         size: Height and width of the images.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for fusion in ("block", "conv", "none"):
+    for fusion in ("block", "none"):
         for kernel in kernels(model, batch, precision, fusion, size):
-            # "block" adds to "conv" what that has not; the classifier is always PyTorch's.
-            if kernel.steps[0] in ("average pool", "linear") or (
-                fusion == "block" and kernel.steps != ("block",) and "maxpool" not in kernel.steps
-            ):
+            whole = kernel.steps == ("block",)
+            single = kernel.steps[0] in ("bn", "relu", "add", "maxpool") and len(kernel.steps) == 1
+            if not (whole if fusion == "block" else single):
                 continue
             cell = {"model": model, "batch": batch, "precision": precision, "size": size}
-            cell |= {"fusion": fusion, "what": kernel.what, "providers": providers(kernel)}
+            providers = ["eager", "cudnn", "frozen"] if whole else ["eager"]
+            cell |= {"fusion": fusion, "what": kernel.what, "providers": providers}
             found.setdefault((fusion, kernel.what), cell)
     return list(found.values())
-
-
-def providers(kernel: Kernel) -> list[str]:
-    """The providers of a kernel. A single step is PyTorch's alone.
-
-    Args:
-        kernel: A kernel of the roofline.
-    """
-    if kernel.steps == ("block",):
-        return ["eager", "cudnn", "frozen"]
-    if len(kernel.steps) > 1:
-        return ["eager", "cudnn", "live", "packed"]
-    return ["eager"]
 
 
 def run(
@@ -77,7 +63,7 @@ def run(
     device: str = "cuda",
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Measure a cell; ``benchmarks/gpu.py`` calls it in a worker process.
+    """Measure a cell.
 
     Args:
         model: One of :data:`fused_resnet.models.sources.MODELS`.
@@ -127,10 +113,7 @@ def _problem(
     if isinstance(layer, Block):
         return _block_problem(model, layer, batch, dtype, generator)
     assert isinstance(layer, (Conv, Pool))
-    if len(kernel.steps) == 1:
-        return _step_problem(kernel.steps[0], layer, batch, dtype, generator)
-    assert isinstance(layer, Conv)
-    return _group_problem(kernel.steps, layer, batch, dtype, generator)
+    return _step_problem(kernel.steps[0], layer, batch, dtype, generator)
 
 
 def _map(batch: int, channels: int, size: int, dtype: torch.dtype, g: torch.Generator) -> Tensor:
@@ -190,14 +173,10 @@ def _step_problem(
         truth = pool(x[:CHECKED].double())
         return lambda _: _checked(lambda: pool(x), truth)
     operands = _conv_operands(layer, dtype, g)
-    if step == "conv":
-        operands["x"] = _map(batch, layer.channels, layer.size, dtype, g)
-    else:
-        operands["x"] = _map(batch, layer.filters, layer.out, dtype, g)
+    operands["x"] = _map(batch, layer.filters, layer.out, dtype, g)
     if step == "add":
         operands["residual"] = torch.empty_like(operands["x"]).normal_(generator=g)
     calls: dict[str, Callable[[Operands], Tensor]] = {
-        "conv": lambda o: F.conv2d(o["x"], o["conv_weight"], None, **_geometry(layer)),
         "bn": lambda o: F.batch_norm(
             o["x"], o["running_mean"], o["running_var"], o["bn_weight"], o["bn_bias"]
         ),
@@ -215,49 +194,6 @@ def _geometry(conv: Conv) -> dict[str, int]:
         "dilation": conv.dilation,
         "groups": conv.groups,
     }
-
-
-def _group_problem(
-    steps: tuple[str, ...], conv: Conv, batch: int, dtype: torch.dtype, g: torch.Generator
-) -> Problem:
-    """A convolution with the operators that follow it."""
-    operands = {"x": _map(batch, conv.channels, conv.size, dtype, g)}
-    operands |= _conv_operands(conv, dtype, g)
-    if "add" in steps:
-        operands["residual"] = _map(batch, conv.filters, conv.out, dtype, g)
-    stem = "maxpool" in steps
-    operation = "conv_bn_relu_maxpool" if stem else "conv_bn_add_relu"
-    options: dict[str, Any] = _geometry(conv)
-    if not stem:
-        options["relu"] = "relu" in steps
-    unfused = getattr(reference, operation)
-    truth = unfused(**_double(operands), **options)
-    scale, shift = _folded(operands)
-    residual = operands.get("residual")
-    x, weight = operands["x"], operands["conv_weight"]
-
-    def build(provider: str) -> Subject:
-        if provider == "eager":
-            return _checked(lambda: unfused(**operands, **options), truth)
-        if provider == "live":
-            live = getattr(ops, operation)
-            return _checked(lambda: live(**operands, **options), truth)
-        if provider == "cudnn":
-            fused = _cudnn(conv, operands, "relu" in steps)
-            if stem:
-                return _checked(lambda: F.max_pool2d(fused(x, None), 3, 2, 1), truth)
-            return _checked(lambda: fused(x, residual), truth)
-        affine = scale.float(), shift.float()
-        packed = ops.pack_conv_weight(weight, conv.groups)
-        shapes: dict[str, Any] = {**options, "weight_shape": tuple(weight.shape)}
-        if stem:
-            return _checked(
-                lambda: ops.conv_bn_relu_maxpool_packed(x, packed, *affine, **shapes), truth
-            )
-        shapes["residual"] = residual
-        return _checked(lambda: ops.conv_bn_add_relu_packed(x, packed, *affine, **shapes), truth)
-
-    return build
 
 
 def _cudnn(conv: Conv, operands: Operands, relu: bool) -> Callable[[Tensor, Tensor | None], Tensor]:

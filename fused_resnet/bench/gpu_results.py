@@ -9,14 +9,16 @@ One document per card, ``benchmarks/results/gpu-<card>.json``:
 ``phases``    ``name``, ``command``, ``status``, ``seconds``, ``summary``, ``log``: its last lines
 ``layers``    a row for each kernel of the roofline and each provider: ``fusion``, ``what``,
               ``batch``, ``precision``, ``provider``, ``status``, ``reason``, ``error``,
-              ``median_us``, ``p20_us``, ``p80_us``, ``bound_us``
+              ``median_us``, ``p20_us``, ``p80_us``, ``bound_us``; the fusions ``training`` and
+              ``sweep`` are not of the roofline
 ``networks``  ``model``, ``batch``, ``precision``, ``provider``, ``graph``, ``status``, ``reason``,
               ``error``, ``median_ms``, ``p20_ms``, ``p80_ms``, ``images_per_s``, ``ratio``
 ``training``  as ``networks``, with ``memory_gib``
 ============= ====================================================================================
 
-Besides ``commit``, ``command``, ``started``, ``seconds`` and ``tune``: ``FUSED_RESNET_TUNE`` of the
-networks.
+Besides ``commit``, ``command``, ``started``, ``seconds`` and ``tune``. ``benchmarks/gpu_window``
+makes the document from its rows, which are in a file of their own. A provider's name may be
+followed by a comma and a plan: ``triton, 128x64x64, 4 warps, 4 stages``.
 It imports the standard library alone, since it also runs where the package could not be built.
 
 A row's status is ``ok``, ``wrong`` (its result), ``failed``, ``unavailable`` or ``skipped``.
@@ -33,7 +35,7 @@ from typing import Any
 FORMAT = 1
 
 #: This package's providers in order of preference for the roofline's measured column.
-OWN = ("frozen", "packed", "live")
+OWN = ("frozen", "packed", "cuda", "triton", "live")
 
 _KEYS = ("device", "versions", "commit", "command", "phases", "layers", "networks", "training")
 
@@ -85,9 +87,10 @@ def measured_us(document: Document, *, fusion: str, batch: int, precision: str) 
     for provider in ("eager", *reversed(OWN)):
         for row in document["layers"]:
             shape = row["batch"], row["precision"], row["status"], row["provider"]
-            if row["fusion"] not in fusions or shape != (batch, precision, "ok", provider):
-                continue
             alone = row["what"].startswith("maxpool")
+            known = row["fusion"] in fusions or (alone and row["fusion"] == "none")
+            if not known or shape != (batch, precision, "ok", provider):
+                continue
             if provider != "eager" or fusion == "none" or alone:
                 found[row["what"]] = row["median_us"]
     return found
@@ -143,6 +146,32 @@ def _phases(phases: Sequence[Row]) -> str:
     return "Phases\n" + _aligned([["phase", "status", "time", ""], *rows], right=(2,))
 
 
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows with ``ratio``: eager's median over their own; None where either is missing.
+
+    Args:
+        rows: Rows of networks.
+    """
+
+    def cell(row: Row) -> tuple[Any, ...]:
+        return row["model"], row["batch"], row["precision"], row["size"]
+
+    base = {
+        cell(row): row["median_ms"]
+        for row in rows
+        if row["provider"] == "eager" and not row["graph"] and row["status"] == "ok"
+    }
+    return [
+        {
+            **row,
+            "ratio": base[cell(row)] / row["median_ms"]
+            if row["status"] == "ok" and cell(row) in base
+            else None,
+        }
+        for row in rows
+    ]
+
+
 def _layers(rows: Sequence[Row]) -> str:
     parts = []
     for fusion, batch, precision in _distinct(rows, "fusion", "batch", "precision"):
@@ -151,21 +180,43 @@ def _layers(rows: Sequence[Row]) -> str:
             for row in rows
             if (row["fusion"], row["batch"], row["precision"]) == (fusion, batch, precision)
         ]
-        providers = [name for (name,) in _distinct(mine, "provider")]
-        lines = [["layer", "bound", *providers]]
+        columns = list(dict.fromkeys(_column(row) for row in mine))
+        lines = [["layer", "bound", *columns]]
         for (what,) in _distinct(mine, "what"):
-            cells = {row["provider"]: row for row in mine if row["what"] == what}
+            cells: dict[str, Row] = {}
+            for row in [row for row in mine if row["what"] == what]:
+                cells[_column(row)] = _better(cells.get(_column(row)), row)
             bound = next(iter(cells.values()))["bound_us"]
             lines.append(
                 [
                     what,
                     "" if bound is None else f"{bound:.1f}",
-                    *(_cell(cells.get(name), "median_us", ".1f") for name in providers),
+                    *(_time_of(cells.get(name)) for name in columns),
                 ]
             )
         title = f"Layers, batch {batch}, {precision}, fusion {fusion}: microseconds"
-        parts.append(f"{title}\n{_aligned(lines, right=range(1, 2 + len(providers)))}")
+        parts.append(f"{title}\n{_aligned(lines, right=range(1, 2 + len(columns)))}")
     return "\n\n".join(parts)
+
+
+def _column(row: Row) -> str:
+    """A provider, or the best of its plans."""
+    name, _, plan = row["provider"].partition(", ")
+    return f"{name}, best plan" if plan else name
+
+
+def _better(one: Row | None, other: Row) -> Row:
+    if one is None or one["status"] != "ok":
+        return other
+    if other["status"] != "ok":
+        return one
+    return min(one, other, key=lambda row: row["median_us"])
+
+
+def _time_of(row: Row | None) -> str:
+    plan = "" if row is None else row["provider"].partition(", ")[2]
+    text = _cell(row, "median_us", ".1f")
+    return f"{text} ({plan})" if plan and row is not None and row["status"] == "ok" else text
 
 
 def _networks(title: str, rows: Sequence[Row]) -> str:

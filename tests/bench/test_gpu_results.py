@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gpu_documents import document, layer, network
 
-from fused_resnet.bench import gpu_layers, gpu_results
+from fused_resnet.bench import gpu_results
+from fused_resnet.bench.gpu import layers, roofline_layers
+from fused_resnet.bench.gpu.cases import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,11 +97,19 @@ def test_the_roofline_reads_what_the_bench_writes(
     """The same kernels have the same names in both."""
     from fused_resnet.cli import main
 
-    cells = gpu_layers.cells("resnet50", 256, "bfloat16")
+    def none(backend: str) -> Any:
+        raise AssertionError(backend)
+
+    target = Target(torch.device("cpu"), False, none, none)
+    cases = [*layers.cases(target), *roofline_layers.cases(target)]
+    # A case of a convolution also times it without what follows it.
+    convs = {c.about["what"].partition(" + ")[0] for c in cases if c.about["fusion"] == "conv"}
+    alone = [{**cases[0].about, "fusion": "none", "what": conv} for conv in convs]
     rows = [
-        {**cell, "provider": cell["providers"][-1], "status": "ok", "reason": "", "median_us": 7.0}
-        for cell in cells
+        {"provider": "eager" if about["fusion"] == "none" else "cuda", **about}
+        for about in [*(case.about for case in cases), *alone]
     ]
+    rows = [{**row, "status": "ok", "reason": "", "median_us": 7.0} for row in rows]
     path = tmp_path / "gpu-x.json"
     device = {**document()["device"], "name": "NVIDIA H100 80GB HBM3"}
     path.write_text(json.dumps(document(layers=rows, device=device)))
