@@ -14,27 +14,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import triton_mutants_training
+from mutant_of_triton import Mutant
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path("fused_resnet/backends/triton")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """In ``file`` of the Triton backend, ``old``, which occurs once, is replaced by ``new``.
-
-    Quick ones are planted in every `make test`.
-    """
-
-    bug: str
-    file: str
-    old: str
-    new: str
-    tests: str
-    quick: bool = False
 
 
 OPERATIONS = ("bn_add_relu", "conv_bn_add_relu", "conv_bn_relu_maxpool", "residual_block")
@@ -230,6 +217,7 @@ MUTANTS = [
         "mask=(n >= 0)[None, :], other=0.0",
         BLOCK + "test_one_tile_on_chip[interpreter-float16-64]",
     ),
+    *triton_mutants_training.MUTANTS,
 ]
 
 

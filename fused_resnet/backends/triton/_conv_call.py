@@ -79,6 +79,32 @@ class Second(NamedTuple):
     stride: tuple[int, int]
 
 
+class BatchNorm(NamedTuple):
+    """What the kernel that finishes the statistics makes of them for the batch norm behind.
+
+    Attributes:
+        scale: ``(K,)`` float32, written to.
+        shift: ``(K,)`` float32, written to.
+        weight: ``(K,)``, any float; None means 1.
+        bias: ``(K,)``, any float; None means 0.
+        running_mean: ``(K,)``, any float, written to; None for none.
+        running_var: ``(K,)``, any float, written to; None for none.
+        batches: ``int64`` scalar, counted up; None for none.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+    eps: float
+    momentum: float
+
+
 class ConvCall:
     """One call of the convolution: checked sizes and operands.
 
@@ -272,8 +298,16 @@ class ConvCall:
                 )  # fmt: skip
         return y
 
-    def run_with_statistics(self, config: ConvConfig | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The result, and the mean and biased variance of each of its channels."""
+    def run_with_statistics(
+        self, config: ConvConfig | None, norm: BatchNorm | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and the mean and biased variance of each of its channels.
+
+        Args:
+            config: Forces a configuration, of which split_k is ignored; None chooses one.
+            norm: The batch norm behind, which the last kernel finishes; None for none. Not for an
+                empty result.
+        """
         s = self.shape
         config = (config or self.choose(may_split=False))._replace(split_k=1)
         mean = torch.empty((s.k,), dtype=torch.float32, device=self.x.device)
@@ -285,9 +319,13 @@ class ConvCall:
         y = self.run(config, statistics)
 
         def merge(span: int, merged: Tensor | None) -> None:
+            last = norm if norm is not None and merged is None else None
             conv_statistics_kernel[(cdiv(s.k, STATISTICS_C), cdiv(slabs, span))](
-                statistics, merged, mean, var, s.rows, s.k, slabs, slab_rows,
-                span, min(span * slab_rows, s.rows),
+                statistics, merged, mean, var,
+                last and last.weight, last and last.bias, last and last.scale, last and last.shift,
+                last and last.running_mean, last and last.running_var, last and last.batches,
+                s.rows, s.k, slabs, slab_rows, span, min(span * slab_rows, s.rows),
+                float(last.eps) if last else 1.0, float(last.momentum) if last else 0.0,
                 BLOCK_S=STATISTICS_S, BLOCK_C=STATISTICS_C, num_warps=4, maxnreg=REGISTERS,
             )  # fmt: skip
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._bn_finish import store_scale_and_shift, update_running
 from ._implicit_gemm import accumulate, finish, halves, multiply, swizzle
 
 #: Channels of a program, and slabs per iteration, of the kernel that merges statistics.
@@ -179,11 +180,20 @@ def conv_statistics_kernel(  # type: ignore[no-untyped-def]
     statistics_ptr,  # (slabs, 2, K) float32: mean, M2 of slab_rows rows; the last may have fewer
     merged_ptr,  # (programs, 2, K) float32: mean, M2 of each program's slabs; or None
     mean_ptr, var_ptr,  # (K,) float32, written without merged_ptr
+    weight_ptr, bias_ptr,  # (K,) any float, or None: of the batch norm behind
+    scale_ptr, shift_ptr,  # (K,) float32, or None: its multiplication and addition
+    running_mean_ptr, running_var_ptr,  # (K,) any float, or None: moved towards the batch's
+    batches_ptr,  # (1,) int64, or None: counts the batches
     M, K, slabs, slab_rows,
     span, span_rows,  # slabs of a program, and their rows; the last may have fewer
+    eps, momentum,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge each program's slabs into one, or all of them into mean and biased variance."""
+    """Merge each program's slabs into one, or all of them into mean and biased variance.
+
+    Without merged_ptr it is the last kernel that has the statistics in registers, and does what
+    depends on them alone: scale and shift, the running statistics, the count of batches.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1)
     begin = program * span
@@ -211,5 +221,15 @@ def conv_statistics_kernel(  # type: ignore[no-untyped-def]
         tl.store(to, mean.to(tl.float32), mask=c < K)
         tl.store(to + K, m2.to(tl.float32), mask=c < K)
     else:
+        var = m2 / rows
         tl.store(mean_ptr + c, mean.to(tl.float32), mask=c < K)
-        tl.store(var_ptr + c, (m2 / rows).to(tl.float32), mask=c < K)
+        tl.store(var_ptr + c, var.to(tl.float32), mask=c < K)
+        if scale_ptr is not None:
+            store_scale_and_shift(
+                c, c < K, mean, var, weight_ptr, bias_ptr, scale_ptr, shift_ptr, eps
+            )
+        if running_mean_ptr is not None:
+            update_running(c, c < K, mean, var, running_mean_ptr, running_var_ptr, M, momentum)
+        if batches_ptr is not None:
+            first = tl.program_id(0) == 0
+            tl.store(batches_ptr, tl.load(batches_ptr, mask=first, other=0) + 1, mask=first)

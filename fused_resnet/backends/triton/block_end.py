@@ -1,0 +1,102 @@
+r"""The end of a residual block: y = relu(z * scale + shift + the shortcut [* scale + shift]).
+
+Memory-bound: z and the shortcut are read and y is written, 3 elements moved for up to 6 flops;
+2 without a shortcut, where it is also how a normalised map is made that a convolution of PyTorch's
+reads. Tiles are those of ``_bn_map.py``; designed for four programs on a multiprocessor, with 64
+registers a thread.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._bn_map import BnConfig, BnMap, map_offsets
+from ._common import channel_vector, relu
+from ._training_operands import check_together, first_map, like_map, map_operand, vector_operand
+
+
+@triton.jit
+def block_end_kernel(  # type: ignore[no-untyped-def]
+    z_ptr, shortcut_ptr, y_ptr,  # (R, C); shortcut or None
+    scale_ptr, shift_ptr,  # (C,) float32
+    shortcut_scale_ptr, shortcut_shift_ptr,  # (C,) float32, or None
+    R, C, P, slab_rows,
+    RELU: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A slab of rows, forwards: its beginning is the oldest of what z's kernel left in the L2."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale = channel_vector(scale_ptr, c, c < C, 1.0)
+    shift = channel_vector(shift_ptr, c, c < C, 0.0)
+    shortcut_scale = channel_vector(shortcut_scale_ptr, c, c < C, 1.0)
+    shortcut_shift = channel_vector(shortcut_shift_ptr, c, c < C, 0.0)
+    begin = tl.program_id(1) * slab_rows
+    end = tl.minimum(begin + slab_rows, R)
+    for r0 in range(begin, end, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        valid = (r < end)[:, None] & (c < C)[None, :]
+        at = map_offsets(r, c, C, P, LAST)
+        v = tl.load(z_ptr + at, mask=valid, other=0.0).to(tl.float32)
+        v = v * scale[None, :] + shift[None, :]
+        if shortcut_ptr is not None:
+            s = tl.load(shortcut_ptr + at, mask=valid, other=0.0).to(tl.float32)
+            if shortcut_scale_ptr is not None:
+                s = s * shortcut_scale[None, :] + shortcut_shift[None, :]
+            v += s
+        if RELU:
+            v = relu(v)
+        tl.store(y_ptr + at, v.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+def block_end(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    shortcut: Tensor | None,
+    shortcut_scale: Tensor | None,
+    shortcut_shift: Tensor | None,
+    relu: bool,
+    *,
+    config: BnConfig | None = None,
+) -> Tensor:
+    r""":math:`y = \max(0,\; z \cdot \mathrm{scale} + \mathrm{shift} + s)`.
+
+    Args:
+        z: ``(N, K, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
+        scale: ``(K,)`` float32.
+        shift: ``(K,)`` float32.
+        shortcut: Shape and dtype of ``z``; None means :math:`s = 0`.
+        shortcut_scale: ``(K,)`` float32: then :math:`s` is the shortcut times this plus its shift;
+            None means the shortcut as it is.
+        shortcut_shift: ``(K,)`` float32, there when ``shortcut_scale`` is.
+        relu: False leaves the maximum out.
+        config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
+
+    Returns:
+        :math:`y`, shape and dtype of ``z``, channels_last.
+
+    Raises:
+        ValueError: Wrong rank, shape or device, or half of an affine step.
+        TypeError: Wrong dtype.
+    """
+    op = "block_end"
+    zs = first_map(op, "z", z)
+    channels = z.shape[1]
+    check_together(op, shortcut_scale=shortcut_scale, shortcut_shift=shortcut_shift)
+    if shortcut is None and shortcut_scale is not None:
+        raise ValueError(f"{op}: shortcut: expected a tensor with shortcut_scale, got None")
+    call = BnMap(op, zs, config)
+    y = like_map(z, z.shape)
+    call.launch(
+        block_end_kernel,
+        zs,
+        map_operand(op, "shortcut", shortcut, z.shape, z),
+        y,
+        vector_operand(op, "scale", scale, channels, z),
+        vector_operand(op, "shift", shift, channels, z),
+        vector_operand(op, "shortcut_scale", shortcut_scale, channels, z),
+        vector_operand(op, "shortcut_shift", shortcut_shift, channels, z),
+        RELU=relu,
+    )
+    return y
