@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.availability import resolve_backend
 from ..ops.checks import DTYPES
 from ..ops.training_spec import Layer, LayerTensors, Unit
-from ..ops.training_unit import UNIT_BACKENDS, is_transformed, training_unit
+from ..ops.training_tuned import unit_backend
+from ..ops.training_unit import is_transformed, training_unit
 from .groups import decide_residual_block
 from .module_kinds import (
     PackedConv,
@@ -121,8 +121,7 @@ def _backend(x: Tensor) -> str:
     """The backend of a unit; empty where the block's groups run one by one."""
     if not torch.compiler.is_compiling() and is_transformed():
         return ""
-    backend = resolve_backend("training_unit", x)
-    return backend if backend in UNIT_BACKENDS else ""
+    return unit_backend(x)
 
 
 def _may_exchange(x: Tensor) -> bool:

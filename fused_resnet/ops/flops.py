@@ -7,7 +7,7 @@ A formula gets the operator's arguments with each tensor replaced by its shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -29,19 +29,20 @@ def _formula(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     return enter
 
 
-def register(namespace: str) -> None:
-    """Register the formulas for one library of operators, once the flop counter is imported.
+def register(namespace: str, formulas: Mapping[str, Callable[..., int]] = FORMULAS) -> None:
+    """Register formulas for one library of operators, once the flop counter is imported.
 
     Importing it imports Triton, which few processes need.
 
     Args:
         namespace: Name of the library under ``torch.ops``.
+        formulas: By the name of the operator.
     """
 
     def enter() -> None:
         from torch.utils.flop_counter import register_flop_formula
 
-        for name, formula in FORMULAS.items():
+        for name, formula in formulas.items():
             register_flop_formula(getattr(getattr(torch.ops, namespace), name))(formula)
 
     when_imported("torch.utils.flop_counter", enter)

@@ -29,8 +29,10 @@ from .packed import (
 )
 from .registry import OPERATORS
 from .training_bn import training_bn_add_relu
+from .training_layer import update_running
 from .training_spec import Layer, LayerTensors, Unit
-from .training_unit import UNIT_BACKENDS, is_transformed, training_unit, update_running
+from .training_tuned import unit_backend
+from .training_unit import is_transformed, training_unit
 
 #: A max-pool's window in a unit: the place of its largest value is kept in a byte.
 _MOST_PLACES = 255
@@ -215,12 +217,12 @@ def conv_bn_add_relu(
         return with_plain_strides(OPERATORS[backend].conv_bn_add_relu(*arguments))
     # A contiguous map would be converted twice, to and from channels_last. The backend comes first:
     # under vmap, where it is the reference, no tensor tells its memory format.
-    as_unit = backend in UNIT_BACKENDS and conv_bias is None
-    if as_unit and x.is_contiguous(memory_format=torch.channels_last):
+    owner = unit_backend(x) if training and backend != "reference" and conv_bias is None else ""
+    if owner and x.is_contiguous(memory_format=torch.channels_last):
         layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
         shortcut = "none" if residual is None else "map"
         # Direct sums: the bound of a single operation is 1.5 times PyTorch's error.
-        unit = Unit((layer,), shortcut, relu=relu, winograd=False, backend=backend)
+        unit = Unit((layer,), shortcut, relu=relu, winograd=False, backend=owner)
         tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
         return with_plain_strides(training_unit(unit, x, residual, [tensors]))
     if current_backend() in ("cuda", "triton") and backend != "reference":
@@ -332,11 +334,12 @@ def conv_bn_relu_maxpool(
         backend = fastest_backend(op, backend, arguments)
         return with_plain_strides(OPERATORS[backend].conv_bn_relu_maxpool(*arguments))
     fits_a_byte = pool[0][0] * pool[0][1] <= _MOST_PLACES
-    if training and backend in UNIT_BACKENDS and conv_bias is None and fits_a_byte:
+    owner = unit_backend(x) if training and backend != "reference" and conv_bias is None else ""
+    if owner and fits_a_byte:
         count = shape[0] * shape[2] * shape[3]
         checks.statistics(op, running_mean, running_var, training, count, shape, eps)
         layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
-        unit = Unit((layer,), pool=pool, winograd=False, backend=backend)
+        unit = Unit((layer,), pool=pool, winograd=False, backend=owner)
         tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
         return with_plain_strides(training_unit(unit, x, None, [tensors]))
     y = conv_bn_add_relu(

@@ -23,6 +23,7 @@ from ..backends import aten, aten_training
 from . import (
     fakes_training,  # noqa: F401  (enters its functions into FAKES)
     flops,
+    training_fused,
 )
 from .autograd import register_formulas
 from .fakes import FAKES
@@ -41,6 +42,8 @@ TRITON = (
     "pack_conv_weight",
     "residual_block",
     "unpack_conv_weight",
+    *aten_training.OPERATIONS,
+    *training_fused.SCHEMAS,
 )
 
 
@@ -62,6 +65,8 @@ _pytorch_library = Library("fused_resnet_library", "DEF")
 for _schema in _C.schemas():
     _triton_library.define(_schema)
     _pytorch_library.define(_schema)
+for _schema in training_fused.SCHEMAS.values():
+    _triton_library.define(_schema)
 for _name in TRITON:
     _triton_library.impl(_name, triton_operator(_name), "CUDA")
 for _key in ("CPU", "CUDA"):
@@ -75,6 +80,9 @@ for _namespace in ("fused_resnet", "fused_resnet_triton", "fused_resnet_library"
         register_fake(f"{_namespace}::{_name}", _fake)
     register_formulas(_namespace)
     flops.register(_namespace)
+for _name, _fake in training_fused.FAKES.items():
+    register_fake(f"fused_resnet_triton::{_name}", _fake)
+flops.register("fused_resnet_triton", training_fused.FLOPS)
 
 #: The operators of each backend.
 OPERATORS: dict[str, Any] = {
@@ -89,13 +97,14 @@ OPERATORS: dict[str, Any] = {
 def primitives_of(backend: str) -> Any:
     """The training primitives of a backend, each as the one overload that it has.
 
+    Those of Triton include :mod:`.training_fused`'s.
+
     Args:
-        backend: ``"cpu"`` or ``"library"``.
+        backend: ``"cpu"``, ``"library"`` or ``"triton"``.
     """
     operators = OPERATORS[backend]
-    return SimpleNamespace(
-        **{name: getattr(operators, name).default for name in aten_training.OPERATIONS}
-    )
+    names = [*aten_training.OPERATIONS, *(training_fused.SCHEMAS if backend == "triton" else ())]
+    return SimpleNamespace(**{name: getattr(operators, name).default for name in names})
 
 
 #: Whether the extension was built with CUDA. If not, Triton's operators pack weights for CUDA, in

@@ -20,7 +20,7 @@ from ..backends import reference_training
 from ..backends.availability import BackendUnavailable, resolve_backend
 from . import checks
 from .registry import primitives_of
-from .training_unit import UNIT_BACKENDS
+from .training_tuned import UNIT_BACKENDS
 
 #: The name of the map whose dtype and device are the call's.
 _MAPS = ("x", "z")

@@ -14,7 +14,8 @@ from torch.library import Library
 
 from .autograd import bn_backward
 from .registry import OPERATORS
-from .training_unit import UNIT_BACKENDS, update_running
+from .training_layer import update_running
+from .training_tuned import UNIT_BACKENDS
 
 
 def training_bn_add_relu(

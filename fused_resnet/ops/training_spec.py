@@ -81,7 +81,8 @@ class Unit(NamedTuple):
         recompute: Whether a bottleneck's last convolution is computed again in backward, so that
             its result need not be kept.
         winograd: Whether Winograd's algorithm may run.
-        backend: Whose primitives compute it, ``"cpu"`` or ``"library"``.
+        backend: Whose primitives compute it, ``"cpu"``, ``"library"`` or ``"triton"``; or
+            ``"tuned"``, for the fastest of each layer.
     """
 
     layers: tuple[Layer, ...]

@@ -9,7 +9,7 @@ activation checkpointing repeats them as it repeats PyTorch's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,11 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from .checks import positive_eps
-from .fakes import accumulator
-from .registry import primitives_of
-from .training_reference import before_relu, count_batch, pad_with_zeros, run_reference
+from .training_layer import RunLayer, Saved, as_dtype, run_layer, update_running_of
+from .training_reference import before_relu, pad_with_zeros, run_reference
 from .training_spec import LayerTensors, Unit, flatten, unflatten
-from .training_sync import merge_statistics, sum_over_processes
-
-#: Those that have the training primitives.
-UNIT_BACKENDS = ("cpu", "library")
+from .training_sync import sum_over_processes
+from .training_tuned import TUNED, unit_primitives
 
 _CHANNELS_LAST = torch.channels_last
 
@@ -100,17 +96,6 @@ def is_transformed() -> bool:
     return transforms or forward_ad._current_level >= 0
 
 
-class _Saved(NamedTuple):
-    """What the forward keeps of a layer; the weight only where it was cast."""
-
-    z: Tensor | None
-    mean: Tensor
-    var: Tensor
-    scale: Tensor
-    shift: Tensor
-    weight: Tensor | None
-
-
 class _TrainingUnit(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -121,9 +106,10 @@ class _TrainingUnit(torch.autograd.Function):
         shortcut: Tensor | None,
         *parameters: Tensor | None,
     ) -> Tensor:
-        primitives = primitives_of(unit.backend)
+        primitives = unit_primitives(unit.backend)
         map_ = x.contiguous(memory_format=_CHANNELS_LAST)
-        saved, counts = _chain(unit, primitives, map_, tensors)
+        layers = _chain(unit, primitives, map_, tensors)
+        saved, counts = [run.saved for run in layers], [run.count for run in layers]
         last = saved[unit.length - 1]
         index = None
         if unit.pool is not None:
@@ -135,7 +121,7 @@ class _TrainingUnit(torch.autograd.Function):
             )
         if suggest_memory_format(x) is not _CHANNELS_LAST and not _any_channels_last(tensors):
             y = y.contiguous()
-        _update_running(unit, tensors, saved, counts)
+        _update_running(unit, tensors, layers)
         if unit.recompute and unit.length == 3:
             saved[2] = saved[2]._replace(z=None)
         ctx.unit, ctx.counts = unit, counts
@@ -149,8 +135,8 @@ class _TrainingUnit(torch.autograd.Function):
         x, y, index, *rest = ctx.saved_tensors
         count = 3 * len(unit.layers)
         parameters, flat = rest[:count], rest[count:]
-        size = len(_Saved._fields)
-        saved = [_Saved(*flat[i : i + size]) for i in range(0, len(flat), size)]
+        size = len(Saved._fields)
+        saved = [Saved(*flat[i : i + size]) for i in range(0, len(flat), size)]
         if torch.is_grad_enabled():  # create_graph=True
             found = _differentiable(unit, ctx.needs_input_grad[2:], dy, x, y, parameters, saved)
         else:
@@ -164,47 +150,21 @@ class _TrainingUnit(torch.autograd.Function):
 
 def _chain(
     unit: Unit, primitives: Any, x: Tensor, tensors: Sequence[LayerTensors]
-) -> tuple[list[_Saved], list[int]]:
-    """The convolutions, each with its statistics and its batch norm's scale and shift.
-
-    Also the number of values per channel that each of the statistics is of.
-    """
-    vectors = accumulator(x)
-    saved: list[_Saved] = []
-    counts: list[int] = []
+) -> list[RunLayer]:
+    """The convolutions, each with its statistics and its batch norm's scale and shift."""
+    layers: list[RunLayer] = []
     source, scale, shift = x, None, None
     for i, (layer, t) in enumerate(zip(unit.layers, tensors, strict=True)):
         if i == unit.length:  # the projection
             source, scale, shift = x, None, None
-        weight = _as(t.weight, x.dtype)
-        z, mean, var = primitives.conv_forward(
-            source, scale, shift, weight, layer.stride, layer.padding,
-            layer.dilation, layer.groups, layer.batch, unit.winograd,
-        )  # fmt: skip
-        count = z.shape[0] * z.shape[2] * z.shape[3]
-        if layer.batch:
-            if layer.group:
-                mean, var, count = merge_statistics(layer.group, mean, var, count)
-            if count == 1:
-                raise ValueError(
-                    "residual_block: x: expected more than 1 value per channel when training, got "
-                    f"{tuple(z.shape)}"
-                )
-            positive_eps("residual_block", layer.eps)
-        else:
-            mean, var = _as(t.running_mean, vectors), _as(t.running_var, vectors)
-        scale, shift = primitives.bn_coefficients(
-            mean, var, _as(t.bn_weight, vectors), _as(t.bn_bias, vectors), layer.eps
-        )
-        cast = None if weight is t.weight else weight
-        saved.append(_Saved(z, mean, var, scale, shift, cast))
-        counts.append(count)
-        source = z
-    return saved, counts
+        run = run_layer(primitives, layer, t, source, scale, shift, unit.winograd)
+        layers.append(run)
+        source, scale, shift = run.saved.z, run.saved.scale, run.saved.shift
+    return layers
 
 
 def _side(
-    unit: Unit, x: Tensor, shortcut: Tensor | None, saved: list[_Saved]
+    unit: Unit, x: Tensor, shortcut: Tensor | None, saved: list[Saved]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The shortcut's map, and the scale and shift that are applied to it."""
     if unit.shortcut == "projection":
@@ -217,62 +177,12 @@ def _side(
 
 
 def _update_running(
-    unit: Unit, tensors: Sequence[LayerTensors], saved: list[_Saved], counts: list[int]
+    unit: Unit, tensors: Sequence[LayerTensors], layers: Sequence[RunLayer]
 ) -> None:
-    for layer, t, found, count in zip(unit.layers, tensors, saved, counts, strict=True):
-        if not layer.batch:
-            continue
-        average = layer.momentum is None and t.batches is not None
-        if average and type(t.batches) is not Tensor:  # a compiler's, which has no number
-            _average(t, found, count)
-            continue
-        momentum = count_batch(layer.momentum, t.batches)
-        if t.running_mean is None or t.running_var is None:
-            continue
-        update_running(
-            unit.backend, found.mean, found.var, t.running_mean, t.running_var, momentum, count
-        )  # fmt: skip
-
-
-def _average(t: LayerTensors, found: _Saved, count: int) -> None:
-    """Count a batch, and update the averages by a counter whose number is not known yet."""
-    assert t.batches is not None
-    t.batches.add_(1)
-    share = t.batches.to(found.mean.dtype).reciprocal()
-    for running, batch in ((t.running_mean, found.mean), (t.running_var, found.var)):
-        if running is None:
-            continue
-        unbiased = batch if running is t.running_mean else batch * (count / (count - 1))
-        running.add_(((unbiased - running) * share).to(running.dtype))
-
-
-def update_running(
-    backend: str,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    count: int,
-) -> None:
-    """Update running statistics of any floating-point dtype; see ``bn_update_running``.
-
-    Args:
-        backend: Whose primitive does it.
-        mean: ``(K,)``, of the batch.
-        var: ``(K,)``, of the batch, biased.
-        running_mean: ``(K,)``, written to.
-        running_var: ``(K,)``, written to.
-        momentum: Weight of the batch.
-        count: Values per channel.
-    """
-    if running_mean.dtype is not mean.dtype or running_var.dtype is not mean.dtype:
-        backend = "library"  # which converts
-    primitives_of(backend).bn_update_running(mean, var, running_mean, running_var, momentum, count)
-
-
-def _as(t: Any, dtype: torch.dtype) -> Any:
-    return t if t is None or t.dtype is dtype else t.to(dtype)
+    """Update them where the convolution's own kernel has not: after all that may fail."""
+    for layer, t, run in zip(unit.layers, tensors, layers, strict=True):
+        if layer.batch and not run.updated:
+            update_running_of(unit.backend, layer, t, run)
 
 
 def _any_channels_last(tensors: Sequence[LayerTensors]) -> bool:
@@ -291,11 +201,11 @@ class _Backward:
         needed: Sequence[bool],
         x: Tensor,
         parameters: Sequence[Tensor | None],
-        saved: list[_Saved],
+        saved: list[Saved],
         counts: Sequence[int],
     ) -> None:
         self.unit, self.saved, self.parameters, self.counts = unit, saved, parameters, counts
-        self.primitives = primitives_of(unit.backend)
+        self.primitives = unit_primitives(unit.backend)
         self.x = x.contiguous(memory_format=_CHANNELS_LAST)
         self.need_x, self.need_shortcut = needed[0], needed[1]
         self.needed = needed[2:]
@@ -323,10 +233,7 @@ class _Backward:
             )
             sum_g_side = None
         else:
-            side = (None, None) if projection is None else (projection.z, projection.mean)
-            g, sum_g, sum_g_xc, sum_g_side = self.primitives.block_end_backward(
-                dy, y, end.z, end.mean, *side, sums
-            )
+            g, sum_g, sum_g_xc, sum_g_side = self._end(dy, y, end, projection, sums)
             if y is None:
                 g = dy
         add = None
@@ -343,6 +250,20 @@ class _Backward:
                 break
         return [g if self.need_x else None, of_shortcut, *self.gradients]
 
+    def _end(
+        self, dy: Tensor, y: Tensor | None, end: Saved, projection: Saved | None, sums: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradient behind the last ReLU, and the sums of the batch norms before it."""
+        recomputed = getattr(self.primitives, "block_end_backward_recomputed", None)
+        alone = self.unit.shortcut in ("none", "projection")
+        if recomputed and alone and sums and y is not None:
+            # y's sign from what the sums read anyway.
+            p = projection
+            side = (None,) * 4 if p is None else (p.z, p.mean, p.scale, p.shift)
+            return recomputed(dy, end.z, end.mean, end.scale, end.shift, *side, sums)
+        last = (None, None) if projection is None else (projection.z, projection.mean)
+        return self.primitives.block_end_backward(dy, y, end.z, end.mean, *last, sums)
+
     def _layer(
         self, i: int, g: Tensor, sum_g: Any, sum_g_xc: Any, add: Tensor | None
     ) -> tuple[Any, Any, Any]:
@@ -351,7 +272,9 @@ class _Backward:
         need_weight, need_input = self.needed[3 * i], self._reaches(i)
         z, a, b, c = saved.z, saved.scale, None, None
         if layer.batch and self._needs_sums(i):
-            bn_weight = _as(self.parameters[3 * i + 1], saved.mean.dtype)
+            bn_weight = self.parameters[3 * i + 1]
+            if self.unit.backend not in ("triton", TUNED):  # which read it as it is
+                bn_weight = as_dtype(bn_weight, saved.mean.dtype)
             whole: tuple[Tensor, ...] = (sum_g, sum_g_xc)
             if layer.group:
                 whole = sum_over_processes(layer.group, sum_g, sum_g_xc)
@@ -389,7 +312,7 @@ class _Backward:
 
     def _keep(self, at: int, gradient: Tensor) -> None:
         if self.needed[at]:
-            self.gradients[at] = _as(gradient, self.parameters[at].dtype)  # type: ignore[union-attr]
+            self.gradients[at] = as_dtype(gradient, self.parameters[at].dtype)  # type: ignore[union-attr]
 
     def _reaches(self, i: int) -> bool:
         """Whether anything in front of a layer's convolution needs a gradient."""
@@ -403,7 +326,7 @@ class _Backward:
 
 
 def _of_parameters(
-    saved: _Saved, sum_g: Tensor, sum_g_xc: Tensor, eps: float
+    saved: Saved, sum_g: Tensor, sum_g_xc: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a batch norm's weight and bias, from the sums of this process."""
     return sum_g_xc * (saved.var.double() + eps).rsqrt().to(sum_g_xc.dtype), sum_g
@@ -427,7 +350,7 @@ def _differentiable(
     x: Tensor,
     y: Tensor | None,
     parameters: Sequence[Tensor | None],
-    saved: list[_Saved],
+    saved: list[Saved],
 ) -> list[Tensor | None]:
     """The gradients as functions of ``dy``, ``x`` and the parameters, by PyTorch's operators.
 

@@ -16,7 +16,7 @@ pytest.importorskip("torchvision", reason="torchvision's blocks are what is trai
 from training_blocks import X, assert_one_unit, basic, bottleneck, pair, state
 
 import fused_resnet as fr
-from fused_resnet.ops import training_unit
+from fused_resnet.ops import registry
 
 AVERAGE = functools.partial(nn.BatchNorm2d, momentum=None)
 
@@ -202,7 +202,7 @@ def test_copies_are_independent() -> None:
 def test_an_error_half_way_leaves_no_trace(monkeypatch) -> None:
     _, fused = pair(basic())
     before = {k: b.clone() for k, b in fused.named_buffers()}
-    primitives = training_unit.primitives_of("cpu")
+    primitives = registry.primitives_of("cpu")
 
     def fail(*_):
         raise RuntimeError("out of memory")

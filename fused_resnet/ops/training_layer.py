@@ -1,0 +1,182 @@
+"""A layer of a training unit in the forward: a convolution and what its batch norm needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import positive_eps
+from .fakes import accumulator, conv_shape
+from .training_reference import count_batch
+from .training_spec import Layer, LayerTensors
+from .training_sync import merge_statistics
+from .training_tuned import unit_primitives
+
+
+class Saved(NamedTuple):
+    """What the forward keeps of a layer.
+
+    Attributes:
+        z: Result of the convolution; None where it is computed again.
+        mean: ``(K,)``, of the batch or the running one.
+        var: ``(K,)``, of the batch or the running one.
+        scale: ``(K,)``, of the batch norm.
+        shift: ``(K,)``, of the batch norm.
+        weight: The weight, only where it was cast.
+    """
+
+    z: Tensor | None
+    mean: Tensor
+    var: Tensor
+    scale: Tensor
+    shift: Tensor
+    weight: Tensor | None
+
+
+class RunLayer(NamedTuple):
+    """A layer that has run.
+
+    Attributes:
+        saved: What is kept of it.
+        count: Values per channel that the statistics are of.
+        updated: Whether the running statistics are updated already.
+    """
+
+    saved: Saved
+    count: int
+    updated: bool
+
+
+def run_layer(
+    primitives: Any,
+    layer: Layer,
+    t: LayerTensors,
+    source: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    winograd: bool,
+) -> RunLayer:
+    """A convolution, its statistics, and its batch norm's scale and shift.
+
+    Args:
+        primitives: Those of a backend.
+        layer: The settings.
+        t: The tensors.
+        source: The layer's input, or the result of the convolution before.
+        scale: Of the batch norm before; None where ``source`` is the input.
+        shift: Of the batch norm before.
+        winograd: Whether Winograd's algorithm may run.
+
+    Raises:
+        ValueError: A single value per channel, where the statistics are the batch's.
+    """
+    weight, geometry = as_dtype(t.weight, source.dtype), layer[:4]
+    cast = None if weight is t.weight else weight
+    n, k, height, width = conv_shape(source, t.weight.shape, *layer[:3])
+    count, single = n * height * width, n * height * width == 1
+    in_one = getattr(primitives, "conv_bn_forward", None)
+    if in_one and layer.batch and not (layer.group or single or _counter_is_traced(layer, t)):
+        positive_eps("residual_block", layer.eps)
+        momentum, batches = layer.momentum, t.batches
+        if momentum is None:  # the average: its weight is a number on the host, as PyTorch's
+            momentum, batches = count_batch(None, t.batches), None
+        running = (t.running_mean, t.running_var) if t.running_var is not None else (None, None)
+        found = in_one(
+            source, scale, shift, weight, t.bn_weight, t.bn_bias, *running, batches, *geometry,
+            momentum, layer.eps, winograd,
+        )  # fmt: skip
+        return RunLayer(Saved(*found, cast), count, True)
+    z, mean, var = primitives.conv_forward(
+        source, scale, shift, weight, *geometry, layer.batch, winograd
+    )
+    vectors = accumulator(source)
+    if layer.batch:
+        if layer.group:
+            mean, var, count = merge_statistics(layer.group, mean, var, count)
+        if count == 1:
+            raise ValueError(
+                "residual_block: x: expected more than 1 value per channel when training, got "
+                f"{(n, k, height, width)}"
+            )
+        positive_eps("residual_block", layer.eps)
+    else:
+        mean, var = as_dtype(t.running_mean, vectors), as_dtype(t.running_var, vectors)
+    affine = primitives.bn_coefficients(
+        mean, var, as_dtype(t.bn_weight, vectors), as_dtype(t.bn_bias, vectors), layer.eps
+    )
+    return RunLayer(Saved(z, mean, var, *affine, cast), count, False)
+
+
+def _counter_is_traced(layer: Layer, t: LayerTensors) -> bool:
+    """Whether the average of all batches is wanted, by a counter that has no number yet."""
+    return layer.momentum is None and t.batches is not None and type(t.batches) is not Tensor
+
+
+def update_running_of(backend: str, layer: Layer, t: LayerTensors, run: RunLayer) -> None:
+    """Count the batch and update the running statistics of a layer.
+
+    Args:
+        backend: Whose primitive does it.
+        layer: The settings.
+        t: The tensors, written to.
+        run: The layer in the forward.
+    """
+    if _counter_is_traced(layer, t):
+        _average(t, run)
+        return
+    momentum = count_batch(layer.momentum, t.batches)
+    if t.running_mean is None or t.running_var is None:
+        return
+    mean, var = run.saved.mean, run.saved.var
+    update_running(backend, mean, var, t.running_mean, t.running_var, momentum, run.count)
+
+
+def _average(t: LayerTensors, run: RunLayer) -> None:
+    """Count a batch, and update the averages by a counter whose number is not known yet."""
+    assert t.batches is not None
+    t.batches.add_(1)
+    mean, var = run.saved.mean, run.saved.var
+    share = t.batches.to(mean.dtype).reciprocal()
+    unbiased = var * (run.count / (run.count - 1))
+    for running, batch in ((t.running_mean, mean), (t.running_var, unbiased)):
+        if running is not None:
+            running.add_(((batch - running) * share).to(running.dtype))
+
+
+def update_running(
+    backend: str,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    """Update running statistics of any floating-point dtype; see ``bn_update_running``.
+
+    Args:
+        backend: Whose primitive does it.
+        mean: ``(K,)``, of the batch.
+        var: ``(K,)``, of the batch, biased.
+        running_mean: ``(K,)``, written to.
+        running_var: ``(K,)``, written to.
+        momentum: Weight of the batch.
+        count: Values per channel.
+    """
+    if running_mean.dtype is not mean.dtype or running_var.dtype is not mean.dtype:
+        backend = "library"  # which converts
+    unit_primitives(backend).bn_update_running(
+        mean, var, running_mean, running_var, momentum, count
+    )
+
+
+def as_dtype(t: Any, dtype: torch.dtype) -> Any:
+    """A tensor in another dtype; itself where it has that, and None for None.
+
+    Args:
+        t: The tensor, or None.
+        dtype: That it gets.
+    """
+    return t if t is None or t.dtype is dtype else t.to(dtype)
