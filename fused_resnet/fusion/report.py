@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -105,11 +105,18 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
-    result = Report(programs=list(_programs_of(model)), graphs=_graphs_of(model))
+    result = Report(graphs=_graphs_of(model))
+    runs: dict[str, str] = {}  # operations of programs, by the path of their convolution
+    for path, program in programs_of(model):
+        result.programs.append((path or type(model).__name__, len(program.steps)))
+        for step, name in zip(program.steps, program.modules, strict=True):
+            runs[_join(path, name)] = _OPERATIONS.get(step.operation, "")
     for path, group in groups_of(model):
-        name = _join(path, group.path) or type(model).__name__
-        if group.operation:
-            result.fused.append((name, group.operation))
+        name = _join(path, group.path)
+        operation = runs.get(name) or group.operation
+        name = name or type(model).__name__
+        if operation:
+            result.fused.append((name, operation))
         else:
             result.left.append((name, group.reason))
     for path, module in model.named_modules():
@@ -134,6 +141,10 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
     inlined: set[int] = set()
     parents = parents_of(model)
     for path, module in model.named_modules():
+        frozen = getattr(module, "fused_resnet_groups", None)  # which freeze() wrote down
+        if frozen is not None:
+            yield from ((path, group) for group in frozen)
+            continue
         if id(module) in inlined:
             continue  # its own fused forward does not run
         if isinstance(module, FusedForward):
@@ -158,8 +169,19 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Group]]:
             yield path, Group("", "no group around it that fuse() can prove")
 
 
-def _programs_of(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """The programs of a frozen model's largest modules that have a plan."""
+#: The operations of a program's steps that have a convolution.
+_OPERATIONS = {"conv": "conv_bn_add_relu", "conv_max_pool": "conv_bn_relu_maxpool"}
+
+
+def programs_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The programs of a frozen model's largest modules that have a plan.
+
+    Args:
+        model: Any model.
+
+    Yields:
+        The path of the module that runs the program, and the program.
+    """
     covered: list[str] = []
     called: list[str] = []
     for path, module in model.named_modules():
@@ -169,7 +191,7 @@ def _programs_of(model: nn.Module) -> Iterator[tuple[str, int]]:
         covered.append(path)
         calls = [item for item in plan.items if getattr(item, "kind", "") == "call_module"]
         called += [_join(path, call.target) for call in calls]
-        yield from ((path or type(module).__name__, len(p.steps)) for p in plan.programs)
+        yield from ((path, program) for program in plan.programs)
 
 
 def _above(path: str, others: list[str]) -> int:

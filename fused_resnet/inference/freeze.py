@@ -1,14 +1,15 @@
 """``freeze``: a copy for inference, batch norm folded and weights packed for this machine.
 
-The copy is the fused model with each group's convolution replaced by a :class:`FrozenConv`, which
-stores the group's weight once, in the layout that the kernels read, and runs the whole group. Its
-classes derive from the model's own (:func:`fused_resnet.fusion.fuse.derive`) and refuse to train.
+In the copy each fused group's convolution is a :class:`FrozenConv`, which stores the group's weight
+once, in the layout that the kernels read. Its classes derive from the model's own
+(:func:`fused_resnet.fusion.fuse.derive`) and refuse to train.
 Pickles, copies and state dicts have the weights in PyTorch's layout: the packed layout belongs to
 one instruction set.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from ..backends.availability import BackendUnavailable
 from ..fusion.fuse import derive, fuse
+from ..fusion.report import groups_of
 from ..nn.fused_forward import FusedForward
-from ..nn.module_kinds import FoldedBatchNorm, PackedConv
+from ..nn.groups import Group
+from ..nn.module_kinds import FoldedBatchNorm, PackedConv, original_class
 from ..ops.checks import DTYPES
 from .cuda_graphs import Graphs, size_for
 from .frozen_conv import FrozenConv
@@ -95,13 +98,21 @@ def freeze(
     frozen = fuse(model).eval()
     _check_device(frozen)
     own = dtype or next((p.dtype for p in frozen.parameters() if p.is_floating_point()), None)
+    groups = list(groups_of(frozen))
     with torch.no_grad():
         for module in list(frozen.modules()):
             if isinstance(module, FusedForward):
                 _freeze_groups(module, dtype, winograd)
         _own_tensors(frozen, dtype)
-    plans = add_plans(frozen)
     modules = [m for m in frozen.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    for module in modules:
+        module.__class__ = original_class(module)
+        for name in _OF_FUSE:
+            module.__dict__.pop(name, None)
+    for path, group in groups:
+        owner = frozen.get_submodule(path)
+        owner.__dict__.setdefault("fused_resnet_groups", []).append(_frozen_group(owner, group))
+    plans = add_plans(frozen)
     for module in modules:
         module.__class__ = derive(type(module), Lowered if module in plans else Frozen)
         if module in plans:
@@ -116,6 +127,19 @@ def freeze(
     return frozen
 
 
+#: What :func:`fused_resnet.fuse` gave to modules; a frozen model runs programs, or the modules' own
+#: forwards.
+_OF_FUSE = ("fused_resnet_generated", "fused_resnet_recompute", "fused_resnet_winograd")
+
+
+def _frozen_group(owner: nn.Module, group: Group) -> Group:
+    """What the report says of a group of a frozen module."""
+    conv = owner.get_submodule(group.conv) if group.conv else None
+    if isinstance(conv, FrozenConv) or not group.operation:
+        return group
+    return replace(group, operation="", reason="its batch norm can't be folded into a convolution")
+
+
 def _freeze_groups(owner: FusedForward, dtype: torch.dtype | None, winograd: bool) -> None:
     for group in owner.fused_groups():
         if not group.operation or not group.conv or not group.foldable:
@@ -125,7 +149,7 @@ def _freeze_groups(owner: FusedForward, dtype: torch.dtype | None, winograd: boo
             continue  # statistics of the batch cannot be folded
         pool = owner.get_submodule(group.pool) if group.pool else None
         assert isinstance(conv, nn.Conv2d)
-        frozen = FrozenConv(conv, bn, pool, group, dtype, winograd)  # type: ignore[arg-type]
+        frozen = FrozenConv(conv, bn, pool, dtype, winograd)  # type: ignore[arg-type]
         folded = FoldedBatchNorm()
         for name, child in bn.named_children():
             folded.add_module(name, child)

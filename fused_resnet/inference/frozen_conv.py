@@ -1,4 +1,4 @@
-"""A frozen convolution: a whole fused group as one module, with its weight packed."""
+"""A frozen convolution: a convolution and its batch norm as one module, with its weight packed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.fx import Proxy
 from .. import ops
 from ..backends.constant import assume_constant_result
 from ..backends.folding import fold
-from ..nn.groups import Group
 from ..nn.module_kinds import PackedConv, eps_of, padding_of
 from . import export
 from .export import packed_dtype
@@ -21,15 +20,14 @@ from .frozen_module import Frozen
 
 
 class FrozenConv(Frozen, PackedConv):
-    """A fused group: packed weight, folded batch norm, and whether ReLU and max-pool follow.
+    """Packed weight and folded batch norm; runs the ReLU and the max-pool behind it on request.
 
     The convolution's settings have the names of ``nn.Conv2d``.
 
     Args:
-        conv: The group's convolution.
+        conv: A fused group's convolution.
         bn: Its batch norm, with running statistics.
         pool: Its max-pool, or None.
-        group: The operation, whether it includes the ReLU, and how many modules it spans.
         dtype: Of the feature maps; None for the convolution's own.
         winograd: Whether Winograd's algorithm may run.
     """
@@ -45,7 +43,6 @@ class FrozenConv(Frozen, PackedConv):
         conv: nn.Conv2d,
         bn: Any,
         pool: nn.MaxPool2d | None,
-        group: Group,
         dtype: torch.dtype | None,
         winograd: bool,
     ) -> None:
@@ -58,7 +55,6 @@ class FrozenConv(Frozen, PackedConv):
         self.weight_shape: tuple[int, ...] = tuple(conv.weight.shape)
         self.stride, self.dilation = conv.stride, conv.dilation
         self.padding = padding_of(conv) or (0, 0)
-        self.operation, self.relu, self.span = group.operation, group.relu, group.length
         self.pool: dict[str, Any] | None = None
         if pool is not None:
             self.pool = {
@@ -119,7 +115,7 @@ class FrozenConv(Frozen, PackedConv):
     ) -> Tensor:
         """The convolution and its batch norm, and on request the rest of the group.
 
-        By default it stops there, so that a forward which was not fused adds what follows.
+        By default it stops there: the model's own forward adds what follows.
 
         Args:
             x: ``(N, C, H, W)``.
@@ -151,11 +147,11 @@ class FrozenConv(Frozen, PackedConv):
         )
 
     def extra_repr(self) -> str:
-        """The settings of the group for ``repr``."""
+        """The convolution's settings for ``repr``."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, relu={self.relu}, operation={self.operation}"
+            f"groups={self.groups}"
         )
 
     # The packed layout never leaves the process.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..nn.fused_forward import FusedForward
+from ..nn.groups import Group
 from ..nn.module_kinds import PackedConv, is_hooked
 
 #: What to do in place of a change, by its kind.
@@ -103,10 +105,13 @@ class Frozen(nn.Module):
 
     Attributes:
         fused_resnet_settable: Names of the attributes that may be set.
+        fused_resnet_groups: What :func:`fused_resnet.report` says of the module's children.
     """
 
     fused_resnet_prefix = "Frozen"
     fused_resnet_settable = frozenset({"_is_torch_compile"})  # which torch.compile sets
+    fused_resnet_groups: Sequence[Group] = ()
+    __prepare_scriptable__ = FusedForward.__prepare_scriptable__
 
     def seal(self, derived: Derived) -> None:
         """Refuse changes from now on.
@@ -197,21 +202,6 @@ class Frozen(nn.Module):
         derived: Derived | None = self.__dict__.get("_frozen_derived")
         if derived is not None:
             derived.clear()
-
-    def derived(self, purpose: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, kept until a tensor of the model is replaced.
-
-        Args:
-            purpose: Distinguishes the values of one module.
-            make: Called where there is no value yet; in a replica, at every call.
-        """
-        derived: Derived | None = self.__dict__.get("_frozen_derived")
-        if derived is None:
-            return make()
-        values, key = derived.values, (self, purpose)
-        if key not in values:
-            values[key] = make()
-        return values[key]
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any

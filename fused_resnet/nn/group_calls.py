@@ -12,19 +12,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from .. import ops
 from ..ops.training_reference import count_batch
 from .groups import Decision, decide_conv_bn, decide_norm, decide_run
 from .module_kinds import (
-    PackedConv,
     activate,
     eps_of,
     has_mode,
     inner_activation,
     is_observed,
-    is_relu,
     padding_of,
     result_fits,
     running_statistics,
@@ -47,7 +44,7 @@ def conv_bn(
     """``act(bn(conv(x)) [+ residual])`` as one operation, as far as its result is the same.
 
     Args:
-        conv: The convolution, or the :class:`.PackedConv` that replaces it.
+        conv: The convolution.
         bn: The batch norm.
         act: The activation; None for none. Any module is allowed, only ReLU is fused.
         x: Input, ``(N, C, H, W)``.
@@ -57,10 +54,6 @@ def conv_bn(
     Returns:
         The result of calling the modules in turn, up to rounding.
     """
-    if isinstance(conv, PackedConv):
-        if isinstance(x, Proxy):
-            return _one_by_one(bn, act, conv(x), residual, add)
-        return _call_packed(conv, bn, act, x, residual, add)
     decision = decide_conv_bn(conv, bn, act, residual is not None)
     if not decision.operation or is_observed(x):
         return _one_by_one(bn, act, conv(x), residual, add)
@@ -111,24 +104,6 @@ def _apply_unfused_activation(
     return activate(unfused, y)
 
 
-def _call_packed(
-    conv: PackedConv,
-    bn: nn.Module,
-    act: nn.Module | None,
-    x: Tensor,
-    residual: Tensor | None,
-    add: Add,
-) -> Tensor:
-    inner = inner_activation(bn)
-    act = act if inner is None else inner
-    relu = is_relu(act)
-    if residual is not None and not result_fits(conv, x, residual):
-        y = add(conv(x, None, False), residual)
-        return activate(act, y)
-    y = conv(x, residual, relu)
-    return y if relu else activate(act, y)
-
-
 def _one_by_one(
     bn: nn.Module, act: nn.Module | None, z: Tensor, residual: Tensor | None, add: Add
 ) -> Tensor:
@@ -159,8 +134,6 @@ def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         following = members[at + 1 : at + decision.length]
         if not decision.operation:
             x = first(x)
-        elif isinstance(first, PackedConv):
-            x = _run_packed(first, decision, following, x)
         elif decision.operation == "bn_add_relu":
             x = _bn_add_relu(first, x, None, True)
         elif decision.operation == "conv_bn_relu_maxpool":
@@ -171,15 +144,6 @@ def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             x = _conv_bn_add_relu(first, following[0], x, None, decision.relu)
         at += decision.length
     return x
-
-
-def _run_packed(
-    conv: PackedConv, decision: Decision, following: list[nn.Module], x: Tensor
-) -> Tensor:
-    if decision.operation == "conv_bn_relu_maxpool":
-        return conv(x, None, True, True)
-    act = following[1] if len(following) > 1 else None
-    return _call_packed(conv, following[0], act, x, None, operator.iadd)
 
 
 # The arguments of an operation, taken from modules

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from torch import nn
 
 from .module_kinds import (
-    PackedConv,
     conv_reason,
     inner_activation,
     is_hooked,
@@ -57,7 +56,6 @@ class Group:
             paths of submodules further down.
         pool: The max-pool, when it is part of the group.
         relu: Whether the operation applies ReLU.
-        length: Number of modules of a sequence that the group covers.
         foldable: Whether the batch norm may be folded into the convolution, because no other group
             calls either of them.
     """
@@ -68,7 +66,6 @@ class Group:
     bn: str = ""
     pool: str = ""
     relu: bool = False
-    length: int = 1
     foldable: bool = True
 
     @property
@@ -86,7 +83,7 @@ def decide_conv_bn(
     """How ``act(bn(conv(x)) [+ residual])`` is computed.
 
     Args:
-        conv: The convolution, or the :class:`.PackedConv` that replaces it.
+        conv: The convolution.
         bn: The batch norm.
         act: The activation after it; None for none.
         adds: Whether a residual is added before the activation.
@@ -95,10 +92,6 @@ def decide_conv_bn(
         ``conv_bn_add_relu`` for all of it; ``bn_add_relu`` where the convolution can't be fused and
         is called as a module; else no operation, and the reason.
     """
-    if isinstance(conv, PackedConv):
-        inner = inner_activation(bn)
-        relu = is_relu(act if inner is None else inner)
-        return Decision(conv.operation, "", relu, conv.span)
     decision = decide_norm(bn, act, adds)
     if not decision.operation:
         return decision
@@ -142,8 +135,6 @@ def decide_run(members: Sequence[nn.Module], start: int) -> Decision:
         module at ``start`` is called by itself.
     """
     first = members[start]
-    if isinstance(first, PackedConv):
-        return _decide_packed(first, members, start)
     unfused = conv_reason(first)
     end = start + 1 if unfused else start + 2
     if end > len(members) or norm_reason(members[end - 1]):
@@ -161,19 +152,6 @@ def decide_run(members: Sequence[nn.Module], start: int) -> Decision:
     if relu and end < len(members) and is_max_pool(members[end]):
         return Decision("conv_bn_relu_maxpool", "", True, end + 1 - start)
     return Decision("conv_bn_add_relu", "", relu, end - start)
-
-
-def _decide_packed(conv: PackedConv, members: Sequence[nn.Module], start: int) -> Decision:
-    if conv.operation == "conv_bn_relu_maxpool" and start + conv.span <= len(members):
-        return Decision(conv.operation, "", True, conv.span)
-    if start + 1 == len(members):
-        return Decision("")  # its batch norm is behind the sequence
-    end = start + 2
-    inner = inner_activation(members[start + 1])
-    if inner is not None:
-        return Decision("conv_bn_add_relu", "", is_relu(inner), 2)
-    relu = end < len(members) and is_relu(members[end])
-    return Decision("conv_bn_add_relu", "", relu, 3 if relu else 2)
 
 
 def decide_residual_block(
@@ -199,8 +177,6 @@ def decide_residual_block(
         if is_hooked(module):
             return Decision("", f"a hook or a replaced forward on the {_name(module)}")
     for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
-        if isinstance(conv, PackedConv):
-            return Decision("", "its convolutions are packed")
         reason = conv_reason(conv) or ("" if group_of(norm) else norm_reason(norm))
         if not reason and conv.bias is not None:
             reason = "a Conv2d with a bias"
@@ -235,10 +211,7 @@ def conv_bn_groups(owner: nn.Module, conv: str, bn: str, act: nn.Module | None) 
         bn: Attribute of the batch norm.
         act: The activation; None for none.
     """
-    first = getattr(owner, conv)
-    decision = decide_conv_bn(first, getattr(owner, bn), act)
-    if isinstance(first, PackedConv):
-        return [Group(first.operation, conv=conv)]
+    decision = decide_conv_bn(getattr(owner, conv), getattr(owner, bn), act)
     if not decision.operation:
         return [Group("", decision.reason, conv, bn)]
     if decision.reason:
@@ -288,18 +261,15 @@ def _sequence_groups(names: Sequence[str], members: Sequence[nn.Module]) -> Iter
         first = members[at]
         decision = decide_run(members, at)
         length = decision.length
-        if isinstance(first, PackedConv):
-            yield Group(first.operation, conv=names[at], length=first.span)
-            length = first.span
-        elif decision.operation == "bn_add_relu":
+        if decision.operation == "bn_add_relu":
             if at and isinstance(members[at - 1], nn.Conv2d):
                 yield Group("", conv_reason(members[at - 1]), conv=names[at - 1])
-            yield Group("bn_add_relu", bn=names[at], relu=True, length=length)
+            yield Group("bn_add_relu", bn=names[at], relu=True)
         elif decision.operation:
             has_pool = decision.operation == "conv_bn_relu_maxpool"
             pool = names[at + length - 1] if has_pool else ""
             conv, bn = names[at : at + 2]
-            yield Group(decision.operation, "", conv, bn, pool, decision.relu, length)
+            yield Group(decision.operation, "", conv, bn, pool, decision.relu)
         elif is_norm(first):
             yield Group("", _unfused_norm_reason(members, at), bn=names[at])
         at += length

@@ -20,27 +20,18 @@ RELU = nn.ReLU()
 
 
 class PackedConv(nn.Module):
-    """A group with packed weights; :func:`fused_resnet.freeze` replaces a convolution with it.
+    """A packed convolution with its batch norm; :func:`fused_resnet.freeze` puts it in their place.
 
     It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution
     and its batch norm.
-
-    Attributes:
-        operation: Name of the operation that it runs.
-        relu: Whether the group has a ReLU.
-        span: Number of modules of a sequence that it replaces, including itself.
     """
-
-    operation: str
-    relu: bool
-    span: int
 
 
 class FoldedBatchNorm(nn.Identity):
     """Replaces a batch norm that was folded into the :class:`PackedConv` of its convolution.
 
-    It applies the activation that the batch norm contained, if any. It is called only where its
-    owner runs its original forward.
+    It applies the activation that the batch norm contained, if any. It is called where its owner's
+    code runs, and not a program.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -216,7 +207,7 @@ def eps_of(bn: nn.Module) -> float:
 def inner_activation(bn: nn.Module) -> nn.Module | None:
     """The activation that a batch norm contains; None for none."""
     cls = original_class(bn)
-    if cls is nn.BatchNorm2d or not (cls is FoldedBatchNorm or has_inner_activation(cls)):
+    if cls is nn.BatchNorm2d or not has_inner_activation(cls):
         return None
     act = bn._modules.get("act")
     if act is None or (original_class(act) is nn.Identity and not is_hooked(act)):
@@ -269,7 +260,7 @@ def result_fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
     PyTorch's addition broadcasts and promotes; the fused operations do neither.
 
     Args:
-        conv: A convolution, or a :class:`PackedConv`.
+        conv: A convolution.
         x: Input of the convolution, ``(N, C, H, W)``.
         residual: The tensor that is added to its result.
     """

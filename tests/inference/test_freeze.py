@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.inference.frozen_conv import FrozenConv
+from fused_resnet.nn.fused_forward import FusedForward
 
 
 def network(shortcut: str = "B") -> fr.CifarResNet:
@@ -97,6 +98,25 @@ def test_every_group_is_frozen_and_the_report_says_so() -> None:
     assert fr.report(frozen).fused == fr.report(network()).fused
     assert sum(isinstance(m, FrozenConv) for m in frozen.modules()) == 21
     assert not any(isinstance(m, nn.Conv2d | nn.BatchNorm2d) for m in frozen.modules())
+
+
+def test_a_batch_norm_that_no_convolution_takes_up_is_reported_as_left() -> None:
+    layers = (nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model, x = randomize(nn.Sequential(*layers)).eval(), image(2, 3, 9, 8, dtype=torch.float32)
+    assert [path for path, _ in fr.report(fr.fuse(model)).fused] == ["0", "2"]
+    frozen = fr.freeze(model)
+    found = fr.report(frozen)
+    assert found.fused == [("2", "conv_bn_add_relu")]
+    assert found.left == [("0", "its batch norm can't be folded into a convolution")]
+    torch.testing.assert_close(frozen(x), unfused(model, x))
+    assert fr.report(pickle.loads(pickle.dumps(frozen))) == found
+
+
+def test_frozen_modules_have_the_classes_that_they_had_before_fuse() -> None:
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    frozen = fr.freeze(models.resnet18(weights=None))
+    assert not any(isinstance(m, FusedForward) for m in frozen.modules())
+    assert all("Fused" not in cls.__name__ for m in frozen.modules() for cls in type(m).__mro__)
 
 
 @pytest.mark.parametrize(

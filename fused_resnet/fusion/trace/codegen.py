@@ -248,10 +248,8 @@ class _SpecializationWriter:
                 at = f"{path}.{name}" if path else name
                 if member is None:
                     conditions.append(f"{children}[{name!r}] is None")
-                elif at in traced or at in identities:
+                elif at in traced or at in identities or at in self.trace.inspected_outputs:
                     conditions.append(f"_is_original({child(at)}, {self._class(member)})")
-                elif at in self.trace.inspected_outputs:
-                    conditions.append(f"_is_unhooked({child(at)}, {self._class(member)})")
                 elif self.trace.inspects_types:
                     conditions.append(f"_has_class({child(at)}, {self._class(member)})")
                 elif at in called:

@@ -20,13 +20,7 @@ from ...nn.block_calls import run_residual_block
 from ...nn.fused_forward import BlockModules, FusedForward
 from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
 from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
-from ...nn.module_kinds import (
-    RELU,
-    FoldedBatchNorm,
-    PackedConv,
-    is_hooked,
-    original_class,
-)
+from ...nn.module_kinds import RELU, is_hooked, original_class
 from ...nn.same_signature import forward_like
 from .matching import FUNCTION, NOTHING_AROUND
 
@@ -224,9 +218,6 @@ def _groups_of(owner: nn.Module, paths: GroupPaths) -> Iterator[Group]:
     foldable = paths.foldable
     if paths.conv:
         conv = owner.get_submodule(paths.conv)
-        if isinstance(conv, PackedConv):
-            yield Group(conv.operation, conv=paths.conv, length=conv.span)
-            return
         decision = decide_conv_bn(conv, bn, act, paths.adds)
     else:
         decision = decide_norm(bn, act, paths.adds)
@@ -242,9 +233,9 @@ def _groups_of(owner: nn.Module, paths: GroupPaths) -> Iterator[Group]:
         if decision.reason:
             yield Group("", decision.reason, paths.conv)
     elif paths.pool and relu:
-        yield Group("conv_bn_relu_maxpool", "", *names, paths.pool, True, 4, foldable)
+        yield Group("conv_bn_relu_maxpool", "", *names, paths.pool, True, foldable)
     else:
-        yield Group("conv_bn_add_relu", "", *names, "", relu, 3 if relu else 2, foldable)
+        yield Group("conv_bn_add_relu", "", *names, "", relu, foldable)
     hooked = hooked_relu_group(act, paths.act)
     if hooked is not None:
         yield hooked
@@ -265,19 +256,12 @@ def _children(modules: Mapping[str, nn.Module | None], name: str) -> Mapping[str
 
 
 def _has_class(module: nn.Module | None, cls: type[nn.Module]) -> bool:
-    """Whether a child still has its class, or was replaced by ``freeze``."""
-    if module is None:
-        return False
-    return original_class(module) is cls or isinstance(module, (PackedConv, FoldedBatchNorm))
-
-
-def _is_unhooked(module: nn.Module | None, cls: type[nn.Module]) -> bool:
-    """Whether a child still has its class, or was replaced by ``freeze``, and has no hooks."""
-    return module is not None and _has_class(module, cls) and not is_hooked(module)
+    """Whether a child still has its class."""
+    return module is not None and original_class(module) is cls
 
 
 def _is_original(module: nn.Module | None, cls: type[nn.Module]) -> bool:
-    """Whether a child still has its class, was not replaced by ``freeze`` and has no hooks."""
+    """Whether a child still has its class and no hooks."""
     return module is not None and original_class(module) is cls and not is_hooked(module)
 
 
@@ -325,6 +309,5 @@ _HELPERS: dict[str, Any] = {
     "_children": _children,
     "_has_class": _has_class,
     "_is_original": _is_original,
-    "_is_unhooked": _is_unhooked,
     "_original_forward": _original_forward,
 }
