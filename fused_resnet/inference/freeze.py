@@ -185,7 +185,10 @@ def _own_tensors(model: nn.Module, dtype: torch.dtype | None) -> None:
                     continue
                 if id(tensor) not in copies:
                     cast = dtype is not None and tensor.is_floating_point() and not keep
-                    own = tensor.detach().clone().to(dtype if cast else tensor.dtype)
+                    # Maps' memory formats are kept; of a matrix each call would need a copy.
+                    own = tensor.detach().clone()
+                    own = own.contiguous() if own.dim() <= 2 else own
+                    own = own.to(dtype if cast else tensor.dtype)
                     copies[id(tensor)] = (
                         nn.Parameter(own, requires_grad=False)
                         if isinstance(tensor, nn.Parameter)

@@ -265,6 +265,32 @@ def test_tensors_changed_in_place_have_an_effect(frozen: nn.Module) -> None:
     assert torch.equal(frozen(x), frozen.head.bias.expand(2, 5))
 
 
+def columns_first(weight: Tensor) -> Tensor:
+    """The same matrix in another memory order."""
+    return weight.detach().t().contiguous().t()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_matrix_that_is_not_contiguous_is_read_as_it_is_now(assign: bool) -> None:
+    model, x = randomize(Lists(), seed=3).eval(), x_of()
+    model.head.weight = nn.Parameter(columns_first(model.head.weight))
+    frozen = fr.freeze(model)
+    assert frozen.head.weight.is_contiguous(), "else each call would copy it and plan anew"
+    before = frozen(x)
+    torch.testing.assert_close(before, model(x))
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    state = frozen.state_dict()
+    state["head.weight"] = columns_first(state["head.weight"] * 2)
+    frozen.load_state_dict(state, assign=assign)
+    doubled = frozen(x)
+    torch.testing.assert_close(doubled, model(x))
+    frozen.head.weight.data = columns_first(frozen.head.weight)
+    assert torch.equal(frozen(x), doubled)
+    frozen.head.weight.mul_(0.5)
+    assert torch.equal(frozen(x), before)
+
+
 def test_functional_call(frozen: nn.Module) -> None:
     x = x_of()
     before = frozen(x)
