@@ -58,9 +58,10 @@ def freeze(
     has 3x3; and :math:`\sum |s w| \max |x|` above 1e33 may overflow where a direct sum is finite.
     Images never mix. ``winograd=False`` has none of this.
 
-    The same batch gives the same bits, whatever ran before. An image alone and the same image in a
-    batch may run by different algorithms: logits differ by up to 2e-6 in float32 and, by Winograd's
-    algorithm, 1e-2 in bfloat16, relative to their norm.
+    The same batch gives the same bits, whatever ran before and on however many threads. An image
+    alone and the same image in a batch may run by different algorithms: logits differ by up to 2e-6
+    in float32 and 1e-2 in bfloat16, relative to their norm. With ``winograd=False`` they have the
+    same bits.
 
     Args:
         model: Any module on the CPU or on one CUDA device; :func:`fused_resnet.fuse` is applied
