@@ -14,6 +14,8 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..ops.program_shapes import windows
+
 #: Stands for a ReLU that a forward applies as a function. It keeps no state, and is no child of any
 #: module, so that a trace must record the function in its place: see :func:`activate`.
 RELU = nn.ReLU()
@@ -273,11 +275,6 @@ def result_fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
     return (
         residual.shape[0] == x.shape[0]
         and residual.shape[1] == conv.out_channels
-        and residual.shape[2] == _output_size(conv, x, padding, 0)
-        and residual.shape[3] == _output_size(conv, x, padding, 1)
+        and list(residual.shape[2:])
+        == windows(x.shape, conv.kernel_size, conv.stride, padding, conv.dilation)
     )
-
-
-def _output_size(conv: Any, x: Tensor, padding: tuple[int, int], axis: int) -> int:
-    reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-    return (x.shape[axis + 2] + 2 * padding[axis] - reach) // conv.stride[axis] + 1

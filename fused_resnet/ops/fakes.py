@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import _C
-from .program_shapes import program_shapes
+from .program_shapes import program_shapes, windows
 
 #: By the name of the operator; the same for all libraries.
 FAKES: dict[str, Callable[..., Any]] = {}
@@ -49,18 +49,11 @@ def _map_like(x: Tensor, shape: list[Any]) -> Tensor:
     )
 
 
-def _window(size: Any, kernel: Any, stride: int, padding: int, dilation: int) -> Any:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def conv_shape(
     x: Tensor, weight_shape: Any, stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[Any]:
     """The sizes ``(N, K, OH, OW)`` of a convolution's result."""
-    size = [
-        _window(x.shape[i + 2], weight_shape[i + 2], stride[i], padding[i], dilation[i])
-        for i in (0, 1)
-    ]
+    size = windows(x.shape, weight_shape[2:], stride, padding, dilation)
     return [x.shape[0], weight_shape[0], *size]
 
 
@@ -68,8 +61,7 @@ def pool_shape(
     shape: list[Any], kernel: list[int], stride: list[int], padding: list[int]
 ) -> list[Any]:
     """The sizes of a max-pool's result."""
-    size = [_window(shape[i + 2], kernel[i], stride[i], padding[i], 1) for i in (0, 1)]
-    return [shape[0], shape[1], *size]
+    return [shape[0], shape[1], *windows(shape, kernel, stride, padding)]
 
 
 @fake("bn_add_relu")
@@ -170,7 +162,7 @@ def _(  # type: ignore[no-untyped-def]
     groups, winograd,
 ):  # fmt: skip
     channels = scale[2 if bottleneck else 1].shape[0]
-    size = [_window(n, 1, stride, 0, 1) for n in x.shape[2:]]
+    size = windows(x.shape, (1, 1), (stride, stride), (0, 0))
     return x.new_empty([x.shape[0], channels, *size]).to(memory_format=torch.channels_last)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 
-from .program_shapes import program_shapes
+from ..backends import composed_block
+from .program_shapes import program_shapes, windows
 from .when_imported import when_imported
 
 Shape = Sequence[int]
@@ -60,14 +62,7 @@ def conv_flops(
         padding: ``(height, width)``.
         dilation: ``(height, width)``.
     """
-    return 2 * prod(weight) * x[0] * prod(_output_size(x, weight, stride, padding, dilation))
-
-
-def _output_size(
-    x: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape
-) -> list[int]:
-    reach = [dilation[i] * (weight[i + 2] - 1) + 1 for i in (0, 1)]
-    return [(x[i + 2] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in (0, 1)]
+    return 2 * prod(weight) * x[0] * prod(windows(x, weight[2:], stride, padding, dilation))
 
 
 @_formula("conv_bn_add_relu")
@@ -116,8 +111,22 @@ def _(  # type: ignore[no-untyped-def]
 def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, joined, joined_shift, bottleneck, stride, dilation, groups, *_, **__
 ):  # fmt: skip
-    own = 3 if bottleneck else 2
-    return _block_flops(x, scale, own, len(scale) > own, stride, dilation, groups)
+    flops = 0
+
+    def conv(h, packed, scale, shift, residual, weight, *geometry):  # type: ignore[no-untyped-def]
+        nonlocal flops
+        flops += conv_flops(h.shape, weight, *geometry[:3])
+        return _Shaped((h.shape[0], weight[0], *windows(h.shape, weight[2:], *geometry[:3])))
+
+    block = (bottleneck, stride, dilation, groups)
+    composed_block.residual_block(conv, _Shaped(x), packed, [*map(_Shaped, scale)], shift, *block)
+    return flops
+
+
+class _Shaped(NamedTuple):
+    """Stands for a tensor."""
+
+    shape: Any
 
 
 @_formula("run_program")
@@ -138,29 +147,3 @@ def _(  # type: ignore[no-untyped-def]
     need_input, need_weight, *_, **__,
 ):  # fmt: skip
     return (need_input + need_weight) * conv_flops(x, weight, stride, padding, dilation)
-
-
-def _block_flops(
-    x: Shape,
-    scale: Sequence[Shape],
-    own: int,
-    projected: bool,
-    stride: int,
-    dilation: int,
-    groups: int,
-) -> int:
-    """Operations of a residual block; convolutions as in its schema."""
-    flops, h = 0, x
-    middle = (
-        own - 2
-    )  # the convolution with the stride: a bottleneck's second, a basic block's first
-    for i in range(own):
-        size = 1 if own == 3 and i != 1 else 3
-        s, d, g = (stride, dilation, groups) if i == middle else (1, 1, 1)
-        weight = (scale[i][0], h[1] // g, size, size)
-        geometry = ((s, s), (d * (size // 2),) * 2, (d, d))
-        flops += conv_flops(h, weight, *geometry)
-        h = (h[0], weight[0], *_output_size(h, weight, *geometry))
-    if projected:
-        flops += conv_flops(x, (scale[own][0], x[1], 1, 1), (stride, stride), (0, 0))
-    return flops

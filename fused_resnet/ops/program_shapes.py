@@ -45,29 +45,38 @@ def program_shapes(x: Shape, steps: Sequence[int]) -> list[StepShapes]:
 
 def _shapes(x: Shape, step: Step) -> StepShapes:
     if step.operation in ("conv", "conv_max_pool"):
-        windows = _windows(x, step.kernel, step.stride, step.padding, step.dilation)
-        shape = [x[0], step.out_channels, *windows]
+        pixels = windows(x, step.kernel, step.stride, step.padding, step.dilation)
+        shape = [x[0], step.out_channels, *pixels]
         flops = 2 * prod(shape) * prod(step.kernel) * (x[1] // step.groups)
         if step.operation == "conv_max_pool":
-            windows = _windows(shape, step.pool_kernel, step.pool_stride, step.pool_padding)
-            shape = [*shape[:2], *windows]
+            pixels = windows(shape, step.pool_kernel, step.pool_stride, step.pool_padding)
+            shape = [*shape[:2], *pixels]
         return StepShapes(shape, flops)
     if step.operation == "linear":
         return StepShapes([x[0], step.out_channels], 2 * x[0] * x[1] * step.out_channels)
     if step.operation == "global_avg_pool":
         return StepShapes([x[0], x[1], 1, 1], 0)
     if step.operation == "zero_pad_shortcut":
-        windows = _windows(x, (1, 1), step.stride, (0, 0))
-        return StepShapes([x[0], x[1] + 2 * step.zeros, *windows], 0)
+        pixels = windows(x, (1, 1), step.stride, (0, 0))
+        return StepShapes([x[0], x[1] + 2 * step.zeros, *pixels], 0)
     if step.operation in ("max_pool", "avg_pool"):
-        windows = _windows(x, step.kernel, step.stride, step.padding)
-        return StepShapes([*x[:2], *windows], 0)
+        pixels = windows(x, step.kernel, step.stride, step.padding)
+        return StepShapes([*x[:2], *pixels], 0)
     return StepShapes(list(x), 0)  # add_relu
 
 
-def _windows(
+def windows(
     x: Shape, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape = (1, 1)
 ) -> list[Any]:
+    """How often a window fits on a map, ``[rows, columns]``.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        kernel: Size of the window, ``(height, width)``.
+        stride: ``(height, width)``.
+        padding: On each side, ``(height, width)``.
+        dilation: Distance between the window's elements, ``(height, width)``.
+    """
     return [
         (x[i + 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
