@@ -119,7 +119,8 @@ def _(  # type: ignore[no-untyped-def]
         return _Shaped((h.shape[0], weight[0], *windows(h.shape, weight[2:], *geometry[:3])))
 
     block = (bottleneck, stride, dilation, groups)
-    composed_block.residual_block(conv, _Shaped(x), packed, [*map(_Shaped, scale)], shift, *block)
+    stand_in: Any = _Shaped
+    composed_block.residual_block(conv, stand_in(x), packed, [*map(stand_in, scale)], shift, *block)
     return flops
 
 

@@ -40,12 +40,12 @@ class RunLayer(NamedTuple):
 
     Attributes:
         saved: What is kept of it.
-        count: Values per channel that the statistics are of.
+        values: How many values per channel the statistics are of.
         updated: Whether the running statistics are updated already.
     """
 
     saved: Saved
-    count: int
+    values: int
     updated: bool
 
 
@@ -74,7 +74,7 @@ def run_layer(
     """
     weight, geometry = as_dtype(t.weight, source.dtype), layer[:4]
     cast = None if weight is t.weight else weight
-    n, k, height, width = conv_shape(source, t.weight.shape, *layer[:3])
+    n, k, height, width = conv_shape(source, t.weight.shape, *map(list, layer[:3]))
     count, single = n * height * width, n * height * width == 1
     in_one = getattr(primitives, "conv_bn_forward", None)
     if in_one and layer.batch and not (layer.group or single or _counter_is_traced(layer, t)):
@@ -83,11 +83,11 @@ def run_layer(
         if momentum is None:  # the average: its weight is a number on the host, as PyTorch's
             momentum, batches = count_batch(None, t.batches), None
         running = (t.running_mean, t.running_var) if t.running_var is not None else (None, None)
-        found = in_one(
+        z, mean, var, scale, shift = in_one(
             source, scale, shift, weight, t.bn_weight, t.bn_bias, *running, batches, *geometry,
             momentum, layer.eps, winograd,
         )  # fmt: skip
-        return RunLayer(Saved(*found, cast), count, True)
+        return RunLayer(Saved(z, mean, var, scale, shift, cast), count, True)
     z, mean, var = primitives.conv_forward(
         source, scale, shift, weight, *geometry, layer.batch, winograd
     )
@@ -103,10 +103,10 @@ def run_layer(
         positive_eps("residual_block", layer.eps)
     else:
         mean, var = as_dtype(t.running_mean, vectors), as_dtype(t.running_var, vectors)
-    affine = primitives.bn_coefficients(
+    scale, shift = primitives.bn_coefficients(
         mean, var, as_dtype(t.bn_weight, vectors), as_dtype(t.bn_bias, vectors), layer.eps
     )
-    return RunLayer(Saved(z, mean, var, *affine, cast), count, False)
+    return RunLayer(Saved(z, mean, var, scale, shift, cast), count, False)
 
 
 def _counter_is_traced(layer: Layer, t: LayerTensors) -> bool:
@@ -130,7 +130,7 @@ def update_running_of(backend: str, layer: Layer, t: LayerTensors, run: RunLayer
     if t.running_mean is None or t.running_var is None:
         return
     mean, var = run.saved.mean, run.saved.var
-    update_running(backend, mean, var, t.running_mean, t.running_var, momentum, run.count)
+    update_running(backend, mean, var, t.running_mean, t.running_var, momentum, run.values)
 
 
 def _average(t: LayerTensors, run: RunLayer) -> None:
@@ -139,7 +139,7 @@ def _average(t: LayerTensors, run: RunLayer) -> None:
     t.batches.add_(1)
     mean, var = run.saved.mean, run.saved.var
     share = t.batches.to(mean.dtype).reciprocal()
-    unbiased = var * (run.count / (run.count - 1))
+    unbiased = var * (run.values / (run.values - 1))
     for running, batch in ((t.running_mean, mean), (t.running_var, unbiased)):
         if running is not None:
             running.add_(((batch - running) * share).to(running.dtype))

@@ -109,7 +109,7 @@ class _TrainingUnit(torch.autograd.Function):
         primitives = unit_primitives(unit.backend)
         map_ = x.contiguous(memory_format=_CHANNELS_LAST)
         layers = _chain(unit, primitives, map_, tensors)
-        saved, counts = [run.saved for run in layers], [run.count for run in layers]
+        saved, counts = [run.saved for run in layers], [run.values for run in layers]
         last = saved[unit.length - 1]
         index = None
         if unit.pool is not None:
@@ -153,7 +153,8 @@ def _chain(
 ) -> list[RunLayer]:
     """The convolutions, each with its statistics and its batch norm's scale and shift."""
     layers: list[RunLayer] = []
-    source, scale, shift = x, None, None
+    source: Any = x
+    scale = shift = None
     for i, (layer, t) in enumerate(zip(unit.layers, tensors, strict=True)):
         if i == unit.length:  # the projection
             source, scale, shift = x, None, None
