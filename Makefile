@@ -30,8 +30,8 @@ CHECKED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_CPU))
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Built without isolation: the extension is compiled against the torch that it runs with.
-BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' ninja pybind11
+# Built without isolation, which would download another torch for its headers.
+BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' pybind11
 # The extra `docs` of pyproject.toml, without this package.
 DOCS_REQUIRES := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0' 'latex2mathml>=3.78'
 # CuTe's headers, with which tests compare the simulator. Without dependencies: they are for CuTe's
@@ -99,12 +99,13 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # The extension is compiled again when a source changes; Python files are used in place.
+$(INSTALLED): export FUSED_RESNET_CUDA ?= nvcc
 $(INSTALLED_CPU): export FUSED_RESNET_CUDA := 0
-$(INSTALLED) $(INSTALLED_CPU): setup.py pyproject.toml $(CPP) | $(PY)
+$(INSTALLED) $(INSTALLED_CPU): setup.py csrc/toolchain.py pyproject.toml $(CPP) | $(PY)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
 	$(PY) -m pip install -q --no-deps $(HEADERS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_resnet/_C*.so
+	rm -rf $(VENV) build dist *.egg-info fused_resnet/*.so

@@ -2,12 +2,12 @@
 // its arguments but x.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
+
+#include "tensor.h"
 
 namespace fr {
 
@@ -56,35 +56,34 @@ enum Field : int64_t {
 
 struct KeptPlan;
 
-// run_program with all arguments bound but x. Converting Python's lists at every call would cost 8
-// us. A device may keep here what it derived from the arguments.
+// run_program with all arguments bound but x. Converting them at every call would take as long as a
+// small network. A device may keep here what it derived from the arguments.
 class Program {
  public:
-  using Tensors = std::vector<at::Tensor>;
+  using Tensors = std::vector<Tensor>;
   using Ints = std::vector<int64_t>;
 
   // The operator's arguments after x.
   Program(Tensors tensors, Ints steps, Ints outputs);
 
-  // Calls the operator through the dispatcher.
-  Tensors operator()(const at::Tensor& x) const;
-
-  // The program that called the operator with these arguments, on this thread; null: none.
-  static const Program* caller(at::TensorList tensors, at::IntArrayRef steps,
-                               at::IntArrayRef outputs);
+  TensorList tensors() const { return tensors_; }
+  IntArrayRef steps() const { return steps_; }
+  IntArrayRef outputs() const { return outputs_; }
 
   // The plan of an earlier call, for whatever x that was; null: none. Any thread may ask and keep.
   std::shared_ptr<const KeptPlan> plan() const;
   void keep(std::shared_ptr<const KeptPlan> plan) const;
 
  private:
-  // Whether autograd has to record a call.
-  bool is_recorded(const at::Tensor& x) const;
-
   const Tensors tensors_;
   const Ints steps_, outputs_;
   mutable std::mutex mutex_;
   mutable std::shared_ptr<const KeptPlan> plan_;
 };
+
+// Programs by number, since LibTorch's stable interface passes no object of another's class. Any
+// thread may ask.
+std::shared_ptr<const Program> kept_program(int64_t number);
+void release_program(int64_t number);
 
 }  // namespace fr

@@ -2,23 +2,21 @@
 // devices.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
 #include <array>
 #include <optional>
 #include <vector>
 
 #include "checks.h"
+#include "tensor.h"
 
 namespace fr {
 
 // A packed convolution of the block and the affine step after it. References to elements of the
 // operator's lists, because incrementing the reference counts of hundreds of tensors takes time.
 struct BlockConv {
-  const at::Tensor& packed;
-  const at::Tensor& scale;
-  const at::Tensor& shift;
+  const Tensor& packed;
+  const Tensor& scale;
+  const Tensor& shift;
   std::array<int64_t, 4> weight_shape;
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
@@ -32,23 +30,22 @@ struct Block {
 // A basic block is 3x3 (with the stride), 3x3; a bottleneck is 1x1, 3x3 (with the stride, dilation
 // and groups), 1x1; a projection shortcut is a 1x1 with the stride. `channels` are those of its
 // input; the others come from the lengths of the scales.
-inline Block decompose(int64_t channels, at::TensorList packed, at::TensorList scale,
-                       at::TensorList shift, bool bottleneck, int64_t stride, int64_t dilation,
-                       int64_t groups) {
+inline Block decompose(int64_t channels, TensorList packed, TensorList scale, TensorList shift,
+                       bool bottleneck, int64_t stride, int64_t dilation, int64_t groups) {
   const char* op = "residual_block";
   const size_t own = bottleneck ? 3 : 2, count = packed.size();
-  TORCH_CHECK_VALUE(count == own || count == own + 1, op, ": packed: expected ", own, " or ",
-                    own + 1, " tensors, got ", count);
-  TORCH_CHECK_VALUE(scale.size() == count && shift.size() == count, op, ": scale, shift: expected ",
-                    count, " tensors, got ", scale.size(), " and ", shift.size());
-  TORCH_CHECK_VALUE(bottleneck || (dilation == 1 && groups == 1), op,
-                    ": dilation, groups: expected 1 in a basic block, got ", dilation, " and ",
-                    groups);
+  FR_CHECK_VALUE(count == own || count == own + 1, op, ": packed: expected ", own, " or ", own + 1,
+                 " tensors, got ", count);
+  FR_CHECK_VALUE(scale.size() == count && shift.size() == count, op, ": scale, shift: expected ",
+                 count, " tensors, got ", scale.size(), " and ", shift.size());
+  FR_CHECK_VALUE(bottleneck || (dilation == 1 && groups == 1), op,
+                 ": dilation, groups: expected 1 in a basic block, got ", dilation, " and ",
+                 groups);
   const auto conv = [&](size_t i, int64_t in_channels, int64_t size, int64_t s, int64_t d,
                         int64_t g) -> BlockConv {
     check_size(op, "groups", g, 1);
-    TORCH_CHECK_VALUE(in_channels % g == 0, op, ": groups: expected a divisor of ", in_channels,
-                      " channels, got ", g);
+    FR_CHECK_VALUE(in_channels % g == 0, op, ": groups: expected a divisor of ", in_channels,
+                   " channels, got ", g);
     check_storage(op, "scale", scale[i]);
     check_size(op, "dilation", d, 1);
     const int64_t pad = size == 1 ? 0 : d;

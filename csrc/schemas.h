@@ -119,4 +119,10 @@ inline constexpr const char* kSchemas[] = {
     "int[2] kernel, int[2] stride, int[2] padding, bool sums) -> (Tensor, Tensor, Tensor)",
 };
 
+// run_program for a program that is kept in the library (program.h), by its number.
+inline constexpr const char* kKeptProgramSchemas[] = {
+    "keep_program(Tensor[] tensors, int[] steps, int[] outputs) -> int",
+    "run_program.kept(Tensor x, int program) -> Tensor[]",
+};
+
 }  // namespace fr

@@ -73,16 +73,18 @@ def explain(error: str, version: str, cuda: str | None) -> str:
         cuda: The CUDA version of the installed torch; None for a build without CUDA.
     """
     error = error.splitlines()[0] if error else "unknown error"
-    again = f"build it again for this torch: {_BUILD} --force-reinstall fused_resnet"
+    again = f"build it again: {_BUILD} --force-reinstall fused_resnet"
     head = "fused_resnet: the extension can't be loaded"
     if "undefined symbol" in error:
         return (
-            f"{head}: it was built for another torch than the installed {version} ({error}); "
-            f"{again}, or install the torch that it was built for"
+            f"{head}: it runs with torch 2.11 and newer, and this is {version} ({error}); "
+            "install a newer torch"
         )
     missing = re.search(r"(lib[\w.+-]+): cannot open shared object", error)
     if missing:
         library = missing[1]
+        if library.startswith("libfused_resnet"):
+            return f"{head}: the installation has no {library}; {again}"
         major = re.search(r"\.so\.(\d+)", library)
         of_cuda = re.match(r"lib(cuda|cublas|cudnn|nvrtc|nvJitLink|c10_cuda|torch_cuda)", library)
         if of_cuda:

@@ -99,13 +99,6 @@ _kept: list[torch.library.Library] = []  # a library's registrations end with it
 def _simulator() -> Any:
     """The simulator's library: compiled when its sources have changed, loaded once."""
     simt = _module("simt", "driver").Simt(_module("simt", "simulator").build(), "plain", 0)
-
-    def bn_add_relu_apply(x, weight, bias, mean, var, residual, eps, relu):
-        """The definition of ``csrc/bindings.cpp``."""
-        return simt.ops.bn_add_relu(x, weight, bias, mean, var, residual, False, eps, relu)[0]
-
-    _kept.append(library := torch.library.Library("fused_resnet_simt", "IMPL"))
-    library.impl("bn_add_relu_apply", bn_add_relu_apply, "CPU")
     register_formulas("fused_resnet_simt")
     return simt
 
@@ -115,7 +108,7 @@ def _simulated() -> Iterator[Any]:
     simt = _simulator()
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty then fills with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # empty tensors are NaN
     try:
         yield simt.ops
     finally:

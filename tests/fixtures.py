@@ -40,7 +40,7 @@ def simt(simulator_library: Any) -> Iterator[Any]:
     simt.reports()
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty then fills with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # empty tensors are NaN
     yield simt
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
     simt.launches()

@@ -98,7 +98,7 @@ MUTANTS = [
         "p.x_first = row0 - (row0 > 0);",
     ),
     Mutant(
-        "batch normalised by the unbiased variance", HOST, "var.div_(total)", "var.div_(total - 1)"
+        "batch normalised by the unbiased variance", HOST, "var_of[k] /= total;", "var_of[k] /= total - 1;"
     ),
     Mutant(
         "chunks merged without their means' distance",
@@ -134,7 +134,7 @@ MUTANTS = [
         "memory handed out twice",
         RESULTS,
         "free_.erase(std::next(at).base());",
-        "at->data = {data.get(), c10::DeviceType::CPU};",
+        "at->data = Memory(data.get());",
         "tests/test_result_cache.py",
     ),
     Mutant(

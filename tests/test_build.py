@@ -14,6 +14,7 @@ import torch
 import fused_resnet as fr
 from fused_resnet import _C
 
+LIBRARY = str(Path(_C.__file__).with_name("libfused_resnet.so"))
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated")
 
 
@@ -24,6 +25,10 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         env={**os.environ, **environment},
     )
+
+
+def versions(torch_version: str) -> tuple[int, ...]:
+    return tuple(map(int, torch_version.split(".")[:2]))
 
 
 def test_one_openmp_runtime():
@@ -69,7 +74,7 @@ def test_an_unknown_instruction_set_stops_the_build():
     root = Path(__file__).resolve().parent.parent
     code = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
     result = subprocess.run(
-        [sys.executable, "-c", code, "build_clib"],
+        [sys.executable, "-c", code, "build_ext"],
         cwd=root,
         capture_output=True,
         text=True,
@@ -113,7 +118,7 @@ def test_without_the_extension_one_line_says_what_to_run(tmp_path):
 def test_wide_instructions_stay_behind_the_dispatch():
     """Outside of an instruction set's own namespace, wide registers would kill an older machine."""
     objdump = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True
+        ["objdump", "-d", "-C", "--no-show-raw-insn", LIBRARY], capture_output=True, text=True
     )
     if objdump.returncode != 0:
         pytest.skip("objdump is not installed")
@@ -142,7 +147,9 @@ def test_build_info():
     info = fr.build_info()
     assert info["isa"] in info["isa_supported"]
     assert info["version"] == fr.__version__
-    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    # The torch that it was compiled with may be another one than that it runs with.
+    for known in (info["torch"], torch.__version__):
+        assert versions(known) >= versions(info["torch_needed"]) == (2, 11)
 
 
 @pytest.mark.parametrize("name", ["bn_add_relu", "conv_bn_add_relu", "pack_conv_weight"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -131,6 +132,26 @@ def test_operands_that_are_not_contiguous_are_read_at_every_call():
         tensor.mul_(2)
         other.mul_(2)
     assert_equal(program(x), p.run(x))
+
+
+def test_the_tensors_go_with_the_object():
+    numpy = pytest.importorskip("numpy")
+    weight = numpy.ones((4, 8), dtype=numpy.float32)
+    gone = weakref.ref(weight)
+    steps = encode("linear", 0, tensor=0, out_channels=4)
+    program = _C.Program([torch.from_numpy(weight), torch.zeros(4)], steps, [1])
+    del weight
+    x = image()[:, :, :1, :1]
+    torch.testing.assert_close(program(x)[0], x.sum((1, 2, 3))[:, None].expand(2, 4))
+    assert gone() is not None
+    del program
+    assert gone() is None
+
+
+def test_a_number_of_no_program_is_refused():
+    for number in (0, -1, 1 << 40):
+        with pytest.raises(ValueError, match=f"program: expected the number of one, got {number}"):
+            torch.ops.fused_resnet.run_program.kept(image(), number)
 
 
 def test_many_threads_call_one_object():

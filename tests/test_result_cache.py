@@ -49,8 +49,16 @@ def test_a_result_is_a_tensor_like_any(x):
     expected = torch.relu(x + 1)
     assert torch.equal(y, expected)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    y.resize_(4 * y.numel())  # its storage grows, and keeps what was there
-    assert torch.equal(y[: expected.numel()], expected.permute(0, 2, 3, 1).reshape(-1))
+    y.mul_(2).resize_(y.numel() // 2)
+    assert torch.equal(y, 2 * expected.permute(0, 2, 3, 1).reshape(-1)[: y.numel()])
+
+
+def test_a_result_does_not_grow(x):
+    """PyTorch has no allocator for its memory, and says so before anything is written."""
+    y = block(x)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        y.resize_(4 * y.numel())
+    assert torch.equal(block(x), torch.relu(x + 1))
 
 
 def test_threads_do_not_share_results(x):

@@ -3,24 +3,25 @@
 // has the other layouts and dtypes.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
+#include "../tensor.h"
 #include "folding.h"
 
 namespace fr {
 
-bool has_bn_passes(const at::Tensor& x, at::MemoryFormat format);
+bool has_bn_passes(const Tensor& x, MemoryFormat format);
 
 // What bn_add_relu returns. `residual` may be undefined; the operands are checked and
 // channels-last.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_forward_passes(
-    const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const at::Tensor& residual, bool training, double eps, bool relu);
+std::tuple<Tensor, Tensor, Tensor> bn_forward_passes(const Tensor& x, const OptionalTensor& weight,
+                                                     const OptionalTensor& bias,
+                                                     const OptionalTensor& running_mean,
+                                                     const OptionalTensor& running_var,
+                                                     const Tensor& residual, bool training,
+                                                     double eps, bool relu);
 
 // What bn_add_relu_backward returns. `y` is undefined without ReLU.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_backward_passes(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& y, const OptionalTensor& weight,
-    const at::Tensor& mean, const at::Tensor& var, bool training, double eps, bool need_residual);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_backward_passes(
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+    const Tensor& mean, const Tensor& var, bool training, double eps, bool need_residual);
 
 }  // namespace fr

@@ -1,9 +1,8 @@
 #include "conv_bn_add_relu.h"
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
+#include "../box.h"
 #include "../checks.h"
+#include "../tensor.h"
 #include "pack_conv_weight.h"
 #include "result_cache.h"
 
@@ -16,7 +15,7 @@ void bind_weights(ConvCall& call) {
   call.args.shift = call.folded.shift.const_data_ptr();
 }
 
-void bind_maps(const char* op, ConvCall& call, const at::Tensor& x, const OptionalTensor& residual,
+void bind_maps(const char* op, ConvCall& call, const Tensor& x, const OptionalTensor& residual,
                bool relu) {
   const ConvShape& s = call.args.shape;
   call.x = x.contiguous(kChannelsLast);
@@ -29,21 +28,20 @@ void bind_maps(const char* op, ConvCall& call, const at::Tensor& x, const Option
   call.args.relu = relu;
 }
 
-at::Tensor run(ConvCall& call, bool winograd) {
+Tensor run(ConvCall& call, bool winograd) {
   const ConvShape& s = call.args.shape;
-  const at::Tensor y = empty_map({s.n, s.k, s.out_h(), s.out_w()}, call.x.options());
+  const Tensor y = empty_map({s.n, s.k, s.out_h(), s.out_w()}, call.x.options());
   call.args.y = y.mutable_data_ptr();
   const ConvAlgorithm algorithm = conv_algorithm(call.dtype, s, winograd);
   run_on_thread_team([&](ThreadTeam& team) { run_conv(team, call.dtype, call.args, algorithm); });
   return y;
 }
 
-at::Tensor conv_bn_add_relu_cpu(const at::Tensor& x, const at::Tensor& weight,
-                                const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
-                                const OptionalTensor& bn_bias, const at::Tensor& mean,
-                                const at::Tensor& var, const OptionalTensor& residual,
-                                at::IntArrayRef stride, at::IntArrayRef padding,
-                                at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
+Tensor conv_bn_add_relu_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& conv_bias,
+                            const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                            const Tensor& mean, const Tensor& var, const OptionalTensor& residual,
+                            IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                            int64_t groups, double eps, bool relu) {
   ConvCall call = prepare("conv_bn_add_relu", x, weight, conv_bias, bn_weight, bn_bias, mean, var,
                           residual, {stride, padding, dilation, groups}, eps, relu);
   // Live parameters promise the accuracy of the direct sum; only freeze may allow Winograd.
@@ -52,21 +50,20 @@ at::Tensor conv_bn_add_relu_cpu(const at::Tensor& x, const at::Tensor& weight,
 
 }  // namespace
 
-at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
-                                       const at::Tensor& scale, const at::Tensor& shift,
-                                       const OptionalTensor& residual, at::IntArrayRef weight_shape,
-                                       at::IntArrayRef stride, at::IntArrayRef padding,
-                                       at::IntArrayRef dilation, int64_t groups, bool relu,
-                                       bool winograd) {
+Tensor conv_bn_add_relu_packed_cpu(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                   const Tensor& shift, const OptionalTensor& residual,
+                                   IntArrayRef weight_shape, IntArrayRef stride,
+                                   IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                   bool relu, bool winograd) {
   const char* op = "conv_bn_add_relu_packed";
   ConvCall call = prepare_packed(op, x, packed, scale, shift, residual, weight_shape,
                                  {stride, padding, dilation, groups}, relu);
   return run(call, winograd);
 }
 
-ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
+ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
                  const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
-                 const OptionalTensor& bn_bias, const at::Tensor& mean, const at::Tensor& var,
+                 const OptionalTensor& bn_bias, const Tensor& mean, const Tensor& var,
                  const OptionalTensor& residual, const ConvGeometry& g, double eps, bool relu) {
   ConvCall call;
   call.args.shape = conv_shape(op, x, weight.sizes(), g.stride, g.padding, g.dilation, g.groups);
@@ -87,23 +84,22 @@ ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
   return call;
 }
 
-void check_packed(const char* op, const ConvShape& s, const at::Tensor& x, const at::Tensor& packed,
-                  const at::Tensor& scale, const at::Tensor& shift) {
+void check_packed(const char* op, const ConvShape& s, const Tensor& x, const Tensor& packed,
+                  const Tensor& scale, const Tensor& shift) {
   const int64_t numel = kernels().of[dtype_of(x.scalar_type())].packed_numel(s);
-  const auto check = [&](const char* name, const at::Tensor& t, int64_t size, at::ScalarType type) {
+  const auto check = [&](const char* name, const Tensor& t, int64_t size, ScalarType type) {
     check_vector(op, name, t, size, x);
-    TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, ", got ",
-                     t.scalar_type());
+    FR_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, ", got ",
+                  t.scalar_type());
   };
   check("packed", packed, numel, packed_type(x.scalar_type()));
   check("scale", scale, s.k, accumulator(x.scalar_type()));
   check("shift", shift, s.k, accumulator(x.scalar_type()));
 }
 
-ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
-                        const at::Tensor& scale, const at::Tensor& shift,
-                        const OptionalTensor& residual, at::IntArrayRef weight_shape,
-                        const ConvGeometry& g, bool relu) {
+ConvCall prepare_packed(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                        const Tensor& shift, const OptionalTensor& residual,
+                        IntArrayRef weight_shape, const ConvGeometry& g, bool relu) {
   ConvCall call;
   call.args.shape = conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
   check_packed(op, call.args.shape, x, packed, scale, shift);
@@ -115,9 +111,9 @@ ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& p
   return call;
 }
 
-TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
-  m.impl("conv_bn_add_relu", &conv_bn_add_relu_cpu);
-  m.impl("conv_bn_add_relu_packed", &conv_bn_add_relu_packed_cpu);
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("conv_bn_add_relu", FR_BOX(conv_bn_add_relu_cpu));
+  m.impl("conv_bn_add_relu_packed", FR_BOX(conv_bn_add_relu_packed_cpu));
 }
 
 }  // namespace fr

@@ -1,21 +1,18 @@
 // Shared by the operators that begin with a convolution: checked operands, ready for the driver.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <memory>
 
+#include "../tensor.h"
 #include "conv_driver.h"
 #include "folding.h"
 #include "scratch.h"
 
 namespace fr {
 
-constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
-
 // Owns the memory that `args` points to. The caller sets `args.y`.
 struct ConvCall {
-  at::Tensor x, packed, residual;
+  Tensor x, packed, residual;
   std::unique_ptr<Scratch> live;  // holds a weight that was packed for this call only
   Folded folded;
   ConvForward args{};
@@ -23,32 +20,30 @@ struct ConvCall {
 };
 
 struct ConvGeometry {
-  at::IntArrayRef stride, padding, dilation;
+  IntArrayRef stride, padding, dilation;
   int64_t groups;
 };
 
 // A call with live parameters: packs the weight and folds batch norm.
-ConvCall prepare(const char* op, const at::Tensor& x, const at::Tensor& weight,
+ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
                  const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
-                 const OptionalTensor& bn_bias, const at::Tensor& mean, const at::Tensor& var,
+                 const OptionalTensor& bn_bias, const Tensor& mean, const Tensor& var,
                  const OptionalTensor& residual, const ConvGeometry& geometry, double eps,
                  bool relu);
 
 // Throws unless packed, scale and shift have the sizes and dtypes of such a convolution of x.
-void check_packed(const char* op, const ConvShape& shape, const at::Tensor& x,
-                  const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& shift);
+void check_packed(const char* op, const ConvShape& shape, const Tensor& x, const Tensor& packed,
+                  const Tensor& scale, const Tensor& shift);
 
 // A call with parameters that freeze has packed and folded.
-ConvCall prepare_packed(const char* op, const at::Tensor& x, const at::Tensor& packed,
-                        const at::Tensor& scale, const at::Tensor& shift,
-                        const OptionalTensor& residual, at::IntArrayRef weight_shape,
-                        const ConvGeometry& geometry, bool relu);
+ConvCall prepare_packed(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
+                        const Tensor& shift, const OptionalTensor& residual,
+                        IntArrayRef weight_shape, const ConvGeometry& geometry, bool relu);
 
-at::Tensor conv_bn_add_relu_packed_cpu(const at::Tensor& x, const at::Tensor& packed,
-                                       const at::Tensor& scale, const at::Tensor& shift,
-                                       const OptionalTensor& residual, at::IntArrayRef weight_shape,
-                                       at::IntArrayRef stride, at::IntArrayRef padding,
-                                       at::IntArrayRef dilation, int64_t groups, bool relu,
-                                       bool winograd);
+Tensor conv_bn_add_relu_packed_cpu(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                   const Tensor& shift, const OptionalTensor& residual,
+                                   IntArrayRef weight_shape, IntArrayRef stride,
+                                   IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                   bool relu, bool winograd);
 
 }  // namespace fr

@@ -1,24 +1,40 @@
 // Batch norm folded into per-channel numbers, in float64 arithmetic.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cmath>
 #include <optional>
 #include <vector>
 
+#include "../tensor.h"
+
 namespace fr {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // Type of sums and of a convolution's per-channel scale and shift.
-inline at::ScalarType accumulator(at::ScalarType storage) {
-  return storage == at::kDouble ? at::kDouble : at::kFloat;
+inline ScalarType accumulator(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Type of the per-channel numbers in kernels/bn_add_relu.h.
-inline at::ScalarType bn_arithmetic(at::ScalarType storage) {
-  return storage == at::kDouble || storage == at::kFloat ? at::kDouble : at::kFloat;
+inline ScalarType bn_arithmetic(ScalarType storage) {
+  return storage == ScalarType::Double || storage == ScalarType::Float ? ScalarType::Double
+                                                                       : ScalarType::Float;
+}
+
+// Calls f with an element of this dtype, for its type.
+template <class F>
+void with_element(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(c10::Half{});
+    case ScalarType::BFloat16:
+      return f(c10::BFloat16{});
+    default:
+      throw_runtime_error(message("fused_resnet: not implemented for dtype ", type));
+  }
 }
 
 // A vector as float64, or filled with `otherwise` if it is absent. Plain loops, because a dozen
@@ -26,26 +42,25 @@ inline at::ScalarType bn_arithmetic(at::ScalarType storage) {
 inline std::vector<double> numbers(const OptionalTensor& v, int64_t size, double otherwise) {
   std::vector<double> result(static_cast<size_t>(size), otherwise);
   if (!v) return result;
-  const at::Tensor source = v->contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "numbers", [&] {
-    const scalar_t* p = source.const_data_ptr<scalar_t>();
+  const Tensor source = v->contiguous();
+  with_element(source.scalar_type(), [&](auto element) {
+    const auto* p = source.const_data_ptr<decltype(element)>();
     for (size_t i = 0; i < result.size(); ++i) result[i] = static_cast<double>(p[i]);
   });
   return result;
 }
 
-inline at::Tensor as_tensor(const std::vector<double>& values, at::ScalarType type) {
-  const at::Tensor t = at::empty({static_cast<int64_t>(values.size())}, type);
-  AT_DISPATCH_FLOATING_TYPES(type, "as_tensor", [&] {
-    scalar_t* p = t.mutable_data_ptr<scalar_t>();
-    for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<scalar_t>(values[i]);
+inline Tensor as_tensor(const std::vector<double>& values, ScalarType type) {
+  const Tensor t = empty({static_cast<int64_t>(values.size())}, type);
+  with_element(type, [&](auto element) {
+    auto* p = t.mutable_data_ptr<decltype(element)>();
+    for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<decltype(element)>(values[i]);
   });
   return t;
 }
 
 // weight / sqrt(var + eps).
-inline std::vector<double> bn_scale(const OptionalTensor& weight, const at::Tensor& var,
-                                    double eps) {
+inline std::vector<double> bn_scale(const OptionalTensor& weight, const Tensor& var, double eps) {
   std::vector<double> scale = numbers(weight, var.size(0), 1);
   const std::vector<double> v = numbers(var, var.size(0), 1);
   for (size_t i = 0; i < scale.size(); ++i) scale[i] /= std::sqrt(v[i] + eps);
@@ -53,13 +68,13 @@ inline std::vector<double> bn_scale(const OptionalTensor& weight, const at::Tens
 }
 
 struct Folded {
-  at::Tensor scale, shift;
+  Tensor scale, shift;
 };
 
 // scale * conv + shift = weight * (conv + conv_bias - mean) / sqrt(var + eps) + bias.
 inline Folded fold(const OptionalTensor& conv_bias, const OptionalTensor& weight,
-                   const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& var,
-                   double eps, at::ScalarType type) {
+                   const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps,
+                   ScalarType type) {
   const int64_t size = mean.size(0);
   const std::vector<double> scale = bn_scale(weight, var, eps);
   const std::vector<double> before = numbers(conv_bias, size, 0), center = numbers(mean, size, 0);

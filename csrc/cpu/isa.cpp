@@ -1,17 +1,12 @@
 #include "isa.h"
 
-#include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
-
 #include <cstdlib>
 
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
-#ifndef INTRA_OP_PARALLEL
-#error "compile with -fopenmp; without it at::parallel_for runs on one thread"
+#include "../tensor.h"
 #endif
 
 namespace fr {
@@ -119,8 +114,8 @@ const KernelTable& choose() {
     if (std::string(wanted) == table->isa) return *table;
     names += names.empty() ? table->isa : std::string(", ") + table->isa;
   }
-  TORCH_CHECK_VALUE(false, "FUSED_RESNET_ISA: expected one of ", names, " on this machine, got ",
-                    wanted);
+  FR_CHECK_VALUE(false, "FUSED_RESNET_ISA: expected one of ", names, " on this machine, got ",
+                 wanted);
 }
 
 }  // namespace
@@ -153,31 +148,30 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-at::ScalarType packed_type(at::ScalarType storage) {
+ScalarType packed_type(ScalarType storage) {
   switch (kernels().of[dtype_of(storage)].packed) {
     case kFloat64:
-      return at::kDouble;
+      return ScalarType::Double;
     case kBFloat16:
-      return at::kBFloat16;
+      return ScalarType::BFloat16;
     default:
-      return at::kFloat;
+      return ScalarType::Float;
   }
 }
 
-DType dtype_of(at::ScalarType type) {
+DType dtype_of(ScalarType type) {
   switch (type) {
-    case at::kFloat:
+    case ScalarType::Float:
       return kFloat32;
-    case at::kDouble:
+    case ScalarType::Double:
       return kFloat64;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return kBFloat16;
-    case at::kHalf:
+    case ScalarType::Half:
       return kFloat16;
     default:
-      TORCH_CHECK_TYPE(false,
-                       "fused_resnet: expected dtype float32, float64, bfloat16 or float16, ",
-                       "got ", type);
+      FR_CHECK_TYPE(false, "fused_resnet: expected dtype float32, float64, bfloat16 or float16, ",
+                    "got ", type);
   }
 }
 

@@ -1,11 +1,10 @@
 // Chooses the instruction set whose kernels run in this process.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <string>
 #include <vector>
 
+#include "../tensor.h"
 #include "kernels/table.h"
 #include "kernels/training/table.h"
 
@@ -39,10 +38,10 @@ const TrainingTable& training_kernels();
 // tests.
 std::vector<std::string> supported_isas();
 
-DType dtype_of(at::ScalarType type);
+DType dtype_of(ScalarType type);
 
 // The type of a packed weight for maps of type `storage`: float32 for float16 maps, and for
 // bfloat16 maps too unless the instruction set multiplies bfloat16.
-at::ScalarType packed_type(at::ScalarType storage);
+ScalarType packed_type(ScalarType storage);
 
 }  // namespace fr

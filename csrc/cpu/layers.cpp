@@ -26,8 +26,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-PoolForward checked_pool(const char* op, std::array<int64_t, 4> map, at::IntArrayRef kernel,
-                         at::IntArrayRef stride, at::IntArrayRef padding) {
+PoolForward checked_pool(const char* op, std::array<int64_t, 4> map, IntArrayRef kernel,
+                         IntArrayRef stride, IntArrayRef padding) {
   check_pool(op, map, kernel, stride, padding);
   PoolForward p{};
   p.c = map[1];

@@ -2,18 +2,17 @@
 // team, which all of its threads call. Maps are channels-last.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <array>
 
+#include "../tensor.h"
 #include "isa.h"
 #include "thread_team.h"
 
 namespace fr {
 
 // The sizes of a pool of a map (N, C, H, W), without its maps. Throws unless they fit each other.
-PoolForward checked_pool(const char* op, std::array<int64_t, 4> map, at::IntArrayRef kernel,
-                         at::IntArrayRef stride, at::IntArrayRef padding);
+PoolForward checked_pool(const char* op, std::array<int64_t, 4> map, IntArrayRef kernel,
+                         IntArrayRef stride, IntArrayRef padding);
 
 // A pool of a batch: pool.x is its first image, and y its result.
 using PoolKernel = void (*)(const PoolForward&);

@@ -1,11 +1,11 @@
 #include "peak.h"
 
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+
+#include "../parallel.h"
+#include "memory.h"
 
 namespace fr {
 namespace {
@@ -21,9 +21,9 @@ constexpr int64_t kBufferBytes = 256 * 1024 * 1024;
 // Seconds until every thread i has done work(i).
 template <class Work>
 double seconds(const Work& work) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = get_num_threads();
   const auto start = std::chrono::steady_clock::now();
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) work(i);
   });
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -36,7 +36,7 @@ double peak_flops(DType dtype) {
   const auto loop = dtype == kFloat64                         ? peak.multiply_add_float64
                     : dtype == kBFloat16 && peak.dot_bfloat16 ? peak.dot_bfloat16
                                                               : peak.multiply_add_float32;
-  const double threads = at::get_num_threads();
+  const double threads = get_num_threads();
   double best = 0;
   // At least a fraction of a millisecond of work, so that thread start-up does not count.
   int64_t iterations = 64 * 1024;
@@ -58,13 +58,13 @@ double peak_flops(DType dtype) {
 
 Bandwidth memory_bandwidth() {
   const PeakKernels& peak = kernels().peak;
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = get_num_threads();
   const int64_t step = 4096;  // bytes: whole pages, and whole strides of the loops
   const int64_t share = std::max(kBufferBytes / threads / step, int64_t{1}) * step;
-  const c10::DataPtr from = c10::GetCPUAllocator()->allocate(share * threads);
-  const c10::DataPtr to = c10::GetCPUAllocator()->allocate(share * threads);
-  const auto part = [share](const c10::DataPtr& buffer, int64_t i) {
-    return reinterpret_cast<float*>(static_cast<char*>(buffer.get()) + i * share);
+  const Memory from = allocate(static_cast<size_t>(share * threads));
+  const Memory to = allocate(static_cast<size_t>(share * threads));
+  const auto part = [share](const Memory& buffer, int64_t i) {
+    return reinterpret_cast<float*>(buffer.get() + i * share);
   };
   // Write the buffers first: untouched pages all map to the same page of zeros.
   seconds([&](int64_t i) {

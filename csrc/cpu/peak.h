@@ -1,4 +1,4 @@
-// Peak throughput of this machine on ATen's threads, measured by the kernels in kernels/peak.h.
+// Peak throughput of this machine on PyTorch's threads, measured by the kernels in kernels/peak.h.
 #pragma once
 
 #include "isa.h"

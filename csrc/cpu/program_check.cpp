@@ -1,12 +1,11 @@
 #include "program_check.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <array>
 #include <string>
 
 #include "../checks.h"
+#include "../tensor.h"
 #include "conv_bn_add_relu.h"
 
 namespace fr {
@@ -22,7 +21,7 @@ using Pair = std::array<int64_t, 2>;
 // Checks the steps one after the other and adds them to a program.
 class Checker {
  public:
-  Checker(const char* op, const at::Tensor& like, at::TensorList tensors, CheckedProgram& program)
+  Checker(const char* op, const Tensor& like, TensorList tensors, CheckedProgram& program)
       : op_of_all_(op), like_(like), tensors_(tensors), program_(program) {}
 
   // The integers of the step begin at `fields`.
@@ -40,8 +39,8 @@ class Checker {
 
  private:
   const char* const op_of_all_;
-  const at::Tensor& like_;
-  const at::TensorList tensors_;
+  const Tensor& like_;
+  const TensorList tensors_;
   CheckedProgram& program_;
   const int64_t* fields_ = nullptr;
   std::string label_;  // of this step, in messages
@@ -57,31 +56,31 @@ class Checker {
     const int64_t number = static_cast<int64_t>(program_.steps.size());
     label_ = std::string(kOp) + ": step " + std::to_string(number);
     op_ = op_of_all_ ? op_of_all_ : label_.c_str();
-    TORCH_CHECK_VALUE(at(kOperation) >= 0 && at(kOperation) < kNumOperations, op_,
-                      ": operation: expected an int from 0 to ", kNumOperations - 1, ", got ",
-                      at(kOperation));
+    FR_CHECK_VALUE(at(kOperation) >= 0 && at(kOperation) < kNumOperations, op_,
+                   ": operation: expected an int from 0 to ", kNumOperations - 1, ", got ",
+                   at(kOperation));
     if (!op_of_all_) {
       label_ += std::string(" (") + kNames[at(kOperation)] + ")";
       op_ = label_.c_str();
     }
     const auto check_value = [&](const char* name, int64_t value) {
-      TORCH_CHECK_VALUE(value >= 0 && value <= number, op_, ": ", name,
-                        ": expected a value from 0 to ", number, ", got ", value);
+      FR_CHECK_VALUE(value >= 0 && value <= number, op_, ": ", name,
+                     ": expected a value from 0 to ", number, ", got ", value);
     };
     check_value("input", at(kInput));
     if (takes_residual() && (at(kResidual) != -1 || at(kOperation) == kAddRelu))
       check_value("residual", at(kResidual));
-    TORCH_CHECK_VALUE(at(kActivation) == 0 || at(kActivation) == 1, op_,
-                      ": activation: expected 0 or 1, got ", at(kActivation));
-    TORCH_CHECK_VALUE(at(kReserved) == 0, op_, ": reserved: expected 0, got ", at(kReserved));
+    FR_CHECK_VALUE(at(kActivation) == 0 || at(kActivation) == 1, op_,
+                   ": activation: expected 0 or 1, got ", at(kActivation));
+    FR_CHECK_VALUE(at(kReserved) == 0, op_, ": reserved: expected 0, got ", at(kReserved));
   }
 
   // The sizes of the step's result; completes the step.
   MapSizes result(Step& step) {
     const MapSizes x = program_.values[static_cast<size_t>(step.input)];
     if (step.operation != kLinear && step.operation != kAddRelu) {
-      TORCH_CHECK_VALUE(!x.flat, op_, ": x: expected 4 dimensions (N, C, H, W), got ",
-                        c10::IntArrayRef(x.shape()));
+      FR_CHECK_VALUE(!x.flat, op_, ": x: expected 4 dimensions (N, C, H, W), got ",
+                     IntArrayRef(x.shape()));
     }
     switch (step.operation) {
       case kConv:
@@ -96,8 +95,8 @@ class Checker {
       case kZeroPadShortcut:
         return zero_pad(step, x);
       case kGlobalAvgPool:
-        TORCH_CHECK_VALUE(x.h > 0 && x.w > 0, op_, ": x: expected a map with pixels, got ",
-                          c10::IntArrayRef(x.shape()));
+        FR_CHECK_VALUE(x.h > 0 && x.w > 0, op_, ": x: expected a map with pixels, got ",
+                       IntArrayRef(x.shape()));
         return {x.n, x.c, 1, 1, false};
       case kLinear:
         return linear(step, x);
@@ -110,16 +109,16 @@ class Checker {
   MapSizes conv(Step& step, const MapSizes& x) {
     const int64_t groups = at(kGroups);
     check_size(op_, "groups", groups, 1);
-    TORCH_CHECK_VALUE(x.c % groups == 0, op_, ": groups: expected a divisor of ", x.c,
-                      " channels, got ", groups);
+    FR_CHECK_VALUE(x.c % groups == 0, op_, ": groups: expected a divisor of ", x.c,
+                   " channels, got ", groups);
     const std::array<int64_t, 4> weight{at(kOutChannels), x.c / groups, at(kKernelH), at(kKernelW)};
     ConvForward& f = step.conv;
     f.shape =
         conv_shape(op_, x.shape(), weight, pair(kStrideH), pair(kPadH), pair(kDilationH), groups);
-    TORCH_CHECK_VALUE(at(kWinograd) == 0 || at(kWinograd) == 1, op_,
-                      ": winograd: expected 0 or 1, got ", at(kWinograd));
+    FR_CHECK_VALUE(at(kWinograd) == 0 || at(kWinograd) == 1, op_,
+                   ": winograd: expected 0 or 1, got ", at(kWinograd));
     step.winograd = at(kWinograd) == 1;
-    const at::Tensor *packed = tensors(3), *scale = packed + 1, *shift = packed + 2;
+    const Tensor *packed = tensors(3), *scale = packed + 1, *shift = packed + 2;
     check_packed(op_, f.shape, like_, *packed, *scale, *shift);
     f.packed = data(*packed);
     f.scale = data(*scale);
@@ -134,13 +133,13 @@ class Checker {
   void check_residual(const Step& step, const MapSizes& y) {
     const std::vector<int64_t> expected = y.shape();
     const std::vector<int64_t> got = program_.values[static_cast<size_t>(step.residual)].shape();
-    TORCH_CHECK_VALUE(expected == got, op_, ": residual: expected shape ",
-                      at::IntArrayRef(expected), ", got ", at::IntArrayRef(got));
+    FR_CHECK_VALUE(expected == got, op_, ": residual: expected shape ", IntArrayRef(expected),
+                   ", got ", IntArrayRef(got));
   }
 
   MapSizes pool(Step& step, const MapSizes& x, Field kernel, Field stride, Field padding) {
-    TORCH_CHECK_VALUE(x.h > 0 && x.w > 0, op_, ": x: expected a map with pixels, got ",
-                      c10::IntArrayRef(x.shape()));
+    FR_CHECK_VALUE(x.h > 0 && x.w > 0, op_, ": x: expected a map with pixels, got ",
+                   IntArrayRef(x.shape()));
     step.pool = checked_pool(op_, {x.n, x.c, x.h, x.w}, pair(kernel), pair(stride), pair(padding));
     return {x.n, x.c, step.pool.out_h(), step.pool.out_w(), false};
   }
@@ -158,9 +157,9 @@ class Checker {
   }
 
   MapSizes linear(Step& step, const MapSizes& x) {
-    TORCH_CHECK_VALUE(x.h == 1 && x.w == 1, op_, ": x: expected shape (N, C) or (N, C, 1, 1), got ",
-                      c10::IntArrayRef(x.shape()));
-    const at::Tensor *weight = tensors(2), *bias = weight + 1;
+    FR_CHECK_VALUE(x.h == 1 && x.w == 1, op_, ": x: expected shape (N, C) or (N, C, 1, 1), got ",
+                   IntArrayRef(x.shape()));
+    const Tensor *weight = tensors(2), *bias = weight + 1;
     const int64_t k = at(kOutChannels);
     check_size(op_, "out_channels", k, 1);
     check_same(op_, "weight", *weight, {k, x.c}, like_);
@@ -172,14 +171,14 @@ class Checker {
   }
 
   // The first of the step's `count` tensors.
-  const at::Tensor* tensors(int64_t count) const {
+  const Tensor* tensors(int64_t count) const {
     const int64_t size = static_cast<int64_t>(tensors_.size());
-    TORCH_CHECK_VALUE(at(kTensor) >= 0 && at(kTensor) <= size - count, op_, ": tensors: expected ",
-                      count, " from index ", at(kTensor), " on, got ", size, " in all");
+    FR_CHECK_VALUE(at(kTensor) >= 0 && at(kTensor) <= size - count, op_, ": tensors: expected ",
+                   count, " from index ", at(kTensor), " on, got ", size, " in all");
     return &tensors_[static_cast<size_t>(at(kTensor))];
   }
 
-  const void* data(const at::Tensor& t) {
+  const void* data(const Tensor& t) {
     if (t.is_contiguous()) return t.const_data_ptr();
     return program_.copies.emplace_back(t.contiguous()).const_data_ptr();
   }
@@ -191,16 +190,15 @@ int64_t CheckedProgram::image_bytes(int64_t value) const {
   return values[static_cast<size_t>(value)].image_numel() * bytes_of(dtype);
 }
 
-CheckedProgram check_program(const char* op, at::IntArrayRef sizes, const at::Tensor& like,
-                             at::TensorList tensors, at::IntArrayRef steps,
-                             at::IntArrayRef outputs) {
+CheckedProgram check_program(const char* op, IntArrayRef sizes, const Tensor& like,
+                             TensorList tensors, IntArrayRef steps, IntArrayRef outputs) {
   const char* all = op ? op : kOp;
-  TORCH_CHECK_VALUE(sizes.size() == 4, all, ": x: expected 4 dimensions (N, C, H, W), got ", sizes);
+  FR_CHECK_VALUE(sizes.size() == 4, all, ": x: expected 4 dimensions (N, C, H, W), got ", sizes);
   for (const int64_t size : sizes) check_size(all, "x", size, 0);
   check_numel(all, "x", {sizes[0], sizes[1], sizes[2], sizes[3]});
-  TORCH_CHECK_VALUE(!steps.empty() && steps.size() % kNumFields == 0, all,
-                    ": steps: expected a positive multiple of ", static_cast<int64_t>(kNumFields),
-                    " ints, got ", steps.size());
+  FR_CHECK_VALUE(!steps.empty() && steps.size() % kNumFields == 0, all,
+                 ": steps: expected a positive multiple of ", static_cast<int64_t>(kNumFields),
+                 " ints, got ", steps.size());
   const size_t count = steps.size() / kNumFields;
   CheckedProgram program;
   program.type = like.scalar_type();
@@ -210,16 +208,16 @@ CheckedProgram check_program(const char* op, at::IntArrayRef sizes, const at::Te
   program.values.push_back({sizes[0], sizes[1], sizes[2], sizes[3], false});
   Checker checker(op, like, tensors, program);
   for (size_t i = 0; i < count; ++i) checker.add(steps.data() + i * kNumFields);
-  TORCH_CHECK_VALUE(!outputs.empty(), all, ": outputs: expected at least one value");
+  FR_CHECK_VALUE(!outputs.empty(), all, ": outputs: expected at least one value");
   std::vector<bool> listed(count + 1, false);
   for (const int64_t value : outputs) {
-    TORCH_CHECK_VALUE(value >= 1 && value <= static_cast<int64_t>(count), all,
-                      ": outputs: expected values from 1 to ", count, ", got ", value);
-    TORCH_CHECK_VALUE(!listed[static_cast<size_t>(value)], all, ": outputs: expected each value ",
-                      "once, got ", value, " again");
+    FR_CHECK_VALUE(value >= 1 && value <= static_cast<int64_t>(count), all,
+                   ": outputs: expected values from 1 to ", count, ", got ", value);
+    FR_CHECK_VALUE(!listed[static_cast<size_t>(value)], all, ": outputs: expected each value ",
+                   "once, got ", value, " again");
     listed[static_cast<size_t>(value)] = true;
   }
-  program.outputs = outputs.vec();
+  program.outputs = to_vector(outputs);
   return program;
 }
 

@@ -2,11 +2,10 @@
 // step but its maps.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
 #include "../program.h"
+#include "../tensor.h"
 #include "isa.h"
 #include "layers.h"
 
@@ -38,13 +37,13 @@ struct Step {
 };
 
 struct CheckedProgram {
-  at::ScalarType type = at::kFloat;
+  ScalarType type = ScalarType::Float;
   DType dtype = kFloat32;
   std::vector<MapSizes> values;
   std::vector<Step> steps;
   std::vector<int64_t> outputs;
   // Copies of the operands that were not contiguous.
-  std::vector<at::Tensor> copies;
+  std::vector<Tensor> copies;
 
   int64_t image_bytes(int64_t value) const;
 };
@@ -52,8 +51,7 @@ struct CheckedProgram {
 // Checks a call of run_program on an x of shape `sizes`, and of `like`'s dtype and device. Throws
 // messages that begin with `op`, or with the number of the step if it is null. The result points
 // to the memory of `tensors`, or of the copies.
-CheckedProgram check_program(const char* op, at::IntArrayRef sizes, const at::Tensor& like,
-                             at::TensorList tensors, at::IntArrayRef steps,
-                             at::IntArrayRef outputs);
+CheckedProgram check_program(const char* op, IntArrayRef sizes, const Tensor& like,
+                             TensorList tensors, IntArrayRef steps, IntArrayRef outputs);
 
 }  // namespace fr

@@ -1,9 +1,9 @@
 #include "program_plan.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <numeric>
+
+#include "../tensor.h"
 
 namespace fr {
 namespace {
@@ -115,8 +115,8 @@ class Arena {
         end = std::max(end, o.offset + size(other));
       }
       b.offset = end;
-      TORCH_CHECK_VALUE(!__builtin_add_overflow(end, size(i), &end),
-                        "run_program: the maps have more than 2^63 bytes");
+      FR_CHECK_VALUE(!__builtin_add_overflow(end, size(i), &end),
+                     "run_program: the maps have more than 2^63 bytes");
       bytes_ = std::max(bytes_, end);
       const auto behind = std::find_if(placed.begin(), placed.end(), [&](size_t other) {
         return buffers_[other].offset > b.offset;

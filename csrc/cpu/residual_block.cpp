@@ -1,13 +1,12 @@
 // Frozen residual blocks on the CPU: programs of one block.
 #include "../residual_block.h"
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include <algorithm>
 
+#include "../box.h"
 #include "../checks.h"
 #include "../program.h"
+#include "../tensor.h"
 #include "folding.h"
 #include "run_program.h"
 
@@ -25,13 +24,13 @@ class BlockSteps {
     conv(block.convs.back(), h, residual, true, winograd);
   }
 
-  at::Tensor run(const at::Tensor& x) const {
+  Tensor run(const Tensor& x) const {
     return run_as_program("residual_block", x, tensors_, steps_);
   }
 
  private:
   std::vector<int64_t> steps_;
-  std::vector<at::Tensor> tensors_;
+  std::vector<Tensor> tensors_;
 
   // Adds a step and returns its value.
   int64_t conv(const BlockConv& c, int64_t input, int64_t residual, bool relu, bool winograd) {
@@ -50,16 +49,15 @@ class BlockSteps {
     fields[kGroups] = c.groups;
     fields[kOutChannels] = c.weight_shape[0];
     fields[kWinograd] = winograd;
-    for (const at::Tensor* t : {&c.packed, &c.scale, &c.shift}) tensors_.push_back(*t);
+    for (const Tensor* t : {&c.packed, &c.scale, &c.shift}) tensors_.push_back(*t);
     return static_cast<int64_t>(steps_.size()) / kNumFields;
   }
 };
 
 // The two unnamed arguments are for devices that add two convolutions in one kernel.
-at::Tensor residual_block_cpu(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
-                              at::TensorList shift, const OptionalTensor&, const OptionalTensor&,
-                              bool bottleneck, int64_t stride, int64_t dilation, int64_t groups,
-                              bool winograd) {
+Tensor residual_block_cpu(const Tensor& x, TensorList packed, TensorList scale, TensorList shift,
+                          const OptionalTensor&, const OptionalTensor&, bool bottleneck,
+                          int64_t stride, int64_t dilation, int64_t groups, bool winograd) {
   check_map("residual_block", "x", x);
   const Block block =
       decompose(x.size(1), packed, scale, shift, bottleneck, stride, dilation, groups);
@@ -68,6 +66,8 @@ at::Tensor residual_block_cpu(const at::Tensor& x, at::TensorList packed, at::Te
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) { m.impl("residual_block", &residual_block_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("residual_block", FR_BOX(residual_block_cpu));
+}
 
 }  // namespace fr

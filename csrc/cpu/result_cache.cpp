@@ -1,8 +1,5 @@
 #include "result_cache.h"
 
-#include <ATen/EmptyTensor.h>
-#include <c10/core/CPUAllocator.h>
-
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -34,20 +31,34 @@ size_t quarter_of_memory() {
 }
 
 struct Block {
-  c10::DataPtr data;
+  Memory data;
   size_t bytes;
 };
 
-class ResultCache final : public c10::Allocator {
+class ResultCache {
  public:
-  c10::DataPtr allocate(size_t bytes) override {
-    auto block = std::make_unique<Block>(Block{take(bytes), bytes});
-    void* data = block->data.get();
-    return {data, block.release(), &let_go, c10::DeviceType::CPU};
+  Memory take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      note(bytes);
+      for (auto at = free_.rbegin(); at != free_.rend(); ++at) {
+        if (at->bytes != bytes) continue;
+        Memory data = std::move(at->data);
+        free_.erase(std::next(at).base());
+        kept_ -= bytes;
+        return data;
+      }
+      trim();
+    }
+    return allocate(bytes);
   }
 
-  void copy_data(void* to, const void* from, size_t bytes) const override {
-    std::memcpy(to, from, bytes);
+  void give(Block block) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    in_use_ -= block.bytes;
+    kept_ += block.bytes;
+    free_.push_back(std::move(block));
+    trim();
   }
 
   void release() {
@@ -75,22 +86,6 @@ class ResultCache final : public c10::Allocator {
   int64_t results_ = 0;                // in this window
   const size_t bound_ = quarter_of_memory();
 
-  c10::DataPtr take(size_t bytes) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      note(bytes);
-      for (auto at = free_.rbegin(); at != free_.rend(); ++at) {
-        if (at->bytes != bytes) continue;
-        c10::DataPtr data = std::move(at->data);
-        free_.erase(std::next(at).base());
-        kept_ -= bytes;
-        return data;
-      }
-      trim();
-    }
-    return c10::GetCPUAllocator()->allocate(bytes);
-  }
-
   void note(size_t bytes) {
     in_use_ += bytes;
     if (++results_ > kWindow) {
@@ -109,35 +104,37 @@ class ResultCache final : public c10::Allocator {
       free_.pop_front();
     }
   }
-
-  void give(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    in_use_ -= block.bytes;
-    kept_ += block.bytes;
-    free_.push_back(std::move(block));
-    trim();
-  }
-
-  static void let_go(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    instance().give(std::move(*block));
-  }
 };
+
+// Called when the last tensor goes that uses a block's memory.
+void let_go(void*, void* context) {
+  const std::unique_ptr<Block> block(static_cast<Block*>(context));
+  ResultCache::instance().give(std::move(*block));
+}
 
 }  // namespace
 
-at::Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (bytes < kLeastKept) return at::empty(sizes, options, kChannelsLast);
-  return at::detail::empty_generic(sizes, &ResultCache::instance(),
-                                   c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                   c10::typeMetaToScalarType(options.dtype()), kChannelsLast);
+Tensor empty_map(IntArrayRef sizes, IntArrayRef strides, const Options& options) {
+  auto bytes = static_cast<size_t>(element_size(options.type));
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes < kLeastKept) return empty_strided(sizes, strides, options);
+  auto block = std::make_unique<Block>(Block{ResultCache::instance().take(bytes), bytes});
+  char* const data = block->data.get();
+  return from_memory(data, sizes, strides, options.type, &let_go, block.release());
 }
 
-c10::DataPtr result_memory(int64_t bytes) {
-  const auto size = static_cast<size_t>(bytes);
-  if (size < kLeastKept) return c10::GetCPUAllocator()->allocate(size);
-  return ResultCache::instance().allocate(size);
+Tensor empty_map(IntArrayRef sizes, const Options& options) {
+  return empty_map(sizes, dense_strides(sizes, kChannelsLast), options);
+}
+
+ResultMemory::ResultMemory(int64_t bytes)
+    : data_(static_cast<size_t>(bytes) < kLeastKept
+                ? allocate(static_cast<size_t>(bytes))
+                : ResultCache::instance().take(static_cast<size_t>(bytes))),
+      bytes_(static_cast<size_t>(bytes)) {}
+
+ResultMemory::~ResultMemory() {
+  if (bytes_ >= kLeastKept) ResultCache::instance().give({std::move(data_), bytes_});
 }
 
 void release_results() { ResultCache::instance().release(); }

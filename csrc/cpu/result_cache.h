@@ -10,18 +10,37 @@
 // that no process holds more than it needed anyway; and it is at most a quarter of the machine's
 // memory. A step of ResNet-50 at batch 16 and 224x224 keeps 1.1 GB for the next one.
 // release_results gives all of it back.
+//
+// Such a result can't grow in place (resize_): LibTorch's stable interface makes tensors in memory
+// of one's own, but takes no allocator.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "../tensor.h"
+#include "memory.h"
 
 namespace fr {
 
 // An uninitialised channels-last map. Its memory is kept when the last tensor that uses it goes,
 // for the next map of the same size. Any thread may ask and let go.
-at::Tensor empty_map(at::IntArrayRef sizes, const at::TensorOptions& options);
+Tensor empty_map(IntArrayRef sizes, const Options& options);
+
+// The same with strides of its own, which leave no gap.
+Tensor empty_map(IntArrayRef sizes, IntArrayRef strides, const Options& options);
 
 // Uninitialised memory for maps that no tensor holds, kept likewise.
-c10::DataPtr result_memory(int64_t bytes);
+class ResultMemory {
+ public:
+  explicit ResultMemory(int64_t bytes);
+  ~ResultMemory();
+  ResultMemory(const ResultMemory&) = delete;
+  ResultMemory& operator=(const ResultMemory&) = delete;
+
+  char* get() const { return data_.get(); }
+
+ private:
+  Memory data_;
+  const size_t bytes_;
+};
 
 // Gives free memory back to the system.
 void release_results();

@@ -4,11 +4,10 @@
 // share memory, and a convolution adds to its residual in place.
 #include "run_program.h"
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
+#include "../box.h"
 #include "../checks.h"
 #include "../program.h"
+#include "../tensor.h"
 #include "conv_bn_add_relu.h"
 #include "layers.h"
 #include "program_plan.h"
@@ -19,7 +18,7 @@ namespace {
 
 constexpr const char* kOp = "run_program";
 
-int64_t team_size() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+int64_t team_size() { return in_parallel_region() ? 1 : get_num_threads(); }
 
 // A call: a plan and the memory that its values lie in. All threads of a team run it.
 class Execution {
@@ -93,20 +92,20 @@ class Execution {
   }
 };
 
-std::vector<at::Tensor> execute(const ProgramPlan& plan, const at::Tensor& x) {
-  std::vector<at::Tensor> outputs;
+std::vector<Tensor> execute(const ProgramPlan& plan, const Tensor& x) {
+  std::vector<Tensor> outputs;
+  const Options options = x.options();
   for (const int64_t value : plan.program.outputs) {
     const MapSizes& sizes = plan.program.values[static_cast<size_t>(value)];
-    outputs.push_back(sizes.flat ? at::empty(sizes.shape(), x.options())
-                                 : empty_map(sizes.shape(), x.options()));
+    outputs.push_back(sizes.flat ? empty(sizes.shape(), options)
+                                 : empty_map(sizes.shape(), options));
   }
-  if (x.size(0) == 0) return outputs;
-  const auto input = x.expect_contiguous(kChannelsLast);
-  const c10::DataPtr arena = result_memory(plan.arena_bytes);
+  if (plan.program.values[0].n == 0) return outputs;
+  const Tensor input = x.contiguous(kChannelsLast);
+  const ResultMemory arena(plan.arena_bytes);
   // No step writes to x.
-  std::vector<char*> bases{const_cast<char*>(static_cast<const char*>(input->const_data_ptr())),
-                           static_cast<char*>(arena.get())};
-  for (const at::Tensor& y : outputs) bases.push_back(static_cast<char*>(y.mutable_data_ptr()));
+  std::vector<char*> bases{const_cast<char*>(input.const_data_ptr<char>()), arena.get()};
+  for (const Tensor& y : outputs) bases.push_back(y.mutable_data_ptr<char>());
   const Execution execution(plan, bases);
   run_on_thread_team([&](ThreadTeam& team) { execution.run(team); });
   return outputs;
@@ -114,20 +113,17 @@ std::vector<at::Tensor> execute(const ProgramPlan& plan, const at::Tensor& x) {
 
 // What a plan was derived from, as far as it can change between two calls of a Program.
 struct TensorMark {
-  const c10::StorageImpl* storage;
   const void* data;
   size_t bytes;
   int64_t numel;
-  at::ScalarType type;
+  ScalarType type;
 
-  static TensorMark of(const at::Tensor& t) {
-    return {t.storage().unsafeGetStorageImpl(), t.const_data_ptr(), t.storage().nbytes(), t.numel(),
-            t.scalar_type()};
+  static TensorMark of(const Tensor& t) {
+    return {t.const_data_ptr(), t.storage_nbytes(), t.numel(), t.scalar_type()};
   }
 
   bool operator==(const TensorMark& o) const {
-    return storage == o.storage && data == o.data && bytes == o.bytes && numel == o.numel &&
-           type == o.type;
+    return data == o.data && bytes == o.bytes && numel == o.numel && type == o.type;
   }
 };
 
@@ -139,8 +135,9 @@ struct KeptPlan {
   int64_t threads;
   std::vector<TensorMark> tensors;
 
-  bool fits(const at::Tensor& x, at::TensorList now, int64_t team) const {
-    if (x.sizes() != sizes || x.scalar_type() != plan.program.type || team != threads) return false;
+  bool fits(const Tensor& x, TensorList now, int64_t team) const {
+    if (!x.sizes().equals(sizes) || x.scalar_type() != plan.program.type || team != threads)
+      return false;
     for (size_t i = 0; i < now.size(); ++i) {
       if (!now[i].is_contiguous() || !(TensorMark::of(now[i]) == tensors[i])) return false;
     }
@@ -150,40 +147,47 @@ struct KeptPlan {
 
 namespace {
 
-std::vector<at::Tensor> run_program_cpu(const at::Tensor& x, at::TensorList tensors,
-                                        at::IntArrayRef steps, at::IntArrayRef outputs) {
+ProgramPlan plan_of(const Tensor& x, TensorList tensors, IntArrayRef steps, IntArrayRef outputs,
+                    int64_t threads) {
+  return make_plan(check_program(nullptr, x.sizes(), x, tensors, steps, outputs), threads);
+}
+
+std::vector<Tensor> run_program_cpu(const Tensor& x, TensorList tensors, IntArrayRef steps,
+                                    IntArrayRef outputs) {
   check_map(kOp, "x", x);
-  const Program* caller = Program::caller(tensors, steps, outputs);
+  return execute(plan_of(x, tensors, steps, outputs, team_size()), x);
+}
+
+std::vector<Tensor> run_kept_program_cpu(const Tensor& x, int64_t number) {
+  const std::shared_ptr<const Program> program = kept_program(number);
+  const TensorList tensors = program->tensors();
+  check_map(kOp, "x", x);
   const int64_t threads = team_size();
-  std::shared_ptr<const KeptPlan> kept = caller ? caller->plan() : nullptr;
+  const std::shared_ptr<const KeptPlan> kept = program->plan();
   if (kept && kept->fits(x, tensors, threads)) return execute(kept->plan, x);
-  ProgramPlan plan =
-      make_plan(check_program(nullptr, x.sizes(), x, tensors, steps, outputs), threads);
+  ProgramPlan plan = plan_of(x, tensors, program->steps(), program->outputs(), threads);
   // Copies of operands are those of this call.
-  if (caller == nullptr || !plan.program.copies.empty()) return execute(plan, x);
+  if (!plan.program.copies.empty()) return execute(plan, x);
   auto made = std::make_shared<KeptPlan>();
-  *made = {std::move(plan), x.sizes().vec(), threads, {}};
-  for (const at::Tensor& t : tensors) made->tensors.push_back(TensorMark::of(t));
-  caller->keep(made);
+  *made = {std::move(plan), to_vector(x.sizes()), threads, {}};
+  for (const Tensor& t : tensors) made->tensors.push_back(TensorMark::of(t));
+  program->keep(made);
   return execute(made->plan, x);
 }
 
 }  // namespace
 
-at::Tensor run_as_program(const char* op, const at::Tensor& x, at::TensorList tensors,
-                          at::IntArrayRef steps) {
+Tensor run_as_program(const char* op, const Tensor& x, TensorList tensors, IntArrayRef steps) {
   const auto last = static_cast<int64_t>(steps.size()) / kNumFields;
   return execute(make_plan(check_program(op, x.sizes(), x, tensors, steps, {last}), team_size()), x)
       .front();
 }
 
-std::vector<StepReport> program_report(const std::vector<at::Tensor>& tensors,
-                                       const std::vector<int64_t>& steps,
-                                       const std::vector<int64_t>& outputs,
-                                       const std::vector<int64_t>& sizes, at::ScalarType dtype) {
-  const at::Tensor like = at::empty({0}, dtype);
-  const ProgramPlan plan =
-      make_plan(check_program(nullptr, sizes, like, tensors, steps, outputs), team_size());
+std::vector<StepReport> program_report(const Program& program, IntArrayRef sizes, ScalarType type) {
+  const Tensor like = empty({0}, type);
+  const ProgramPlan plan = make_plan(
+      check_program(nullptr, sizes, like, program.tensors(), program.steps(), program.outputs()),
+      team_size());
   std::vector<StepReport> report;
   for (size_t i = 0; i < plan.program.steps.size(); ++i) {
     const Operation operation = plan.program.steps[i].operation;
@@ -198,6 +202,9 @@ std::vector<StepReport> program_report(const std::vector<at::Tensor>& tensors,
   return report;
 }
 
-TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) { m.impl("run_program", &run_program_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("run_program", FR_BOX(run_program_cpu));
+  m.impl("run_program.kept", FR_BOX(run_kept_program_cpu));
+}
 
 }  // namespace fr

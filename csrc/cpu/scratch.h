@@ -1,12 +1,12 @@
 // Temporary memory of a call, which the thread keeps for its next call.
 #pragma once
 
-#include <c10/core/CPUAllocator.h>
-
 #include <cstdint>
 #include <new>
 #include <utility>
 #include <vector>
+
+#include "memory.h"
 
 namespace fr {
 
@@ -35,15 +35,15 @@ class Scratch {
   char* at_least(int64_t bytes) {
     if (held_.bytes < bytes) {
       held_ = Block();  // before the allocation, so that both blocks never exist at once
-      c10::DataPtr data = c10::GetCPUAllocator()->allocate(static_cast<size_t>(bytes));
+      Memory data = allocate(static_cast<size_t>(bytes));
       held_ = {std::move(data), bytes};  // only now, as the allocation may throw
     }
-    return static_cast<char*>(held_.data.get());
+    return held_.data.get();
   }
 
  private:
   struct Block {
-    c10::DataPtr data;
+    Memory data;
     int64_t bytes = 0;
   };
   Block held_;

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,8 @@ LINK_FLAGS = {"plain": [], "asan": ["-fsanitize=address,undefined"], "race": []}
 COMMON = ["-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 COMMON += ["-march=x86-64-v3", "-DFR_SIMT"]
 # No more debug information than line tables, and none for the host: it takes most of the time.
-HOST_FLAGS = ["-O1", "-g0"]
+HOST_FLAGS = ["-O1", "-g0", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # as in setup.py
+HOST_SOURCES = ("csrc/errors.cpp", "csrc/tensor.cpp")
 
 
 def missing() -> str | None:
@@ -73,7 +75,8 @@ class Object:
 
 
 def torch_includes() -> list[str]:
-    return [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    paths = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    return [f"-isystem{path}" for path in paths]
 
 
 def objects(variant: str, root: Path) -> list[Object]:
@@ -81,10 +84,9 @@ def objects(variant: str, root: Path) -> list[Object]:
     include = [f"-I{HERE}/include"]
     kernels = [*COMMON, *KERNEL_FLAGS[variant], *include, "-x", "c++"]
     host = [*COMMON, *HOST_FLAGS, *include, *torch_includes()]
-    host += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     cuda = root / "csrc" / "cuda"
     found = [Object(p.relative_to(root), tuple(host)) for p in sorted(cuda.glob("host/*.cpp"))]
-    found.append(Object(HERE / "bindings.cpp", tuple(host)))
+    found += [Object(Path(name), tuple(host)) for name in (*HOST_SOURCES, HERE / "bindings.cpp")]
     for path in sorted(cuda.glob("*.cu")):
         if path.name != "probe.cu":  # calls the CUDA runtime, which is not linked
             found.append(Object(path.relative_to(root), tuple(kernels)))
@@ -198,7 +200,7 @@ def link_libraries(units: list[Object]) -> list[str]:
     if not any(unit.source == HERE / "bindings.cpp" for unit in units):
         return ["-pthread"]
     folders = [f"-L{path}" for path in cpp_extension.library_paths()]
-    return [*folders, "-ltorch", "-ltorch_cpu", "-lc10", "-pthread"]
+    return [*folders, "-ltorch_cpu", "-pthread"]
 
 
 def build(variant: str = "plain", sources_root: Path = ROOT, cache: Path = CACHE) -> Path:

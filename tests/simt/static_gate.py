@@ -263,7 +263,7 @@ def table(instances: list[Instance], runs: dict[str, launch_record.KernelLaunche
 
 def extension() -> Path | None:
     """The built extension, without importing it."""
-    return next(iter(sorted((ROOT / "fused_resnet").glob("_C*.so"))), None)
+    return next((ROOT / "fused_resnet").glob("libfused_resnet.so"), None)
 
 
 def runs() -> dict[str, launch_record.KernelLaunches]:

@@ -1,6 +1,6 @@
 // The end of a residual block, and its backward.
-#include <torch/library.h>
 
+#include "../../box.h"
 #include "../conv_bn_add_relu.h"
 #include "../result_cache.h"
 #include "blocks.h"
@@ -10,24 +10,24 @@
 namespace fr {
 namespace {
 
-at::Tensor block_end_cpu(const at::Tensor& z, const at::Tensor& scale, const at::Tensor& shift,
-                         const OptionalTensor& shortcut, const OptionalTensor& shortcut_scale,
-                         const OptionalTensor& shortcut_shift, bool relu) {
+Tensor block_end_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
+                     const OptionalTensor& shortcut, const OptionalTensor& shortcut_scale,
+                     const OptionalTensor& shortcut_shift, bool relu) {
   const char* op = "block_end";
-  const at::Tensor map = map_operand(op, "z", z);
+  const Tensor map = map_operand(op, "z", z);
   const int64_t c = map.size(1);
-  const at::Tensor k = vector_operand(op, "scale", scale, c, map);
-  const at::Tensor b = vector_operand(op, "shift", shift, c, map);
+  const Tensor k = vector_operand(op, "scale", scale, c, map);
+  const Tensor b = vector_operand(op, "shift", shift, c, map);
   check_together(op, "shortcut_scale", shortcut_scale, "shortcut_shift", shortcut_shift);
-  TORCH_CHECK_VALUE(shortcut || !shortcut_scale, op,
-                    ": shortcut: expected a tensor with shortcut_scale, got None");
-  at::Tensor s, s_scale, s_shift;
+  FR_CHECK_VALUE(shortcut || !shortcut_scale, op,
+                 ": shortcut: expected a tensor with shortcut_scale, got None");
+  Tensor s, s_scale, s_shift;
   if (shortcut) s = map_operand(op, "shortcut", *shortcut, z.sizes(), z);
   if (shortcut_scale) {
     s_scale = vector_operand(op, "shortcut_scale", *shortcut_scale, c, map);
     s_shift = vector_operand(op, "shortcut_shift", *shortcut_shift, c, map);
   }
-  const at::Tensor y = empty_map(z.sizes(), map.options());
+  const Tensor y = empty_map(z.sizes(), map.options());
   const BlockEnd args{c,
                       map.const_data_ptr(),
                       k.const_data_ptr(),
@@ -42,27 +42,26 @@ at::Tensor block_end_cpu(const at::Tensor& z, const at::Tensor& scale, const at:
   return y;
 }
 
-using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-FourTensors block_end_backward_cpu(const at::Tensor& dy, const OptionalTensor& y,
-                                   const at::Tensor& z, const at::Tensor& mean,
-                                   const OptionalTensor& shortcut,
+FourTensors block_end_backward_cpu(const Tensor& dy, const OptionalTensor& y, const Tensor& z,
+                                   const Tensor& mean, const OptionalTensor& shortcut,
                                    const OptionalTensor& shortcut_mean, bool sums) {
   const char* op = "block_end_backward";
-  const at::Tensor map = map_operand(op, "z", z);
+  const Tensor map = map_operand(op, "z", z);
   const int64_t c = map.size(1);
-  const at::Tensor gradient = map_operand(op, "dy", dy, z.sizes(), z);
-  const at::Tensor center = vector_operand(op, "mean", mean, c, map);
+  const Tensor gradient = map_operand(op, "dy", dy, z.sizes(), z);
+  const Tensor center = vector_operand(op, "mean", mean, c, map);
   check_together(op, "shortcut", shortcut, "shortcut_mean", shortcut_mean);
-  at::Tensor output, s, s_mean;
+  Tensor output, s, s_mean;
   if (y) output = map_operand(op, "y", *y, z.sizes(), z);
   if (shortcut) {
     s = map_operand(op, "shortcut", *shortcut, z.sizes(), z);
     s_mean = vector_operand(op, "shortcut_mean", *shortcut_mean, c, map);
   }
 
-  const at::Tensor none = at::empty({0}, map.options());
-  const at::Tensor g = y ? empty_map(z.sizes(), map.options()) : none;
+  const Tensor none = empty({0}, map.options());
+  const Tensor g = y ? empty_map(z.sizes(), map.options()) : none;
   const auto type = accumulator(map.scalar_type());
   const RowBlocks blocks(rows_of(map), c);
   PartialSums partial(sums ? blocks.count() : 0, kBlockEndRows, c);
@@ -83,17 +82,17 @@ FourTensors block_end_backward_cpu(const at::Tensor& dy, const OptionalTensor& y
   }
   if (!sums) {
     // Results of an operator are not one tensor, empty ones neither.
-    return {g, at::empty({0}, type), at::empty({0}, type), at::empty({0}, type)};
+    return {g, empty({0}, type), empty({0}, type), empty({0}, type)};
   }
   return {g, partial.total(kSumG, type), partial.total(kSumGXc, type),
-          s.defined() ? partial.total(kSumGShortcutXc, type) : at::empty({0}, type)};
+          s.defined() ? partial.total(kSumGShortcutXc, type) : empty({0}, type)};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
-  m.impl("block_end", &block_end_cpu);
-  m.impl("block_end_backward", &block_end_backward_cpu);
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("block_end", FR_BOX(block_end_cpu));
+  m.impl("block_end_backward", FR_BOX(block_end_backward_cpu));
 }
 
 }  // namespace fr

@@ -1,7 +1,6 @@
 #include "blocks.h"
 
-#include <ATen/ATen.h>
-
+#include "../../tensor.h"
 #include "../folding.h"
 
 namespace fr {
@@ -14,12 +13,12 @@ constexpr int64_t kGrain = 32 * 1024;
 template <class Run>
 void for_channels(int64_t channels, int64_t terms, const Run& run) {
   const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(terms, 1), 16);
-  at::parallel_for(0, channels, grain, run);
+  parallel_for(0, channels, grain, run);
 }
 
 }  // namespace
 
-at::Tensor PartialSums::total(int64_t row, at::ScalarType type) const {
+Tensor PartialSums::total(int64_t row, ScalarType type) const {
   const double* from = reinterpret_cast<const double*>(data_) + row * channels_;
   std::vector<double> sums(static_cast<size_t>(channels_), 0.0);
   for_channels(channels_, blocks_, [&](int64_t begin, int64_t end) {
@@ -31,8 +30,8 @@ at::Tensor PartialSums::total(int64_t row, at::ScalarType type) const {
   return as_tensor(sums, type);
 }
 
-std::tuple<at::Tensor, at::Tensor> PartialSums::merge(const std::vector<double>& sizes,
-                                                      at::ScalarType type) const {
+std::tuple<Tensor, Tensor> PartialSums::merge(const std::vector<double>& sizes,
+                                              ScalarType type) const {
   const double* from = reinterpret_cast<const double*>(data_);
   std::vector<double> mean(static_cast<size_t>(channels_), 0.0), m2 = mean;
   double count = 0;

@@ -1,13 +1,12 @@
 // How the passes are cut into blocks, how blocks are spread over threads, and how their sums meet.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
+#include "../../parallel.h"
+#include "../../tensor.h"
 #include "../isa.h"
 #include "../scratch.h"
 
@@ -33,7 +32,7 @@ struct RowBlocks {
 template <class Run>
 void for_blocks(int64_t count, int64_t grain, int64_t scratch_bytes, const Run& run) {
   if (count == 0) return;
-  at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
     Scratch memory;
     char* const scratch = memory.at_least(std::max<int64_t>(scratch_bytes, 1));
     for (int64_t block = first; block < last; ++block) run(block, scratch);
@@ -51,12 +50,12 @@ class PartialSums {
   double* data() { return reinterpret_cast<double*>(data_); }
 
   // The sum over all blocks, in their order.
-  at::Tensor total(int64_t row, at::ScalarType type) const;
+  Tensor total(int64_t row, ScalarType type) const;
 
   // Mean and biased variance from rows as StatisticsRow has them, where block i has size(i) rows:
   // by Chan's formula in the blocks' order. Zeros where there are none.
   template <class Size>
-  std::tuple<at::Tensor, at::Tensor> statistics(const Size& size, at::ScalarType type) const {
+  std::tuple<Tensor, Tensor> statistics(const Size& size, ScalarType type) const {
     std::vector<double> sizes(static_cast<size_t>(blocks_));
     for (int64_t i = 0; i < blocks_; ++i) sizes[i] = static_cast<double>(size(i));
     return merge(sizes, type);
@@ -67,8 +66,7 @@ class PartialSums {
   char* data_;
   int64_t blocks_, rows_, channels_;
 
-  std::tuple<at::Tensor, at::Tensor> merge(const std::vector<double>& sizes,
-                                           at::ScalarType type) const;
+  std::tuple<Tensor, Tensor> merge(const std::vector<double>& sizes, ScalarType type) const;
 };
 
 }  // namespace fr

@@ -1,22 +1,21 @@
 // The gradients of z = conv(p(x), weight) from that of the batch norm behind it.
-#include <torch/library.h>
 
+#include "../../box.h"
 #include "conv_plan.h"
 #include "conv_run.h"
-#include "library_conv.h"
 #include "operands.h"
 
 namespace fr {
 namespace {
 
-using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // The arguments of one call, checked.
 struct Operands {
   ConvShape shape;
-  at::Tensor g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add;
+  Tensor g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add;
 
-  at::ScalarType vectors() const { return accumulator(x.scalar_type()); }
+  ScalarType vectors() const { return accumulator(x.scalar_type()); }
 
   TrainingBackward args() const {
     TrainingBackward f{};
@@ -36,8 +35,8 @@ struct Operands {
 };
 
 // dz = a * g + b * z + c, as a map.
-at::Tensor gradient_map(const Operands& o) {
-  const at::Tensor dz = empty_map(o.g.sizes(), o.g.options());
+Tensor gradient_map(const Operands& o) {
+  const Tensor dz = empty_map(o.g.sizes(), o.g.options());
   const BnGradient args{o.g.size(1),          o.g.const_data_ptr(), data_or_null(o.z),
                         data_or_null(o.a),    data_or_null(o.b),    data_or_null(o.c),
                         dz.mutable_data_ptr()};
@@ -47,8 +46,14 @@ at::Tensor gradient_map(const Operands& o) {
 }
 
 // Behind PyTorch's data gradient: the mask and its sums, or the shortcut's gradient, in place.
-void finish_data_gradient(const Operands& o, const at::Tensor& g_x, double* sums) {
-  if (o.add.defined()) g_x.add_(o.add);
+void finish_data_gradient(const Operands& o, const Tensor& g_x, double* sums) {
+  if (o.add.defined()) {
+    const auto add = kernels().of[dtype_of(g_x.scalar_type())].add_relu;
+    const AddForward sum{g_x.const_data_ptr(), o.add.const_data_ptr(), g_x.mutable_data_ptr(),
+                         false};
+    parallel_for(0, g_x.numel(), 32 * 1024,
+                 [&](int64_t begin, int64_t end) { add(sum, begin, end); });
+  }
   if (!o.x_scale.defined()) return;
   const MaskedSums args{o.shape.c,
                         g_x.mutable_data_ptr(),
@@ -65,20 +70,18 @@ void finish_data_gradient(const Operands& o, const at::Tensor& g_x, double* sums
 
 // An uninitialised gradient with the weight's strides, in memory that is kept from step to step:
 // that of a 3x3 of 512 channels is 2300 pages, which cost half as long as its computation.
-at::Tensor empty_gradient(const at::Tensor& w) {
-  if (!w.is_non_overlapping_and_dense()) return at::empty_like(w);
-  const at::Tensor dw = empty_map(w.sizes(), w.options());
-  dw.unsafeGetTensorImpl()->set_sizes_and_strides(w.sizes(), w.strides());
-  return dw;
+Tensor empty_gradient(const Tensor& w) {
+  if (!w.is_non_overlapping_and_dense()) return empty_like(w);
+  return empty_map(w.sizes(), w.strides(), w.options());
 }
 
 // dw in the weight's own type and strides. A single part is written where it stays.
 template <class Kernel>
-at::Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
-  const at::Tensor& w = o.weight;
-  const at::Tensor dw = empty_gradient(w);
+Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
+  const Tensor& w = o.weight;
+  const Tensor dw = empty_gradient(w);
   const bool direct = w.scalar_type() == o.vectors() && dw.is_contiguous(kChannelsLast);
-  const at::Tensor sum = direct ? dw : empty_map(w.sizes(), w.options().dtype(o.vectors()));
+  const Tensor sum = direct ? dw : empty_map(w.sizes(), w.options().dtype(o.vectors()));
   const int64_t parts = kernel.parts(o.shape), numel = w.numel();
   if (parts == 1) {
     args.dw = sum.mutable_data_ptr();
@@ -89,7 +92,7 @@ at::Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, Training
     args.dw = memory.at_least(std::max<int64_t>(bytes, 1));
     run_kernel(kernel, args);
     const auto add_parts = training_kernels_of(o.x).add_parts;
-    at::parallel_for(0, numel, 16 * 1024, [&](int64_t begin, int64_t end) {
+    parallel_for(0, numel, 16 * 1024, [&](int64_t begin, int64_t end) {
       add_parts(args.dw, parts, numel, begin, end, sum.mutable_data_ptr());
     });
   }
@@ -98,35 +101,34 @@ at::Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, Training
 }
 
 struct Result {
-  at::Tensor g_x, dw;
+  Tensor g_x, dw;
 };
 
 // What no kernel makes, by PyTorch's convolution.
 Result run_library(const Operands& o, bool need_input, bool need_weight) {
-  const at::Tensor dz = gradient_map(o);
-  const at::Tensor input =
+  const Tensor dz = gradient_map(o);
+  const Tensor input =
       need_weight && o.x_scale.defined() ? normalized(o.x, o.x_scale, o.x_shift) : o.x;
   const ConvShape& s = o.shape;
-  const BelowAutograd guard;
-  const auto [g_x, dw, db] = at::convolution_backward(
-      dz, input, o.weight, at::OptionalIntArrayRef(), {s.stride_h, s.stride_w}, {s.pad_h, s.pad_w},
-      {s.dilation_h, s.dilation_w}, false, {0, 0}, s.groups, {need_input, need_weight, false});
+  const auto [g_x, dw] =
+      convolution_backward(dz, input, o.weight, {s.stride_h, s.stride_w}, {s.pad_h, s.pad_w},
+                           {s.dilation_h, s.dilation_w}, s.groups, need_input, need_weight);
   Result result;
   if (need_input) result.g_x = g_x.contiguous(kChannelsLast);
   if (need_weight) {
-    result.dw = at::empty_like(o.weight);
-    result.dw = dw.strides() == result.dw.strides() ? dw : result.dw.copy_(dw);
+    result.dw = empty_like(o.weight);
+    result.dw = dw.strides().equals(result.dw.strides()) ? dw : result.dw.copy_(dw);
   }
   return result;
 }
 
-FourTensors conv_backward_cpu(const at::Tensor& g, const OptionalTensor& z, const at::Tensor& a,
-                              const OptionalTensor& b, const OptionalTensor& c, const at::Tensor& x,
+FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Tensor& a,
+                              const OptionalTensor& b, const OptionalTensor& c, const Tensor& x,
                               const OptionalTensor& x_scale, const OptionalTensor& x_shift,
-                              const OptionalTensor& x_mean, const at::Tensor& weight,
-                              const OptionalTensor& add, at::IntArrayRef stride,
-                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                              bool need_input, bool need_weight, bool sums, bool winograd) {
+                              const OptionalTensor& x_mean, const Tensor& weight,
+                              const OptionalTensor& add, IntArrayRef stride, IntArrayRef padding,
+                              IntArrayRef dilation, int64_t groups, bool need_input,
+                              bool need_weight, bool sums, bool winograd) {
   const char* op = "conv_backward";
   Operands o;
   o.x = map_operand(op, "x", x);
@@ -149,9 +151,9 @@ FourTensors conv_backward_cpu(const at::Tensor& g, const OptionalTensor& z, cons
     o.x_shift = vector_operand(op, "x_shift", *x_shift, s.c, o.x);
   }
   if (x_mean) o.x_mean = vector_operand(op, "x_mean", *x_mean, s.c, o.x);
-  TORCH_CHECK_VALUE(!sums || (x_scale && x_mean), op,
-                    ": x_scale, x_mean: expected tensors with sums=True, got None");
-  TORCH_CHECK_VALUE(!add || !x_scale, op, ": add: expected None with x_scale, got a tensor");
+  FR_CHECK_VALUE(!sums || (x_scale && x_mean), op,
+                 ": x_scale, x_mean: expected tensors with sums=True, got None");
+  FR_CHECK_VALUE(!add || !x_scale, op, ": add: expected None with x_scale, got a tensor");
   if (add) o.add = map_operand(op, "add", *add, o.x.sizes(), o.x);
   sums = sums && need_input;
 
@@ -163,7 +165,7 @@ FourTensors conv_backward_cpu(const at::Tensor& g, const OptionalTensor& z, cons
                                        : rows.count();
   PartialSums partial(sums ? blocks : 0, kGradientRows, s.c);
 
-  at::Tensor g_x = at::empty({0}, o.x.options()), dw = at::empty({0}, weight.options());
+  Tensor g_x = empty({0}, o.x.options()), dw = empty({0}, weight.options());
   if (plan.data) {
     const PackedWeight packed(s, weight, plan.data->packed_bytes, plan.data->pack_units,
                               plan.data->pack_backward);
@@ -192,12 +194,14 @@ FourTensors conv_backward_cpu(const at::Tensor& g, const OptionalTensor& z, cons
     }
   }
   // Results of an operator are not one tensor, empty ones neither.
-  return {g_x, dw, sums ? partial.total(kSumG, o.vectors()) : at::empty({0}, o.vectors()),
-          sums ? partial.total(kSumGXc, o.vectors()) : at::empty({0}, o.vectors())};
+  return {g_x, dw, sums ? partial.total(kSumG, o.vectors()) : empty({0}, o.vectors()),
+          sums ? partial.total(kSumGXc, o.vectors()) : empty({0}, o.vectors())};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) { m.impl("conv_backward", &conv_backward_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("conv_backward", FR_BOX(conv_backward_cpu));
+}
 
 }  // namespace fr

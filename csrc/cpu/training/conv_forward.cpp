@@ -1,20 +1,19 @@
 // z = conv(p(x), weight) and the batch statistics of z.
-#include <torch/library.h>
 
+#include "../../box.h"
 #include "../conv_bn_add_relu.h"
 #include "../result_cache.h"
 #include "conv_plan.h"
 #include "conv_run.h"
-#include "library_conv.h"
 #include "operands.h"
 #include "passes.h"
 
 namespace fr {
 namespace {
 
-using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-ThreeTensors with_statistics(const at::Tensor& z) {
+ThreeTensors with_statistics(const Tensor& z) {
   const int64_t c = z.size(1);
   const RowBlocks blocks(rows_of(z), c);
   PartialSums partial(blocks.count(), kStatisticsRows, c);
@@ -28,17 +27,17 @@ ThreeTensors with_statistics(const at::Tensor& z) {
   return {z, mean, var};
 }
 
-ThreeTensors without_statistics(const at::Tensor& z) {
+ThreeTensors without_statistics(const Tensor& z) {
   // Results of an operator are not one tensor, empty ones neither.
   const auto type = accumulator(z.scalar_type());
-  return {z, at::empty({0}, type), at::empty({0}, type)};
+  return {z, empty({0}, type), empty({0}, type)};
 }
 
-ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const at::Tensor& x,
-                       const at::Tensor& weight, bool statistics) {
+ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const Tensor& x,
+                       const Tensor& weight, bool statistics) {
   const ConvShape& s = args.shape;
   const PackedWeight packed(s, weight, conv.packed_bytes, conv.pack_units, conv.pack_forward);
-  const at::Tensor z = empty_map({s.n, s.k, s.out_h(), s.out_w()}, x.options());
+  const Tensor z = empty_map({s.n, s.k, s.out_h(), s.out_w()}, x.options());
   args.weight = packed.data();
   args.filter = packed.source();
   args.z = z.mutable_data_ptr();
@@ -51,16 +50,15 @@ ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const at:
   return {z, mean, var};
 }
 
-ThreeTensors conv_forward_cpu(const at::Tensor& x, const OptionalTensor& x_scale,
-                              const OptionalTensor& x_shift, const at::Tensor& weight,
-                              at::IntArrayRef stride, at::IntArrayRef padding,
-                              at::IntArrayRef dilation, int64_t groups, bool statistics,
-                              bool winograd) {
+ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
+                              const OptionalTensor& x_shift, const Tensor& weight,
+                              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                              int64_t groups, bool statistics, bool winograd) {
   const char* op = "conv_forward";
-  const at::Tensor map = map_operand(op, "x", x);
+  const Tensor map = map_operand(op, "x", x);
   const ConvShape s = training_shape(op, map, weight, stride, padding, dilation, groups);
   check_together(op, "x_scale", x_scale, "x_shift", x_shift);
-  at::Tensor scale, shift;
+  Tensor scale, shift;
   if (x_scale) {
     scale = vector_operand(op, "x_scale", *x_scale, s.c, map);
     shift = vector_operand(op, "x_shift", *x_shift, s.c, map);
@@ -73,17 +71,16 @@ ThreeTensors conv_forward_cpu(const at::Tensor& x, const OptionalTensor& x_scale
     args.x_shift = data_or_null(shift);
     return by_kernel(*conv, args, map, weight, statistics);
   }
-  const at::Tensor input = scale.defined() ? normalized(map, scale, shift) : map;
-  at::Tensor z;
-  {
-    const BelowAutograd guard;
-    z = at::conv2d(input, weight, {}, stride, padding, dilation, groups).contiguous(kChannelsLast);
-  }
+  const Tensor input = scale.defined() ? normalized(map, scale, shift) : map;
+  const Tensor z =
+      convolution(input, weight, stride, padding, dilation, groups).contiguous(kChannelsLast);
   return statistics ? with_statistics(z) : without_statistics(z);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) { m.impl("conv_forward", &conv_forward_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("conv_forward", FR_BOX(conv_forward_cpu));
+}
 
 }  // namespace fr

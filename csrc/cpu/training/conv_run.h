@@ -1,8 +1,7 @@
 // What both directions of a training convolution share.
 #pragma once
 
-#include <ATen/ATen.h>
-
+#include "../../tensor.h"
 #include "../conv_bn_add_relu.h"
 #include "../result_cache.h"
 #include "passes.h"
@@ -15,13 +14,13 @@ class PackedWeight {
   using Bytes = int64_t (*)(const ConvShape&);
   using Pack = void (*)(const ConvShape&, const void*, int64_t, int64_t, void*);
 
-  PackedWeight(const ConvShape& s, const at::Tensor& weight, Bytes bytes, Bytes units, Pack pack) {
+  PackedWeight(const ConvShape& s, const Tensor& weight, Bytes bytes, Bytes units, Pack pack) {
     data_ = memory_.at_least(std::max<int64_t>(bytes(s), 1));
     source_ = weight.contiguous(kChannelsLast);
-    const at::Tensor& source = source_;
+    const Tensor& source = source_;
     const int64_t count = units(s), numel = std::max<int64_t>(source.numel(), 1);
     const int64_t grain = std::max<int64_t>(count * 16 * 1024 / numel, 1);
-    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       pack(s, source.const_data_ptr(), begin, end, data_);
     });
   }
@@ -30,7 +29,7 @@ class PackedWeight {
   const void* source() const { return source_.const_data_ptr(); }
 
  private:
-  at::Tensor source_;  // channels-last
+  Tensor source_;  // channels-last
   Scratch memory_;
   char* data_;
 };
@@ -54,15 +53,14 @@ template <class Args>
 void run_kernel(const BlockKernel<Args>& kernel, Args args) {
   const int64_t blocks = kernel.blocks(args.shape);
   const int64_t most = kernel.splits ? kernel.splits(args.shape) : 1;
-  args.splits = splits_for(blocks, most, at::get_num_threads());
+  args.splits = splits_for(blocks, most, get_num_threads());
   for_blocks(blocks * args.splits, 1, kernel.scratch_bytes(args.shape),
              [&](int64_t unit, void* scratch) { kernel.run(args, unit, scratch); });
 }
 
 // relu(x * scale + shift), as a map.
-inline at::Tensor normalized(const at::Tensor& x, const at::Tensor& scale,
-                             const at::Tensor& shift) {
-  const at::Tensor y = empty_map(x.sizes(), x.options());
+inline Tensor normalized(const Tensor& x, const Tensor& scale, const Tensor& shift) {
+  const Tensor y = empty_map(x.sizes(), x.options());
   BlockEnd args{};
   args.channels = x.size(1);
   args.z = x.const_data_ptr();

@@ -9,45 +9,44 @@ namespace {
 // overflows.
 constexpr int64_t kMostSize = int64_t{1} << 31;
 
-void check_sizes(const char* op, const char* name, at::IntArrayRef sizes) {
+void check_sizes(const char* op, const char* name, IntArrayRef sizes) {
   for (const int64_t size : sizes) {
-    TORCH_CHECK_VALUE(size < kMostSize, op, ": ", name, ": expected sizes below 2^31, got ", sizes);
+    FR_CHECK_VALUE(size < kMostSize, op, ": ", name, ": expected sizes below 2^31, got ", sizes);
   }
 }
 
 }  // namespace
 
-at::Tensor map_operand(const char* op, const char* name, const at::Tensor& t) {
+Tensor map_operand(const char* op, const char* name, const Tensor& t) {
   check_map(op, name, t);
   check_sizes(op, name, t.sizes());
-  TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, ": expected device cpu, got ", t.device());
+  FR_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, ": expected device cpu, got ", t.device());
   return t.contiguous(kChannelsLast);
 }
 
-at::Tensor map_operand(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef shape,
-                       const at::Tensor& like) {
+Tensor map_operand(const char* op, const char* name, const Tensor& t, IntArrayRef shape,
+                   const Tensor& like) {
   check_same(op, name, t, shape, like);
   return t.contiguous(kChannelsLast);
 }
 
-at::Tensor vector_operand(const char* op, const char* name, const at::Tensor& t, int64_t channels,
-                          const at::Tensor& map) {
+Tensor vector_operand(const char* op, const char* name, const Tensor& t, int64_t channels,
+                      const Tensor& map) {
   check_vector(op, name, t, channels, map);
-  const at::ScalarType type = accumulator(map.scalar_type());
-  TORCH_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type,
-                   " for maps of ", map.scalar_type(), ", got ", t.scalar_type());
+  const ScalarType type = accumulator(map.scalar_type());
+  FR_CHECK_TYPE(t.scalar_type() == type, op, ": ", name, ": expected dtype ", type, " for maps of ",
+                map.scalar_type(), ", got ", t.scalar_type());
   return t.contiguous();
 }
 
 void check_together(const char* op, const char* first, const OptionalTensor& a, const char* second,
                     const OptionalTensor& b) {
-  TORCH_CHECK_VALUE(a.has_value() == b.has_value(), op, ": ", first, ", ", second,
-                    ": expected both or neither, got ", a ? first : second, " alone");
+  FR_CHECK_VALUE(a.has_value() == b.has_value(), op, ": ", first, ", ", second,
+                 ": expected both or neither, got ", a ? first : second, " alone");
 }
 
-ConvShape training_shape(const char* op, const at::Tensor& x, const at::Tensor& weight,
-                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                         int64_t groups) {
+ConvShape training_shape(const char* op, const Tensor& x, const Tensor& weight, IntArrayRef stride,
+                         IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   check_sizes(op, "stride", stride);
   check_sizes(op, "padding", padding);
   check_sizes(op, "dilation", dilation);
@@ -56,9 +55,9 @@ ConvShape training_shape(const char* op, const at::Tensor& x, const at::Tensor& 
   check_same(op, "weight", weight, weight.sizes(), x);
   check_storage(op, "weight", weight);
   const double pixels = static_cast<double>(s.out_h()) * static_cast<double>(s.out_w());
-  TORCH_CHECK_VALUE(pixels * static_cast<double>(s.n) * static_cast<double>(s.k) < 0x1p47, op,
-                    ": padding: expected a result of less than 2^47 elements, got ", s.n, " x ",
-                    s.k, " x ", s.out_h(), " x ", s.out_w());
+  FR_CHECK_VALUE(pixels * static_cast<double>(s.n) * static_cast<double>(s.k) < 0x1p47, op,
+                 ": padding: expected a result of less than 2^47 elements, got ", s.n, " x ", s.k,
+                 " x ", s.out_h(), " x ", s.out_w());
   return s;
 }
 

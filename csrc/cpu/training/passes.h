@@ -5,20 +5,20 @@
 
 namespace fr {
 
-inline const TrainingKernels& training_kernels_of(const at::Tensor& map) {
+inline const TrainingKernels& training_kernels_of(const Tensor& map) {
   return training_kernels().of[dtype_of(map.scalar_type())];
 }
 
-inline int64_t rows_of(const at::Tensor& map) { return map.size(0) * map.size(2) * map.size(3); }
+inline int64_t rows_of(const Tensor& map) { return map.size(0) * map.size(2) * map.size(3); }
 
 // Bytes of the arithmetic type of a map's kernels.
-inline int64_t arithmetic_bytes(const at::Tensor& map) {
-  return map.scalar_type() == at::kDouble ? 8 : 4;
+inline int64_t arithmetic_bytes(const Tensor& map) {
+  return map.scalar_type() == ScalarType::Double ? 8 : 4;
 }
 
 // Calls run(begin, end, block, scratch), with scratch for `sums` sums for each channel.
 template <class Run>
-void for_row_blocks(const at::Tensor& map, int64_t sums, const Run& run) {
+void for_row_blocks(const Tensor& map, int64_t sums, const Run& run) {
   const int64_t c = map.size(1);
   const RowBlocks blocks(rows_of(map), c);
   if (c == 0) return;
@@ -32,7 +32,7 @@ void for_row_blocks(const at::Tensor& map, int64_t sums, const Run& run) {
 
 // Calls run(begin, end).
 template <class Run>
-void for_rows(const at::Tensor& map, const Run& run) {
+void for_rows(const Tensor& map, const Run& run) {
   for_row_blocks(map, 0, [&](int64_t begin, int64_t end, int64_t, void*) { run(begin, end); });
 }
 

@@ -1,6 +1,6 @@
 // The end of the stem, batch norm, ReLU and max-pool, and its backward.
-#include <torch/library.h>
 
+#include "../../box.h"
 #include "../conv_bn_add_relu.h"
 #include "../result_cache.h"
 #include "operands.h"
@@ -9,21 +9,20 @@
 namespace fr {
 namespace {
 
-PoolForward pool_of(const char* op, const at::Tensor& z, at::IntArrayRef kernel,
-                    at::IntArrayRef stride, at::IntArrayRef padding) {
+PoolForward pool_of(const char* op, const Tensor& z, IntArrayRef kernel, IntArrayRef stride,
+                    IntArrayRef padding) {
   check_pair(op, "kernel", kernel, 1);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
-  TORCH_CHECK_VALUE(kernel[0] <= 255 && kernel[1] <= 255 && kernel[0] * kernel[1] <= 255, op,
-                    ": kernel: expected at most 255 places, got ", kernel);
-  TORCH_CHECK_VALUE(stride[0] < int64_t{1} << 31 && stride[1] < int64_t{1} << 31, op,
-                    ": stride: expected ints below 2^31, got ", stride);
-  TORCH_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], op,
-                    ": padding: expected at most half of kernel ", kernel, ", got ", padding);
-  TORCH_CHECK_VALUE(
-      z.size(2) + 2 * padding[0] >= kernel[0] && z.size(3) + 2 * padding[1] >= kernel[1], op,
-      ": kernel: expected at most the padded map of ", z.size(2), " x ", z.size(3), ", got ",
-      kernel);
+  FR_CHECK_VALUE(kernel[0] <= 255 && kernel[1] <= 255 && kernel[0] * kernel[1] <= 255, op,
+                 ": kernel: expected at most 255 places, got ", kernel);
+  FR_CHECK_VALUE(stride[0] < int64_t{1} << 31 && stride[1] < int64_t{1} << 31, op,
+                 ": stride: expected ints below 2^31, got ", stride);
+  FR_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], op,
+                 ": padding: expected at most half of kernel ", kernel, ", got ", padding);
+  FR_CHECK_VALUE(z.size(2) + 2 * padding[0] >= kernel[0] && z.size(3) + 2 * padding[1] >= kernel[1],
+                 op, ": kernel: expected at most the padded map of ", z.size(2), " x ", z.size(3),
+                 ", got ", kernel);
   PoolForward p{};
   p.h = z.size(2);
   p.w = z.size(3);
@@ -37,17 +36,17 @@ PoolForward pool_of(const char* op, const at::Tensor& z, at::IntArrayRef kernel,
   return p;
 }
 
-std::tuple<at::Tensor, at::Tensor> stem_end_cpu(const at::Tensor& z, const at::Tensor& scale,
-                                                const at::Tensor& shift, at::IntArrayRef kernel,
-                                                at::IntArrayRef stride, at::IntArrayRef padding) {
+std::tuple<Tensor, Tensor> stem_end_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
+                                        IntArrayRef kernel, IntArrayRef stride,
+                                        IntArrayRef padding) {
   const char* op = "stem_end";
-  const at::Tensor map = map_operand(op, "z", z);
+  const Tensor map = map_operand(op, "z", z);
   const PoolForward pool = pool_of(op, map, kernel, stride, padding);
-  const at::Tensor k = vector_operand(op, "scale", scale, pool.c, map);
-  const at::Tensor b = vector_operand(op, "shift", shift, pool.c, map);
+  const Tensor k = vector_operand(op, "scale", scale, pool.c, map);
+  const Tensor b = vector_operand(op, "shift", shift, pool.c, map);
   const std::array<int64_t, 4> sizes{map.size(0), pool.c, pool.out_h(), pool.out_w()};
-  const at::Tensor y = empty_map(sizes, map.options());
-  const at::Tensor index = empty_map(sizes, map.options().dtype(at::kByte));
+  const Tensor y = empty_map(sizes, map.options());
+  const Tensor index = empty_map(sizes, map.options().dtype(ScalarType::Byte));
   const StemEnd args{pool,
                      map.const_data_ptr(),
                      k.const_data_ptr(),
@@ -56,33 +55,34 @@ std::tuple<at::Tensor, at::Tensor> stem_end_cpu(const at::Tensor& z, const at::T
                      index.mutable_data_ptr<uint8_t>()};
   const auto kernel_of = training_kernels_of(map).stem_end;
   if (y.numel() > 0) {
-    at::parallel_for(0, sizes[0] * sizes[2], 1,
-                     [&](int64_t begin, int64_t end) { kernel_of(args, begin, end); });
+    parallel_for(0, sizes[0] * sizes[2], 1,
+                 [&](int64_t begin, int64_t end) { kernel_of(args, begin, end); });
   }
   return {y, index};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_end_backward_cpu(
-    const at::Tensor& dy, const at::Tensor& index, const at::Tensor& z, const at::Tensor& scale,
-    const at::Tensor& shift, const at::Tensor& mean, at::IntArrayRef kernel, at::IntArrayRef stride,
-    at::IntArrayRef padding, bool sums) {
+std::tuple<Tensor, Tensor, Tensor> stem_end_backward_cpu(const Tensor& dy, const Tensor& index,
+                                                         const Tensor& z, const Tensor& scale,
+                                                         const Tensor& shift, const Tensor& mean,
+                                                         IntArrayRef kernel, IntArrayRef stride,
+                                                         IntArrayRef padding, bool sums) {
   const char* op = "stem_end_backward";
-  const at::Tensor map = map_operand(op, "z", z);
+  const Tensor map = map_operand(op, "z", z);
   const PoolForward pool = pool_of(op, map, kernel, stride, padding);
   const std::array<int64_t, 4> sizes{map.size(0), pool.c, pool.out_h(), pool.out_w()};
-  const at::Tensor gradient = map_operand(op, "dy", dy, sizes, map);
-  TORCH_CHECK_VALUE(index.sizes() == at::IntArrayRef(sizes), op, ": index: expected shape ",
-                    at::IntArrayRef(sizes), ", got ", index.sizes());
-  TORCH_CHECK_TYPE(index.scalar_type() == at::kByte, op, ": index: expected dtype uint8, got ",
-                   index.scalar_type());
+  const Tensor gradient = map_operand(op, "dy", dy, sizes, map);
+  FR_CHECK_VALUE(index.sizes().equals(sizes), op, ": index: expected shape ", IntArrayRef(sizes),
+                 ", got ", index.sizes());
+  FR_CHECK_TYPE(index.scalar_type() == ScalarType::Byte, op, ": index: expected dtype uint8, got ",
+                index.scalar_type());
   check_device(op, "index", index, map);
   check_storage(op, "index", index);
-  const at::Tensor places = index.contiguous(kChannelsLast);
-  const at::Tensor k = vector_operand(op, "scale", scale, pool.c, map);
-  const at::Tensor b = vector_operand(op, "shift", shift, pool.c, map);
-  const at::Tensor center = vector_operand(op, "mean", mean, pool.c, map);
+  const Tensor places = index.contiguous(kChannelsLast);
+  const Tensor k = vector_operand(op, "scale", scale, pool.c, map);
+  const Tensor b = vector_operand(op, "shift", shift, pool.c, map);
+  const Tensor center = vector_operand(op, "mean", mean, pool.c, map);
 
-  const at::Tensor g = empty_map(map.sizes(), map.options());
+  const Tensor g = empty_map(map.sizes(), map.options());
   const int64_t rows = map.size(0) * pool.h;
   // Rows of a block, by the map alone: about kSumRows pixels.
   const int64_t each = std::max<int64_t>(kSumRows / std::max<int64_t>(pool.w, 1), 1);
@@ -103,15 +103,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> stem_end_backward_cpu(
                kernel_of(args, block * each, std::min((block + 1) * each, rows), block, scratch);
              });
   const auto type = accumulator(map.scalar_type());
-  if (!sums) return {g, at::empty({0}, type), at::empty({0}, type)};
+  if (!sums) return {g, empty({0}, type), empty({0}, type)};
   return {g, partial.total(kSumG, type), partial.total(kSumGXc, type)};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
-  m.impl("stem_end", &stem_end_cpu);
-  m.impl("stem_end_backward", &stem_end_backward_cpu);
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("stem_end", FR_BOX(stem_end_cpu));
+  m.impl("stem_end_backward", FR_BOX(stem_end_backward_cpu));
 }
 
 }  // namespace fr

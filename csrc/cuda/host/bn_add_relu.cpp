@@ -1,52 +1,51 @@
 #include "../bn_add_relu.h"
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 #include <limits>
 #include <tuple>
 
 #include "../../checks.h"
+#include "../../tensor.h"
 #include "context.h"
 #include "operands.h"
 
 namespace fr {
 namespace {
 
-Storage storage_of(const char* op, const at::Tensor& x) {
+Storage storage_of(const char* op, const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat:
+    case ScalarType::Float:
       return Storage::kFloat32;
-    case at::kHalf:
+    case ScalarType::Half:
       return Storage::kFloat16;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Storage::kBFloat16;
     default:
-      TORCH_CHECK_TYPE(false, op, ": x: expected dtype float32, bfloat16 or float16 on ",
-                       x.device(), ", got ", x.scalar_type());
+      FR_CHECK_TYPE(false, op, ": x: expected dtype float32, bfloat16 or float16 on ", x.device(),
+                    ", got ", x.scalar_type());
   }
 }
 
 // The maps of a call, all in the memory format of x, and the plan of their traversal.
 class BnCall {
  public:
-  BnCall(const char* op, const at::Tensor& x)
+  BnCall(const char* op, const Tensor& x)
       : op_(op), x_(x), scope_(x), storage_(storage_of(op, x)), format_(x.suggest_memory_format()) {
-    TORCH_CHECK_VALUE(x.size(0) * x.size(2) * x.size(3) < (1 << 30), op,
-                      ": x: expected less than 2^30 pixels in a batch, got ", x.sizes());
-    TORCH_CHECK_VALUE(x.size(1) <= std::numeric_limits<int>::max() - 256, op,
-                      ": x: expected less channels, got ", x.size(1));
+    FR_CHECK_VALUE(x.size(0) * x.size(2) * x.size(3) < (1 << 30), op,
+                   ": x: expected less than 2^30 pixels in a batch, got ", x.sizes());
+    FR_CHECK_VALUE(x.size(1) <= std::numeric_limits<int>::max() - 256, op,
+                   ": x: expected less channels, got ", x.size(1));
   }
 
-  const void* input(const at::Tensor& t) { return align(operands_.keep(t.contiguous(format_))); }
-  void* result(at::Tensor& t) {
-    t = at::empty(x_.sizes(), x_.options().memory_format(format_));
+  const void* input(const Tensor& t) { return align(operands_.keep(t.contiguous(format_))); }
+  void* result(Tensor& t) {
+    t = device_empty(x_.sizes(), x_.options(), format_);
     align(t);
     return t.mutable_data_ptr();
   }
   const float* vector(const OptionalTensor& v) { return operands_.floats(v); }
-  at::Tensor floats(int64_t size) const {
-    return at::empty({size}, x_.options().dtype(at::kFloat).memory_format(std::nullopt));
+  Tensor floats(int64_t size) const {
+    return device_empty({size}, x_.options().dtype(ScalarType::Float));
   }
 
   // To be called after input() and result() for all maps.
@@ -54,7 +53,7 @@ class BnCall {
     const int64_t channels = x_.size(1), plane = x_.size(2) * x_.size(3);
     // With one channel or one pixel both formats are the same memory: take the one with longer
     // rows.
-    const bool last = format_ == at::MemoryFormat::ChannelsLast ? channels > 1 : plane == 1;
+    const bool last = format_ == kChannelsLast ? channels > 1 : plane == 1;
     by_packs_ = aligned_ && (last ? channels : plane) % (16 / storage_bytes(storage_)) == 0;
     return plan_bn(x_.size(0), channels, plane, last, storage_, by_packs_,
                    scope_.multiprocessors());
@@ -71,44 +70,46 @@ class BnCall {
   }
 
  private:
-  const void* align(const at::Tensor& t) {
+  const void* align(const Tensor& t) {
     aligned_ = aligned_ && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
     return t.const_data_ptr();
   }
 
   const char* op_;
-  at::Tensor x_;
+  Tensor x_;
   Operands operands_;
   DeviceScope scope_;
   Storage storage_;
-  at::MemoryFormat format_;
+  MemoryFormat format_;
   bool aligned_ = true, by_packs_ = false;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(
-    const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& residual, bool training, double eps, bool relu) {
+std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cuda(const Tensor& x, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias,
+                                                    const OptionalTensor& running_mean,
+                                                    const OptionalTensor& running_var,
+                                                    const OptionalTensor& residual, bool training,
+                                                    double eps, bool relu) {
   const char* op = "bn_add_relu";
   check_bn(op, x, weight, bias, running_mean, running_var, residual, training);
   const int64_t channels = x.size(1);
 
   BnCall call(op, x);
-  at::Tensor y;
+  Tensor y;
   BnForwardParams p{};
   p.x = call.input(x);
   p.residual = residual ? call.input(*residual) : nullptr;
   p.y = call.result(y);
   p.relu = relu;
-  at::Tensor mean = call.floats(training ? channels : 0), var = at::empty_like(mean);
+  Tensor mean = call.floats(training ? channels : 0), var = call.floats(training ? channels : 0);
   // An empty batch has no statistics; zeros are finite in the backward, whose sums are zero.
   if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
 
   p.map = call.plan();
-  const at::Tensor folded = call.floats(training ? 2 * channels : 0);
+  const Tensor folded = call.floats(training ? 2 * channels : 0);
   if (training) {
-    const at::Tensor pivot = call.floats(channels);
-    const at::Tensor partials = call.floats(bn_partial_numel(p.map));
+    const Tensor pivot = call.floats(channels);
+    const Tensor partials = call.floats(bn_partial_numel(p.map));
     BnStatisticsParams s{};
     s.map = p.map;
     s.x = p.x;
@@ -140,17 +141,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_add_relu_cuda(
   return {y, mean, var};
 }
 
+Tensor bn_add_relu_apply_cuda(const Tensor& x, const OptionalTensor& weight,
+                              const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                              const OptionalTensor& residual, double eps, bool relu) {
+  return std::get<0>(bn_add_relu_cuda(x, weight, bias, mean, var, residual, false, eps, relu));
+}
+
 // Returns the gradients of x, weight, bias and, if need_residual, of the residual.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_cuda(
-    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& y,
-    const OptionalTensor& weight, const at::Tensor& mean, const at::Tensor& var, bool training,
-    double eps, bool relu, bool need_residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cuda(
+    const Tensor& grad, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight,
+    const Tensor& mean, const Tensor& var, bool training, double eps, bool relu,
+    bool need_residual) {
   const char* op = "bn_add_relu_backward";
   check_bn_backward(op, grad, x, y, weight, mean, var, relu);
   const int64_t channels = x.size(1);
 
   BnCall call(op, x);
-  at::Tensor dx, dresidual = at::empty({0}, x.options().memory_format(std::nullopt));
+  Tensor dx, dresidual = device_empty({0}, x.options());
   BnBackwardReduceParams r{};
   r.grad = call.input(grad);
   r.x = call.input(x);
@@ -159,15 +166,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
   r.dz = need_residual ? call.result(dresidual) : nullptr;
   BnBackwardParams p{};
   p.dx = call.result(dx);
-  const at::Tensor dweight = call.floats(channels), dbias = at::empty_like(dweight);
+  const Tensor dweight = call.floats(channels), dbias = call.floats(channels);
   if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_(), dresidual};
 
   r.map = p.map = call.plan();
-  const at::Tensor partials = call.floats(bn_backward_partial_numel(p.map));
+  const Tensor partials = call.floats(bn_backward_partial_numel(p.map));
   r.partials = partials.mutable_data_ptr<float>();
   call.launch(bn_backward_reduce, r);
 
-  const at::Tensor coefficients = call.floats(3 * channels);
+  const Tensor coefficients = call.floats(3 * channels);
   BnBackwardFinishParams f{};
   f.partials = r.partials;
   f.weight = call.vector(weight);
@@ -193,8 +200,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_add_relu_backward_
 }  // namespace
 
 FR_CUDA_LIBRARY(m) {
-  m.impl("bn_add_relu", &bn_add_relu_cuda);
-  m.impl("bn_add_relu_backward", &bn_add_relu_backward_cuda);
+  m.impl("bn_add_relu", FR_BOX(bn_add_relu_cuda));
+  m.impl("bn_add_relu_apply", FR_BOX(bn_add_relu_apply_cuda));
+  m.impl("bn_add_relu_backward", FR_BOX(bn_add_relu_backward_cuda));
 }
 
 }  // namespace fr

@@ -2,17 +2,18 @@
 // the operators are registered under another name, for CPU tensors.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
-#include <torch/library.h>
+
+#include <cstring>
+
+#include "../../box.h"
+#include "../../tensor.h"
+#include "../../tf32.h"
 
 #ifdef FR_SIMT
-#define FR_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(fused_resnet_simt, CPU, m)
+#define FR_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fused_resnet_simt, CPU, m)
 #else
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#define FR_CUDA_LIBRARY(m) TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m)
+#define FR_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m)
 #endif
 
 namespace fr {
@@ -21,30 +22,56 @@ namespace fr {
 class DeviceScope {
 #ifdef FR_SIMT
  public:
-  explicit DeviceScope(const at::Tensor&) {}
+  explicit DeviceScope(const Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
   // Few, so that maps which are small enough for the simulator need several waves of blocks.
   int multiprocessors() const { return 8; }
 #else
  public:
-  explicit DeviceScope(const at::Tensor& x) : guard_(x.device()) {}
-  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
+  explicit DeviceScope(const Tensor& x) : device_(x.device().index) {
+    check(aoti_torch_create_device_guard(device_, &guard_), "device");
+  }
+  ~DeviceScope() { aoti_torch_delete_device_guard(guard_); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    check(aoti_torch_get_current_cuda_stream(device_, &stream), "stream");
+    return static_cast<cudaStream_t>(stream);
+  }
   int multiprocessors() const {
     int count = 1;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, guard_.current_device().index());
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_);
     return count;
   }
 
  private:
-  c10::cuda::CUDAGuard guard_;
+  static void check(AOTITorchError error, const char* what) {
+    FR_CHECK(error == AOTI_TORCH_SUCCESS, "fused_resnet: PyTorch has no current CUDA ", what);
+  }
+
+  const int32_t device_;
+  DeviceGuardHandle guard_ = nullptr;
 #endif
 };
 
+// Uninitialised; under the simulator of the tests NaN, so that a kernel that leaves an element out
+// is caught.
+inline Tensor device_empty(IntArrayRef sizes, const Options& options,
+                           MemoryFormat format = kContiguous) {
+  Tensor t = empty(sizes, options, format);
+#ifdef FR_SIMT
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0xff, static_cast<size_t>(t.nbytes()));
+#endif
+  return t;
+}
+
 inline void check_launch(const char* op, cudaError_t error) {
 #ifdef FR_SIMT
-  TORCH_CHECK(error == cudaSuccess, op, ": the launch failed with error ", static_cast<int>(error));
+  FR_CHECK(error == cudaSuccess, op, ": the launch failed with error ", static_cast<int>(error));
 #else
-  TORCH_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
+  FR_CHECK(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
 #endif
 }
 

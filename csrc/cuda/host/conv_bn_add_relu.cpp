@@ -1,17 +1,16 @@
 #include "conv_bn_add_relu.h"
 
-#include <ATen/ATen.h>
-
 #include <tuple>
+
+#include "../../tensor.h"
 
 namespace fr {
 
-at::Tensor conv_bn_add_relu_cuda(const at::Tensor& x, const at::Tensor& weight,
-                                 const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
-                                 const OptionalTensor& bn_bias, const at::Tensor& mean,
-                                 const at::Tensor& var, const OptionalTensor& residual,
-                                 at::IntArrayRef stride, at::IntArrayRef padding,
-                                 at::IntArrayRef dilation, int64_t groups, double eps, bool relu) {
+Tensor conv_bn_add_relu_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& conv_bias,
+                             const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                             const Tensor& mean, const Tensor& var, const OptionalTensor& residual,
+                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                             int64_t groups, double eps, bool relu) {
   ConvCall call("conv_bn_add_relu", x, weight.sizes(), {stride, padding, dilation, groups});
   call.set_weight(weight);
   call.set_batch_norm(conv_bias, bn_weight, bn_bias, mean, var, eps);
@@ -21,12 +20,11 @@ at::Tensor conv_bn_add_relu_cuda(const at::Tensor& x, const at::Tensor& weight,
 }
 
 // The last argument, whether Winograd's algorithm may run, is for the CPU.
-at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& packed,
-                                        const at::Tensor& scale, const at::Tensor& shift,
-                                        const OptionalTensor& residual,
-                                        at::IntArrayRef weight_shape, at::IntArrayRef stride,
-                                        at::IntArrayRef padding, at::IntArrayRef dilation,
-                                        int64_t groups, bool relu, bool) {
+Tensor conv_bn_add_relu_packed_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                    const Tensor& shift, const OptionalTensor& residual,
+                                    IntArrayRef weight_shape, IntArrayRef stride,
+                                    IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                    bool relu, bool) {
   ConvCall call("conv_bn_add_relu_packed", x, weight_shape, {stride, padding, dilation, groups});
   call.set_packed(packed);
   call.set_affine(scale, shift);
@@ -37,31 +35,28 @@ at::Tensor conv_bn_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& p
 
 namespace {
 
-at::Tensor conv_conv_add_relu_packed_cuda(const at::Tensor& x, const at::Tensor& x2,
-                                          const at::Tensor& packed, const at::Tensor& shift,
-                                          at::IntArrayRef weight_shape, at::IntArrayRef stride,
-                                          at::IntArrayRef padding, at::IntArrayRef dilation,
-                                          at::IntArrayRef stride2, bool relu) {
+Tensor conv_conv_add_relu_packed_cuda(const Tensor& x, const Tensor& x2, const Tensor& packed,
+                                      const Tensor& shift, IntArrayRef weight_shape,
+                                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                      IntArrayRef stride2, bool relu) {
   ConvCall call("conv_conv_add_relu_packed", x, weight_shape, {stride, padding, dilation, 1});
   call.set_second(x2, stride2);
   call.set_packed(packed);
   call.set_affine(std::nullopt, shift);
   call.set_relu(relu);
-  TORCH_CHECK_VALUE(call.by_packs(),
-                    "conv_conv_add_relu_packed: x, x2: expected channels and "
-                    "addresses in multiples of 16 bytes, got ",
-                    x.sizes(), " and ", x2.sizes());
+  FR_CHECK_VALUE(call.by_packs(),
+                 "conv_conv_add_relu_packed: x, x2: expected channels and "
+                 "addresses in multiples of 16 bytes, got ",
+                 x.sizes(), " and ", x2.sizes());
   return call.run();
 }
 
-at::Tensor conv_bn_add_relu_planned_cuda(const at::Tensor& x, const at::Tensor& packed,
-                                         const at::Tensor& scale, const at::Tensor& shift,
-                                         const OptionalTensor& residual,
-                                         const OptionalTensor& residual_scale,
-                                         const OptionalTensor& residual_shift,
-                                         at::IntArrayRef weight_shape, at::IntArrayRef stride,
-                                         at::IntArrayRef padding, at::IntArrayRef dilation,
-                                         int64_t groups, bool relu, int64_t tile, int64_t split_k) {
+Tensor conv_bn_add_relu_planned_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                     const Tensor& shift, const OptionalTensor& residual,
+                                     const OptionalTensor& residual_scale,
+                                     const OptionalTensor& residual_shift, IntArrayRef weight_shape,
+                                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                     int64_t groups, bool relu, int64_t tile, int64_t split_k) {
   ConvCall call("conv_bn_add_relu_planned", x, weight_shape, {stride, padding, dilation, groups});
   call.set_packed(packed);
   call.set_affine(scale, shift);
@@ -71,24 +66,25 @@ at::Tensor conv_bn_add_relu_planned_cuda(const at::Tensor& x, const at::Tensor& 
   return call.run();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_statistics_cuda(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& conv_bias,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor> conv_statistics_cuda(const Tensor& x, const Tensor& weight,
+                                                        const OptionalTensor& conv_bias,
+                                                        IntArrayRef stride, IntArrayRef padding,
+                                                        IntArrayRef dilation, int64_t groups) {
   ConvCall call("conv_statistics", x, weight.sizes(), {stride, padding, dilation, groups});
   call.set_weight(weight);
   call.set_affine(std::nullopt, conv_bias);
-  const std::vector<at::Tensor> results = call.run_with_statistics();
+  const std::vector<Tensor> results = call.run_with_statistics();
   return {results[0].contiguous(x.suggest_memory_format()), results[1], results[2]};
 }
 
 }  // namespace
 
 FR_CUDA_LIBRARY(m) {
-  m.impl("conv_bn_add_relu", &conv_bn_add_relu_cuda);
-  m.impl("conv_bn_add_relu_packed", &conv_bn_add_relu_packed_cuda);
-  m.impl("conv_bn_add_relu_planned", &conv_bn_add_relu_planned_cuda);
-  m.impl("conv_statistics", &conv_statistics_cuda);
-  m.impl("conv_conv_add_relu_packed", &conv_conv_add_relu_packed_cuda);
+  m.impl("conv_bn_add_relu", FR_BOX(conv_bn_add_relu_cuda));
+  m.impl("conv_bn_add_relu_packed", FR_BOX(conv_bn_add_relu_packed_cuda));
+  m.impl("conv_bn_add_relu_planned", FR_BOX(conv_bn_add_relu_planned_cuda));
+  m.impl("conv_statistics", FR_BOX(conv_statistics_cuda));
+  m.impl("conv_conv_add_relu_packed", FR_BOX(conv_conv_add_relu_packed_cuda));
 }
 
 }  // namespace fr

@@ -2,17 +2,16 @@
 // by torch's pooling.
 #include "../conv_bn_relu_maxpool.h"
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 
+#include "../../tensor.h"
 #include "conv_call.h"
 
 namespace fr {
 namespace {
 
-PoolWindow pool_window(const char* op, const ConvShape& s, at::IntArrayRef kernel,
-                       at::IntArrayRef stride, at::IntArrayRef padding) {
+PoolWindow pool_window(const char* op, const ConvShape& s, IntArrayRef kernel, IntArrayRef stride,
+                       IntArrayRef padding) {
   check_pool(op, {s.n, s.k, s.out_h(), s.out_w()}, kernel, stride, padding);
   const auto as_int = [](int64_t v) { return static_cast<int>(v); };
   return {as_int(kernel[0]), as_int(kernel[1]),  as_int(stride[0]),
@@ -20,13 +19,13 @@ PoolWindow pool_window(const char* op, const ConvShape& s, at::IntArrayRef kerne
 }
 
 struct Pool {
-  at::IntArrayRef kernel, stride, padding;
+  IntArrayRef kernel, stride, padding;
 };
 
 // One call of the stem's kernel.
 class StemCall {
  public:
-  StemCall(const char* op, const at::Tensor& x, at::IntArrayRef weight_shape, const ConvGeometry& g,
+  StemCall(const char* op, const Tensor& x, IntArrayRef weight_shape, const ConvGeometry& g,
            const Pool& pool)
       : op_(op),
         x_(x),
@@ -46,9 +45,9 @@ class StemCall {
   }
 
   // The layout of `weight` is [k][kh][kw][c].
-  at::Tensor run(const at::Tensor& weight, const ConvAffine& affine) {
-    const at::Tensor y = at::empty({shape_.n, shape_.k, params_.out_h, params_.out_w},
-                                   x_.options().memory_format(kChannelsLast));
+  Tensor run(const Tensor& weight, const ConvAffine& affine) {
+    const Tensor y = device_empty({shape_.n, shape_.k, params_.out_h, params_.out_w}, x_.options(),
+                                  kChannelsLast);
     params_.image.x = operands_.keep(x_.contiguous(kChannelsLast)).const_data_ptr();
     params_.weight = operands_.keep(weight).const_data_ptr();
     params_.affine = affine;
@@ -62,7 +61,7 @@ class StemCall {
 
  private:
   const char* op_;
-  at::Tensor x_;
+  Tensor x_;
   Operands operands_;
   DeviceScope scope_;
   ConvShape shape_;
@@ -71,18 +70,17 @@ class StemCall {
   bool fits_;
 };
 
-at::Tensor max_pool(const at::Tensor& y, const Pool& pool) {
-  return at::max_pool2d(y, pool.kernel, pool.stride, pool.padding);
+Tensor max_pool(const Tensor& y, const Pool& pool) {
+  return max_pool2d(y, pool.kernel, pool.stride, pool.padding);
 }
 
-at::Tensor conv_bn_relu_maxpool_cuda(const at::Tensor& x, const at::Tensor& weight,
-                                     const OptionalTensor& conv_bias,
-                                     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-                                     const at::Tensor& mean, const at::Tensor& var,
-                                     at::IntArrayRef stride, at::IntArrayRef padding,
-                                     at::IntArrayRef dilation, int64_t groups, double eps,
-                                     at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                                     at::IntArrayRef pool_padding) {
+Tensor conv_bn_relu_maxpool_cuda(const Tensor& x, const Tensor& weight,
+                                 const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
+                                 const OptionalTensor& bn_bias, const Tensor& mean,
+                                 const Tensor& var, IntArrayRef stride, IntArrayRef padding,
+                                 IntArrayRef dilation, int64_t groups, double eps,
+                                 IntArrayRef pool_kernel, IntArrayRef pool_stride,
+                                 IntArrayRef pool_padding) {
   const char* op = "conv_bn_relu_maxpool";
   const Pool pool{pool_kernel, pool_stride, pool_padding};
   StemCall call(op, x, weight.sizes(), {stride, padding, dilation, groups}, pool);
@@ -104,13 +102,12 @@ at::Tensor conv_bn_relu_maxpool_cuda(const at::Tensor& x, const at::Tensor& weig
   return call.run(weight.contiguous(kChannelsLast), affine).contiguous(x.suggest_memory_format());
 }
 
-at::Tensor conv_bn_relu_maxpool_packed_cuda(const at::Tensor& x, const at::Tensor& packed,
-                                            const at::Tensor& scale, const at::Tensor& shift,
-                                            at::IntArrayRef weight_shape, at::IntArrayRef stride,
-                                            at::IntArrayRef padding, at::IntArrayRef dilation,
-                                            int64_t groups, at::IntArrayRef pool_kernel,
-                                            at::IntArrayRef pool_stride,
-                                            at::IntArrayRef pool_padding) {
+Tensor conv_bn_relu_maxpool_packed_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                        const Tensor& shift, IntArrayRef weight_shape,
+                                        IntArrayRef stride, IntArrayRef padding,
+                                        IntArrayRef dilation, int64_t groups,
+                                        IntArrayRef pool_kernel, IntArrayRef pool_stride,
+                                        IntArrayRef pool_padding) {
   const char* op = "conv_bn_relu_maxpool_packed";
   const Pool pool{pool_kernel, pool_stride, pool_padding};
   StemCall call(op, x, weight_shape, {stride, padding, dilation, groups}, pool);
@@ -131,8 +128,8 @@ at::Tensor conv_bn_relu_maxpool_packed_cuda(const at::Tensor& x, const at::Tenso
 }  // namespace
 
 FR_CUDA_LIBRARY(m) {
-  m.impl("conv_bn_relu_maxpool", &conv_bn_relu_maxpool_cuda);
-  m.impl("conv_bn_relu_maxpool_packed", &conv_bn_relu_maxpool_packed_cuda);
+  m.impl("conv_bn_relu_maxpool", FR_BOX(conv_bn_relu_maxpool_cuda));
+  m.impl("conv_bn_relu_maxpool_packed", FR_BOX(conv_bn_relu_maxpool_packed_cuda));
 }
 
 }  // namespace fr

@@ -1,11 +1,10 @@
 // Shared by the operators that begin with a convolution: checked operands, and the launch.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
 #include "../../checks.h"
+#include "../../tensor.h"
 #include "../conv_bn_add_relu.h"
 #include "../residual_block.h"
 #include "context.h"
@@ -14,29 +13,28 @@
 namespace fr {
 
 struct ConvGeometry {
-  at::IntArrayRef stride, padding, dilation;
+  IntArrayRef stride, padding, dilation;
   int64_t groups;
 };
 
 // The precision for the dtype of x; for float32 torch.backends.cudnn.allow_tf32 decides. Raises a
 // TypeError for float64.
-ConvPrecision conv_precision(const char* op, const at::Tensor& x);
+ConvPrecision conv_precision(const char* op, const Tensor& x);
 
 // One convolution and its epilogue. Setters check their arguments and keep them alive.
 class ConvCall {
  public:
-  ConvCall(const char* op, const at::Tensor& x, at::IntArrayRef weight_shape,
-           const ConvGeometry& geometry);
+  ConvCall(const char* op, const Tensor& x, IntArrayRef weight_shape, const ConvGeometry& geometry);
 
   // A weight in PyTorch's shape, or the flat result of pack_conv_weight, [k][kh][kw][c / groups].
-  void set_weight(const at::Tensor& weight);
-  void set_packed(const at::Tensor& packed);
+  void set_weight(const Tensor& weight);
+  void set_packed(const Tensor& packed);
 
   // Adds a 1x1 convolution to the same sum; `packed` then has its weights after each filter.
-  void set_second(const at::Tensor& x, at::IntArrayRef stride);
+  void set_second(const Tensor& x, IntArrayRef stride);
 
   void set_batch_norm(const OptionalTensor& conv_bias, const OptionalTensor& weight,
-                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& var,
+                      const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
                       double eps);
   void set_affine(const OptionalTensor& scale, const OptionalTensor& shift);
   void set_residual(const OptionalTensor& residual, const OptionalTensor& scale,
@@ -50,25 +48,25 @@ class ConvCall {
   void set_plan(int64_t tile, int64_t split_k);
 
   // The result, channels_last.
-  at::Tensor run();
+  Tensor run();
 
   // Also the mean and the biased variance of the result, for each channel.
-  std::vector<at::Tensor> run_with_statistics();
+  std::vector<Tensor> run_with_statistics();
 
   // relu(conv_1x1(relu(this convolution)) * scale + shift + residual) in one kernel. Returns an
   // undefined tensor if no kernel supports the channels.
-  at::Tensor run_then_1x1(const at::Tensor& packed, const at::Tensor& scale,
-                          const at::Tensor& shift, const at::Tensor& residual);
+  Tensor run_then_1x1(const Tensor& packed, const Tensor& scale, const Tensor& shift,
+                      const Tensor& residual);
 
  private:
   ConvPlan plan(bool may_split) const;
   void launch(const ConvPlan& plan);
-  at::Tensor empty_map(int64_t channels);
+  Tensor empty_map(int64_t channels);
   const float* vector(const char* name, const OptionalTensor& v, int64_t channels);
-  const void* map(const at::Tensor& t);
+  const void* map(const Tensor& t);
 
   const char* op_;
-  at::Tensor x_;
+  Tensor x_;
   Operands operands_;
   DeviceScope scope_;
   ConvShape shape_;

@@ -1,50 +1,47 @@
 #include "../residual_block.h"
 
-#include <ATen/ATen.h>
-
 #include "../../residual_block.h"
+#include "../../tensor.h"
 #include "conv_bn_add_relu.h"
 
 namespace fr {
 namespace {
 
-at::Tensor run_conv(const at::Tensor& x, const BlockConv& c, const OptionalTensor& residual,
-                    bool relu) {
+Tensor run_conv(const Tensor& x, const BlockConv& c, const OptionalTensor& residual, bool relu) {
   return conv_bn_add_relu_packed_cuda(x, c.packed, c.scale, c.shift, residual, c.weight_shape,
                                       c.stride, c.padding, c.dilation, c.groups, relu, false);
 }
 
 // The last two convolutions of a bottleneck: one kernel that keeps the map between them on chip if
 // it supports the channels, else two.
-at::Tensor run_end(const at::Tensor& x, const BlockConv& first, const BlockConv& second,
-                   const at::Tensor& residual) {
+Tensor run_end(const Tensor& x, const BlockConv& first, const BlockConv& second,
+               const Tensor& residual) {
   ConvCall call("residual_block", x, first.weight_shape,
                 {first.stride, first.padding, first.dilation, first.groups});
   call.set_packed(first.packed);
   call.set_affine(first.scale, first.shift);
-  const at::Tensor y = call.run_then_1x1(second.packed, second.scale, second.shift, residual);
+  const Tensor y = call.run_then_1x1(second.packed, second.scale, second.shift, residual);
   if (y.defined()) return y;
   return run_conv(run_conv(x, first, std::nullopt, true), second, residual, true);
 }
 
-at::Tensor run_basic(const at::Tensor& x, const Block& block) {
-  const at::Tensor residual =
-      block.shortcut ? run_conv(x, *block.shortcut, std::nullopt, false) : x;
-  const at::Tensor h = run_conv(x, block.convs[0], std::nullopt, true);
+Tensor run_basic(const Tensor& x, const Block& block) {
+  const Tensor residual = block.shortcut ? run_conv(x, *block.shortcut, std::nullopt, false) : x;
+  const Tensor h = run_conv(x, block.convs[0], std::nullopt, true);
   return run_conv(h, block.convs[1], residual, true);
 }
 
 // The last argument, whether Winograd's algorithm may run, is for the CPU.
-at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::TensorList scale,
-                               at::TensorList shift, const OptionalTensor& concatenated,
-                               const OptionalTensor& concatenated_shift, bool bottleneck,
-                               int64_t stride, int64_t dilation, int64_t groups, bool) {
+Tensor residual_block_cuda(const Tensor& x, TensorList packed, TensorList scale, TensorList shift,
+                           const OptionalTensor& concatenated,
+                           const OptionalTensor& concatenated_shift, bool bottleneck,
+                           int64_t stride, int64_t dilation, int64_t groups, bool) {
   check_map("residual_block", "x", x);
   const Block block =
       decompose(x.size(1), packed, scale, shift, bottleneck, stride, dilation, groups);
   const std::vector<BlockConv>& convs = block.convs;
   if (concatenated && concatenated_shift && block.shortcut) {
-    at::Tensor h = x;
+    Tensor h = x;
     for (size_t i = 0; i + 1 < convs.size(); ++i) h = run_conv(h, convs[i], std::nullopt, true);
     const BlockConv& last = convs.back();
     ConvCall call("residual_block", h, last.weight_shape,
@@ -57,13 +54,12 @@ at::Tensor residual_block_cuda(const at::Tensor& x, at::TensorList packed, at::T
     return run_conv(h, last, run_conv(x, *block.shortcut, std::nullopt, false), true);
   }
   if (!bottleneck) return run_basic(x, block);
-  const at::Tensor residual =
-      block.shortcut ? run_conv(x, *block.shortcut, std::nullopt, false) : x;
+  const Tensor residual = block.shortcut ? run_conv(x, *block.shortcut, std::nullopt, false) : x;
   return run_end(run_conv(x, convs[0], std::nullopt, true), convs[1], convs[2], residual);
 }
 
 }  // namespace
 
-FR_CUDA_LIBRARY(m) { m.impl("residual_block", &residual_block_cuda); }
+FR_CUDA_LIBRARY(m) { m.impl("residual_block", FR_BOX(residual_block_cuda)); }
 
 }  // namespace fr

@@ -1,0 +1,80 @@
+"""Runs compilers and linkers for setup.py: what has changed alone, and several at a time."""
+
+import os
+import resource
+import runpy
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+CXX, CFLAGS, LDFLAGS = (
+    shlex.split(os.environ.get(name, default))
+    for name, default in (("CXX", "g++"), ("CFLAGS", ""), ("LDFLAGS", ""))
+)
+CCACHE = ["ccache"] if shutil.which("ccache") else []
+# As many as the process may use, also in a container with a quota.
+PROCESSORS = runpy.run_path(str(ROOT / "fused_resnet/tuning/processor.py"))["available"]()
+JOBS = int(os.environ.get("MAX_JOBS", PROCESSORS))
+
+
+class Binary(Extension):
+    """A shared library.
+
+    Args:
+        name: As that of a Python module; the file of one whose name begins with ``lib`` has no
+            suffix that names a Python.
+        commands: The compiler of each source with its flags, the slowest first.
+        links: Flags of the linker.
+    """
+
+    def __init__(self, name: str, commands: dict[str, list[str]], links: list[str]) -> None:
+        super().__init__(name, list(commands))
+        self.commands, self.links = commands, links
+
+
+class Build(build_ext):
+    """setuptools' command ``build_ext``, for binaries."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.rpartition(".")[2].startswith("lib"):
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, ext: Binary) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = list(pool.map(self._object, ext.commands.items()))
+        flags = [f"-L{target.parent}", *ext.links, *CFLAGS, *LDFLAGS]
+        _run([*CXX, "-shared", "-o", str(target), *objects, *flags])
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        print(f"fused_resnet: {target.name}, after {seconds:.0f} s of compiling", flush=True)
+
+    def _object(self, unit: tuple[str, list[str]]) -> str:
+        """The object file of a source, compiled if it, a header or its command has changed."""
+        source, command = unit
+        made = Path(self.build_temp, source).with_suffix(".o")
+        headers, used = made.with_suffix(".d"), made.with_suffix(".txt")
+        line = shlex.join(command)
+        if made.exists() and used.exists() and used.read_text() == line:
+            needed = headers.read_text().replace("\\\n", " ").split()[1:]
+            times = [path.stat().st_mtime if path.exists() else 2e9 for path in map(Path, needed)]
+            if max(times) < made.stat().st_mtime:
+                return str(made)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        used.unlink(missing_ok=True)
+        print(f"fused_resnet: compiling {source}", flush=True)
+        _run([*CCACHE, *command, "-MMD", "-MF", str(headers), "-c", source, "-o", str(made)])
+        used.write_text(line)
+        return str(made)
+
+
+def _run(command: list[str]) -> None:
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit(f"fused_resnet: this command failed: {shlex.join(command)}")
