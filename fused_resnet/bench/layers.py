@@ -1,8 +1,10 @@
 """A network's forward on the CPU, operation by operation: time, arithmetic, bytes, algorithm.
 
 Each operation is timed inside a whole forward, in its order and with the caches as the previous
-operation leaves them: a dispatch mode measures every operator. Such a forward alternates with an
-unobserved one, whose time beyond the sum of the operators is spent in Python and the dispatcher.
+operation leaves them: a dispatch mode measures every operator. Those of a program's step are added
+up, and what the step does is read from the program (:mod:`fused_resnet.inference.explain`). Such a
+forward alternates with an unobserved one, whose time beyond the sum of the operators is spent in
+Python and the dispatcher.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _C
+from ..inference.explain import ExplainedStep, Explainer, describe, geometry
 from ..inference.frozen_conv import FrozenConv
-from ..inference.program import separate_operations
-from ..ops.flops import FORMULAS
-from ..ops.program_steps import decode
+from ..inference.program import BoundProgram, separate_operations
 
 #: Operators of PyTorch's convolutions, which the tuner may choose for live weights.
 _LIBRARY = ("aten.convolution", "mkldnn._convolution_pointwise")
@@ -132,7 +133,7 @@ def profile(
     """
     timer = _Timer(model)
     plain: list[float] = []
-    with torch.inference_mode(), separate_operations():
+    with torch.inference_mode(), separate_operations(timer.run_step):
         for _ in range(2):  # allocates, tunes and packs
             model(images)
         began = time.perf_counter()
@@ -166,20 +167,38 @@ class _Timer(TorchDispatchMode):
         for path, module in model.named_modules():
             if isinstance(module, FrozenConv):
                 self._paths[module.packed.data_ptr()] = path
+        self._explainer = Explainer(model)
+        self._steps: dict[tuple[BoundProgram, torch.Size], list[Layer]] = {}
+        self._step: Layer | None = None  # the program's step that runs
+        self._begins = False  # whether none of its operators was called yet
+
+    def run_step(
+        self, program: BoundProgram, index: int, x: Tensor, run: Callable[[], Tensor]
+    ) -> Tensor:
+        """Run a step of a program, whose operators' times are added up."""
+        key = (program, x.shape)
+        if key not in self._steps:
+            steps = self._explainer(program, x).steps
+            self._steps[key] = [_layer_of(step, x.element_size()) for step in steps]
+        self._step, self._begins = self._steps[key][index], True
+        try:
+            return run()
+        finally:
+            self._step = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         start = time.perf_counter()
         result = func(*args, **kwargs)
         elapsed = time.perf_counter() - start
-        layer = self._layer(func, args, kwargs, result)
-        key = (layer.path, layer.operator, layer.what)
-        known = self._layers.setdefault(key, layer)
-        if self.forwards == 1:  # every forward has the same calls
+        layer = self._step or self._layer(func, args, kwargs, result)
+        key = _key(layer)
+        if self.forwards == 1 and (self._step is None or self._begins):
+            self._begins = False  # every forward has the same calls
+            known = self._layers.setdefault(key, replace(layer, flops=0, bytes=0))
             known.calls += 1
-            if known is not layer:
-                known.flops += layer.flops
-                known.bytes += layer.bytes
+            known.flops += layer.flops
+            known.bytes += layer.bytes
         times = self._times.setdefault(key, {})
         times[self.forwards] = times.get(self.forwards, 0.0) + elapsed
         return result
@@ -201,24 +220,40 @@ class _Timer(TorchDispatchMode):
         paths = [self._paths[t.data_ptr()] for t in weights if t.data_ptr() in self._paths]
         path = _common(paths) or operator
         moved = sum(_bytes(t) for t in (*tensors, *_tensors([result])))
-        if own == "run_program":  # of a single step
-            (step,) = decode(values["steps"])
-            shapes = [t.shape for t in values["tensors"]]
-            flops = FORMULAS[own](values["x"].shape, shapes, values["steps"])
-            path = _common([p for t in tensors if (p := self._paths.get(t.data_ptr()))])
-            path = path or step.operation
-            return Layer(path, operator, step.operation, "", fused, flops=flops, bytes=moved)
         if own.startswith("conv_bn") or operator in _LIBRARY:
             return _conv(path, operator, values, result)
         flops = 2 * result.numel() * values["input"].shape[-1] if operator == "aten.linear" else 0
         return Layer(path, operator, "", "", fused, flops=flops, bytes=moved)
 
 
+def _key(layer: Layer) -> tuple[str, str, str]:
+    return layer.path, layer.operator, layer.what
+
+
+def _layer_of(explained: ExplainedStep, itemsize: int) -> Layer:
+    """A program's step without its time."""
+    step, (n, c, *pixels) = explained.step, explained.x
+    if step.operation == "conv":  # with a stride beyond the kernel not every pixel is read
+        reach = zip(pixels, explained.result[2:], step.kernel, strict=True)
+        pixels = [min(size, count * taps) for size, count, taps in reach]
+    results = (1 + (step.residual >= 0)) * math.prod(explained.result)
+    return Layer(
+        explained.path or step.operation,
+        step.operation,
+        describe(explained),
+        explained.algorithm,
+        True,
+        flops=explained.flops,
+        bytes=(n * c * math.prod(pixels) + results) * itemsize + explained.weight_bytes,
+    )
+
+
 def _conv(path: str, operator: str, values: dict[str, Any], y: Tensor) -> Layer:
+    """A convolution outside of programs."""
     x = values.get("x", values.get("input", values.get("X")))
+    weight: Any = values.get("packed", values.get("weight", values.get("W")))
     assert x is not None
-    weight = values.get("weight", values.get("W"))
-    shape = list(values["weight_shape"] if weight is None else weight.shape)
+    shape = list(values.get("weight_shape", weight.shape))
     stride, padding, dilation = (list(values[n]) for n in ("stride", "padding", "dilation"))
     groups = values["groups"]
     k, depth, kh, kw = shape
@@ -227,7 +262,6 @@ def _conv(path: str, operator: str, values: dict[str, Any], y: Tensor) -> Layer:
         (size + 2 * p - d * (taps - 1) - 1) // s + 1
         for size, p, d, taps, s in zip((h, w), padding, dilation, (kh, kw), stride, strict=True)
     )
-    packed: Any = values.get("packed", weight)
     residual = values.get("residual", values.get("other"))
     algorithm = "direct"
     if operator.startswith("fused_resnet_library") or operator in _LIBRARY:
@@ -238,10 +272,8 @@ def _conv(path: str, operator: str, values: dict[str, Any], y: Tensor) -> Layer:
         )
     # With a stride beyond the kernel not every pixel is read.
     read = n * c * min(h, oh * kh) * min(w, ow * kw) * x.element_size()
-    moved = read + _bytes(packed) + _bytes(y) + (0 if residual is None else _bytes(residual))
-    slash = f"/{stride[0]}" if stride[0] > 1 else ""
-    what = f"{kh}x{kw}{slash} {c} to {k}, {h}x{w}"
-    what += f", {groups} groups" if groups > 1 else ""
+    moved = read + _bytes(weight) + _bytes(y) + (0 if residual is None else _bytes(residual))
+    what = geometry(x.shape, k, (kh, kw), stride, groups)
     what += ", residual" if residual is not None else ""
     what += ", max-pool" if "pool_kernel" in values else ""
     flops = 2 * n * oh * ow * k * depth * kh * kw

@@ -18,7 +18,7 @@ from ..bench import environment, harness, inference, plot, problem, results, tra
 from ..bench.providers import NAMES, OURS, PEERS
 from ..models import sources
 from ..tuning import processor
-from . import _training, _training_layers
+from . import _programs, _training, _training_layers
 from ._choices import network_calls, table_of
 from ._common import (
     DTYPES,
@@ -80,7 +80,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="show which backend runs each call of the fused network, and the time of each",
+        help="show which backend runs each call of the fused network, and the time of each; and "
+        "each step of the frozen network's programs: algorithm, shape and micro-batch",
     )
     parser.add_argument(
         "--layers",
@@ -168,6 +169,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain:
         for batch in arguments.batch:
             out.print(explain(arguments, batch))
+            network = sources.our_model(arguments.model, arguments.state)
+            where = (batch, arguments.size, getattr(torch, arguments.dtype), arguments.threads)
+            out.print(_programs.table_of(network, *where), highlight=False)
     if arguments.json:
         results.save(arguments.json, rows)
     if arguments.plot:

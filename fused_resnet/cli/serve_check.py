@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from ..bench import results, serving
 from ..bench.networks import LIMITS
-from ..inference.archive import read_frozen
+from ..inference.archive import load_frozen, read_frozen
+from ..inference.explain import explain, summary
 from ..models import sources
 from ..tuning import processor
 from ._common import UsageError, console
@@ -75,6 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
                 f"batch {row['batch']}: relative error against eager float64 {row['error']:.1e}, "
                 f"{'within' if row['status'] == 'ok' else 'beyond'} the limit of {LIMITS[dtype]:g}"
             )
+    torch.set_num_threads(arguments.threads)
+    network = load_frozen(arguments.file)
+    for batch in arguments.batch:
+        programs = explain(network, torch.zeros(batch, 3, size, size, dtype=file.dtype))
+        print(f"batch {batch}: {summary(programs)}")
     if arguments.json:
         results.save(arguments.json, rows)
     return complain(rows)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class BoundProgram:
     """
 
     def __init__(self, program: Program, owner: nn.Module) -> None:
-        self.steps, self.outputs = program.steps, program.outputs
+        self.steps, self.paths, self.outputs = program.steps, program.modules, program.outputs
         self.modules: list[Any] = [
             owner.get_submodule(path) if step.tensor >= 0 else None
             for step, path in zip(program.steps, program.modules, strict=True)
@@ -61,6 +62,15 @@ class BoundProgram:
     def tensors(self) -> list[Tensor]:
         """The tensors of all steps, in the order of their indices."""
         return [t for module in self.modules if module is not None for t in _tensors(module)]
+
+    def weight(self, index: int) -> Tensor | None:
+        """The weight of a step; None for none.
+
+        Args:
+            index: Of the step.
+        """
+        module = self.modules[index]
+        return None if module is None else _tensors(module)[0]
 
     def native(self) -> Any:
         """A new call object of the extension: ``(x) -> list[Tensor]``."""
@@ -76,13 +86,22 @@ def _tensors(module: Any) -> list[Tensor]:
     return [module.packed, module.scale, module.shift]
 
 
-_SEPARATE = contextvars.ContextVar("separate_operations", default=False)
+#: Runs one step: called with its program, its index, the program's input, and what runs it.
+RunStep = Callable[[BoundProgram, int, Tensor, Callable[[], Tensor]], Tensor]
+
+_SEPARATE: contextvars.ContextVar[RunStep | None] = contextvars.ContextVar("separate", default=None)
 
 
 @contextlib.contextmanager
-def separate_operations() -> Iterator[None]:
-    """Run each step of every frozen model as its own operation, to time it; in this thread."""
-    token = _SEPARATE.set(True)
+def separate_operations(
+    run: RunStep = lambda program, index, x, operation: operation(),
+) -> Iterator[None]:
+    """Run each step of every frozen model as its own operation; in this thread.
+
+    Args:
+        run: Runs each step; its default only runs it.
+    """
+    token = _SEPARATE.set(run)
     try:
         yield
     finally:
@@ -91,7 +110,7 @@ def separate_operations() -> Iterator[None]:
 
 def are_separate() -> bool:
     """Whether :func:`separate_operations` is active in this thread."""
-    return _SEPARATE.get()
+    return _SEPARATE.get() is not None
 
 
 def run_steps(
@@ -106,10 +125,13 @@ def run_steps(
         known: Keeps the operands of blocks; None to keep nothing.
     """
     values: dict[int, Tensor] = {0: x}
-    separate = are_separate()
+    run = _SEPARATE.get()
     for i, step in enumerate(bound.steps):
-        block = None if separate else bound.blocks.get(i)
-        if block is None:
+        block = bound.blocks.get(i)
+        if run is not None:
+            operation = functools.partial(run_step, step, bound.modules[i], values)
+            values[i + 1] = run(bound, i, x, operation)
+        elif block is None:
             values[i + 1] = run_step(step, bound.modules[i], values)
         elif i == block.last:
             values[i + 1] = _run_block(bound, block, values[block.input], backend, known)

@@ -77,6 +77,9 @@ def test_bench_explains(capsys):
     out = capsys.readouterr().out
     assert "the fused network's calls, batch 1" in out
     assert "runs on" in out
+    assert "the frozen network's programs, batch 1" in out
+    assert "1 program of 22 steps, micro-batches of 1 image, " in " ".join(out.split())
+    assert "layer4.1.conv2" in out
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,9 @@ def test_serve_check_reports_parity_and_speed(tmp_path: Path, capsys: Capture) -
     out = frozen_from(tmp_path, "cifar_resnet20", trained("cifar_resnet20", 10))
     report = tmp_path / "rows.json"
     assert main(["serve-check", str(out), *QUICK, "--json", str(report)]) == 0
-    assert "within the limit of 0.0001" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "within the limit of 0.0001" in printed
+    assert "batch 2: 1 program of 23 steps, micro-batches of 2 images, " in printed
     rows = {row["provider"]: row for row in json.loads(report.read_text())}
     assert set(rows) == {"eager", "channels_last", "file"}
     assert all(row["status"] == "ok" and row["median_ms"] > 0 for row in rows.values())
