@@ -98,7 +98,10 @@ MUTANTS = [
         "p.x_first = row0 - (row0 > 0);",
     ),
     Mutant(
-        "batch normalised by the unbiased variance", HOST, "var_of[k] /= total;", "var_of[k] /= total - 1;"
+        "batch normalised by the unbiased variance",
+        HOST,
+        "var_of[k] /= total;",
+        "var_of[k] /= total - 1;",
     ),
     Mutant(
         "chunks merged without their means' distance",

@@ -68,7 +68,10 @@ def test_an_extension_that_is_damaged(clone: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ("/x/libfused_resnet.so: undefined symbol: torch_from_blob", "torch 2.11 and newer, and this is"),
+        (
+            "/x/libfused_resnet.so: undefined symbol: torch_from_blob",
+            "torch 2.11 and newer, and this is",
+        ),
         ("libfused_resnet.so: cannot open shared object file: No such file", "has no libfused_res"),
         ("libcudart.so.13: cannot open shared object file: No such file or directory",
          "it needs libcudart.so.13 of CUDA 13, and torch 9.0 has CUDA 12.8; build it again"),
