@@ -130,7 +130,8 @@ def test_auditwheel_names_a_manylinux_tag(tmp_path: Path) -> None:
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fused_resnet\n")
         lines = f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}-{tag}-linux_x86_64\n"
         archive.writestr(f"{info}/WHEEL", lines)
-        archive.writestr(f"{info}/RECORD", "")
+        record = "".join(f"fused_resnet/{file.name},,\n" for file in (MODULE, LIBRARY))
+        archive.writestr(f"{info}/RECORD", record)
     command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
