@@ -225,7 +225,7 @@ def replaced(text: str, name: str, new: str) -> str:
 def sections() -> dict[str, str]:
     """What belongs between the markers, by their names."""
     timed = [(f.name, results.load(f)) for f in sorted(RESULTS.glob("cpu-*.json"))]
-    trained = [(f.name, results.load(f)) for f in sorted(RESULTS.glob("training-*.json"))]
+    trained = [(f.name, results.load(f)) for f in sorted(RESULTS.glob("training-cpu-*.json"))]
     return {
         "summary": summary(timed),
         "benchmarks": section(timed),

@@ -139,5 +139,5 @@ def test_auditwheel_names_a_manylinux_tag(tmp_path: Path) -> None:
     external = set(re.findall(r"\b(lib[\w.+-]+\.so[\d.]*)\b", done.stdout))
     assert {name for name in external if "torch" not in name} <= {
         "libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libpthread.so.0",
-        "libdl.so.2", "libcudart.so.12", "libcudart.so.13", "libfused_resnet.so",
+        "libdl.so.2", "librt.so.1", "libcudart.so.12", "libcudart.so.13", "libfused_resnet.so",
     }  # fmt: skip
