@@ -41,7 +41,15 @@ _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.uint8: "u8",
 }
+
+
+def full(*shape: int, dtype: torch.dtype = torch.float32, last: bool = True) -> torch.Tensor:
+    """A tensor of any size, without memory."""
+    format = torch.channels_last if len(shape) == 4 and last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=format)
 
 
 @dataclass

@@ -12,11 +12,9 @@ from typing import Any
 
 import ahead_of_time
 import pytest
-import torch
-from ahead_of_time import ARCHITECTURES, TENSOR_CORES, Code, compiled, recorded
+from ahead_of_time import ARCHITECTURES, TENSOR_CORES, Code, compiled, full, recorded
 from precisions import PRECISIONS, Precision
 from rich.console import Console
-from torch import Tensor
 
 from fused_resnet.backends import triton as kernels
 from fused_resnet.backends.triton import _conv_plan
@@ -29,12 +27,6 @@ FLOAT16, BFLOAT16, TF32, FLOAT32 = PRECISIONS
 EPS = 1e-5
 KINDS = {FLOAT16: "half", BFLOAT16: "half", TF32: "tf32", FLOAT32: "ieee"}
 CODES: list[tuple[str, Code]] = []
-
-
-def full(*shape: int, dtype: torch.dtype = torch.float32, last: bool = True) -> Tensor:
-    """A tensor of any size, without memory."""
-    format = torch.channels_last if len(shape) == 4 and last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=format)
 
 
 @dataclass(frozen=True)

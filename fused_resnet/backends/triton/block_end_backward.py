@@ -157,6 +157,9 @@ def block_end_backward(
     channels = z.shape[1]
     check_together(op, shortcut=shortcut, shortcut_mean=shortcut_mean)
     call = BnMap(op, zs, config)
+    if sums and shortcut is not None:
+        # Half the rows: three pairs of sums would not fit into 128 registers.
+        call = BnMap(op, zs, call.config._replace(block_r=call.config.block_r // 2))
     masked = y is not None or recomputed is not None
     g = like_map(z, z.shape) if masked else torch.empty(0, dtype=z.dtype, device=z.device)
     given: tuple[Tensor | None, ...] = recomputed or (None,) * len(Recomputed._fields)
