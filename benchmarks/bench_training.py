@@ -11,6 +11,7 @@ interrupted run keeps what it has measured.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def main() -> int:
             "threads": str(arguments.threads),
             "providers": arguments.providers,
             "rounds": arguments.rounds,
-            "json": str(part),
+            "json": os.path.relpath(part),  # in the command that the rows record
         }
         command = ["bench", model, "--training"]
         for option, value in options.items():
