@@ -98,6 +98,8 @@ def separate_operations(
 ) -> Iterator[None]:
     """Run each step of every frozen model as its own operation; in this thread.
 
+    ``torch.compile`` does not see it: that of torch 2.11 cannot trace a ContextVar.
+
     Args:
         run: Runs each step; its default only runs it.
     """
@@ -110,7 +112,7 @@ def separate_operations(
 
 def are_separate() -> bool:
     """Whether :func:`separate_operations` is active in this thread."""
-    return _SEPARATE.get() is not None
+    return not torch.compiler.is_compiling() and _SEPARATE.get() is not None
 
 
 def run_steps(
@@ -125,7 +127,7 @@ def run_steps(
         known: Keeps the operands of blocks; None to keep nothing.
     """
     values: dict[int, Tensor] = {0: x}
-    run = _SEPARATE.get()
+    run = None if torch.compiler.is_compiling() else _SEPARATE.get()
     for i, step in enumerate(bound.steps):
         block = bound.blocks.get(i)
         if run is not None:
