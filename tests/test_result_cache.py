@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +112,34 @@ def test_a_peak_is_forgotten(x):
     for _ in range(1100 * 2):
         block(small)
     assert _C.kept_result_bytes() <= 8 * x.numel() * 4
+
+
+# Every second of 16 results of 16 MiB goes. The C library would keep those among its own memory,
+# once a block of 16 MiB was freed to it, as torch.zeros' is here.
+LARGE_RESULTS = """
+import gc, resource, torch
+from fused_resnet import _C
+from test_result_cache import block
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+x = torch.zeros(4, 16, 256, 256).contiguous(memory_format=torch.channels_last)
+del x
+x = torch.zeros(4, 16, 256, 256).contiguous(memory_format=torch.channels_last)
+results = [block(x) for _ in range(16)]
+before = resident()
+del results[::2]
+gc.collect()
+_C.release_results()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_large_results_leave_the_process():
+    run = subprocess.run(
+        [sys.executable, "-c", LARGE_RESULTS],
+        cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert int(run.stdout) >= 7 * 2**24

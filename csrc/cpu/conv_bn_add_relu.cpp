@@ -84,6 +84,18 @@ ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
   return call;
 }
 
+Tensor direct_convolution(const char* op, const Tensor& x, const Tensor& weight,
+                          const ConvGeometry& geometry) {
+  // A batch norm that changes nothing.
+  const auto type = accumulator(x.scalar_type());
+  const auto channels = static_cast<size_t>(weight.size(0));
+  const Tensor zeros = as_tensor(std::vector<double>(channels, 0.0), type);
+  const Tensor ones = as_tensor(std::vector<double>(channels, 1.0), type);
+  ConvCall call = prepare(op, x, weight, std::nullopt, std::nullopt, std::nullopt, zeros, ones,
+                          std::nullopt, geometry, 0, false);
+  return run(call, false);
+}
+
 void check_packed(const char* op, const ConvShape& s, const Tensor& x, const Tensor& packed,
                   const Tensor& scale, const Tensor& shift) {
   const int64_t numel = kernels().of[dtype_of(x.scalar_type())].packed_numel(s);

@@ -31,6 +31,10 @@ ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
                  const OptionalTensor& residual, const ConvGeometry& geometry, double eps,
                  bool relu);
 
+// conv(x, weight) alone, by the direct sum, as a channels-last map.
+Tensor direct_convolution(const char* op, const Tensor& x, const Tensor& weight,
+                          const ConvGeometry& geometry);
+
 // Throws unless packed, scale and shift have the sizes and dtypes of such a convolution of x.
 void check_packed(const char* op, const ConvShape& shape, const Tensor& x, const Tensor& packed,
                   const Tensor& scale, const Tensor& shift);

@@ -5,6 +5,8 @@
 // it out again. A map of 51 MB costs 20 ms so, more than the convolution that writes it; in a
 // ResNet-50 that is a tenth of an inference's time and 2 to 8% of a training step's.
 //
+// Large ones are mapped one by one (memory.h).
+//
 // How much: free memory is kept for as long as it and the results in use are together no more than
 // the most that was in use at one time lately (over the last thousand to two thousand results), so
 // that no process holds more than it needed anyway; and it is at most a quarter of the machine's

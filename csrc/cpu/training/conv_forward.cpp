@@ -73,7 +73,9 @@ ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
   }
   const Tensor input = scale.defined() ? normalized(map, scale, shift) : map;
   const Tensor z =
-      convolution(input, weight, stride, padding, dilation, groups).contiguous(kChannelsLast);
+      is_direct_forward(dtype_of(map.scalar_type()), s)
+          ? direct_convolution(op, input, weight, {stride, padding, dilation, groups})
+          : convolution(input, weight, stride, padding, dilation, groups).contiguous(kChannelsLast);
   return statistics ? with_statistics(z) : without_statistics(z);
 }
 

@@ -59,6 +59,16 @@ const TrainingConv* plan_forward(DType dtype, const ConvShape& s, bool winograd)
   return has(conv, &TrainingConv::forward) ? conv : nullptr;
 }
 
+// Where it is faster (measured, Zen 4, AVX-512): of an image, 1.8 to 2.8 times for a network's
+// first layer, and for groups of 4 and 8 channels, 1.04 to 3.6 times in float32 and 0.4 in
+// bfloat16.
+bool is_direct_forward(DType dtype, const ConvShape& s) {
+  const int64_t channels = s.c / s.groups;
+  if (has_fast_products(dtype)) return false;
+  if (s.groups == 1) return channels <= 4;
+  return (dtype == kFloat32 || dtype == kFloat64) && (channels == 4 || channels == 8);
+}
+
 BackwardPlan plan_backward(DType dtype, const ConvShape& s, bool need_input, bool need_weight,
                            bool winograd) {
   const TrainingConv* conv = algorithm_for(dtype, s, winograd);

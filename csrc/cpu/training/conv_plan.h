@@ -6,8 +6,11 @@
 
 namespace fr {
 
-// Null: PyTorch's convolution, between passes.
+// Null: a convolution between passes.
 const TrainingConv* plan_forward(DType dtype, const ConvShape& shape, bool winograd);
+
+// Whether that convolution is inference's direct sum; else it is PyTorch's.
+bool is_direct_forward(DType dtype, const ConvShape& shape);
 
 struct BackwardPlan {
   const TrainingConv *data, *weight;  // null where not needed, or PyTorch's
