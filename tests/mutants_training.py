@@ -55,6 +55,27 @@ MUTANTS = [
         CONVOLUTIONS,
     ),
     Mutant(
+        "pixels that no tap reaches lose the shortcut's gradient",
+        KERNELS + "fusion.h",
+        "put(Vec<A>{}, i + c, all);",
+        "store(Vec<A>{}, g + i + c);",
+        CONVOLUTIONS,
+    ),
+    Mutant(
+        "zeros between the pixels of a stride stop a vector early",
+        KERNELS + "direct_product.h",
+        "e.put_zeros(scratch.at[i] * columns, columns);",
+        "e.put_zeros(scratch.at[i] * columns, columns - kLanes<typename M::A>);",
+        CONVOLUTIONS,
+    ),
+    Mutant(
+        "a thread takes a block that another has",
+        HOST + "blocks.h",
+        "first < count; first = next.fetch_add(grain)",
+        "first < count; first = next.fetch_add(2 * grain)",
+        CONVOLUTIONS,
+    ),
+    Mutant(
         "the data gradient of a stride takes its taps in the wrong order",
         KERNELS + "direct_grid.h",
         "stride > 1 ? -1 : -dilation",

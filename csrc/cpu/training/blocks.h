@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -28,14 +29,20 @@ struct RowBlocks {
   int64_t size(int64_t block) const { return end(block) - begin(block); }
 };
 
-// Calls run(block, scratch) for all blocks, from several threads. A thread gets `grain` at least.
+// Calls run(block, scratch) for all blocks, from several threads. A thread takes the next `grain`
+// blocks whenever it has finished its last, as blocks take unequal time and a thread may be
+// delayed.
 template <class Run>
 void for_blocks(int64_t count, int64_t grain, int64_t scratch_bytes, const Run& run) {
-  if (count == 0) return;
-  parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min(get_num_threads(), (count + grain - 1) / grain);
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     Scratch memory;
     char* const scratch = memory.at_least(std::max<int64_t>(scratch_bytes, 1));
-    for (int64_t block = first; block < last; ++block) run(block, scratch);
+    for (int64_t first = next.fetch_add(grain); first < count; first = next.fetch_add(grain)) {
+      const int64_t last = std::min(first + grain, count);
+      for (int64_t block = first; block < last; ++block) run(block, scratch);
+    }
   });
 }
 

@@ -34,10 +34,10 @@ const TrainingConv* algorithm_for(DType dtype, const ConvShape& s, bool winograd
 
 // Whether an algorithm's data gradient is faster than PyTorch's with the passes around it. That of
 // a 3x3 of stride 2 copies each pixel of dz 9 times, for as many products as the input has
-// channels: with 16 to 128 of them PyTorch's takes 0.7 to 0.97 of the time, with 256 0.96 to 1.1
-// (measured, Zen 4, AVX-512 and AVX2, float32 and bfloat16, batch 8 to 128).
+// channels: with 64 of them PyTorch's takes 0.85 of the time, with 128 and more 1 to 1.2 times
+// (measured, Zen 4, AVX-512, float32, batch 16).
 bool has_fast_data_gradient(const ConvShape& s) {
-  return is_pointwise(s) || !is_strided(s) || s.c >= 256;
+  return is_pointwise(s) || !is_strided(s) || s.c >= 128;
 }
 
 // Whether to read dz once for both gradients pays, where there is a kernel for that: for 1x1 in

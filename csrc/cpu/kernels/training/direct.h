@@ -170,6 +170,12 @@ void direct_data_gradient(const TrainingBackward& f, int64_t block, void* memory
     first += blocks;
     if (mine < 0 || mine >= blocks) return;
     const int64_t begin = mine * plan.rows, end = min_of(begin + plan.rows, grid.pixels());
+    if (grid.taps() == 0) {
+      with_input_gradient<T>(f, block, scratch.near, [&](const auto& e) {
+        empty_block<M>(grid, s.c, begin, end, plan.chunk, scratch, e);
+      });
+      return;
+    }
     with_gradient<T>(f, [&](const auto& in) {
       with_input_gradient<T>(f, block, scratch.near, [&](const auto& e) {
         product_block<M>(in, s.k, grid, static_cast<const Element<M>*>(f.weight) + offset, s.c,

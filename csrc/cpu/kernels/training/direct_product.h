@@ -234,5 +234,19 @@ FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid,
   e.fold();
 }
 
+// That where no tap reaches the grid's pixels, as between those of a 1x1 of stride 2: zeros, a
+// pixel at a time.
+template <class M, class E>
+FR_INLINE void empty_block(const Grid& grid, int64_t columns, int64_t begin, int64_t end,
+                           int64_t chunk, const ProductScratch<M>& scratch, const E& e) {
+  e.begin();
+  for (int64_t p0 = begin; p0 < end; p0 += chunk) {
+    const int64_t count = min_of(chunk, end - p0);
+    grid.places(p0, count, scratch.at);
+    for (int64_t i = 0; i < count; ++i) e.put_zeros(scratch.at[i] * columns, columns);
+  }
+  e.fold();
+}
+
 }  // namespace FR_ISA
 }  // namespace fr

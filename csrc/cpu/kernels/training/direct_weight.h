@@ -16,7 +16,9 @@ namespace fr {
 namespace FR_ISA {
 
 constexpr int kOuterRows = FR_VECTOR_BYTES == 64 ? 8 : 4;
-constexpr int64_t kRangeChannels = 256;  // dz is copied anew for each range
+// Input channels that a block makes the gradient of. dz is copied anew for each such range, beside
+// as many multiplications of each of its elements as the range has channels and the kernel taps.
+FR_INLINE int64_t range_channels(const ConvShape& s) { return s.kh * s.kw == 1 ? 256 : 64; }
 
 // Pixels that are summed in registers: their two vectors of the input stay in the L1 cache beside a
 // panel of dz while all of dz's panels pass by.
@@ -114,8 +116,8 @@ struct WeightPlan {
 
   explicit WeightPlan(const ConvShape& s) {
     const int64_t pixels = s.n * s.out_h() * s.out_w(), numel = s.k * s.depth();
-    ranges = ceil_div(s.c, kRangeChannels);
-    range = min_of(kRangeChannels, s.c);
+    range = min_of(range_channels(s), s.c);
+    ranges = ceil_div(s.c, range);
     // Sixteen blocks, unless to add the parts would take longer than a few reads of the maps.
     const int64_t most = pixels * (s.k + s.c) / 2 / numel;
     parts = max_of(min_of(min_of(ceil_div(16, ranges), ceil_div(pixels, kSumRows)), most), 1);

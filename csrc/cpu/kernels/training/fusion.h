@@ -182,6 +182,7 @@ struct BlockSums {
 // channel(c)                 before a vector of channels
 // pivot(v, channel)          once a block and vector of channels, with any value near its mean
 // put(v, i, channel)         for a pixel
+// put_zeros(i, count)        for all channels of a pixel, instead of channel, put and done
 // done(channel, c)           when `channel` goes
 // fold()                     after kSumRows pixels at most, and at the end of a block
 //
@@ -197,6 +198,9 @@ struct Store {
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(y + i, 1); }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { store_flushing(v, y + i); }
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
+    __builtin_memset(y + i, 0, static_cast<size_t>(count) * sizeof(T));
+  }
   FR_INLINE void done(const Channel&, int64_t) const {}
   FR_INLINE void fold() const {}
 };
@@ -252,6 +256,9 @@ struct StoreMasked {
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
     store_flushing(bn_relu_mask(v, load(x + i), k.scale, k.shift), g + i);
   }
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
+    __builtin_memset(g + i, 0, static_cast<size_t>(count) * sizeof(T));
+  }
   FR_INLINE void done(const Channel&, int64_t) const {}
   FR_INLINE void fold() const {}
 };
@@ -284,6 +291,9 @@ struct StoreMaskedSums {
     k.sum += d;
     k.sum_xc += d * (at - k.mean);
   }
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
+    __builtin_memset(g + i, 0, static_cast<size_t>(count) * sizeof(T));
+  }
   FR_INLINE void done(const Channel& k, int64_t c) const {
     A *sum = sums.near + kSumG * sums.channels + c,
       *sum_xc = sums.near + kSumGXc * sums.channels + c;
@@ -309,6 +319,10 @@ struct StoreSum {
   }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const {
     store_flushing(v + load(add + i), g + i);
+  }
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
+    Channel all;
+    for (int64_t c = 0; c < count; c += kLanes<A>) put(Vec<A>{}, i + c, all);
   }
   FR_INLINE void done(const Channel&, int64_t) const {}
   FR_INLINE void fold() const {}
