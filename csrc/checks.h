@@ -158,9 +158,10 @@ inline ConvShape conv_shape(const char* op, const Tensor& x, IntArrayRef weight,
   return conv_shape(op, x.sizes(), weight, stride, padding, dilation, groups);
 }
 
-// Checks a pool of a map of these sizes (N, C, H, W), which has pixels.
+// Checks a pool of a map of these sizes (N, C, H, W), which has pixels. In ceil_mode a window may
+// reach beyond the padded map, by less than a stride.
 inline void check_pool(const char* op, std::array<int64_t, 4> map, IntArrayRef kernel,
-                       IntArrayRef stride, IntArrayRef padding) {
+                       IntArrayRef stride, IntArrayRef padding, bool ceil_mode = false) {
   check_pair(op, "pool_kernel", kernel, 1);
   check_pair(op, "pool_stride", stride, 1);
   check_pair(op, "pool_padding", padding, 0);
@@ -169,7 +170,9 @@ inline void check_pool(const char* op, std::array<int64_t, 4> map, IntArrayRef k
                  padding);
   const auto [n, c, h, w] = map;
   const int64_t rows = h + 2 * padding[0], cols = w + 2 * padding[1];
-  FR_CHECK_VALUE(rows >= kernel[0] && cols >= kernel[1], op,
+  const int64_t more_rows = ceil_mode ? stride[0] - 1 : 0,
+                more_cols = ceil_mode ? stride[1] - 1 : 0;
+  FR_CHECK_VALUE(rows + more_rows >= kernel[0] && cols + more_cols >= kernel[1], op,
                  ": pool_kernel: expected at most the padded map of ", h, " x ", w, ", got ",
                  kernel);
   check_numel(op, "pool_padding", {c, rows, cols, n});

@@ -50,7 +50,7 @@ enum Field : int64_t {
   kPoolPadH,
   kPoolPadW,
   kZeros,
-  kReserved,  // 0
+  kCeilMode,  // 1: the last window of kMaxPool or kAvgPool may reach beyond the padding
   kNumFields
 };
 

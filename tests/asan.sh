@@ -24,7 +24,7 @@ arguments=("$@")
 (($#)) || arguments=(
     --backend cpu tests/conformance
     tests/ops/test_{operations,packed,inputs,wrong_arguments,winograd,bfloat16}.py
-    tests/test_{whole_blocks,program,program_head,program_calls}.py
+    tests/test_{whole_blocks,program,program_head,program_pools,program_calls}.py
     tests/training/test_{passes,convolutions,primitives,winograd_passes}.py
 )
 for isa in $("$python" -c 'import fused_resnet as fr; print(*fr.build_info()["isa_supported"])'); do

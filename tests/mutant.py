@@ -14,6 +14,7 @@ BLOCKS = "tests/test_whole_blocks.py"
 PROGRAM = "tests/test_program.py"
 HEAD = "tests/test_program_head.py"
 CALLS = "tests/test_program_calls.py"
+POOLS = "tests/test_program_pools.py"
 SWAP = "tests/fusion/test_traced_groups.py tests/fusion/test_traced_guards.py"
 ALIASING = "tests/fusion/test_traced_aliasing.py"
 

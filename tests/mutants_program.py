@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutant import BLOCKS, CALLS, HEAD, PROGRAM, Mutant
+from mutant import BLOCKS, CALLS, HEAD, POOLS, PROGRAM, Mutant
 
 BLOCK = "csrc/cpu/residual_block.cpp"
 LAYERS = "csrc/cpu/layers.cpp"
@@ -167,5 +167,19 @@ MUTANTS = [
         "for (int v = 0; v < kVectors; ++v) total[v] += sum[v];",
         "for (int v = 0; v < kVectors; ++v) total[v] = sum[v];",
         HEAD,
+    ),
+    Mutant(
+        "a pool's last window begins beyond the map",
+        "csrc/cpu/kernels/table.h",
+        "return (last < most ? last : most) + 1;",
+        "return last + 1;",
+        POOLS,
+    ),
+    Mutant(
+        "what lies beyond the padding counts in an average",
+        "csrc/cpu/kernels/max_pool.h",
+        "const int64_t count = high * min_of(f.kernel_w, f.w + f.pad_w - left);",
+        "const int64_t count = f.kernel_h * f.kernel_w;",
+        POOLS,
     ),
 ]

@@ -21,7 +21,7 @@ OPERATIONS = (
 PLACES = {
     "operation": 0, "input": 1, "residual": 2, "tensor": 3, "activation": 4, "kernel": 5,
     "stride": 7, "padding": 9, "dilation": 11, "groups": 13, "out_channels": 14, "winograd": 15,
-    "pool_kernel": 16, "pool_stride": 18, "pool_padding": 20, "zeros": 22,
+    "pool_kernel": 16, "pool_stride": 18, "pool_padding": 20, "zeros": 22, "ceil_mode": 23,
 }  # fmt: skip
 
 Pool = tuple[int, int, int]
@@ -80,18 +80,20 @@ class Program:
         fields |= {"residual": residual, "activation": relu}
         return self._add(operation, value, channels, single, (packed, scale, shift), **fields)
 
-    def max_pool(self, value: int, kernel: int, stride: int, padding: int) -> int:
-        fields = {"kernel": kernel, "stride": stride, "padding": padding}
-        return self._add(
-            "max_pool", value, self.channels[value],
-            lambda values: F.max_pool2d(values[value], kernel, stride, padding), **fields,
-        )  # fmt: skip
+    def max_pool(self, value: int, kernel: int, stride: int, padding: int, ceil: bool = False):
+        return self._pool("max_pool", F.max_pool2d, value, kernel, stride, padding, ceil)
 
-    def avg_pool(self, value: int, kernel: int, stride: int, padding: int) -> int:
-        fields = {"kernel": kernel, "stride": stride, "padding": padding}
+    def avg_pool(self, value: int, kernel: int, stride: int, padding: int, ceil: bool = False):
+        return self._pool("avg_pool", F.avg_pool2d, value, kernel, stride, padding, ceil)
+
+    def _pool(
+        self, operation: str, single: Callable[..., Tensor], value: int, kernel: int, stride: int,
+        padding: int, ceil: bool,
+    ) -> int:  # fmt: skip
         return self._add(
-            "avg_pool", value, self.channels[value],
-            lambda values: F.avg_pool2d(values[value], kernel, stride, padding), **fields,
+            operation, value, self.channels[value],
+            lambda values: single(values[value], kernel, stride, padding, ceil_mode=ceil),
+            kernel=kernel, stride=stride, padding=padding, ceil_mode=ceil,
         )  # fmt: skip
 
     def zero_pad(self, value: int, zeros: int, stride: int) -> int:

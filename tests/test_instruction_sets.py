@@ -21,6 +21,7 @@ OPERATIONS = (
     "test_whole_blocks.py",
     "test_program.py",
     "test_program_head.py",
+    "test_program_pools.py",
     "training/test_passes.py",
     "training/test_convolutions.py",
 )

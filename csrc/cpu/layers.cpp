@@ -27,19 +27,20 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 PoolForward checked_pool(const char* op, std::array<int64_t, 4> map, IntArrayRef kernel,
-                         IntArrayRef stride, IntArrayRef padding) {
-  check_pool(op, map, kernel, stride, padding);
+                         IntArrayRef stride, IntArrayRef padding, bool ceil_mode) {
+  check_pool(op, map, kernel, stride, padding, ceil_mode);
   PoolForward p{};
   p.c = map[1];
   p.h = map[2];
   p.w = map[3];
-  p.kernel_h = kernel[0];
-  p.kernel_w = kernel[1];
-  // Strides beyond the padded map are normalised, as in conv_shape.
+  // Windows and strides beyond the padded map are normalised, as in conv_shape.
+  p.kernel_h = std::min(kernel[0], p.h + 2 * padding[0]);
+  p.kernel_w = std::min(kernel[1], p.w + 2 * padding[1]);
   p.stride_h = std::min(stride[0], p.h + 2 * padding[0]);
   p.stride_w = std::min(stride[1], p.w + 2 * padding[1]);
   p.pad_h = padding[0];
   p.pad_w = padding[1];
+  p.ceil_mode = ceil_mode;
   return p;
 }
 

@@ -11,8 +11,9 @@
 namespace fr {
 
 // The sizes of a pool of a map (N, C, H, W), without its maps. Throws unless they fit each other.
+// ceil_mode: as in torch.nn.MaxPool2d, the last window may reach beyond the padding.
 PoolForward checked_pool(const char* op, std::array<int64_t, 4> map, IntArrayRef kernel,
-                         IntArrayRef stride, IntArrayRef padding);
+                         IntArrayRef stride, IntArrayRef padding, bool ceil_mode = false);
 
 // A pool of a batch: pool.x is its first image, and y its result.
 using PoolKernel = void (*)(const PoolForward&);

@@ -72,7 +72,8 @@ class Checker {
       check_value("residual", at(kResidual));
     FR_CHECK_VALUE(at(kActivation) == 0 || at(kActivation) == 1, op_,
                    ": activation: expected 0 or 1, got ", at(kActivation));
-    FR_CHECK_VALUE(at(kReserved) == 0, op_, ": reserved: expected 0, got ", at(kReserved));
+    FR_CHECK_VALUE(at(kCeilMode) == 0 || at(kCeilMode) == 1, op_,
+                   ": ceil_mode: expected 0 or 1, got ", at(kCeilMode));
   }
 
   // The sizes of the step's result; completes the step.
@@ -87,11 +88,11 @@ class Checker {
         return conv(step, x);
       case kConvMaxPool: {
         const MapSizes y = conv(step, x);
-        return pool(step, y, kPoolKernelH, kPoolStrideH, kPoolPadH);
+        return pool(step, y, kPoolKernelH, kPoolStrideH, kPoolPadH, false);
       }
       case kMaxPool:
       case kAvgPool:
-        return pool(step, x, kKernelH, kStrideH, kPadH);
+        return pool(step, x, kKernelH, kStrideH, kPadH, at(kCeilMode) == 1);
       case kZeroPadShortcut:
         return zero_pad(step, x);
       case kGlobalAvgPool:
@@ -137,10 +138,12 @@ class Checker {
                    ", got ", IntArrayRef(got));
   }
 
-  MapSizes pool(Step& step, const MapSizes& x, Field kernel, Field stride, Field padding) {
+  MapSizes pool(Step& step, const MapSizes& x, Field kernel, Field stride, Field padding,
+                bool ceil_mode) {
     FR_CHECK_VALUE(x.h > 0 && x.w > 0, op_, ": x: expected a map with pixels, got ",
                    IntArrayRef(x.shape()));
-    step.pool = checked_pool(op_, {x.n, x.c, x.h, x.w}, pair(kernel), pair(stride), pair(padding));
+    step.pool = checked_pool(op_, {x.n, x.c, x.h, x.w}, pair(kernel), pair(stride), pair(padding),
+                             ceil_mode);
     return {x.n, x.c, step.pool.out_h(), step.pool.out_w(), false};
   }
 

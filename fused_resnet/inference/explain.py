@@ -153,7 +153,7 @@ def describe(step: ExplainedStep) -> str:
         return what + (", max-pool" if s.operation == "conv_max_pool" else "")
     if s.operation in ("max_pool", "avg_pool"):
         stride = f"/{s.stride[0]}" if s.stride[0] > 1 else ""
-        return f"{s.operation} {s.kernel[0]}x{s.kernel[1]}{stride}"
+        return f"{s.operation} {s.kernel[0]}x{s.kernel[1]}{stride}" + ", ceil_mode" * s.ceil_mode
     return s.operation
 
 

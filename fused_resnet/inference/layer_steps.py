@@ -46,7 +46,6 @@ def unchanged_input(module: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 #: Functions and methods of PyTorch's layers, by what they compute.
-_MAX_POOL: tuple[Any, ...] = (F.max_pool2d,)
 _FLATTEN: tuple[Any, ...] = (torch.flatten, "flatten")
 _MEAN: tuple[Any, ...] = (torch.mean, "mean")
 
@@ -108,21 +107,21 @@ def zeros_of(node: fx.Node) -> int | None:
 
 
 def _max_pool(pool: Any) -> tuple[str, dict[str, Any]] | None:
-    plain = pool.dilation in (1, (1, 1)) and not pool.ceil_mode and not pool.return_indices
+    plain = pool.dilation in (1, (1, 1)) and not pool.return_indices
     return ("max_pool", _window(pool)) if plain else None
 
 
 def _avg_pool(pool: Any) -> tuple[str, dict[str, Any]] | None:
-    plain = not pool.ceil_mode and pool.divisor_override is None
     settings = _window(pool)
     counts = pool.count_include_pad or settings["padding"] == (0, 0)
-    return ("avg_pool", settings) if plain and counts else None
+    return ("avg_pool", settings) if counts and pool.divisor_override is None else None
 
 
 def _window(pool: Any) -> dict[str, Any]:
     values = (pool.kernel_size, pool.stride, pool.padding)
     names = ("kernel", "stride", "padding")
-    return {n: v if isinstance(v, tuple) else (v, v) for n, v in zip(names, values, strict=True)}
+    pairs = (v if isinstance(v, tuple) else (v, v) for v in values)
+    return dict(zip(names, pairs, strict=True)) | {"ceil_mode": bool(pool.ceil_mode)}
 
 
 def size_behind(size: Any, step: Step) -> Any:
@@ -133,9 +132,10 @@ def size_behind(size: Any, step: Step) -> Any:
     """
     if step.operation == "zero_pad_shortcut":
         return divided(size, step.stride)
+    beyond = [s - 1 if step.ceil_mode else 0 for s in step.stride]
     halves = [d * (k - 1) for d, k in zip(step.dilation, step.kernel, strict=True)]
-    keeps = all(h == 2 * p for h, p in zip(halves, step.padding, strict=True))
-    window = (step.kernel, step.stride, step.padding, step.dilation)
+    keeps = all(h == 2 * p + b for h, p, b in zip(halves, step.padding, beyond, strict=True))
+    window = (step.kernel, step.stride, step.padding, step.dilation, step.ceil_mode)
     after = divided(size, step.stride) if keeps else (size, window)
     if step.operation != "conv_max_pool":
         return after

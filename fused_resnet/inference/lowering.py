@@ -288,13 +288,15 @@ class _Lowering:
         state = self.state.get(source)
         if kind == "max_pool" and isinstance(state, Pending) and self.readers[source] == 1:
             conv: Any = self.module.get_submodule(state.path)
-            if conv.pool is not None and state.step.relu and state.residual is None:
-                pool = {f"pool_{name}": value for name, value in settings.items()}
+            plain = state.residual is None and not settings["ceil_mode"]
+            if conv.pool is not None and state.step.relu and plain:
+                names = ("kernel", "stride", "padding")
+                pool = {f"pool_{name}": settings[name] for name in names}
                 step = state.step._replace(operation="conv_max_pool", **pool)
                 self.state[node] = state._replace(step=step)
                 return True
-        if state is None:
-            return False  # nothing of ours before it
+        if state is None and not (kind in ("max_pool", "avg_pool") and self._is_convolved(source)):
+            return False  # nothing of ours reads it, or comes before it
         if kind == "flatten":
             return self._take_flatten(node, source)
         value = self._value(source)
@@ -320,6 +322,11 @@ class _Lowering:
             size = size_behind(segment.sizes[value.number], made)
         self.state[node] = self._emit(value.root, made, path, channels, size)
         return True
+
+    def _is_convolved(self, root: fx.Node) -> bool:
+        """Whether a program with a convolution begins at a node."""
+        segment = self.segments.get(root)
+        return segment is not None and segment.dtype is not None
 
     def _take_flatten(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether a flattened average is read by fully connected layers alone."""

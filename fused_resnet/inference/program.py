@@ -172,9 +172,10 @@ def run_step(step: Step, module: Any, values: Sequence[Tensor] | dict[int, Tenso
         functions: Any = export if export.is_exporting() else packed_ops
         return functions.linear(x, module.weight, module.bias)
     if step.operation == "max_pool":
-        return F.max_pool2d(x, step.kernel, step.stride, step.padding)
+        window = (step.kernel, step.stride, step.padding)
+        return F.max_pool2d(x, *window, ceil_mode=step.ceil_mode)
     if step.operation == "avg_pool":
-        return F.avg_pool2d(x, step.kernel, step.stride, step.padding)
+        return F.avg_pool2d(x, step.kernel, step.stride, step.padding, step.ceil_mode)
     if step.operation == "global_avg_pool":
         return (export if export.is_exporting() else packed_ops).global_avg_pool(x)
     if step.operation == "zero_pad_shortcut":

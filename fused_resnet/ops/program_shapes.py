@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
+
 from .program_steps import Step, decode
 
 Shape = Sequence[Any]
@@ -60,13 +62,18 @@ def _shapes(x: Shape, step: Step) -> StepShapes:
         pixels = windows(x, (1, 1), step.stride, (0, 0))
         return StepShapes([x[0], x[1] + 2 * step.zeros, *pixels], 0)
     if step.operation in ("max_pool", "avg_pool"):
-        pixels = windows(x, step.kernel, step.stride, step.padding)
+        pixels = windows(x, step.kernel, step.stride, step.padding, ceil_mode=step.ceil_mode)
         return StepShapes([*x[:2], *pixels], 0)
     return StepShapes(list(x), 0)  # add_relu
 
 
 def windows(
-    x: Shape, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape = (1, 1)
+    x: Shape,
+    kernel: Shape,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape = (1, 1),
+    ceil_mode: bool = False,
 ) -> list[Any]:
     """How often a window fits on a map, ``[rows, columns]``.
 
@@ -76,8 +83,15 @@ def windows(
         stride: ``(height, width)``.
         padding: On each side, ``(height, width)``.
         dilation: Distance between the window's elements, ``(height, width)``.
+        ceil_mode: Whether the last window may reach beyond the padding; it begins before the
+            map's end.
     """
-    return [
-        (x[i + 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    ]
+    found = []
+    for i in (0, 1):
+        room = x[i + 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1
+        last = room // stride[i]
+        if ceil_mode:
+            most = (x[i + 2] + padding[i] - 1) // stride[i]
+            last = torch.sym_min((room + stride[i] - 1) // stride[i], most)
+        found.append(last + 1)
+    return found

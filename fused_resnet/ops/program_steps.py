@@ -50,6 +50,8 @@ class Step(NamedTuple):
         pool_stride: Stride of the stem's max-pool, ``(height, width)``.
         pool_padding: Padding of the stem's max-pool, ``(height, width)``.
         zeros: Channels of zeros that a shortcut adds on each side.
+        ceil_mode: Whether the last window of a max-pool or an average pool may reach beyond the
+            padding; it begins inside of the map or of the padding before it.
     """
 
     operation: str
@@ -68,6 +70,7 @@ class Step(NamedTuple):
     pool_stride: Pair = (1, 1)
     pool_padding: Pair = (0, 0)
     zeros: int = 0
+    ceil_mode: bool = False
 
 
 def encode(steps: Iterable[Step]) -> list[int]:
@@ -81,7 +84,6 @@ def encode(steps: Iterable[Step]) -> list[int]:
         numbers.append(OPERATIONS.index(step.operation))
         for value in step[1:]:
             numbers += value if isinstance(value, tuple) else [int(value)]
-        numbers.append(0)  # reserved
     return numbers
 
 

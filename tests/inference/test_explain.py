@@ -72,3 +72,15 @@ def test_steps_are_described() -> None:
     assert told.count("zero_pad_shortcut") == 2
     assert told[-2:] == ["global_avg_pool", "linear"]
     assert {step.algorithm for step in program.steps} >= {"direct", ""}
+
+
+def test_ceil_mode_is_described() -> None:
+    conv, bn = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+    pools = nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, 1, ceil_mode=True)
+    (program,) = explained(nn.Sequential(conv, bn, nn.ReLU(), *pools))
+    assert [describe(step) for step in program.steps] == [
+        "3x3/2 3 to 8, 64x64",
+        "max_pool 3x3/2, ceil_mode",
+        "avg_pool 2x2, ceil_mode",
+    ]
+    assert [step.result for step in program.steps[1:]] == [(2, 8, 16, 16), (2, 8, 15, 15)]

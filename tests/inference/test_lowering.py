@@ -39,13 +39,14 @@ def test_steps_as_integers_and_back() -> None:
             pool_stride=(14, 15),
             pool_padding=(16, 17),
             zeros=18,
+            ceil_mode=i == 1,
         )
         for i, operation in enumerate(OPERATIONS)
     ]
     numbers = encode(steps)
     assert len(numbers) == LENGTH * len(OPERATIONS)
     assert numbers[LENGTH : LENGTH + 9] == [1, 1, 0, 3, 1, 3, 3, 4, 6]
-    assert numbers[2 * LENGTH - 2 : 2 * LENGTH] == [18, 0]
+    assert numbers[2 * LENGTH - 2 : 2 * LENGTH] == [18, 1]
     assert decode(numbers) == steps
 
 
@@ -145,6 +146,16 @@ def test_a_network_is_lowered_once(name: str) -> None:
         agrees(model, other, image(1, 3, 64, 64))
 
 
+def test_pools_with_ceil_mode_cut_no_network() -> None:
+    """Inception's modules are one program each, with four results, and timm's network is one."""
+    model, frozen = frozen_of(tv("googlenet", init_weights=False, aux_logits=False)())
+    assert programs_of(frozen.inception3a) == [{"conv": 6, "max_pool": 1}]
+    agrees(model, frozen, image(2, 3, 97, 75))
+    model, frozen = frozen_of(timm("resnet26d"))
+    assert programs_of(frozen) == [{"conv": 30, "conv_max_pool": 1, "avg_pool": 3, **HEAD}]
+    agrees(model, frozen, image(2, 3, 97, 75))
+
+
 def test_what_is_not_ours_cuts_a_network() -> None:
     """A gate inside each block, and two results of a program."""
     model, frozen = frozen_of(timm("seresnet18"))
@@ -165,9 +176,12 @@ class Forward(nn.Module):
     def __init__(self, run: Any) -> None:
         super().__init__()
         self.a, self.b, self.c = conv(3, 4), conv(4, 4), conv(4, 4, 3, 2)
+        self.again_a = conv(3, 4)
         self.relu, self.pool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
         self.drop, self.average = nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)
         self.head, self.again = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.ceil = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.mean = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
         self.run = run
 
     def forward(self, x: Tensor) -> Any:
@@ -206,6 +220,17 @@ def zeros_added(m: Any, x: Tensor) -> Tensor:
     return F.relu(F.pad(h[:, :, ::2, ::2], (0, 0, 0, 0, 0, 0)) + m.c(h))
 
 
+def ceil_pooled(m: Any, x: Tensor) -> Any:
+    """A stem, and a branch whose pool reads what other branches convolve."""
+    return m.ceil(m.a(x).relu()), m.again_a(m.ceil(x))
+
+
+def ceil_averaged(m: Any, x: Tensor) -> Tensor:
+    """timm's shortcut: half the size, rounded up, as behind a convolution of stride 2."""
+    h = m.a(x).relu()
+    return F.relu(m.c(h) + m.b(m.mean(h)))
+
+
 LOWERED = {
     added: {"conv": 2, "add_relu": 1},
     added_without_relu: {"conv": 3},
@@ -213,6 +238,8 @@ LOWERED = {
     flattened: {"conv": 1, "global_avg_pool": 1, "linear": 2},
     several: {"conv": 2, "global_avg_pool": 1},
     zeros_added: {"conv": 2, "zero_pad_shortcut": 1},
+    ceil_pooled: {"conv": 2, "max_pool": 2},
+    ceil_averaged: {"conv": 3, "avg_pool": 1},
 }
 
 
@@ -220,7 +247,8 @@ LOWERED = {
 def test_forwards_that_are_lowered(run: Any) -> None:
     model, frozen = frozen_of(type("Own", (Forward,), {"forward": run})(None))
     assert programs_of(frozen) == [LOWERED[run]]
-    agrees(model, frozen, image(2, 3, 12, 10))
+    for shape in ((2, 3, 12, 10), (1, 3, 13, 11)):
+        agrees(model, frozen, image(*shape))
 
 
 def broadcast_channels(m: Any, x: Tensor) -> Tensor:

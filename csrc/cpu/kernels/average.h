@@ -20,13 +20,14 @@ FR_INLINE V window_sum(const Window<T>& w, int64_t c, Load load) {
   return sum;
 }
 
-// Zeros of the padding count. Divides as PyTorch does, whose result has the same bits.
+// Zeros of the padding count, but not what lies beyond it in ceil_mode. Divides as PyTorch does,
+// whose result has the same bits.
 template <class T>
 void avg_pool(const PoolForward& f) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
-  const A count = static_cast<A>(f.kernel_h * f.kernel_w);
   visit_windows<T>(f, [&](const Window<T>& w, T* out) {
+    const A count = static_cast<A>(w.count);
     const auto vector = [](const T* p) { return load(p); };
     const auto scalar = [](const T* p) { return to_acc(*p); };
     int64_t c = 0;

@@ -9,11 +9,11 @@
 namespace fr {
 namespace FR_ISA {
 
-// A window of the map, clipped at the map's edges.
+// A window of the map, clipped at the map's edges. `count` has the pixels of the padding too.
 template <class T>
 struct Window {
   const T* first;
-  int64_t rows, cols;
+  int64_t rows, cols, count;
   int64_t row, pixel;  // distances, in elements
 };
 
@@ -25,11 +25,13 @@ FR_INLINE void visit_windows(const PoolForward& f, Visit visit) {
   const int64_t out_w = f.out_w();
   for (int64_t oy = f.row0; oy < f.row1; ++oy) {
     const int64_t y0 = f.first_row(oy), y1 = f.end_row(oy + 1);
+    const int64_t high = min_of(f.kernel_h, f.h + 2 * f.pad_h - oy * f.stride_h);
     for (int64_t ox = 0; ox < out_w; ++ox) {
       const int64_t left = ox * f.stride_w - f.pad_w;
       const int64_t x0 = max_of(left, 0), x1 = min_of(left + f.kernel_w, f.w);
+      const int64_t count = high * min_of(f.kernel_w, f.w + f.pad_w - left);
       const T* first = x + ((y0 - f.x_first) * f.w + x0) * f.c;
-      visit(Window<T>{first, y1 - y0, x1 - x0, f.w * f.c, f.c}, y + (oy * out_w + ox) * f.c);
+      visit(Window<T>{first, y1 - y0, x1 - x0, count, f.w * f.c, f.c}, y + (oy * out_w + ox) * f.c);
     }
   }
 }

@@ -74,17 +74,25 @@ struct ConvBlock {
   int64_t n0, n1, row0, row1, col0, col1, panel0, panel1;
 };
 
-// Max-pool of one channels-last image, for rows [row0, row1) of the result.
+// A pool of one channels-last image, for rows [row0, row1) of the result.
 struct PoolForward {
   int64_t h, w, c;  // of the input map
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  bool ceil_mode;
   const void* x;  // points to row x_first of the input
   int64_t x_first;
   void* y;  // points to row 0 of the result
   int64_t row0, row1;
 
-  int64_t out_h() const { return (h + 2 * pad_h - kernel_h) / stride_h + 1; }
-  int64_t out_w() const { return (w + 2 * pad_w - kernel_w) / stride_w + 1; }
+  int64_t out_h() const { return windows(h, kernel_h, stride_h, pad_h); }
+  int64_t out_w() const { return windows(w, kernel_w, stride_w, pad_w); }
+  // In ceil_mode the last window may reach beyond the padding, but begins before the map's end.
+  int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t pad) const {
+    const int64_t room = size + 2 * pad - kernel;
+    if (!ceil_mode) return room / stride + 1;
+    const int64_t last = (room + stride - 1) / stride, most = (size + pad - 1) / stride;
+    return (last < most ? last : most) + 1;
+  }
   // The input rows [first_row(a), end_row(b)) are those that result rows [a, b) need.
   int64_t first_row(int64_t a) const { return a * stride_h > pad_h ? a * stride_h - pad_h : 0; }
   int64_t end_row(int64_t b) const {
