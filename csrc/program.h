@@ -11,7 +11,8 @@
 
 namespace fr {
 
-// What a step computes. The names in Python are in fused_resnet/ops/program_steps.py.
+// What a step computes. The names in Python are in fused_resnet/ops/program_steps.py. Files of
+// torch.export store these numbers and the places below: add to them, and never change one.
 enum Operation : int64_t {
   kConv,             // relu(scale * conv(input, packed) + shift + residual)
   kConvMaxPool,      // max_pool(relu(scale * conv(input, packed) + shift))

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import _C
 from ..inference.explain import ExplainedStep, Explainer, describe, geometry
 from ..inference.frozen_conv import FrozenConv
-from ..inference.program import BoundProgram, separate_operations
+from ..inference.program import BoundProgram
+from ..inference.run_steps import separate_operations
 
 #: Operators of PyTorch's convolutions, which the tuner may choose for live weights.
 _LIBRARY = ("aten.convolution", "mkldnn._convolution_pointwise")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import _C
 from ..ops.program_shapes import program_shapes
-from ..ops.program_steps import Step, encode
-from .program import BoundProgram, separate_operations
+from ..ops.program_steps import Step
+from .program import BoundProgram
+from .run_steps import separate_operations
 
 
 class ExplainedStep(NamedTuple):
@@ -97,7 +98,7 @@ class Explainer:
             program: A program of the model.
             x: Its input.
         """
-        owner, numbers = self._owners[program], encode(program.steps)
+        owner, numbers = self._owners[program], program.numbers
         shapes: list[Any] = [x.shape]
         shapes += [s.result for s in program_shapes(x.shape, numbers)]
         flops = [s.flops for s in program_shapes(x.shape, numbers)]
@@ -107,7 +108,7 @@ class Explainer:
         steps = []
         for i, (step, plan) in enumerate(zip(program.steps, planned, strict=True)):
             path = ".".join(part for part in (owner, program.paths[i]) if part)
-            weight = program.weight(i)
+            weight = next(iter(program.operands(i)), None)
             _, algorithm, count = plan
             steps.append(
                 ExplainedStep(

@@ -148,9 +148,8 @@ def _freeze_groups(owner: FusedForward, dtype: torch.dtype | None, winograd: boo
         conv, bn = owner.get_submodule(group.conv), owner.get_submodule(group.bn)
         if isinstance(conv, PackedConv) or bn.running_mean is None:
             continue  # statistics of the batch cannot be folded
-        pool = owner.get_submodule(group.pool) if group.pool else None
         assert isinstance(conv, nn.Conv2d)
-        frozen = FrozenConv(conv, bn, pool, dtype, winograd)  # type: ignore[arg-type]
+        frozen = FrozenConv(conv, bn, dtype, winograd)
         folded = FoldedBatchNorm()
         for name, child in bn.named_children():
             folded.add_module(name, child)

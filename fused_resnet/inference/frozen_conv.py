@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -9,25 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
+from ..backends import reference
+from ..backends.availability import resolve_backend
 from ..backends.constant import assume_constant_result
 from ..backends.folding import fold
 from ..nn.module_kinds import PackedConv, eps_of, padding_of
+from ..ops.packed import packed_dtype
+from ..ops.program_steps import Step, encode
 from . import export
-from .export import packed_dtype
 from .frozen_module import Frozen
+
+#: The plain weight of a packed one, while a trace or a program refers to it: a module that is
+#: called twice becomes one constant.
+_PLAIN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class FrozenConv(Frozen, PackedConv):
-    """Packed weight and folded batch norm; runs the ReLU and the max-pool behind it on request.
+    """Packed weight and folded batch norm.
 
     The convolution's settings have the names of ``nn.Conv2d``.
 
     Args:
         conv: A fused group's convolution.
         bn: Its batch norm, with running statistics.
-        pool: Its max-pool, or None.
         dtype: Of the feature maps; None for the convolution's own.
         winograd: Whether Winograd's algorithm may run.
     """
@@ -42,7 +51,6 @@ class FrozenConv(Frozen, PackedConv):
         self,
         conv: nn.Conv2d,
         bn: Any,
-        pool: nn.MaxPool2d | None,
         dtype: torch.dtype | None,
         winograd: bool,
     ) -> None:
@@ -55,21 +63,6 @@ class FrozenConv(Frozen, PackedConv):
         self.weight_shape: tuple[int, ...] = tuple(conv.weight.shape)
         self.stride, self.dilation = conv.stride, conv.dilation
         self.padding = padding_of(conv) or (0, 0)
-        self.pool: dict[str, Any] | None = None
-        if pool is not None:
-            self.pool = {
-                "pool_kernel": pool.kernel_size,
-                "pool_stride": pool.stride,
-                "pool_padding": pool.padding,
-            }
-        # Arguments of every call.
-        self._geometry: dict[str, Any] = {
-            "weight_shape": self.weight_shape,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-        }
         scale, shift = fold(
             conv.bias,
             bn.weight,
@@ -95,56 +88,66 @@ class FrozenConv(Frozen, PackedConv):
         """The packed weight."""
         return self._packed.to(self.scale.device) if self._is_replica else self._packed
 
-    @property
-    def operand(self) -> Tensor:
-        """The operation's weight argument: packed, or in PyTorch's layout while exporting."""
-        return self._plain_weight() if export.is_exporting() else self.packed
-
     @assume_constant_result
-    def _plain_weight(self) -> Tensor:
-        # A method: the compiler of torch 2.11 takes no module as the argument of such a function.
-        return export.plain_weight(self)
+    def plain_weight(self) -> Tensor:
+        """:attr:`weight` for an export to store: a real tensor also in a trace, and always one."""
+        cached = _PLAIN.get(self.packed)
+        plain: Tensor | None = cached() if cached is not None else None
+        if plain is None:
+            with _disable_current_modes():
+                plain = self.weight
+            _PLAIN[self.packed] = weakref.ref(plain)
+        return plain
 
     @property
     def weight(self) -> Tensor:
         """The convolution's weight in PyTorch's layout, computed from the packed one."""
         return ops.unpack_conv_weight(self.packed, self.weight_shape, self.groups)  # type: ignore[arg-type]
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, relu: bool = False, pool: bool = False
-    ) -> Tensor:
-        """The convolution and its batch norm, and on request the rest of the group.
+    @property
+    def step(self) -> Step:
+        """The convolution and its batch norm as a program of one step."""
+        return Step(
+            "conv",
+            0,
+            tensor=0,
+            kernel=self.kernel_size,  # type: ignore[arg-type]
+            stride=self.stride,  # type: ignore[arg-type]
+            padding=self.padding,
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,
+            out_channels=self.out_channels,
+            winograd=self.winograd,
+        )
 
-        By default it stops there: the model's own forward adds what follows.
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution and its batch norm; the model's own forward adds what follows.
 
         Args:
             x: ``(N, C, H, W)``.
-            residual: Added before the ReLU, in the result's shape and dtype; None for none.
-            relu: Apply the ReLU.
-            pool: Apply the ReLU and the group's max-pool.
 
         Returns:
             ``(N, K, OH, OW)``, channels_last.
         """
         if isinstance(x, Proxy):  # one node of the graph, as one of PyTorch's layers
-            given = (x, residual, relu, pool)
-            path = x.tracer.path_of_module(self)
-            return x.tracer.create_proxy("call_module", path, given, {})
-        weight, scale, shift = self.operand, self.scale, self.shift
-        functions = export if export.is_exporting() else ops
-        if pool and self.pool is not None:
-            stem = functions.conv_bn_relu_maxpool_packed
-            return stem(x, weight, scale, shift, **self.pool, **self._geometry)
-        return functions.conv_bn_add_relu_packed(
-            x,
-            weight,
-            scale,
-            shift,
-            residual,
-            relu=relu,
-            winograd=self.winograd,
-            **self._geometry,
-        )
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
+        if not export.is_exporting():
+            names = ("stride", "padding", "dilation", "groups")
+            return ops.conv_bn_add_relu_packed(
+                x,
+                self.packed,
+                self.scale,
+                self.shift,
+                weight_shape=self.weight_shape,  # type: ignore[arg-type]
+                relu=False,
+                winograd=self.winograd,
+                **dict(zip(names, geometry, strict=True)),
+            )
+        tensors = (self.plain_weight(), self.scale, self.shift)
+        if resolve_backend("conv_bn_add_relu_packed", x) == "reference":
+            return reference.conv_affine_add_relu(x, *tensors, None, *geometry, relu=False)
+        return export.run_program(x, tensors, encode([self.step]), [1])[0]
 
     def extra_repr(self) -> str:
         """The convolution's settings for ``repr``."""

@@ -17,10 +17,12 @@ from ..fusion.trace.errors import Untraceable
 from ..nn.module_kinds import PackedConv, is_hooked, is_observed, original_class
 from ..nn.same_signature import forward_like
 from ..ops.program_steps import Step
+from .export import is_exporting
 from .frozen_module import Frozen
 from .frozen_trace import graphs_of, has_code, is_inlinable
 from .plan import Plan, Run, Slot, function_of, plan_of, plan_of_step
-from .program import BoundProgram, are_separate, run_steps
+from .program import BoundProgram
+from .run_steps import are_separate, run_steps
 
 
 class Lowered(Frozen):
@@ -70,6 +72,8 @@ class Lowered(Frozen):
                 native = values[program] = program.native()
             outputs: list[Tensor] = native(x)
             return outputs
+        if is_exporting():
+            return program.exported(x)
         return run_steps(program, x, backend, values)
 
     def _run_plan(

@@ -20,7 +20,6 @@ from ..fusion.trace.aliasing import Aliases
 from ..fusion.trace.errors import Untraceable
 from ..fusion.trace.patterns import addition, is_relu_function
 from ..nn.module_kinds import is_hooked
-from ..ops.checks import Pair
 from ..ops.program_steps import Step
 from .frozen_conv import FrozenConv
 from .layer_steps import (
@@ -33,7 +32,8 @@ from .layer_steps import (
     unchanged_input,
     zeros_of,
 )
-from .program import TENSORS, Program
+from .program import Program
+from .run_steps import TENSORS
 
 
 class Value(NamedTuple):
@@ -197,17 +197,7 @@ class _Lowering:
         if segment.channels[source.number] not in (None, conv.in_channels):
             return False
         segment.dtype, segment.channels[source.number] = conv.dtype, conv.in_channels
-        step = Step(
-            "conv",
-            source.number,
-            kernel=_pair(conv.kernel_size),
-            stride=_pair(conv.stride),
-            padding=conv.padding,
-            dilation=_pair(conv.dilation),
-            groups=conv.groups,
-            out_channels=conv.out_channels,
-            winograd=conv.winograd,
-        )
+        step = conv.step._replace(input=source.number, tensor=-1)
         depth = self.depths.get(source, 0) + 1
         self.state[node] = Pending(step, str(node.target), source, None, depth)
         return True
@@ -287,9 +277,8 @@ class _Lowering:
         source = self._origin(node.args[0])  # type: ignore[arg-type]
         state = self.state.get(source)
         if kind == "max_pool" and isinstance(state, Pending) and self.readers[source] == 1:
-            conv: Any = self.module.get_submodule(state.path)
             plain = state.residual is None and not settings["ceil_mode"]
-            if conv.pool is not None and state.step.relu and plain:
+            if state.step.relu and plain:
                 names = ("kernel", "stride", "padding")
                 pool = {f"pool_{name}": settings[name] for name in names}
                 step = state.step._replace(operation="conv_max_pool", **pool)
@@ -411,11 +400,6 @@ class _Lowering:
         value = self._value(node)
         if value.number:
             self._segment(value.root).results.setdefault(value.number, node)
-
-
-def _pair(values: tuple[int, ...]) -> Pair:
-    height, width = values
-    return height, width
 
 
 def _check_writes(module: nn.Module, graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:

@@ -104,14 +104,14 @@ def _is_supported(convs: Sequence[Step], own: int) -> bool:
 
 
 def block_operands(
-    block: BlockSteps, steps: Sequence[Step], convs: Sequence[Any], concatenates: bool
+    block: BlockSteps, steps: Sequence[Step], convs: Sequence[Sequence[Tensor]], concatenates: bool
 ) -> tuple[Any, ...]:
     """The arguments of the operator ``residual_block`` after the input.
 
     Args:
         block: The block.
         steps: Of its program.
-        convs: The frozen convolutions, in the order of ``block.convs``.
+        convs: Packed weight, scale and shift of each convolution, in the order of ``block.convs``.
         concatenates: Whether the last convolution's and the shortcut's weight become one.
     """
     middle = steps[block.convs[block.own - 2]]
@@ -119,34 +119,32 @@ def block_operands(
     if concatenates and len(convs) > block.own:
         both = concatenate(*convs[-2:])
     return (
-        [c.operand for c in convs],
-        [c.scale for c in convs],
-        [c.shift for c in convs],
+        *map(list, zip(*convs, strict=True)),
         *both,
         block.own == 3,
         middle.stride[0],
         middle.dilation[0],
         middle.groups,
-        all(c.winograd for c in convs),
+        all(steps[i].winograd for i in block.convs),
     )
 
 
 @torch.no_grad()
-def concatenate(last: Any, shortcut: Any) -> tuple[Tensor, Tensor]:
+def concatenate(last: Sequence[Tensor], shortcut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Weights of two convolutions whose results are added, each times its scale, filter by filter.
 
     Products with the scale are float64, rounded once to the weights' dtype.
 
     Args:
-        last: The block's last frozen convolution.
-        shortcut: The shortcut's.
+        last: Packed weight, scale and shift of the block's last convolution.
+        shortcut: Those of the shortcut's.
 
     Returns:
         The concatenated weight, flat, and the sum of the shifts, ``(K,)``.
     """
     scaled = [
-        (conv.packed.double().view(conv.out_channels, -1) * conv.scale.double().view(-1, 1))
-        for conv in (last, shortcut)
+        packed.double().view(scale.numel(), -1) * scale.double().view(-1, 1)
+        for packed, scale, _ in (last, shortcut)
     ]
-    weight = torch.cat(scaled, 1).to(last.packed.dtype).flatten()
-    return weight, last.shift + shortcut.shift
+    weight = torch.cat(scaled, 1).to(last[0].dtype).flatten()
+    return weight, last[2] + shortcut[2]

@@ -27,13 +27,3 @@ def fastest_backend(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
         return backend
     options = candidates(op, backend)
     return tuner.choose(op, backend, options, arguments) if len(options) > 1 else backend
-
-
-def has_single_backend(op: str, backend: str) -> bool:
-    """Whether ``backend`` is the only one that can run an operator.
-
-    Args:
-        op: Name of the operator.
-        backend: ``"cpu"``, ``"cuda"`` or the one that was forced.
-    """
-    return current_backend() != "auto" or len(candidates(op, backend)) == 1

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ..backends import composed_block, reference
 from ..backends.availability import resolve_backend
 from ..backends.reference import IntOrPair
@@ -59,6 +61,16 @@ def unpack_conv_weight(
         ValueError: ``packed`` does not belong to that shape.
     """
     return packers(packed.device).unpack_conv_weight(packed, weight_shape, groups)
+
+
+def packed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of a packed weight: that of the maps on CUDA, on the CPU as its instructions allow.
+
+    Args:
+        dtype: The dtype of the feature maps.
+        device: The device of the weight.
+    """
+    return dtype if device.type == "cuda" else _C.packed_conv_weight_dtype(dtype)
 
 
 def conv_bn_add_relu_packed(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 import fused_resnet as fr
 from fused_resnet.inference import export as exported
 from fused_resnet.inference.frozen_conv import FrozenConv
+from fused_resnet.inference.run_steps import run_steps
+from fused_resnet.ops.program_steps import decode
 
 F32 = torch.float32
 
@@ -85,8 +88,7 @@ def test_a_program_stores_plain_weights_once(dtype: torch.dtype | None, strict: 
     frozen = fr.freeze(model, dtype)
     program = program_of(frozen, x, strict)
     operators = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert operators.count("fused_resnet_export.residual_block.default") == 8
-    assert operators.count("fused_resnet_export.conv_bn_relu_maxpool.default") == 1
+    assert operators.count("fused_resnet_export.run_program.default") == 1
     assert not any("fused_resnet." in name for name in operators)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     held = list(program.constants.values())
@@ -183,27 +185,35 @@ def test_weights_that_cannot_tell_a_change_are_packed_at_every_call(
         assert torch.equal(again, fr.ops.pack_conv_weight(weight))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["conv_bn_add_relu", "conv_bn_relu_maxpool", "residual_block", "global_avg_pool", "linear"],
-)
-def test_operators(name: str) -> None:
-    """Schema, fake and dispatch, by PyTorch's own checks."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 8, 9, 7, generator=g).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(8, 8, 3, 3, generator=g)
-    scale, shift = torch.randn(8, generator=g), torch.randn(8, generator=g)
-    pairs: tuple[list[int], ...] = ([1, 1], [1, 1], [1, 1])
-    arguments = {
-        "conv_bn_add_relu": (x, weight, scale, shift, x, *pairs, 1, True, False),
-        "conv_bn_relu_maxpool": (x, weight, scale, shift, *pairs, 1, [3, 3], [2, 2], [1, 1]),
-        "global_avg_pool": (x,),
-        "linear": (x[:, :, :1, :1].contiguous(), torch.randn(5, 8, generator=g), None),
-        "residual_block": (x, [weight] * 2, [scale] * 2, [shift] * 2, False, 1, 1, 1, False),
-    }[name]
-    operator = getattr(torch.ops.fused_resnet_export, name).default
+def stored(frozen: nn.Module, x: torch.Tensor) -> tuple[Any, ...]:
+    """The arguments of the operator that an export of the network records."""
+    (program,) = frozen._frozen_programs
+    return x, program.tensors(plain=True), program.numbers, list(program.outputs)
+
+
+def test_the_operator_by_pytorchs_own_checks() -> None:
+    """Schema, fake and dispatch."""
+    x = image(2, 3, 48, 40, dtype=F32).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(
-        operator,
-        arguments,
+        torch.ops.fused_resnet_export.run_program.default,
+        stored(fr.freeze(network()), x),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
+
+
+def test_a_stored_program_runs_on_every_backend() -> None:
+    """Step by step, with whole blocks where the backend has them."""
+    frozen, x = fr.freeze(network(), winograd=False), image(2, 3, 48, 40, dtype=F32)
+    expected = frozen(x)
+    x, tensors, numbers, outputs = stored(frozen, x)
+    with fr.use_backend("reference"):
+        (result,) = exported.run_program(x, tensors, numbers, outputs)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    program = exported._StoredProgram(
+        decode(numbers), outputs, frozen._frozen_programs[0].tensors()
+    )
+    assert len({block.last for block in program.blocks.values()}) == 8
+    x = x.contiguous(memory_format=torch.channels_last)
+    for known in (None, {}):
+        (result,) = run_steps(program, x, "cpu", known)
+        assert torch.equal(result, expected)

@@ -12,7 +12,9 @@ from operator_calls import OperatorCalls
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.inference.program import separate_operations
+from fused_resnet.inference.run_steps import separate_operations
+from fused_resnet.inference.step_blocks import blocks_of
+from fused_resnet.ops.program_steps import decode
 
 
 def network(depth: int = 18) -> nn.Module:
@@ -134,7 +136,8 @@ def test_compile_and_export(depth):
     exported = torch.export.export(frozen, (x,))
     graphs = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     nodes = [node for graph in graphs for node in graph.graph.nodes]
-    found = [node for node in nodes if "residual_block" in str(node.target)]
+    (program,) = (node for node in nodes if "run_program" in str(node.target))
+    found = set(blocks_of(decode(program.args[2])).values())
     assert len(found) == {18: 8, 50: 16}[depth]
     torch.testing.assert_close(exported.module()(x), expected, rtol=1e-5, atol=1e-5)
 

@@ -392,7 +392,7 @@ def stem(frozen: Any, x: Tensor) -> Tensor:
 def test_parts_have_the_bits_of_the_whole() -> None:
     frozen = fr.freeze(randomize(fr.resnet18(num_classes=5)).eval())
     x = image(3, 3, 64, 64, dtype=torch.float32)
-    h = frozen.conv1(x, None, True, True)
+    h = stem(frozen, x)
     for stage in (frozen.layer1, frozen.layer2, frozen.layer3, frozen.layer4):
         by_blocks = h
         for block in stage:
