@@ -206,6 +206,14 @@ def _check_kind(op: str, x: Any) -> None:
         )
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces.
+
+    In torch 2.11 ``torch.compiler.is_exporting()`` is true in every trace of the compiler.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 @assume_constant_result
 def _is_exporting_to_onnx() -> bool:
     # A function of its own: the compiler takes torch.onnx.is_in_onnx_export() for False, also where

@@ -25,14 +25,6 @@ from ..ops.registry import OPERATORS
 from .run_steps import TENSORS, Steps, run_steps
 
 
-def is_exporting() -> bool:
-    """Whether a program is being exported.
-
-    In torch 2.11 ``torch.compiler.is_exporting()`` is true in every trace of the compiler.
-    """
-    return torch.compiler._is_exporting_flag
-
-
 def run_program(
     x: Tensor, tensors: Sequence[Tensor], steps: Sequence[int], outputs: Sequence[int]
 ) -> list[Tensor]:

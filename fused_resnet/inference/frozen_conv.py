@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from ..backends import reference
-from ..backends.availability import resolve_backend
+from ..backends.availability import is_exporting, resolve_backend
 from ..backends.constant import assume_constant_result
 from ..backends.folding import fold
 from ..nn.module_kinds import PackedConv, eps_of, padding_of
@@ -132,7 +132,7 @@ class FrozenConv(Frozen, PackedConv):
         if isinstance(x, Proxy):  # one node of the graph, as one of PyTorch's layers
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
-        if not export.is_exporting():
+        if not is_exporting():
             names = ("stride", "padding", "dilation", "groups")
             return ops.conv_bn_add_relu_packed(
                 x,

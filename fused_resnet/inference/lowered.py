@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.availability import resolve_backend
+from ..backends.availability import is_exporting, resolve_backend
 from ..fusion.trace.errors import Untraceable
 from ..nn.module_kinds import PackedConv, is_hooked, is_observed, original_class
 from ..nn.same_signature import forward_like
 from ..ops.program_steps import Step
-from .export import is_exporting
 from .frozen_module import Frozen
 from .frozen_trace import graphs_of, has_code, is_inlinable
 from .plan import Plan, Run, Slot, function_of, plan_of, plan_of_step

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import reference
-from ..backends.availability import current_backend, resolve_backend
+from ..backends.availability import current_backend, is_exporting, resolve_backend
 from ..backends.reference import IntOrPair
 from . import checks
 from .checks import Pair
@@ -410,7 +410,7 @@ def _resolve(op: str, x: Tensor, training: bool) -> str:
     """The backend of a call; the reference where only PyTorch's own operators can answer it."""
     if torch.compiler.is_compiling():
         # An exported training step is made of PyTorch's operators: it needs no autograd function.
-        exported = training and torch.compiler.is_exporting()
+        exported = training and is_exporting()
         return "reference" if exported else resolve_backend(op, x)
     empty = training and x.numel() == 0
     return "reference" if empty or is_transformed() else resolve_backend(op, x)

@@ -17,6 +17,7 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.library import Library
 
+from ..backends.availability import is_exporting
 from .training_layer import RunLayer, Saved, as_dtype, run_layer, update_running_of
 from .training_reference import before_relu, pad_with_zeros, run_reference
 from .training_spec import LayerTensors, Unit, flatten, unflatten
@@ -47,7 +48,7 @@ def training_unit(
     """
     if not torch.compiler.is_compiling():
         return _run(unit, x, shortcut, tensors)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return run_reference(unit, x, shortcut, tensors)
     integers, numbers = flatten(unit)
     flat = [t for layer in tensors for t in layer]
