@@ -133,7 +133,8 @@ def run_step(step: Step, operands: Sequence[Tensor], values: dict[int, Tensor]) 
         }
         if step.operation == "conv":
             settings |= {"relu": step.relu, "winograd": step.winograd}
-            return packed_ops.conv_bn_add_relu_packed(x, *operands, residual, **settings)
+            weight, scale, shift = operands
+            return packed_ops.conv_bn_add_relu_packed(x, weight, scale, shift, residual, **settings)
         pool = ("pool_kernel", "pool_stride", "pool_padding")
         settings |= {name: getattr(step, name) for name in pool}
         return packed_ops.conv_bn_relu_maxpool_packed(x, *operands, **settings)
