@@ -16,6 +16,7 @@ from .fusion.fuse import fuse
 from .fusion.report import Report, report
 from .inference.archive import load_frozen, save_frozen
 from .inference.freeze import freeze
+from .inference.pack_exported import pack_exported
 from .models.cifar import CifarResNet, cifar_resnet
 from .models.resnet import (
     ResNet,
@@ -45,6 +46,7 @@ __all__ = [
     "load_frozen",
     "nn",
     "ops",
+    "pack_exported",
     "reference",
     "report",
     "resnet18",

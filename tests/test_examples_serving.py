@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, *arguments: str) -> str:
     """What an example prints; small networks, so one thread is enough."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name],
+        [sys.executable, EXAMPLES / name, *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -39,7 +40,8 @@ def run(name: str, folder: Path) -> str:
 
 
 def test_every_example_is_short() -> None:
-    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    files = [*EXAMPLES.rglob("*.py"), *EXAMPLES.rglob("*.cpp")]
+    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
     assert lengths
     assert {name: n for name, n in lengths.items() if n >= MOST_LINES} == {}
 
@@ -52,6 +54,23 @@ def test_freeze_ship_load(tmp_path: Path) -> None:
 def test_export_changing_batch(tmp_path: Path) -> None:
     printed = run("export_changing_batch.py", tmp_path).splitlines()
     assert printed == ["1 (1, 10)", "3 (3, 10)", "8 (8, 10)"]
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_cpp(tmp_path: Path) -> None:
+    """The lines at the top of serve.cpp, in an empty folder."""
+    expected = run("cpp/network.py", tmp_path).strip()
+    flags = run("cpp/network.py", tmp_path, "--flags").split()
+    program = [*flags, "-o", str(tmp_path / "serve")]
+    subprocess.run(["g++", "-std=c++20", EXAMPLES / "cpp/serve.cpp", *program], check=True)
+    # A user's environment without Python's.
+    done = subprocess.run(
+        [tmp_path / "serve", "network.pt2"],
+        cwd=tmp_path, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"batch 1: {expected}", f"batch 3: {expected}"]
 
 
 def test_timm_features(tmp_path: Path) -> None:

@@ -217,3 +217,35 @@ def test_a_stored_program_runs_on_every_backend() -> None:
     for known in (None, {}):
         (result,) = run_steps(program, x, "cpu", known)
         assert torch.equal(result, expected)
+
+
+class Twice(nn.Module):
+    """A frozen network between other layers, called two times: its weights are shared."""
+
+    def __init__(self, frozen: nn.Module) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.frozen(x) + self.frozen(2 * x).relu()
+        return result
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_a_packed_program_has_the_same_bits(dtype: torch.dtype) -> None:
+    """And calls the operators' library alone."""
+    model = Twice(fr.freeze(network(), dtype))
+    images = [image(n, 3, 48, 40, dtype=F32, seed=n) for n in (2, 1, 3)]
+    program = fr.pack_exported(program_of(model, images[0]))
+    called = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert "fused_resnet.run_program.default" in called
+    assert not {name for name in called if "fused_resnet_export" in name}
+    for x in images:
+        assert torch.equal(program.module()(x), model(x))
+
+
+def test_packing_twice_changes_nothing() -> None:
+    frozen, x = fr.freeze(network()), image(2, 3, 48, 40, dtype=F32)
+    program = fr.pack_exported(program_of(frozen, x))
+    assert fr.pack_exported(program) is program
+    assert torch.equal(program.module()(x), frozen(x))
