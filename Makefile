@@ -29,7 +29,7 @@ CHECKED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_CPU))
 # (tests/conftest.py). Tests that are about threads ask for as many as they need.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-TEST_CPP := $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TEST_CPP := $(shell find tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Built without isolation, which would download another torch for its headers.
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' pybind11
 # The extra `docs` of pyproject.toml, without this package.
