@@ -87,9 +87,9 @@ Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBack
     args.dw = sum.mutable_data_ptr();
     run_kernel(kernel, args);
   } else {
-    Scratch memory;
     const int64_t bytes = parts * numel * static_cast<int64_t>(sum.element_size());
-    args.dw = memory.at_least(std::max<int64_t>(bytes, 1));
+    const ResultMemory memory(std::max<int64_t>(bytes, 1));
+    args.dw = memory.get();
     run_kernel(kernel, args);
     const auto add_parts = training_kernels_of(o.x).add_parts;
     parallel_for(0, numel, 16 * 1024, [&](int64_t begin, int64_t end) {
