@@ -76,6 +76,20 @@ MUTANTS = [
         CONVOLUTIONS,
     ),
     Mutant(
+        "a row of an image begins without its padding",
+        KERNELS + "few_channels.h",
+        "(ox * s.stride_w - s.pad_w) * s.c, elements,",
+        "ox * s.stride_w * s.c, elements,",
+        CONVOLUTIONS,
+    ),
+    Mutant(
+        "the weight gradient of an image keeps only a block's last pixels",
+        KERNELS + "few_channels.h",
+        "store(load(at) + sum[i][v], at);",
+        "store(sum[i][v], at);",
+        CONVOLUTIONS,
+    ),
+    Mutant(
         "the data gradient of a stride takes its taps in the wrong order",
         KERNELS + "direct_grid.h",
         "stride > 1 ? -1 : -dilation",

@@ -29,6 +29,10 @@ TRAINED = [
     # So many channels that the data gradient is not left to PyTorch.
     Conv("3x3-stride2-wide", (2, 256, 9, 7), 32, args={"stride": 2, "padding": 1}),
     Conv("cifar-3x3", (2, 16, 33, 31), 16, args={"padding": 1}),
+    # Few channels: as of an image; a row of more pixels than one chain, three vectors of results.
+    Conv("image-7x7", (2, 3, 24, 27), 16, (7, 7), {"stride": 2, "padding": 3}),
+    Conv("image-wide", (1, 4, 12, 140), 48, (1, 4), {"padding": (0, 2)}),
+    Conv("groups-of-4", (2, 64, 9, 11), 64, args={"padding": 1, "groups": 16}),
     Conv("3x3-panels", (1, 48, 13, 11), 80, args={"padding": 1}),
 ]
 

@@ -47,6 +47,15 @@ bool in_one_pass(const ConvShape& s) {
   return is_pointwise(s) && !is_strided(s) && s.k <= 512 && s.c <= 1024;
 }
 
+// Whether the weight gradient of few channels has a kernel that is faster than PyTorch's with the
+// passes around it: 24 to 30 ms for a network's 7x7 at batch 16 (measured, Zen 4). By pairs of
+// bfloat16 PyTorch's takes 14 for 22.
+bool has_fast_terms(DType dtype, const ConvShape& s) {
+  const std::string_view isa = kernels().isa;
+  const bool pairs = dtype == kBFloat16 && isa != "portable" && isa != "avx2" && isa != "avx512";
+  return s.n > 0 && !pairs && fits(training_kernels().of[dtype].few_channels, s);
+}
+
 template <class Args>
 bool has(const TrainingConv* conv, const BlockKernel<Args> TrainingConv::* direction) {
   return conv != nullptr && (conv->*direction).blocks != nullptr;
@@ -77,6 +86,9 @@ BackwardPlan plan_backward(DType dtype, const ConvShape& s, bool need_input, boo
     plan.data = conv;
   }
   if (need_weight && has(conv, &TrainingConv::weight_gradient)) plan.weight = conv;
+  if (need_weight && !plan.weight && has_fast_terms(dtype, s)) {
+    plan.weight = &training_kernels().of[dtype].few_channels;
+  }
   plan.one_pass =
       need_input && need_weight && has(conv, &TrainingConv::both_gradients) && in_one_pass(s);
   if (plan.one_pass) plan.data = plan.weight = conv;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "direct.h"
+#include "few_channels.h"
 #include "passes.h"
 #include "stem.h"
 #include "winograd_table.h"
@@ -21,12 +22,18 @@ constexpr TrainingConv winograd_or_none() {
   if constexpr (sizeof(Acc<T>) == sizeof(float)) return winograd_training_of<T>();
   return {};
 }
+template <class T>
+constexpr TrainingConv few_channels_or_none() {
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) return few_channels_of<T>();
+  return {};
+}
 
 template <class T>
 constexpr TrainingKernels training_kernels_of() {
-  return {block_end<T>,        block_end_backward<T>, statistics<T>,        bn_gradient<T>,
-          masked_sums<T>,      stem_end<T>,           stem_end_backward<T>, add_parts<Acc<T>>,
-          direct_or_none<T>(), winograd_or_none<T>()};
+  return {block_end<T>,          block_end_backward<T>,    statistics<T>,
+          bn_gradient<T>,        masked_sums<T>,           stem_end<T>,
+          stem_end_backward<T>,  add_parts<Acc<T>>,        direct_or_none<T>(),
+          winograd_or_none<T>(), few_channels_or_none<T>()};
 }
 
 // In the order of DType.

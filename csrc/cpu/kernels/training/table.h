@@ -157,8 +157,9 @@ struct TrainingKernels {
   // to[i] = the sum of parts[part * numel + i], in order, for i in [begin, end); of type A.
   void (*add_parts)(const void* parts, int64_t count, int64_t numel, int64_t begin, int64_t end,
                     void* to);
-  TrainingConv direct;    // any kernel and stride
-  TrainingConv winograd;  // 3x3, stride 1
+  TrainingConv direct;        // any kernel and stride
+  TrainingConv winograd;      // 3x3, stride 1
+  TrainingConv few_channels;  // of the input: the weight gradient alone
 };
 
 struct TrainingTable {
