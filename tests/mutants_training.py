@@ -163,8 +163,8 @@ MUTANTS = [
     Mutant(
         "the stem's gradient leaves the last window over a pixel out",
         KERNELS + "stem.h",
-        "x1 = min_of(at_x / p.stride_w + 1, out_w)",
-        "x1 = min_of(at_x / p.stride_w + 1, out_w - 1)",
+        "x1 < out_w && x1 * p.stride_w",
+        "x1 < out_w - 1 && x1 * p.stride_w",
         PASSES,
     ),
     Mutant(

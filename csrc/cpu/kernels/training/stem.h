@@ -87,47 +87,90 @@ void stem_end(const StemEnd& f, int64_t begin, int64_t end) {
   }
 }
 
+// Vectors of channels that the windows over a pixel are found once for.
+constexpr int kStemVecs = FR_VECTOR_BYTES == 64 ? 4 : 2;
+
+// A row of the map, kVecs vectors of channels from c. Sums go to `sum_g` and `sum_g_xc` if not
+// null.
+template <int kVecs, class T, class Lanes>
+FR_INLINE void stem_end_backward_row(const StemEndBackward& f, int64_t row, Lanes lanes, int64_t c,
+                                     Acc<T>* sum_g, Acc<T>* sum_g_xc) {
+  using A = Acc<T>;
+  const PoolForward& p = f.pool;
+  const int64_t step = kLanes<A>, out_h = p.out_h(), out_w = p.out_w();
+  const int64_t at_y = row % p.h + p.pad_h;  // in the padded map
+  const int64_t y0 = max_of(ceil_div(at_y - p.kernel_h + 1, p.stride_h), 0);
+  const int64_t y1 = min_of(at_y / p.stride_h + 1, out_h);
+  const int64_t images_windows = row / p.h * out_h;
+  const T *dy = static_cast<const T*>(f.dy) + c, *z = static_cast<const T*>(f.z) + c;
+  const uint8_t* index = f.index + c;
+  T* g = static_cast<T*>(f.g) + c;
+  Vec<A> scale[kVecs], shift[kVecs], mean[kVecs], total_g[kVecs], total_g_xc[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    scale[v] = lanes.get(static_cast<const A*>(f.scale) + c + v * step);
+    shift[v] = lanes.get(static_cast<const A*>(f.shift) + c + v * step);
+    mean[v] = lanes.get(static_cast<const A*>(f.mean) + c + v * step);
+    total_g[v] = total_g_xc[v] = Vec<A>{};
+  }
+  int64_t x0 = 0, x1 = 0;  // the windows over a pixel
+  for (int64_t x = 0; x < p.w; ++x) {
+    const int64_t at_x = x + p.pad_w;
+    while (x1 < out_w && x1 * p.stride_w <= at_x) ++x1;
+    while (x0 < x1 && x0 * p.stride_w + p.kernel_w <= at_x) ++x0;
+    Vec<A> d[kVecs];
+    for (int v = 0; v < kVecs; ++v) d[v] = Vec<A>{};
+    for (int64_t oy = y0; oy < y1; ++oy) {
+      for (int64_t ox = x0; ox < x1; ++ox) {
+        const int place =
+            static_cast<int>((at_y - oy * p.stride_h) * p.kernel_w + at_x - ox * p.stride_w);
+        const int64_t from = ((images_windows + oy) * out_w + ox) * p.c;
+        for (int v = 0; v < kVecs; ++v) {
+          const LaneIndex<A> largest = load_bytes<A>(lanes, index + from + v * step);
+          const LaneIndex<A> is = largest == LaneIndex<A>{} + place;
+          d[v] += is ? lanes.get(dy + from + v * step) : Vec<A>{};
+        }
+      }
+    }
+    const int64_t to = (row * p.w + x) * p.c;
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec<A> at = lanes.get(z + to + v * step);
+      d[v] = rounded<T>(bn_relu_mask(d[v], at, scale[v], shift[v]));
+      lanes.put(d[v], g + to + v * step);
+      total_g[v] += d[v];
+      total_g_xc[v] += d[v] * (at - mean[v]);
+    }
+  }
+  if (sum_g == nullptr) return;
+  for (int v = 0; v < kVecs; ++v) {
+    A *of_g = sum_g + c + v * step, *of_g_xc = sum_g_xc + c + v * step;
+    lanes.put(lanes.get(of_g) + total_g[v], of_g);
+    lanes.put(lanes.get(of_g_xc) + total_g_xc[v], of_g_xc);
+  }
+}
+
 template <class T>
 void stem_end_backward(const StemEndBackward& f, int64_t begin, int64_t end, int64_t block,
                        void* scratch) {
   using A = Acc<T>;
+  constexpr int64_t wide = kStemVecs * kLanes<A>;
   const PoolForward& p = f.pool;
-  const T *dy = static_cast<const T*>(f.dy), *z = static_cast<const T*>(f.z);
-  const A *scale = static_cast<const A*>(f.scale), *shift = static_cast<const A*>(f.shift),
-          *mean = static_cast<const A*>(f.mean);
-  T* g = static_cast<T*>(f.g);
-  const int64_t out_h = p.out_h(), out_w = p.out_w();
   const BlockSums<A, kGradientRows> sums{static_cast<A*>(scratch),
                                          f.sums + (f.sums ? block * kGradientRows * p.c : 0), p.c};
   if (f.sums) sums.clear();
-  A *sum_g = sums.near, *sum_g_xc = sum_g + kSumGXc * p.c;
+  A* const sum_g = f.sums ? sums.near : nullptr;
+  A* const sum_g_xc = f.sums ? sums.near + kSumGXc * p.c : nullptr;
   for (int64_t row = begin, pixels = 0; row < end; ++row) {
-    const int64_t at_y = row % p.h + p.pad_h;  // in the padded map
-    const int64_t y0 = max_of(ceil_div(at_y - p.kernel_h + 1, p.stride_h), 0);
-    const int64_t y1 = min_of(at_y / p.stride_h + 1, out_h);
-    for (int64_t x = 0; x < p.w; ++x) {
-      const int64_t at_x = x + p.pad_w;
-      const int64_t x0 = max_of(ceil_div(at_x - p.kernel_w + 1, p.stride_w), 0);
-      const int64_t x1 = min_of(at_x / p.stride_w + 1, out_w);
-      const int64_t to = (row * p.w + x) * p.c;
-      for_columns<A>(p.c, [&](auto lanes, int64_t c) {
-        Vec<A> d{};
-        for (int64_t oy = y0; oy < y1; ++oy) {
-          for (int64_t ox = x0; ox < x1; ++ox) {
-            const int place =
-                static_cast<int>((at_y - oy * p.stride_h) * p.kernel_w + at_x - ox * p.stride_w);
-            const int64_t from = ((row / p.h * out_h + oy) * out_w + ox) * p.c + c;
-            const LaneIndex<A> is = load_bytes<A>(lanes, f.index + from) == LaneIndex<A>{} + place;
-            d += is ? lanes.get(dy + from) : Vec<A>{};
-          }
-        }
-        const Vec<A> v = lanes.get(z + to + c);
-        d = rounded<T>(bn_relu_mask(d, v, lanes.get(scale + c), lanes.get(shift + c)));
-        lanes.put(d, g + to + c);
-        if (f.sums == nullptr) return;
-        lanes.put(lanes.get(sum_g + c) + d, sum_g + c);
-        lanes.put(lanes.get(sum_g_xc + c) + d * (v - lanes.get(mean + c)), sum_g_xc + c);
-      });
+    int64_t c = 0;
+    for (; c + wide <= p.c; c += wide) {
+      stem_end_backward_row<kStemVecs, T>(f, row, Whole{}, c, sum_g, sum_g_xc);
+    }
+    for (; c < p.c; c += kLanes<A>) {
+      const int64_t left = p.c - c;
+      if (left >= kLanes<A>) {
+        stem_end_backward_row<1, T>(f, row, Whole{}, c, sum_g, sum_g_xc);
+      } else {
+        stem_end_backward_row<1, T>(f, row, Part{left}, c, sum_g, sum_g_xc);
+      }
     }
     pixels += p.w;
     if (f.sums && (pixels + p.w > kSumRows || row + 1 == end)) {
