@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..nn.block_calls import training_format
 from ..nn.blocks import conv1x1, conv3x3
-from ..nn.fused_forward import BlockModules, FusedForward, block_modules_of
-from ..nn.group_calls import conv_bn, run_sequence
-from ..nn.groups import Decision, Group, residual_block_groups, sequence_groups
+from ..nn.fused_forward import BlockModules, FusedForward, ResidualForward, block_modules_of
+from ..nn.group_calls import run_sequence
+from ..nn.groups import Group, sequence_groups
 from ..nn.layers import FusedSequential
 from ..nn.module_kinds import original_class
 from .weights import Source, load_into
@@ -54,7 +54,7 @@ class PadShortcut(nn.Module):
         return f"stride={self.stride}, padding={self.padding}"
 
 
-class CifarBlock(FusedForward):
+class CifarBlock(ResidualForward):
     """Two 3x3 convolutions and, with ``residual``, a shortcut.
 
     Args:
@@ -65,6 +65,8 @@ class CifarBlock(FusedForward):
         option: The shortcut where the shape changes: ``"A"`` subsamples and pads with zeros,
             ``"B"`` is a 1x1 convolution with batch norm.
     """
+
+    convolutions = 2
 
     def __init__(
         self, inplanes: int, planes: int, stride: int, residual: bool, option: str
@@ -84,45 +86,18 @@ class CifarBlock(FusedForward):
                 else FusedSequential(conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block.
-
-        Args:
-            x: Input, ``(N, inplanes, H, W)``.
-
-        Returns:
-            ``(N, planes, H / stride, W / stride)``.
-        """
-        block = self.block_modules() if self.residual else self._plain_block()
-        whole = None if block is None else block.run_in_training(self, x)
-        if whole is not None:
-            return whole
-        y = conv_bn(self.conv1, self.bn1, self.relu, x)
-        identity = self.shortcut(x) if self.residual else None
-        return conv_bn(self.conv2, self.bn2, self.relu, y, identity)
-
-    def fused_groups(self) -> list[Group]:
-        """The groups of both convolutions."""
-        return residual_block_groups(self, 2)
-
-    def training_decision(self) -> Decision | None:
-        """How the block, residual or plain, runs in training; None without batch statistics."""
-        block = self.block_modules() if self.residual else self._plain_block()
-        return None if block is None else block.training_decision()
-
-    def _plain_block(self) -> BlockModules:
-        block = block_modules_of(self, 2, None)
-        assert block is not None
-        return replace(block, shortcut="none")
+    def shortcut_of(self, x: Tensor) -> Tensor | None:
+        """What is added to the main branch; None in the plain network."""
+        return self.shortcut(x) if self.residual else None
 
     def block_modules(self) -> BlockModules | None:
-        """The block's convolutions and its shortcut; None without a shortcut."""
-        if not self.residual:
-            return None
-        if original_class(self.shortcut) is not PadShortcut:
+        """The block's convolutions and its shortcut."""
+        if self.residual and original_class(self.shortcut) is not PadShortcut:
             return block_modules_of(self, 2, self.shortcut)
         block = block_modules_of(self, 2, None)
         assert block is not None
+        if not self.residual:
+            return replace(block, shortcut="none")
         pad: Any = self.shortcut
         padding = (pad.padding, pad.stride)
         members = [*block.members, self.shortcut]

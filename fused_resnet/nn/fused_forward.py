@@ -140,69 +140,66 @@ def block_modules_of(
     return BlockModules(convs, norms, [block.relu] * count, members)
 
 
-class BasicBlockForward(FusedForward):
-    """The forward of a basic block whose children are named as in torchvision.
+class ResidualForward(FusedForward):
+    """The forward of a residual block whose children are named as in torchvision.
+
+    Attributes:
+        convolutions: Number of convolutions of its main branch.
+    """
+
+    convolutions: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)``, with as many layers as it has.
+
+        Args:
+            x: Input, ``(N, C, H, W)``.
+        """
+        block = self.block_modules()
+        whole = None if block is None else block.run_in_training(self, x)
+        if whole is not None:
+            return whole
+        m: Any = self
+        y, last = x, self.convolutions
+        for i in range(1, last):
+            y = conv_bn(getattr(m, f"conv{i}"), getattr(m, f"bn{i}"), m.relu, y)
+        conv, bn = getattr(m, f"conv{last}"), getattr(m, f"bn{last}")
+        return conv_bn(conv, bn, m.relu, y, self.shortcut_of(x))
+
+    def shortcut_of(self, x: Tensor) -> Tensor | None:
+        """What is added to the main branch; None for nothing."""
+        downsample: Any = self.downsample
+        return x if downsample is None else downsample(x)
+
+    def fused_groups(self) -> list[Group]:
+        """The groups of all convolutions."""
+        return residual_block_groups(self, self.convolutions)
+
+    def block_modules(self) -> BlockModules | None:
+        """The block's convolutions and its shortcut."""
+        return block_modules_of(self, self.convolutions, self.downsample)  # type: ignore[arg-type]
+
+
+class BasicBlockForward(ResidualForward):
+    """The forward of a basic block.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 left;
         ``torchvision.models.resnet.BasicBlock.forward``.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)``.
-
-        Args:
-            x: Input, ``(N, C, H, W)``.
-        """
-        m: Any = self
-        block = self.block_modules()
-        whole = None if block is None else block.run_in_training(self, x)
-        if whole is not None:
-            return whole
-        y = conv_bn(m.conv1, m.bn1, m.relu, x)
-        identity = x if m.downsample is None else m.downsample(x)
-        return conv_bn(m.conv2, m.bn2, m.relu, y, identity)
-
-    def fused_groups(self) -> list[Group]:
-        """The groups of both convolutions."""
-        return residual_block_groups(self, 2)
-
-    def block_modules(self) -> BlockModules | None:
-        """The block's convolutions and its shortcut."""
-        return block_modules_of(self, 2, self.downsample)  # type: ignore[arg-type]
+    convolutions = 2
 
 
-class BottleneckForward(FusedForward):
-    """The forward of a bottleneck whose children are named as in torchvision.
+class BottleneckForward(ResidualForward):
+    """The forward of a bottleneck.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 right;
         ``torchvision.models.resnet.Bottleneck.forward``.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut)``.
-
-        Args:
-            x: Input, ``(N, C, H, W)``.
-        """
-        m: Any = self
-        block = self.block_modules()
-        whole = None if block is None else block.run_in_training(self, x)
-        if whole is not None:
-            return whole
-        y = conv_bn(m.conv1, m.bn1, m.relu, x)
-        y = conv_bn(m.conv2, m.bn2, m.relu, y)
-        identity = x if m.downsample is None else m.downsample(x)
-        return conv_bn(m.conv3, m.bn3, m.relu, y, identity)
-
-    def fused_groups(self) -> list[Group]:
-        """The groups of the three convolutions."""
-        return residual_block_groups(self, 3)
-
-    def block_modules(self) -> BlockModules | None:
-        """The block's convolutions and its shortcut."""
-        return block_modules_of(self, 3, self.downsample)  # type: ignore[arg-type]
+    convolutions = 3
 
 
 class ResNetForward(FusedForward):
