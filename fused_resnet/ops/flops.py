@@ -65,38 +65,29 @@ def conv_flops(
     return 2 * prod(weight) * x[0] * prod(windows(x, weight[2:], stride, padding, dilation))
 
 
-@_formula("conv_bn_add_relu")
-def _(  # type: ignore[no-untyped-def]
-    x, weight, conv_bias, bn_weight, bn_bias, mean, var, residual, stride, padding, dilation, *_,
-    **__,
-):  # fmt: skip
-    return conv_flops(x, weight, stride, padding, dilation)
+def _enter_convolution(op: str) -> None:
+    """Enter the formula of an operator that is a convolution, or its wanted gradients."""
+    names = [a.name for a in getattr(torch.ops.fused_resnet, op).default._schema.arguments]
+
+    def flops(*shapes: Any, **more: Any) -> int:
+        a = dict(zip(names, shapes, strict=False)) | more
+        weight = a.get("weight_shape") or a["weight"]
+        times = a.get("need_input", True) + a.get("need_weight", False)
+        return times * conv_flops(a["x"], weight, a["stride"], a["padding"], a["dilation"])
+
+    FORMULAS[op] = flops
 
 
-@_formula("conv_bn_relu_maxpool")
-def _(  # type: ignore[no-untyped-def]
-    x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, *_, **__
-):  # fmt: skip
-    return conv_flops(x, weight, stride, padding, dilation)
-
-
-@_formula("conv_statistics")
-def _(x, weight, conv_bias, stride, padding, dilation, *_, **__):  # type: ignore[no-untyped-def]
-    return conv_flops(x, weight, stride, padding, dilation)
-
-
-@_formula("conv_bn_add_relu_packed")
-def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, residual, weight_shape, stride, padding, dilation, *_, **__
-):  # fmt: skip
-    return conv_flops(x, weight_shape, stride, padding, dilation)
-
-
-@_formula("conv_bn_relu_maxpool_packed")
-def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, weight_shape, stride, padding, dilation, *_, **__
-):  # fmt: skip
-    return conv_flops(x, weight_shape, stride, padding, dilation)
+for _op in (
+    "conv_bn_add_relu",
+    "conv_bn_relu_maxpool",
+    "conv_statistics",
+    "conv_bn_add_relu_packed",
+    "conv_bn_relu_maxpool_packed",
+    "conv_forward",
+    "conv_backward",
+):
+    _enter_convolution(_op)
 
 
 @_formula("conv_conv_add_relu_packed")
@@ -133,18 +124,3 @@ class _Shaped(NamedTuple):
 @_formula("run_program")
 def _(x, tensors, steps, *_, **__):  # type: ignore[no-untyped-def]
     return sum(step.flops for step in program_shapes(x, steps))
-
-
-@_formula("conv_forward")
-def _(  # type: ignore[no-untyped-def]
-    x, x_scale, x_shift, weight, stride, padding, dilation, *_, **__
-):
-    return conv_flops(x, weight, stride, padding, dilation)
-
-
-@_formula("conv_backward")
-def _(  # type: ignore[no-untyped-def]
-    g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add, stride, padding, dilation, groups,
-    need_input, need_weight, *_, **__,
-):  # fmt: skip
-    return (need_input + need_weight) * conv_flops(x, weight, stride, padding, dilation)
