@@ -80,7 +80,6 @@ class Pending(NamedTuple):
         path: Of its module.
         source: Its input.
         residual: What is added to it; None for nothing.
-        pool: Whether a max-pool follows.
         depth: Number of convolutions between the program's input and its result.
     """
 

@@ -139,8 +139,7 @@ def plain_model(
     source, _, rest = name.rpartition(":")
     if not source and name not in CIFAR:
         return torchvision_model(name, state, classes)
-    if classes is None:
-        classes = _default_classes(name) if state is None else classes_of(name, state)
+    classes = _classes(name, state, classes)
     model: nn.Module
     if source == "timm":
         model = library("timm").create_model(rest, pretrained=False, num_classes=classes)
@@ -201,13 +200,17 @@ def our_model(
     """
     if name not in CIFAR:
         return plain_model(name, state, classes)
-    if classes is None:
-        classes = _default_classes(name) if state is None else classes_of(name, state)
+    classes = _classes(name, state, classes)
     depth, residual = _cifar(name)
     return cifar_resnet(depth, residual, num_classes=classes, weights=state).eval()
 
 
-def _default_classes(name: str) -> int:
+def _classes(name: str, state: Mapping[str, Tensor] | None, classes: int | None) -> int:
+    """``classes`` where they are given, else those of the weights, else the default number."""
+    if classes is not None:
+        return classes
+    if state is not None:
+        return classes_of(name, state)
     return 10 if name in CIFAR else 1000
 
 

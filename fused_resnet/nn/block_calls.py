@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import DTYPES
+from ..ops.program_shapes import windows
 from ..ops.training_spec import Layer, LayerTensors, Unit
 from ..ops.training_tuned import unit_backend
 from ..ops.training_unit import is_transformed, training_unit
@@ -165,7 +166,7 @@ def _fits(
     if shortcut == "projection":
         side = _size_behind(layers[length:], tensors[length:], x)
     elif shortcut == "zeros":
-        pixels = [(n - 1) // zeros[1] + 1 for n in x.shape[2:]]
+        pixels = windows(x.shape, (1, 1), (zeros[1], zeros[1]), (0, 0))
         side = [x.shape[1] + 2 * zeros[0], *pixels]
     else:
         side = list(x.shape[1:])
@@ -176,18 +177,15 @@ def _size_behind(
     layers: Sequence[Layer], tensors: Sequence[LayerTensors], x: Tensor
 ) -> list[int] | None:
     """``[K, H, W]`` behind a chain of convolutions; None where one does not take its input."""
-    _, channels, height, width = x.shape
+    shape = list(x.shape)
     for layer, t in zip(layers, tensors, strict=False):
-        k, depth, kh, kw = t.weight.shape
-        if depth * layer.groups != channels:
+        if t.weight.shape[1] * layer.groups != shape[1]:
             return None
-        (s0, s1), (p0, p1), (d0, d1) = layer[:3]
-        height = (height + 2 * p0 - d0 * (kh - 1) - 1) // s0 + 1
-        width = (width + 2 * p1 - d1 * (kw - 1) - 1) // s1 + 1
-        if height < 1 or width < 1:
+        pixels = windows(shape, t.weight.shape[2:], *layer[:3])
+        if min(pixels) < 1:
             return None
-        channels = k
-    return [channels, height, width]
+        shape = [shape[0], t.weight.shape[0], *pixels]
+    return shape[1:]
 
 
 def _layer(conv: Any, norm: Any) -> Layer:
