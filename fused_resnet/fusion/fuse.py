@@ -32,6 +32,7 @@ from ..nn.fused_forward import (
 )
 from ..nn.groups import sequence_groups
 from ..nn.module_kinds import PackedConv
+from ..nn.same_signature import forward_like
 from .trace import GeneratedForward, TracedForward, Unfused, generate_forward, parents_of
 
 #: What to do with a module: the mixin or the generated forward that fuses it, the reason why it is
@@ -196,8 +197,8 @@ def derive(cls: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
         "fused_resnet_base": base,
         "fused_resnet_mixins": mixins,
     }
-    own = getattr(mixin, "fused_resnet_members", None)
-    members |= own(base) if own else {}
+    if getattr(mixin, "fused_resnet_keeps_signature", False):  # tracers and exporters read it
+        members["forward"] = forward_like(base, mixin.forward)
     # new_class picks the metaclass as a class statement does.
     derived = types.new_class(
         name, (*mixins, base), exec_body=lambda namespace: namespace.update(members)

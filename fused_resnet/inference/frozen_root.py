@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..nn.same_signature import forward_like
 from .cuda_graphs import Graphs, is_one_tensor
 from .frozen_module import Frozen
 
@@ -27,6 +26,7 @@ class FrozenRoot(Frozen):
         "_compiled_call_impl",
         "_is_full_backward_hook",
     }
+    fused_resnet_keeps_signature = True
     frozen_dtype: torch.dtype | None
     cuda_graphs: Graphs
 
@@ -36,11 +36,6 @@ class FrozenRoot(Frozen):
     register_backward_hook = nn.Module.register_backward_hook
     register_full_backward_pre_hook = nn.Module.register_full_backward_pre_hook
     register_full_backward_hook = nn.Module.register_full_backward_hook
-
-    @classmethod
-    def fused_resnet_members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """A forward with the signature of the base's, which tracers and exporters read."""
-        return {"forward": forward_like(base, FrozenRoot.forward)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward between two conversions."""

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from ..backends.availability import is_exporting, resolve_backend
 from ..fusion.trace.errors import Untraceable
 from ..nn.module_kinds import PackedConv, is_hooked, is_observed, original_class
-from ..nn.same_signature import forward_like
 from ..ops.program_steps import Step
 from .frozen_module import Frozen
 from .frozen_trace import graphs_of, has_code, is_inlinable
-from .plan import Plan, Run, Slot, function_of, plan_of, plan_of_step
+from .plan import Plan, Run, Slot, function_of, mapped, plan_of, plan_of_step
 from .program import BoundProgram
 from .run_steps import are_separate, run_steps
 
@@ -28,11 +27,7 @@ class Lowered(Frozen):
     """Mixin for a frozen module whose forward is a plan."""
 
     fused_resnet_plan: Plan
-
-    @classmethod
-    def fused_resnet_members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """A forward with the signature of the base's, which tracers and exporters read."""
-        return {"forward": forward_like(base, Lowered.forward)}
+    fused_resnet_keeps_signature = True
 
     def seal(self, derived: Any) -> None:
         """Look up the modules of the programs, which from now on stay the same."""
@@ -86,14 +81,18 @@ class Lowered(Frozen):
     ) -> Any:
         conditions = dict(plan.conditions)
         slots: list[Any] = [*tensors, *[None] * (plan.size - len(tensors))]
+
+        def value_of(leaf: Any) -> Any:
+            return slots[leaf.number] if type(leaf) is Slot else leaf
+
         for item in plan.items:
             if isinstance(item, Run):
                 outputs = self._run(programs[item.program], slots[item.input], backend)
                 for slot, output in zip(item.outputs, outputs, strict=True):
                     slots[slot] = output
                 continue
-            given = _filled(item.args, slots)
-            named = _filled(item.kwargs, slots) if item.kwargs else {}
+            given = mapped(item.args, value_of)
+            named = mapped(item.kwargs, value_of)
             if item.kind == "call_module":
                 result = self.get_submodule(item.target)(*given, **named)
             elif item.kind == "call_function":
@@ -106,22 +105,7 @@ class Lowered(Frozen):
             slots[item.output] = result
             if item.output in conditions and bool(result) is not conditions[item.output]:
                 return super().forward(*args, **kwargs)
-        return _filled(plan.result, slots)
-
-
-def _filled(value: Any, slots: list[Any]) -> Any:
-    """A structure with the values of its slots."""
-    if type(value) is Slot:
-        return slots[value.number]
-    if type(value) is tuple:
-        return tuple(_filled(v, slots) for v in value)
-    if type(value) is list:
-        return [_filled(v, slots) for v in value]
-    if type(value) is dict:
-        return {key: _filled(v, slots) for key, v in value.items()}
-    if type(value) is slice:
-        return slice(*(_filled(v, slots) for v in (value.start, value.stop, value.step)))
-    return value
+        return mapped(plan.result, value_of)
 
 
 def _backend_of(x: Any) -> str:

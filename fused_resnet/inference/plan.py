@@ -203,17 +203,7 @@ class _Planner:
         self.programs.append(segment.program())
 
     def _with_slots(self, value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return Slot(self._slot_of(value))
-        if isinstance(value, dict):
-            return {key: self._with_slots(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [self._with_slots(v) for v in value]
-        if type(value) is tuple:
-            return tuple(self._with_slots(v) for v in value)
-        if isinstance(value, slice):
-            return slice(*map(self._with_slots, (value.start, value.stop, value.step)))
-        return value
+        return mapped(value, lambda v: Slot(self._slot_of(v)) if isinstance(v, fx.Node) else v)
 
     def _slot_of(self, node: fx.Node) -> int:
         if node in self.slots:
@@ -225,6 +215,24 @@ class _Planner:
         if not value.number:
             return self.slots[value.root]
         return self.slots[self.lowered.segments[value.root].results[value.number]]
+
+
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A structure of tuples, lists, dictionaries and slices, with other leaves.
+
+    Args:
+        value: The structure; a named tuple is a leaf.
+        leaf: Called with each leaf.
+    """
+    if type(value) is tuple:
+        return tuple(mapped(v, leaf) for v in value)
+    if isinstance(value, list):
+        return [mapped(v, leaf) for v in value]
+    if isinstance(value, dict):
+        return {key: mapped(v, leaf) for key, v in value.items()}
+    if isinstance(value, slice):
+        return slice(*(mapped(v, leaf) for v in (value.start, value.stop, value.step)))
+    return leaf(value)
 
 
 def _home_of(function: Callable[..., Any]) -> tuple[str, str]:

@@ -21,7 +21,6 @@ from ...nn.fused_forward import BlockModules, FusedForward
 from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
 from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
 from ...nn.module_kinds import RELU, is_hooked, original_class
-from ...nn.same_signature import forward_like
 from .matching import FUNCTION, NOTHING_AROUND
 
 
@@ -148,18 +147,8 @@ def has_replaced_forward(module: nn.Module) -> bool:
 class TracedForward(FusedForward):
     """A module with a generated forward; its original forward runs where no guard passes."""
 
+    fused_resnet_keeps_signature = True
     fused_resnet_generated: GeneratedForward
-
-    @classmethod
-    def fused_resnet_members(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Class attributes for a subclass of ``base``: a forward with the signature of its own.
-
-        Exporters read the signature.
-
-        Args:
-            base: The class of the module before it was fused.
-        """
-        return {"forward": forward_like(base, TracedForward.forward)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the original class, with its groups as single operations."""
