@@ -240,7 +240,7 @@ def test_the_report_says_what_runs():
 def test_steps_are_encoded_as_the_extension_reads_them(operation):
     """``programs.encode`` has the places of csrc/program.h in numbers."""
     fields = {name: 2 + place for name, place in PLACES.items() if name != "operation"}
-    fields |= {"activation": True, "winograd": True}
+    fields |= {"activation": True, "winograd": True, "ceil_mode": True}
     names = {"activation": "relu", "channels": "out_channels"}
     pairs = [n for n in fields if n.endswith(("kernel", "stride", "padding", "dilation"))]
     step = program_steps.Step(
