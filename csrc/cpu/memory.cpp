@@ -13,6 +13,8 @@ namespace fr {
 namespace {
 
 constexpr size_t kLine = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLeastMapped = kHugePage;
 
 Memory from_library(size_t bytes) {
   void* memory = nullptr;
@@ -23,9 +25,6 @@ Memory from_library(size_t bytes) {
 
 // AddressSanitizer sees behind the end of the C library's blocks alone.
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
-
-constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kLeastMapped = kHugePage;
 
 constexpr size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -48,7 +47,6 @@ void unmap(char* memory, size_t bytes) { munmap(memory, bytes); }
 
 #else
 
-constexpr size_t kLeastMapped = kHugePage;
 Memory map(size_t bytes) { return from_library(bytes); }
 void unmap(char*, size_t) {}
 
