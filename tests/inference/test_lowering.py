@@ -247,6 +247,9 @@ LOWERED = {
 def test_forwards_that_are_lowered(run: Any) -> None:
     model, frozen = frozen_of(type("Own", (Forward,), {"forward": run})(None))
     assert programs_of(frozen) == [LOWERED[run]]
+    with torch.no_grad():
+        one = isinstance(model(image(1, 3, 8, 8)), Tensor)
+    assert frozen.fused_resnet_plan.single is one, "nothing is called behind the program"
     for shape in ((2, 3, 12, 10), (1, 3, 13, 11)):
         agrees(model, frozen, image(*shape))
 
