@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "activation.h"
+#include "errors.h"
 #include "tensor.h"
 #include "wire.h"
 
@@ -40,6 +42,17 @@ struct Argument<TensorList> {
   explicit Argument(StableIValue wire) {
     for (const AtenTensorHandle handle : from_wire<std::vector<AtenTensorHandle>>(wire))
       value.emplace_back(handle);
+  }
+};
+
+template <>
+struct Argument<Activation> {
+  Activation value;
+  explicit Argument(StableIValue wire) {
+    const auto number = from_wire<int64_t>(wire);
+    FR_CHECK_VALUE(number >= 0 && number < kNumActivations,
+                   "activation: expected an int from 0 to ", kNumActivations - 1, ", got ", number);
+    value = static_cast<Activation>(number);
   }
 };
 

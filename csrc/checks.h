@@ -9,6 +9,7 @@
 #include <limits>
 #include <optional>
 
+#include "activation.h"
 #include "conv_shape.h"
 #include "tensor.h"
 
@@ -197,7 +198,7 @@ inline void check_bn(const char* op, const Tensor& x, const OptionalTensor& weig
 // Checks the arguments of bn_add_relu_backward, on any device.
 inline void check_bn_backward(const char* op, const Tensor& grad, const Tensor& x,
                               const OptionalTensor& y, const OptionalTensor& weight,
-                              const Tensor& mean, const Tensor& var, bool relu) {
+                              const Tensor& mean, const Tensor& var, Activation activation) {
   check_map(op, "x", x);
   const int64_t channels = x.size(1);
   check_same(op, "grad", grad, x.sizes(), x);
@@ -205,7 +206,8 @@ inline void check_bn_backward(const char* op, const Tensor& grad, const Tensor& 
   check_vector(op, "weight", weight, channels, x);
   check_vector(op, "mean", mean, channels, x);
   check_vector(op, "var", var, channels, x);
-  FR_CHECK_VALUE(y || !relu, op, ": y: expected a tensor when relu=True, got None");
+  FR_CHECK_VALUE(y || activation == Activation::kNone, op,
+                 ": y: expected a tensor with an activation, got None");
 }
 
 }  // namespace fr

@@ -14,14 +14,14 @@ namespace fr {
 // What a step computes. The names in Python are in fused_resnet/ops/program_steps.py. Files of
 // torch.export store these numbers and the places below: add to them, and never change one.
 enum Operation : int64_t {
-  kConv,             // relu(scale * conv(input, packed) + shift + residual)
-  kConvMaxPool,      // max_pool(relu(scale * conv(input, packed) + shift))
+  kConv,             // activation(scale * conv(input, packed) + shift + residual)
+  kConvMaxPool,      // max_pool(activation(scale * conv(input, packed) + shift))
   kMaxPool,          // max_pool(input)
   kZeroPadShortcut,  // every stride-th pixel, with `zeros` zero channels on both sides
   kGlobalAvgPool,    // (N, C, H, W) -> (N, C, 1, 1)
   kLinear,           // (N, C) or (N, C, 1, 1) -> (N, K)
   kAvgPool,          // avg_pool(input), which counts the padding
-  kAddRelu,          // relu(input + residual)
+  kAddRelu,          // activation(input + residual)
   kNumOperations
 };
 
@@ -32,7 +32,7 @@ enum Field : int64_t {
   kInput,     // value
   kResidual,  // value that is added before the activation; -1: none
   kTensor,  // first of its tensors: packed, scale, shift of a convolution; weight, bias of kLinear
-  kActivation,  // 0: none, 1: ReLU
+  kActivation,  // a number of activation.h
   kKernelH,     // of the convolution, or of kMaxPool and kAvgPool; so are stride and padding
   kKernelW,
   kStrideH,

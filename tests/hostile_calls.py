@@ -59,7 +59,7 @@ def convolutions() -> Iterator[Call]:
     bare = torch.ops.fused_resnet
     live, packed = _conv_operands(False), _conv_operands(True)
     residual = channels_last(2, 16, 5, 6)
-    more = {"residual": residual, "relu": True}
+    more = {"residual": residual, "activation": 1}
     yield from calls_of("conv_bn_add_relu", bare.conv_bn_add_relu, {**live, **more}, CONV_LEAST)
     yield from calls_of(
         "conv_bn_add_relu_packed",
@@ -88,13 +88,13 @@ def batch_norms() -> Iterator[Call]:
     bare = torch.ops.fused_resnet
     x = channels_last(2, 8, 5, 4)
     vectors = {name: torch.ones(8) for name in ("weight", "bias", "running_mean", "running_var")}
-    rest = {"residual": channels_last(2, 8, 5, 4), "training": False, "eps": 1e-5, "relu": True}
+    rest = {"residual": channels_last(2, 8, 5, 4), "training": False, "eps": 1e-5, "activation": 1}
     for training in (False, True):
         arguments = {"x": x, **vectors, **rest, "training": training}
         yield from calls_of("bn_add_relu", bare.bn_add_relu, arguments, {})
     backward = {
         "grad": x.clone(), "x": x, "y": x.clone(), "weight": torch.ones(8), "mean": torch.ones(8),
-        "var": torch.ones(8), "training": True, "eps": 1e-5, "relu": True, "need_residual": True,
+        "var": torch.ones(8), "training": True, "eps": 1e-5, "activation": 1, "need_residual": True,
     }  # fmt: skip
     yield from calls_of("bn_add_relu_backward", bare.bn_add_relu_backward, backward, {})
     # Sizes whose product wraps, where one of them is zero.

@@ -52,7 +52,12 @@ MUTANTS = [
         "store(floor_vector(floor, r), y + at);",
         "store(r, y + at);",
     ),
-    Mutant("missing ReLU in a partial panel", CONV, "if (e.relu) r = relu_scalar(r);", ""),
+    Mutant(
+        "missing ReLU in a partial panel",
+        CONV,
+        "from_acc(floor_vector(floor, r), e.y + at);",
+        "from_acc(r, e.y + at);",
+    ),
     Mutant(
         "missing residual in a partial panel",
         CONV,
@@ -75,7 +80,7 @@ MUTANTS = [
     ),
     Mutant(
         "ReLU swallows NaN",
-        "csrc/cpu/kernels/vec.h",
+        "csrc/cpu/kernels/activation.h",
         "return floor > v ? floor : v;",
         "return v > floor ? v : floor;",
     ),
@@ -314,9 +319,9 @@ MUTANTS = [
     Mutant("residual left out", BN, "if (residual) v += Load<A>::from(residual + i);", ""),
     Mutant(
         "backward mask lets zero pass",
-        BN,
-        "(Load<A>::from(y + at) <= 0 ? Vec<A>{} : g)",
-        "(Load<A>::from(y + at) < 0 ? Vec<A>{} : g)",
+        "csrc/cpu/kernels/activation.h",
+        "return at <= 0 ? V{} : g;",
+        "return at < 0 ? V{} : g;",
         BACKWARD,
     ),
     Mutant(

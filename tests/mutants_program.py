@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "no ReLU between a block's convolutions",
         BLOCK,
-        "h = conv(block.convs[i], h, -1, true, winograd);",
-        "h = conv(block.convs[i], h, -1, i > 0, winograd);",
+        "h = conv(block.convs[i], h, -1, activation, winograd);",
+        "h = conv(block.convs[i], h, -1, Activation::kNone, winograd);",
         BLOCKS,
     ),
     Mutant(

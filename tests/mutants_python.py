@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant(
         "an addition comes before the ReLU that is in front of it",
         "fused_resnet/inference/lowering.py",
-        "return pending.residual is None and not pending.step.relu",
+        "return pending.residual is None and not pending.step.activation",
         "return pending.residual is None",
         LOWERING,
     ),
@@ -69,7 +69,7 @@ MUTANTS = [
         "a group of convolution, ReLU and batch norm",
         "fused_resnet/fusion/trace/matching.py",
         "while is_identity(module, node) and len(node.users) == 1:",
-        "while is_identity(module, node) or is_relu_module(module, node):",
+        "while is_identity(module, node) or activation_path(module, node):",
         SWAP,
     ),
     Mutant(
@@ -89,8 +89,8 @@ MUTANTS = [
     Mutant(
         "a batch norm that two groups share is folded",
         "fused_resnet/fusion/trace/generated_forward.py",
-        '*names, "", relu, 3 if relu else 2, foldable)',
-        '*names, "", relu, 3 if relu else 2, True)',
+        '*names, "", activation, foldable)',
+        '*names, "", activation, True)',
         SWAP,
     ),
     Mutant(

@@ -54,14 +54,14 @@ class OperatorCalls(TorchDispatchMode):
 def parts_of(steps: Sequence[Step]) -> list[str]:
     """The operations of a program, in which ``block`` stands for a whole residual block.
 
-    A block ends in a convolution with a residual and a ReLU: the one or two convolutions before it,
-    and what makes its residual for it alone, belong to it.
+    A block ends in a convolution with residual and activation: the one or two convolutions before
+    it, and what makes its residual for it alone, belong to it.
     """
     uses = Counter(v for step in steps for v in (step.input, step.residual))
     inside: set[int] = set()
     ends: set[int] = set()
     for i, step in enumerate(steps):
-        if step.operation != "conv" or step.residual < 0 or not step.relu:
+        if step.operation != "conv" or step.residual < 0 or not step.activation:
             continue
         at, before = step.input, list[int]()
         while at and uses[at] == 1 and steps[at - 1].operation == "conv" and len(before) < 2:

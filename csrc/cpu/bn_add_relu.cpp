@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cpu(const Tensor& x, const Option
                                                    const OptionalTensor& running_mean,
                                                    const OptionalTensor& running_var,
                                                    const OptionalTensor& residual, bool training,
-                                                   double eps, bool relu) {
+                                                   double eps, Activation activation) {
   const char* op = "bn_add_relu";
   check_bn(op, x, weight, bias, running_mean, running_var, residual, training);
   const int64_t channels = x.size(1);
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cpu(const Tensor& x, const Option
   const Tensor added = residual ? residual->contiguous(format) : Tensor();
   if (has_bn_passes(input, format)) {
     return bn_forward_passes(input, weight, bias, running_mean, running_var, added, training, eps,
-                             relu);
+                             activation);
   }
   const Tensor y = empty(input.sizes(), input.options(), format);
   const MapView map = view_of(x, format);
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cpu(const Tensor& x, const Option
                        center.const_data_ptr(),
                        scale.const_data_ptr(),
                        offset.const_data_ptr(),
-                       relu};
+                       activation};
   const auto kernel = kernels().of[dtype_of(x.scalar_type())].bn_forward;
   parallel_for(0, map.rows, grain(map),
                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -142,24 +142,25 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cpu(const Tensor& x, const Option
 // its own because the gradients differ: in training the statistics depend on x.
 Tensor bn_add_relu_apply_cpu(const Tensor& x, const OptionalTensor& weight,
                              const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                             const OptionalTensor& residual, double eps, bool relu) {
-  return std::get<0>(bn_add_relu_cpu(x, weight, bias, mean, var, residual, false, eps, relu));
+                             const OptionalTensor& residual, double eps, Activation activation) {
+  return std::get<0>(bn_add_relu_cpu(x, weight, bias, mean, var, residual, false, eps, activation));
 }
 
 // Returns the gradients of x, weight, bias and, if wanted, of the residual.
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cpu(
     const Tensor& grad, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight,
-    const Tensor& mean, const Tensor& var, bool training, double eps, bool relu,
+    const Tensor& mean, const Tensor& var, bool training, double eps, Activation activation,
     bool need_residual) {
   const char* op = "bn_add_relu_backward";
-  check_bn_backward(op, grad, x, y, weight, mean, var, relu);
+  check_bn_backward(op, grad, x, y, weight, mean, var, activation);
   const int64_t channels = x.size(1);
 
   const auto format = x.suggest_memory_format();
   const Tensor input = x.contiguous(format), gradient = grad.contiguous(format);
-  const Tensor output = relu ? y->contiguous(format) : Tensor();
+  const bool activated = activation != Activation::kNone;
+  const Tensor output = activated ? y->contiguous(format) : Tensor();
   if (has_bn_passes(input, format)) {
-    return bn_backward_passes(gradient, input, output, weight, mean, var, training, eps,
+    return bn_backward_passes(gradient, input, output, weight, mean, var, training, eps, activation,
                               need_residual);
   }
   const Tensor dx = empty(input.sizes(), input.options(), format);
@@ -180,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cpu(
   args.map = map;
   args.grad = gradient.const_data_ptr();
   args.x = input.const_data_ptr();
-  args.y = relu ? output.const_data_ptr() : nullptr;
+  args.y = activated ? output.const_data_ptr() : nullptr;
+  args.activation = activation;
   args.mean = center.const_data_ptr();
   args.sum_dz = sums.mutable_data_ptr<double>();
   args.sum_dz_xc = args.sum_dz + chunks.count * channels;

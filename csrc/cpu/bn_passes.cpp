@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_forward_passes(const Tensor& x, const Opti
                                                      const OptionalTensor& running_mean,
                                                      const OptionalTensor& running_var,
                                                      const Tensor& residual, bool training,
-                                                     double eps, bool relu) {
+                                                     double eps, Activation activation) {
   Tensor mean = empty({0}, ScalarType::Float), var = empty({0}, ScalarType::Float);
   if (training) std::tie(mean, var) = batch_statistics(x);
   const Folded affine = fold(std::nullopt, weight, bias, training ? mean : *running_mean,
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_forward_passes(const Tensor& x, const Opti
   args.shift = affine.shift.const_data_ptr();
   args.shortcut = data_or_null(residual);
   args.y = y.mutable_data_ptr();
-  args.relu = relu;
+  args.activation = activation;
   const auto kernel = training_kernels_of(x).block_end;
   for_rows(x, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {y, mean.to(ScalarType::Float), var.to(ScalarType::Float)};
@@ -54,10 +54,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_forward_passes(const Tensor& x, const Opti
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_backward_passes(
     const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
-    const Tensor& mean, const Tensor& var, bool training, double eps, bool need_residual) {
+    const Tensor& mean, const Tensor& var, bool training, double eps, Activation activation,
+    bool need_residual) {
   const int64_t channels = x.size(1);
   const Tensor dx = empty_map(x.sizes(), x.options());
-  // The gradient behind ReLU is the residual's; else it lies where that of x will.
+  // The gradient in front of the activation is the residual's; else it lies where that of x will.
   Tensor dresidual = empty({0}, x.options()), g = grad;
   if (y.defined()) {
     g = need_residual ? empty_map(x.sizes(), x.options()) : dx;
@@ -73,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_backward_passes(
   sums.channels = channels;
   sums.dy = grad.const_data_ptr();
   sums.y = data_or_null(y);
+  sums.activation = activation;
   sums.z = x.const_data_ptr();
   sums.mean = center.const_data_ptr();
   sums.g = y.defined() ? g.mutable_data_ptr() : nullptr;

@@ -3,6 +3,7 @@
 // has the other layouts and dtypes.
 #pragma once
 
+#include "../activation.h"
 #include "../tensor.h"
 #include "folding.h"
 
@@ -17,11 +18,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_forward_passes(const Tensor& x, const Opti
                                                      const OptionalTensor& running_mean,
                                                      const OptionalTensor& running_var,
                                                      const Tensor& residual, bool training,
-                                                     double eps, bool relu);
+                                                     double eps, Activation activation);
 
-// What bn_add_relu_backward returns. `y` is undefined without ReLU.
+// What bn_add_relu_backward returns. `y` is undefined without an activation.
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_backward_passes(
     const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
-    const Tensor& mean, const Tensor& var, bool training, double eps, bool need_residual);
+    const Tensor& mean, const Tensor& var, bool training, double eps, Activation activation,
+    bool need_residual);
 
 }  // namespace fr

@@ -16,7 +16,7 @@ void bind_weights(ConvCall& call) {
 }
 
 void bind_maps(const char* op, ConvCall& call, const Tensor& x, const OptionalTensor& residual,
-               bool relu) {
+               Activation activation) {
   const ConvShape& s = call.args.shape;
   call.x = x.contiguous(kChannelsLast);
   if (residual) {
@@ -25,7 +25,7 @@ void bind_maps(const char* op, ConvCall& call, const Tensor& x, const OptionalTe
     call.args.residual = call.residual.const_data_ptr();
   }
   call.args.x = call.x.const_data_ptr();
-  call.args.relu = relu;
+  call.args.activation = activation;
 }
 
 Tensor run(ConvCall& call, bool winograd) {
@@ -41,9 +41,9 @@ Tensor conv_bn_add_relu_cpu(const Tensor& x, const Tensor& weight, const Optiona
                             const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                             const Tensor& mean, const Tensor& var, const OptionalTensor& residual,
                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                            int64_t groups, double eps, bool relu) {
+                            int64_t groups, double eps, Activation activation) {
   ConvCall call = prepare("conv_bn_add_relu", x, weight, conv_bias, bn_weight, bn_bias, mean, var,
-                          residual, {stride, padding, dilation, groups}, eps, relu);
+                          residual, {stride, padding, dilation, groups}, eps, activation);
   // Live parameters promise the accuracy of the direct sum; only freeze may allow Winograd.
   return run(call, false).contiguous(x.suggest_memory_format());
 }
@@ -54,17 +54,18 @@ Tensor conv_bn_add_relu_packed_cpu(const Tensor& x, const Tensor& packed, const 
                                    const Tensor& shift, const OptionalTensor& residual,
                                    IntArrayRef weight_shape, IntArrayRef stride,
                                    IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                   bool relu, bool winograd) {
+                                   Activation activation, bool winograd) {
   const char* op = "conv_bn_add_relu_packed";
   ConvCall call = prepare_packed(op, x, packed, scale, shift, residual, weight_shape,
-                                 {stride, padding, dilation, groups}, relu);
+                                 {stride, padding, dilation, groups}, activation);
   return run(call, winograd);
 }
 
 ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
                  const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
                  const OptionalTensor& bn_bias, const Tensor& mean, const Tensor& var,
-                 const OptionalTensor& residual, const ConvGeometry& g, double eps, bool relu) {
+                 const OptionalTensor& residual, const ConvGeometry& g, double eps,
+                 Activation activation) {
   ConvCall call;
   call.args.shape = conv_shape(op, x, weight.sizes(), g.stride, g.padding, g.dilation, g.groups);
   check_same(op, "weight", weight, weight.sizes(), x);
@@ -80,7 +81,7 @@ ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
   call.folded = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, accumulator(x.scalar_type()));
   call.dtype = dtype_of(x.scalar_type());
   bind_weights(call);
-  bind_maps(op, call, x, residual, relu);
+  bind_maps(op, call, x, residual, activation);
   return call;
 }
 
@@ -92,7 +93,7 @@ Tensor direct_convolution(const char* op, const Tensor& x, const Tensor& weight,
   const Tensor zeros = as_tensor(std::vector<double>(channels, 0.0), type);
   const Tensor ones = as_tensor(std::vector<double>(channels, 1.0), type);
   ConvCall call = prepare(op, x, weight, std::nullopt, std::nullopt, std::nullopt, zeros, ones,
-                          std::nullopt, geometry, 0, false);
+                          std::nullopt, geometry, 0, Activation::kNone);
   return run(call, false);
 }
 
@@ -111,7 +112,7 @@ void check_packed(const char* op, const ConvShape& s, const Tensor& x, const Ten
 
 ConvCall prepare_packed(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
                         const Tensor& shift, const OptionalTensor& residual,
-                        IntArrayRef weight_shape, const ConvGeometry& g, bool relu) {
+                        IntArrayRef weight_shape, const ConvGeometry& g, Activation activation) {
   ConvCall call;
   call.args.shape = conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
   check_packed(op, call.args.shape, x, packed, scale, shift);
@@ -119,7 +120,7 @@ ConvCall prepare_packed(const char* op, const Tensor& x, const Tensor& packed, c
   call.folded = {scale.contiguous(), shift.contiguous()};
   call.dtype = dtype_of(x.scalar_type());
   bind_weights(call);
-  bind_maps(op, call, x, residual, relu);
+  bind_maps(op, call, x, residual, activation);
   return call;
 }
 

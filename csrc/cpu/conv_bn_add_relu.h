@@ -29,7 +29,7 @@ ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
                  const OptionalTensor& conv_bias, const OptionalTensor& bn_weight,
                  const OptionalTensor& bn_bias, const Tensor& mean, const Tensor& var,
                  const OptionalTensor& residual, const ConvGeometry& geometry, double eps,
-                 bool relu);
+                 Activation activation);
 
 // conv(x, weight) alone, by the direct sum, as a channels-last map.
 Tensor direct_convolution(const char* op, const Tensor& x, const Tensor& weight,
@@ -42,12 +42,13 @@ void check_packed(const char* op, const ConvShape& shape, const Tensor& x, const
 // A call with parameters that freeze has packed and folded.
 ConvCall prepare_packed(const char* op, const Tensor& x, const Tensor& packed, const Tensor& scale,
                         const Tensor& shift, const OptionalTensor& residual,
-                        IntArrayRef weight_shape, const ConvGeometry& geometry, bool relu);
+                        IntArrayRef weight_shape, const ConvGeometry& geometry,
+                        Activation activation);
 
 Tensor conv_bn_add_relu_packed_cpu(const Tensor& x, const Tensor& packed, const Tensor& scale,
                                    const Tensor& shift, const OptionalTensor& residual,
                                    IntArrayRef weight_shape, IntArrayRef stride,
                                    IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                   bool relu, bool winograd);
+                                   Activation activation, bool winograd);
 
 }  // namespace fr

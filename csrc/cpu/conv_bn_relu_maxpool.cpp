@@ -27,10 +27,10 @@ Tensor conv_bn_relu_maxpool_cpu(const Tensor& x, const Tensor& weight,
                                 const Tensor& var, IntArrayRef stride, IntArrayRef padding,
                                 IntArrayRef dilation, int64_t groups, double eps,
                                 IntArrayRef pool_kernel, IntArrayRef pool_stride,
-                                IntArrayRef pool_padding) {
+                                IntArrayRef pool_padding, Activation activation) {
   const char* op = "conv_bn_relu_maxpool";
   ConvCall call = prepare(op, x, weight, conv_bias, bn_weight, bn_bias, mean, var, std::nullopt,
-                          {stride, padding, dilation, groups}, eps, true);
+                          {stride, padding, dilation, groups}, eps, activation);
   return run(op, call, pool_kernel, pool_stride, pool_padding)
       .contiguous(x.suggest_memory_format());
 }
@@ -40,10 +40,10 @@ Tensor conv_bn_relu_maxpool_packed_cpu(const Tensor& x, const Tensor& packed, co
                                        IntArrayRef stride, IntArrayRef padding,
                                        IntArrayRef dilation, int64_t groups,
                                        IntArrayRef pool_kernel, IntArrayRef pool_stride,
-                                       IntArrayRef pool_padding) {
+                                       IntArrayRef pool_padding, Activation activation) {
   const char* op = "conv_bn_relu_maxpool_packed";
   ConvCall call = prepare_packed(op, x, packed, scale, shift, std::nullopt, weight_shape,
-                                 {stride, padding, dilation, groups}, true);
+                                 {stride, padding, dilation, groups}, activation);
   return run(op, call, pool_kernel, pool_stride, pool_padding);
 }
 

@@ -23,7 +23,16 @@ constexpr int64_t kNearWeights = 256 * 1024;
 // transform of the weights, and tiles read from the L3 cache cost little more than from the L2.
 constexpr int64_t kWinogradBytes = 4 * 1024 * 1024;
 
+// Elements of a share of the pass that applies an activation.
+constexpr int64_t kActivatedElements = 32 * 1024;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The activation that a convolution's kernel applies. Each that the kernels had of their own would
+// be another instance of every microkernel; any but ReLU is a pass over the result instead.
+Activation in_kernel(Activation activation) {
+  return activation == Activation::kReLU ? activation : Activation::kNone;
+}
 
 // The block size for `count` items in blocks of at most `most`: of the sizes from most / 2 to most,
 // the largest that minimises the work of the busiest thread. Threads get equal numbers of blocks.
@@ -220,12 +229,22 @@ const char* ConvAlgorithm::name() const {
 }
 
 void run_conv(ThreadTeam& team, DType dtype, const ConvForward& f, ConvAlgorithm algorithm) {
-  if (f.shape.n == 0) return;
+  const ConvShape& s = f.shape;
+  if (s.n == 0) return;
+  ConvForward part = f;
+  part.activation = in_kernel(f.activation);
   if (algorithm.winograd != nullptr) {
-    run_winograd(team, *algorithm.winograd, f, kernels().winograd_panel);
+    run_winograd(team, *algorithm.winograd, part, kernels().winograd_panel);
   } else {
-    run_direct(team, dtype, f);
+    run_direct(team, dtype, part);
   }
+  if (f.activation == part.activation) return;
+  const int64_t numel = s.n * s.out_h() * s.out_w() * s.k;
+  const auto activate = kernels().of[dtype].activate;
+  team.parallel_for(ceil_div(numel, kActivatedElements), 1, [&](int64_t begin, int64_t end) {
+    activate(f.activation, f.y, begin * kActivatedElements,
+             std::min(end * kActivatedElements, numel));
+  });
 }
 
 void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, const PoolForward& pool,
@@ -240,6 +259,7 @@ void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, cons
   const int64_t rows = block_size(pool.out_h(), kBlockBytes / (row_bytes * pool.stride_h),
                                   ceil_div(team.size(), s.n));
   const int64_t per_image = ceil_div(pool.out_h(), rows);
+  const auto pool_rows = f.activation == Activation::kReLU ? k.max_pool_after_relu : k.max_pool;
   team.parallel_for(s.n * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch, rows_between;
     const int64_t most_rows = std::min((rows - 1) * pool.stride_h + pool.kernel_h, pool.h);
@@ -257,6 +277,7 @@ void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, cons
       if (kept > 0) std::memmove(map, map + (row0 - first) * row_bytes, kept * row_bytes);
       const ConvBlock block{n, n + 1, row0 + kept, row1, 0, s.out_w(), 0, panels};
       ConvForward part = f;
+      part.activation = in_kernel(f.activation);
       part.y = map + kept * row_bytes;
       part.y_first = (n * s.out_h() + block.row0) * s.out_w();
       if (block.row0 < block.row1)
@@ -264,7 +285,11 @@ void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, cons
       p.x = map;
       p.x_first = row0;
       p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;
-      k.max_pool_after_relu(p);
+      pool_rows(p);
+      // Behind the pool, where there is less: activations do not change an order.
+      const int64_t line = pool.out_w() * pool.c;
+      if (f.activation != part.activation)
+        k.activate(f.activation, p.y, p.row0 * line, p.row1 * line);
     }
   });
 }

@@ -32,7 +32,7 @@ class Checker {
     step.operation = static_cast<Operation>(at(kOperation));
     step.input = at(kInput);
     step.residual = takes_residual() ? at(kResidual) : -1;
-    step.relu = at(kActivation) == 1;
+    step.activation = static_cast<Activation>(at(kActivation));
     program_.values.push_back(result(step));
     program_.steps.push_back(step);
   }
@@ -70,8 +70,9 @@ class Checker {
     check_value("input", at(kInput));
     if (takes_residual() && (at(kResidual) != -1 || at(kOperation) == kAddRelu))
       check_value("residual", at(kResidual));
-    FR_CHECK_VALUE(at(kActivation) == 0 || at(kActivation) == 1, op_,
-                   ": activation: expected 0 or 1, got ", at(kActivation));
+    FR_CHECK_VALUE(at(kActivation) >= 0 && at(kActivation) < kNumActivations, op_,
+                   ": activation: expected an int from 0 to ", kNumActivations - 1, ", got ",
+                   at(kActivation));
     FR_CHECK_VALUE(at(kCeilMode) == 0 || at(kCeilMode) == 1, op_,
                    ": ceil_mode: expected 0 or 1, got ", at(kCeilMode));
   }
@@ -124,7 +125,7 @@ class Checker {
     f.packed = data(*packed);
     f.scale = data(*scale);
     f.shift = data(*shift);
-    f.relu = step.operation == kConvMaxPool || step.relu;
+    f.activation = step.activation;
     step.weight_bytes = static_cast<int64_t>(packed->nbytes());
     const MapSizes y{x.n, f.shape.k, f.shape.out_h(), f.shape.out_w(), false};
     if (step.residual >= 0) check_residual(step, y);
@@ -168,7 +169,7 @@ class Checker {
     check_same(op_, "weight", *weight, {k, x.c}, like_);
     check_same(op_, "bias", *bias, {k}, like_);
     check_numel(op_, "result", {k, x.n});
-    step.linear = {x.c, k, nullptr, data(*weight), data(*bias), nullptr, step.relu};
+    step.linear = {x.c, k, nullptr, data(*weight), data(*bias), nullptr, step.activation};
     step.weight_bytes = static_cast<int64_t>(weight->nbytes());
     return {x.n, k, 1, 1, true};
   }

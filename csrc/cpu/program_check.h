@@ -26,7 +26,7 @@ struct MapSizes {
 struct Step {
   Operation operation;
   int64_t input, residual;  // values; no residual: -1
-  bool relu;
+  Activation activation;
   int64_t weight_bytes = 0;
 
   ConvForward conv{};

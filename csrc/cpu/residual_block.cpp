@@ -16,12 +16,12 @@ namespace {
 // The steps of a block and their tensors.
 class BlockSteps {
  public:
-  BlockSteps(const Block& block, bool winograd) {
+  BlockSteps(const Block& block, bool winograd, Activation activation) {
     int64_t h = 0, residual = 0;
-    if (block.shortcut) residual = conv(*block.shortcut, 0, -1, false, winograd);
+    if (block.shortcut) residual = conv(*block.shortcut, 0, -1, Activation::kNone, winograd);
     for (size_t i = 0; i + 1 < block.convs.size(); ++i)
-      h = conv(block.convs[i], h, -1, true, winograd);
-    conv(block.convs.back(), h, residual, true, winograd);
+      h = conv(block.convs[i], h, -1, activation, winograd);
+    conv(block.convs.back(), h, residual, activation, winograd);
   }
 
   Tensor run(const Tensor& x) const {
@@ -33,14 +33,15 @@ class BlockSteps {
   std::vector<Tensor> tensors_;
 
   // Adds a step and returns its value.
-  int64_t conv(const BlockConv& c, int64_t input, int64_t residual, bool relu, bool winograd) {
+  int64_t conv(const BlockConv& c, int64_t input, int64_t residual, Activation activation,
+               bool winograd) {
     steps_.resize(steps_.size() + kNumFields, 0);
     int64_t* const fields = steps_.data() + steps_.size() - kNumFields;
     fields[kOperation] = kConv;
     fields[kInput] = input;
     fields[kResidual] = residual;
     fields[kTensor] = static_cast<int64_t>(tensors_.size());
-    fields[kActivation] = relu;
+    fields[kActivation] = static_cast<int64_t>(activation);
     fields[kKernelH] = c.weight_shape[2];
     fields[kKernelW] = c.weight_shape[3];
     std::copy(c.stride.begin(), c.stride.end(), fields + kStrideH);
@@ -57,11 +58,12 @@ class BlockSteps {
 // The two unnamed arguments are for devices that add two convolutions in one kernel.
 Tensor residual_block_cpu(const Tensor& x, TensorList packed, TensorList scale, TensorList shift,
                           const OptionalTensor&, const OptionalTensor&, bool bottleneck,
-                          int64_t stride, int64_t dilation, int64_t groups, bool winograd) {
+                          int64_t stride, int64_t dilation, int64_t groups, bool winograd,
+                          Activation activation) {
   check_map("residual_block", "x", x);
   const Block block =
       decompose(x.size(1), packed, scale, shift, bottleneck, stride, dilation, groups);
-  return BlockSteps(block, winograd).run(x);
+  return BlockSteps(block, winograd, activation).run(x);
 }
 
 }  // namespace

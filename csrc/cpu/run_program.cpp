@@ -87,7 +87,7 @@ class Execution {
       }
       default:
         return run_add_relu(team, p.dtype, images * input.image_numel(),
-                            {x, residual, y, step.relu});
+                            {x, residual, y, step.activation});
     }
   }
 };

@@ -2,6 +2,7 @@
 // and for packs of 16 bytes, the widest access of one memory instruction.
 #pragma once
 
+#include "../activation.h"
 #include "device.cuh"
 
 namespace fr {
@@ -53,7 +54,15 @@ FR_DEVICE void store_pack(T* to, const float (&values)[kPack<T>]) {
   *reinterpret_cast<uint4*>(to) = pack.bits;
 }
 
-// Propagates NaN, as torch.relu does.
-FR_DEVICE float relu(float v) { return v < 0.0f ? 0.0f : v; }
+// NaN passes, as in PyTorch.
+FR_DEVICE float activate(Activation activation, float v) {
+  if (activation == Activation::kReLU) return v < 0.0f ? 0.0f : v;
+  return v;
+}
+
+// Whether an activation changes the gradient where its argument, or its result, is `at`; and the
+// gradient there.
+FR_DEVICE bool changes_gradient(Activation, float at) { return at <= 0.0f; }
+FR_DEVICE float changed_gradient(Activation, float) { return 0.0f; }
 
 }  // namespace fr

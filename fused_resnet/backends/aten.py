@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import composed_block, reference
+from .activation import Activation, activate_
 from .folding import fold
 
 #: The operations that the libraries have; all others are plain PyTorch.
@@ -72,12 +73,13 @@ def conv_bn_add_relu(
     dilation: list[int],
     groups: int,
     eps: float,
-    relu: bool,
+    activation: int,
 ) -> Tensor:
     """:func:`fused_resnet.ops.conv_bn_add_relu` in inference, with the operator's arguments."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     fused = _onednn if x.device.type == "cpu" else _cudnn
     supported = _onednn_supports(x, groups) if x.device.type == "cpu" else _cudnn_supports(weight)
+    relu = activation == Activation.RELU  # all that the libraries have
     if not (supported and relu and last and x.numel() > 0):
         return reference.conv_bn_add_relu(
             x,
@@ -93,7 +95,7 @@ def conv_bn_add_relu(
             dilation=(dilation[0], dilation[1]),
             groups=groups,
             eps=eps,
-            relu=relu,
+            activation=Activation(activation),
         )
     scale, shift = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, torch.float32)
     folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
@@ -118,11 +120,12 @@ def conv_bn_relu_maxpool(
     pool_kernel: list[int],
     pool_stride: list[int],
     pool_padding: list[int],
+    activation: int = Activation.RELU,
 ) -> Tensor:
     """:func:`conv_bn_add_relu` followed by PyTorch's max-pool."""
     y = conv_bn_add_relu(
         x, weight, conv_bias, bn_weight, bn_bias, mean, var, None, stride, padding, dilation,
-        groups, eps, True,
+        groups, eps, activation,
     )  # fmt: skip
     return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
 
@@ -138,7 +141,7 @@ def conv_bn_add_relu_packed(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    relu: bool,
+    activation: int,
     winograd: bool = False,
 ) -> Tensor:
     """:func:`fused_resnet.ops.conv_bn_add_relu_packed` on CUDA, with the operator's arguments."""
@@ -148,14 +151,12 @@ def conv_bn_add_relu_packed(
     bias = shift.to(x.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = (list(stride), list(padding), list(dilation), groups)
-    if relu and x.numel() > 0 and _cudnn_supports(folded):
+    if activation == Activation.RELU and x.numel() > 0 and _cudnn_supports(folded):
         return _cudnn(x, folded, bias, residual, *geometry)
     y = F.conv2d(x, folded, bias, *geometry)
     if residual is not None:
         y += residual
-    if relu:
-        y.relu_()
-    return y.contiguous(memory_format=torch.channels_last)
+    return activate_(y, activation).contiguous(memory_format=torch.channels_last)
 
 
 def conv_bn_relu_maxpool_packed(
@@ -171,10 +172,11 @@ def conv_bn_relu_maxpool_packed(
     pool_kernel: list[int],
     pool_stride: list[int],
     pool_padding: list[int],
+    activation: int = Activation.RELU,
 ) -> Tensor:
     """:func:`conv_bn_add_relu_packed` followed by PyTorch's max-pool."""
     geometry = (stride, padding, dilation, groups)
-    y = conv_bn_add_relu_packed(x, packed, scale, shift, None, weight_shape, *geometry, True)
+    y = conv_bn_add_relu_packed(x, packed, scale, shift, None, weight_shape, *geometry, activation)
     return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
 
 
@@ -190,11 +192,12 @@ def residual_block(
     dilation: int,
     groups: int,
     winograd: bool,
+    activation: int = Activation.RELU,
 ) -> Tensor:
     """A frozen block by one :func:`conv_bn_add_relu_packed` for each of its convolutions."""
     geometry = (bottleneck, stride, dilation, groups)
     return composed_block.residual_block(
-        conv_bn_add_relu_packed, x, packed, scale, shift, *geometry
+        conv_bn_add_relu_packed, x, packed, scale, shift, *geometry, activation
     )
 
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import _unsafe_preserve_version_counter
 
 from . import reference_training as reference
+from .activation import activate, activate_, gradient
 
 #: The primitives that are here.
 OPERATIONS = (
@@ -39,10 +39,13 @@ _AXES = (0, 2, 3)
 
 def _primitive(compute: Callable[[Any], Any]) -> Callable[..., Any]:
     """A primitive that has its arguments by name, in the order that its reference gives them."""
-    names = tuple(inspect.signature(getattr(reference, compute.__name__)).parameters)
+    parameters = inspect.signature(getattr(reference, compute.__name__)).parameters
+    # The dispatcher leaves out a last argument that has its default.
+    defaults = {p.name: p.default for p in parameters.values() if p.default is not p.empty}
+    names = tuple(parameters)
 
     def call(*arguments: Any) -> Any:
-        return compute(SimpleNamespace(**dict(zip(names, arguments, strict=True))))
+        return compute(SimpleNamespace(**defaults | dict(zip(names, arguments, strict=False))))
 
     return call
 
@@ -65,7 +68,7 @@ def conv_forward(o: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The prologue as a map of its own, PyTorch's convolution, and one pass for the statistics."""
     x = _channels_last(o.x)
     if o.x_scale is not None and o.x_shift is not None:
-        x = _affine(x, o.x_scale, o.x_shift).relu_().to(x.dtype)
+        x = activate_(_affine(x, o.x_scale, o.x_shift), o.activation).to(x.dtype)
     z = torch.ops.aten.convolution(
         x, o.weight, None, o.stride, o.padding, o.dilation, False, [0, 0], o.groups
     )
@@ -86,17 +89,14 @@ def block_end(o: Any) -> Tensor:
         y += _affine(o.shortcut, o.shortcut_scale, o.shortcut_shift)
     elif o.shortcut is not None:
         y += o.shortcut
-    if o.relu:
-        y.relu_()
-    return y.to(o.z.dtype)
+    return activate_(y, o.activation).to(o.z.dtype)
 
 
 @_primitive
 def block_end_backward(o: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mask, and each sum as a product and a reduction."""
     dy, mean = _channels_last(o.dy), o.mean
-    # Not torch.where with a comparison to zero: a NaN lets the gradient pass, as PyTorch's ReLU.
-    g = dy if o.y is None else dy.masked_fill(o.y <= 0, 0)
+    g = dy if o.y is None else gradient(dy, o.y, o.activation)
     none = mean.new_empty(0)
     sum_g, sum_g_xc, sum_g_shortcut = none, none.clone(), none.clone()
     if o.sums:
@@ -119,7 +119,7 @@ def conv_backward(o: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     v = p = None
     if o.x_scale is not None and o.x_shift is not None:
         v = _affine(x, o.x_scale, o.x_shift)
-        p = F.relu(v).to(x.dtype)
+        p = activate(v, o.activation).to(x.dtype)
     g_x, dw, _ = torch.ops.aten.convolution_backward(
         dz, x if p is None else p, o.weight, None, o.stride, o.padding, o.dilation, False, [0, 0],
         o.groups, [o.need_input, o.need_weight, False],
@@ -129,7 +129,7 @@ def conv_backward(o: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if o.need_input:
         g_x = _channels_last(g_x)
         if v is not None:
-            g_x = g_x.masked_fill(v <= 0, 0)
+            g_x = gradient(g_x, v, o.activation)
         if o.add is not None:
             g_x = g_x + o.add
         if o.sums and o.x_mean is not None:
@@ -155,7 +155,7 @@ def bn_update_running(o: Any) -> None:
 @_primitive
 def stem_end(o: Any) -> tuple[Tensor, Tensor]:
     """PyTorch's max-pool, its flat indices turned into places in their windows."""
-    v = _affine(_channels_last(o.z), o.scale, o.shift).relu_().to(o.z.dtype)
+    v = activate_(_affine(_channels_last(o.z), o.scale, o.shift), o.activation).to(o.z.dtype)
     y, flat = torch.ops.aten.max_pool2d_with_indices(v, o.kernel, o.stride, o.padding)
     top, left = reference.window_corners(y, o.stride, o.padding)
     width = o.z.shape[3]
@@ -172,7 +172,7 @@ def stem_end_backward(o: Any) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.ops.aten.max_pool2d_with_indices_backward(
         _channels_last(o.dy), z, o.kernel, o.stride, o.padding, [1, 1], False, _channels_last(flat)
     )
-    g = _channels_last(g).masked_fill(_affine(z, o.scale, o.shift) <= 0, 0)
+    g = gradient(_channels_last(g), _affine(z, o.scale, o.shift), o.activation)
     none = o.mean.new_empty(0)
     if not o.sums:
         return g, none, none.clone()

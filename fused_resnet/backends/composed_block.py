@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-#: Called with the arguments of the operator ``conv_bn_add_relu_packed``, up to ``relu``.
+from .activation import Activation
+
+#: Called with the arguments of the operator ``conv_bn_add_relu_packed``, up to ``activation``.
 Conv = Callable[..., Tensor]
 
 
@@ -20,12 +22,13 @@ def residual_block(
     stride: int,
     dilation: int,
     groups: int,
+    activation: int = Activation.RELU,
 ) -> Tensor:
     """The formula of :func:`fused_resnet.ops.residual_block`, one convolution at a time.
 
     Args:
         conv: Runs one convolution: ``(x, packed, scale, shift, residual, weight_shape, stride,
-            padding, dilation, groups, relu)``.
+            padding, dilation, groups, activation)``.
         x: Input, ``(N, C, H, W)``.
         packed: Packed filters of each convolution: the main branch's in order, followed by the
             shortcut's if it has one.
@@ -35,6 +38,7 @@ def residual_block(
         stride: Stride of the block in both directions.
         dilation: Distance between the taps of a bottleneck's 3x3 filters.
         groups: Number of independent groups of channels of a bottleneck's 3x3 convolution.
+        activation: Behind each convolution of the main branch.
 
     Returns:
         ``(N, K, OH, OW)``.
@@ -42,17 +46,17 @@ def residual_block(
     own = 3 if bottleneck else 2
     middle = 1 if bottleneck else 0  # the convolution that has the stride
 
-    def run(i: int, h: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def run(i: int, h: Tensor, residual: Tensor | None, act: int) -> Tensor:
         size = 3 if i < own and (i == 1 or not bottleneck) else 1
         g, d = (groups, dilation) if i == middle else (1, 1)
         s, p = stride if i in (middle, own) else 1, d * (size // 2)
         shape = (scale[i].shape[0], h.shape[1] // g, size, size)
         return conv(
-            h, packed[i], scale[i], shift[i], residual, shape, (s, s), (p, p), (d, d), g, relu
+            h, packed[i], scale[i], shift[i], residual, shape, (s, s), (p, p), (d, d), g, act
         )
 
-    residual = run(own, x, None, False) if len(packed) > own else x
+    residual = run(own, x, None, Activation.NONE) if len(packed) > own else x
     h = x
     for i in range(own - 1):
-        h = run(i, h, None, True)
-    return run(own - 1, h, residual, True)
+        h = run(i, h, None, activation)
+    return run(own - 1, h, residual, activation)

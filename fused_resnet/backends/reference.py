@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activation import ActivationLike, activate, choose
+
 IntOrPair = int | tuple[int, int]
 
 
@@ -25,12 +27,13 @@ def bn_add_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
+    activation: ActivationLike = None,
 ) -> Tensor:
     """``relu(batch_norm(x) [+ residual])``, with the arguments of ``ops``."""
     y = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
-    return F.relu(y) if relu else y
+    return activate(y, choose("bn_add_relu", relu, activation))
 
 
 def conv_bn_add_relu(
@@ -51,6 +54,7 @@ def conv_bn_add_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
+    activation: ActivationLike = None,
 ) -> Tensor:
     """``relu(batch_norm(conv2d(x, w)) [+ residual])``, with the arguments of ``ops``."""
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
@@ -65,6 +69,7 @@ def conv_bn_add_relu(
         momentum=momentum,
         eps=eps,
         relu=relu,
+        activation=activation,
     )
 
 
@@ -87,6 +92,7 @@ def conv_bn_relu_maxpool(
     pool_kernel: IntOrPair = 3,
     pool_stride: IntOrPair = 2,
     pool_padding: IntOrPair = 1,
+    activation: ActivationLike = None,
 ) -> Tensor:
     """``max_pool2d(relu(batch_norm(conv2d(x, w))))``, with the arguments of ``ops``."""
     y = conv_bn_add_relu(
@@ -104,6 +110,7 @@ def conv_bn_relu_maxpool(
         training=training,
         momentum=momentum,
         eps=eps,
+        activation=activation,
     )
     return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
 
@@ -120,6 +127,7 @@ def conv_affine_add_relu(
     groups: int = 1,
     *,
     relu: bool = True,
+    activation: ActivationLike = None,
 ) -> Tensor:
     """``relu(conv2d(x, w) * scale + shift + residual)``, computed in the dtype of ``scale``.
 
@@ -129,4 +137,4 @@ def conv_affine_add_relu(
     y = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
     if residual is not None:
         y = y + residual
-    return (F.relu(y) if relu else y).to(x.dtype)
+    return activate(y, choose("conv_affine_add_relu", relu, activation)).to(x.dtype)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activation import Activation, activate, gradient
+
 _AXES = (0, 2, 3)
 
 
@@ -21,11 +23,11 @@ def _per_channel(v: Tensor) -> Tensor:
     return v.view(-1, 1, 1)
 
 
-def _prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``relu(x * scale + shift)``; ``x`` itself without a scale."""
+def _prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: int) -> Tensor:
+    """``activation(x * scale + shift)``; ``x`` itself without a scale."""
     if scale is None or shift is None:
         return x
-    return F.relu(x * _per_channel(scale) + _per_channel(shift))
+    return activate(x * _per_channel(scale) + _per_channel(shift), activation)
 
 
 def conv_forward(
@@ -39,6 +41,7 @@ def conv_forward(
     groups: int,
     statistics: bool,
     winograd: bool,
+    activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""A convolution of a map that is normalised while it is read, and its batch statistics.
 
@@ -55,12 +58,13 @@ def conv_forward(
         groups: Number of independent groups of channels.
         statistics: Whether mean and variance are wanted.
         winograd: Not used: which algorithm computes the sums is a backend's choice.
+        activation: Of :math:`p`, here with ReLU.
 
     Returns:
         :math:`z`, ``(N, K, OH, OW)``; its mean and its biased variance, ``(K,)``, empty when they
         are not wanted.
     """
-    p = _prologue(x, x_scale, x_shift)
+    p = _prologue(x, x_scale, x_shift, activation)
     z = F.conv2d(p, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
     if not statistics:
         return z, z.new_empty(0), z.new_empty(0)
@@ -75,9 +79,9 @@ def block_end(
     shortcut: Tensor | None,
     shortcut_scale: Tensor | None,
     shortcut_shift: Tensor | None,
-    relu: bool,
+    activation: int,
 ) -> Tensor:
-    r"""The last batch norm of a block, the shortcut and ReLU.
+    r"""The last batch norm of a block, the shortcut and the activation, here with ReLU.
 
     .. math:: y = \max(0,\; z \cdot \mathrm{scale} + \mathrm{shift} + s)
 
@@ -89,7 +93,7 @@ def block_end(
         shortcut_scale: ``(K,)``: then :math:`s` is the shortcut times this plus its shift, the
             batch norm of a projection; None means the shortcut as it is.
         shortcut_shift: ``(K,)``, there when ``shortcut_scale`` is.
-        relu: False leaves the maximum out.
+        activation: Which; none leaves the maximum out.
 
     Returns:
         :math:`y`, shape of ``z``.
@@ -99,7 +103,7 @@ def block_end(
         if shortcut_scale is not None and shortcut_shift is not None:
             shortcut = shortcut * _per_channel(shortcut_scale) + _per_channel(shortcut_shift)
         y = y + shortcut
-    return F.relu(y) if relu else y
+    return activate(y, activation)
 
 
 def block_end_backward(
@@ -110,26 +114,28 @@ def block_end_backward(
     shortcut: Tensor | None,
     shortcut_mean: Tensor | None,
     sums: bool,
+    activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""The gradient behind the block's ReLU and the sums that the batch norms' gradients need.
+    r"""The gradient in front of a block's activation, and the sums for the batch norms' gradients.
 
     .. math:: g = dy \cdot [y > 0], \quad \sum g, \quad \sum g\,(z - \mu), \quad
         \sum g\,(s - \mu_s)
 
     Args:
         dy: Gradient of ``y``, ``(N, K, H, W)``.
-        y: The block's result; None where it has no ReLU, and then :math:`g` is ``dy``.
+        y: The block's result; None where it has no activation, and then :math:`g` is ``dy``.
         z: Result of the last convolution, shape of ``dy``.
         mean: :math:`\mu`, ``(K,)``, of ``z``.
         shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no such sum.
         shortcut_mean: :math:`\mu_s`, ``(K,)``, there when ``shortcut`` is.
         sums: Whether the sums are wanted.
+        activation: Which, with ``y``.
 
     Returns:
         :math:`g` (empty without ``y``) and the three sums over ``(N, H, W)``, ``(K,)`` each, empty
         when they are not wanted.
     """
-    g = dy if y is None else dy.masked_fill(y <= 0, 0)
+    g = dy if y is None else gradient(dy, y, activation)
     none = mean.new_empty(0)
     totals = [none, none, none]
     if sums:
@@ -160,6 +166,7 @@ def conv_backward(
     need_weight: bool,
     sums: bool,
     winograd: bool,
+    activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Both gradients of :func:`conv_forward`, with the batch norm behind it and the ReLU before.
 
@@ -190,6 +197,7 @@ def conv_backward(
         need_weight: Whether :math:`dw` is wanted.
         sums: Whether the sums are wanted; only with ``x_scale``.
         winograd: Not used: which algorithm computes the sums is a backend's choice.
+        activation: Of :math:`p`, here with ReLU.
 
     Returns:
         :math:`g_x`, :math:`dw` in the strides of ``weight``, :math:`\sum g_x` and
@@ -199,13 +207,13 @@ def conv_backward(
     if z is not None and b is not None and c is not None:
         dz = dz + z * _per_channel(b) + _per_channel(c)
     with torch.enable_grad():
-        p = _prologue(x, x_scale, x_shift).detach().requires_grad_()
+        p = _prologue(x, x_scale, x_shift, activation).detach().requires_grad_()
         w = weight.detach().requires_grad_()
         out = F.conv2d(p, w, None, tuple(stride), tuple(padding), tuple(dilation), groups)
         g_x, dw = torch.autograd.grad(out, (p, w), dz)
     if x_scale is not None and x_shift is not None:
         v = x * _per_channel(x_scale) + _per_channel(x_shift)
-        g_x = g_x.masked_fill(v <= 0, 0)
+        g_x = gradient(g_x, v, activation)
     if add is not None:
         g_x = g_x + add
     none = a.new_empty(0)
@@ -319,6 +327,7 @@ def stem_end(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor]:
     r"""Batch norm, ReLU and max-pool behind the stem's convolution.
 
@@ -331,12 +340,13 @@ def stem_end(
         kernel: Window of the pool, ``(height, width)``, at most 255 places.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
+        activation: In the place of ReLU.
 
     Returns:
         :math:`y`, ``(N, K, PH, PW)``, and as ``uint8`` the place of the first largest value in its
         window, row by row.
     """
-    v = F.relu(z * _per_channel(scale) + _per_channel(shift))
+    v = activate(z * _per_channel(scale) + _per_channel(shift), activation)
     y, flat = F.max_pool2d(v, tuple(kernel), tuple(stride), tuple(padding), return_indices=True)
     row, column = flat // z.shape[3], flat % z.shape[3]
     top, left = window_corners(y, stride, padding)
@@ -354,6 +364,7 @@ def stem_end_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     sums: bool,
+    activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The gradient of :func:`stem_end` behind its batch norm, and that batch norm's sums.
 
@@ -368,6 +379,7 @@ def stem_end_backward(
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
         sums: Whether the sums are wanted.
+        activation: In the place of ReLU.
 
     Returns:
         :math:`g`, shape of ``z``; :math:`\sum g` and :math:`\sum g (z - \mu)`, ``(K,)`` each, empty
@@ -380,7 +392,7 @@ def stem_end_backward(
     g = dy.new_zeros(n, k, height * width)
     g = g.scatter_add(2, flat.flatten(2), dy.flatten(2)).view(n, k, height, width)
     v = z * _per_channel(scale) + _per_channel(shift)
-    g = g.masked_fill(v <= 0, 0)
+    g = gradient(g, v, activation)
     none = mean.new_empty(0)
     if not sums:
         return g, none, none

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from ..backends.activation import Activation
 from ..fusion.trace.aliasing import Aliases
 from ..fusion.trace.errors import Untraceable
-from ..fusion.trace.patterns import addition, is_relu_function
+from ..fusion.trace.patterns import activation_at, addition
 from ..nn.module_kinds import is_hooked
 from ..ops.program_steps import Step
 from .frozen_conv import FrozenConv
@@ -179,8 +180,9 @@ class _Lowering:
                 return False
             if isinstance(child, FrozenConv):
                 return self._take_convolution(node, child)
-        if is_relu_function(node) or is_layer(self.module, node, nn.ReLU):
-            return self._take_relu(node)
+        activation = activation_at(self.module, node)
+        if activation:
+            return self._take_activation(node, activation)
         if node.op == "call_function" and self._take_zero_padding(node):
             return True
         layer = layer_of(self.module, node)
@@ -235,7 +237,7 @@ class _Lowering:
         pending = self.state.get(node)
         if not isinstance(pending, Pending) or self.readers[node] != 1:
             return False
-        return pending.residual is None and not pending.step.relu
+        return pending.residual is None and not pending.step.activation
 
     def _peek(self, node: fx.Node) -> Value | None:
         """The value of a node, whose index is not known yet while it is pending."""
@@ -258,16 +260,19 @@ class _Lowering:
         size = segment.sizes[pending.source.number]
         return pending.step.out_channels, size_behind(size, pending.step)
 
-    def _take_relu(self, node: fx.Node) -> bool:
+    def _take_activation(self, node: fx.Node, activation: Activation) -> bool:
         source = self._origin(node.args[0])  # type: ignore[arg-type]
         pending = self.state.get(source)
-        if isinstance(pending, Pending) and self.readers[source] == 1 and not pending.step.relu:
-            self.state[node] = pending._replace(step=pending.step._replace(relu=True))
+        if self.readers[source] != 1:
+            return False
+        if isinstance(pending, Pending) and not pending.step.activation:
+            step = pending.step._replace(activation=activation)
+            self.state[node] = pending._replace(step=step)
             return True
-        if isinstance(pending, Value) and pending.number and self.readers[source] == 1:
+        if isinstance(pending, Value) and pending.number:
             steps, i = self._segment(pending.root).steps, pending.number - 1
-            if steps[i].operation == "add_relu" and not steps[i].relu:
-                steps[i] = steps[i]._replace(relu=True)
+            if steps[i].operation == "add_relu" and not steps[i].activation:
+                steps[i] = steps[i]._replace(activation=activation)
                 self.state[node] = pending
                 return True
         return False
@@ -277,7 +282,7 @@ class _Lowering:
         state = self.state.get(source)
         if kind == "max_pool" and isinstance(state, Pending) and self.readers[source] == 1:
             plain = state.residual is None and not settings["ceil_mode"]
-            if state.step.relu and plain:
+            if state.step.activation and plain:
                 names = ("kernel", "stride", "padding")
                 pool = {f"pool_{name}": settings[name] for name in names}
                 step = state.step._replace(operation="conv_max_pool", **pool)

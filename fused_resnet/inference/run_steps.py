@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.activation import activate_
 from ..ops import packed as packed_ops
 from ..ops.program_steps import Step
 from .step_blocks import BlockSteps, block_operands, blocks_of
@@ -130,9 +131,10 @@ def run_step(step: Step, operands: Sequence[Tensor], values: dict[int, Tensor]) 
             "padding": step.padding,
             "dilation": step.dilation,
             "groups": step.groups,
+            "activation": step.activation,
         }
         if step.operation == "conv":
-            settings |= {"relu": step.relu, "winograd": step.winograd}
+            settings["winograd"] = step.winograd
             weight, scale, shift = operands
             return packed_ops.conv_bn_add_relu_packed(x, weight, scale, shift, residual, **settings)
         pool = ("pool_kernel", "pool_stride", "pool_padding")
@@ -150,5 +152,4 @@ def run_step(step: Step, operands: Sequence[Tensor], values: dict[int, Tensor]) 
         subsampled = x[:, :, :: step.stride[0], :: step.stride[1]]
         return F.pad(subsampled, (0, 0, 0, 0, step.zeros, step.zeros))
     assert residual is not None  # add_relu
-    total = x + residual
-    return total.relu_() if step.relu else total
+    return activate_(x + residual, step.activation)

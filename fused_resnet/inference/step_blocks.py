@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.activation import Activation
 from ..ops.program_steps import Step
 
 
@@ -51,24 +52,25 @@ def blocks_of(steps: Sequence[Step]) -> dict[int, BlockSteps]:
 
 def _block_that_ends(steps: Sequence[Step], last: int, uses: Counter[int]) -> BlockSteps | None:
     end = steps[last]
-    if end.residual < 0 or not end.relu:
+    if end.residual < 0 or not end.activation:
         return None
 
-    def before(value: int, relu: bool) -> int:
+    def before(value: int, activation: Activation) -> int:
         """The convolution that makes a value which nothing else reads; -1 for none."""
         step = steps[value - 1] if value > 0 else end
-        plain = step.operation == "conv" and step.residual < 0 and step.relu is relu
+        plain = step.operation == "conv" and step.residual < 0
+        plain = plain and step.activation == activation
         return value - 1 if plain and uses[value] == 1 else -1
 
     convs = [last]
-    while len(convs) < 3 and (previous := before(steps[convs[0]].input, True)) >= 0:
+    while len(convs) < 3 and (previous := before(steps[convs[0]].input, end.activation)) >= 0:
         convs.insert(0, previous)
     for own in (3, 2):
         if len(convs) < own:
             continue
         chain = tuple(convs[-own:])
         start = steps[chain[0]].input
-        shortcut = before(end.residual, False)
+        shortcut = before(end.residual, Activation.NONE)
         if end.residual == start:
             block = BlockSteps(start, chain, own, last)
         elif shortcut >= 0 and steps[shortcut].input == start:
@@ -126,6 +128,7 @@ def block_operands(
         middle.dilation[0],
         middle.groups,
         all(steps[i].winograd for i in block.convs),
+        steps[block.last].activation,
     )
 
 

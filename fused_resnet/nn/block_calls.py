@@ -66,7 +66,8 @@ def run_residual_block(
         return None
     if not (any(map(uses_batch_statistics, norms)) or _wants_grad(x, convs, norms)):
         return None
-    if not decide_residual_block(convs, norms, acts, others).operation:
+    decision = decide_residual_block(convs, norms, acts, others)
+    if not decision.operation:
         return None
     if len(convs) > len(acts):
         shortcut = "projection"
@@ -83,6 +84,7 @@ def run_residual_block(
         tuple(layers),
         shortcut,
         zeros,
+        decision.activation,
         recompute=getattr(owner, "fused_resnet_recompute", False),
         winograd=getattr(owner, "fused_resnet_winograd", True),
         backend=backend,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..backends.activation import ActivationLike, choose
 from .fused_forward import BasicBlockForward, BottleneckForward
 from .layers import NormLayer
+from .module_kinds import activation_module
 
 
 def conv3x3(
@@ -51,6 +53,8 @@ class BasicBlock(BasicBlockForward):
         dilation: Distance between the filters' taps; only 1 is supported.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
+        activation: Behind each convolution but the shortcut's, ``"none"`` or ``"relu"``; None for
+            ReLU.
 
     Raises:
         ValueError: ``groups``, ``base_width`` or ``dilation`` has an unsupported value.
@@ -71,6 +75,8 @@ class BasicBlock(BasicBlockForward):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        *,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__()
         for name, value, only in (
@@ -83,7 +89,7 @@ class BasicBlock(BasicBlockForward):
         norm_layer = norm_layer or nn.BatchNorm2d
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn1 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = activation_module(choose(type(self).__name__, True, activation))
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm_layer(planes)
         self.downsample = downsample
@@ -108,6 +114,8 @@ class Bottleneck(BottleneckForward):
         dilation: Distance between the taps of the 3x3 filters.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
+        activation: Behind each convolution but the shortcut's, ``"none"`` or ``"relu"``; None for
+            ReLU.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 right; the stride
@@ -126,6 +134,8 @@ class Bottleneck(BottleneckForward):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        *,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -136,6 +146,6 @@ class Bottleneck(BottleneckForward):
         self.bn2 = norm_layer(width)
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = activation_module(choose(type(self).__name__, True, activation))
         self.downsample = downsample
         self.stride = stride

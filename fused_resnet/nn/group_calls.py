@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends.activation import Activation
 from ..ops.training_reference import count_batch
 from .groups import Decision, decide_conv_bn, decide_norm, decide_run
 from .module_kinds import (
@@ -46,7 +47,7 @@ def conv_bn(
     Args:
         conv: The convolution.
         bn: The batch norm.
-        act: The activation; None for none. Any module is allowed, only ReLU is fused.
+        act: The activation; None for none. Any module is allowed, not all are fused.
         x: Input, ``(N, C, H, W)``.
         residual: Tensor of the result's shape; None for none.
         add: Adds the residual where no operation does.
@@ -62,7 +63,7 @@ def conv_bn(
     if residual is not None and not result_fits(conv, x, residual):
         return _one_by_one(bn, act, conv(x), residual, add)
     assert isinstance(conv, nn.Conv2d)
-    y = _conv_bn_add_relu(conv, bn, x, residual, decision.relu)
+    y = _conv_bn_add_relu(conv, bn, x, residual, decision.activation)
     return _apply_unfused_activation(decision, bn, act, y)
 
 
@@ -77,7 +78,7 @@ def norm_add_act(
 
     Args:
         bn: The batch norm.
-        act: The activation; None for none. Any module is allowed, only ReLU is fused.
+        act: The activation; None for none. Any module is allowed, not all are fused.
         x: Input, ``(N, C, H, W)``.
         residual: Tensor of ``x``'s shape; None for none.
         add: Adds the residual where no operation does.
@@ -90,7 +91,7 @@ def norm_add_act(
     if not decision.operation or is_observed(x) or x.dim() != 4 or not fits:
         return _one_by_one(bn, act, x, residual, add)
     return _apply_unfused_activation(
-        decision, bn, act, _bn_add_relu(bn, x, residual, decision.relu)
+        decision, bn, act, _bn_add_relu(bn, x, residual, decision.activation)
     )
 
 
@@ -98,7 +99,7 @@ def _apply_unfused_activation(
     decision: Decision, bn: nn.Module, act: nn.Module | None, y: Tensor
 ) -> Tensor:
     """Apply the activation to an operation's result, unless the operation did."""
-    if decision.relu:
+    if decision.activation:
         return y
     unfused = act if act is not None else inner_activation(bn)
     return activate(unfused, y)
@@ -135,13 +136,13 @@ def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         if not decision.operation:
             x = first(x)
         elif decision.operation == "bn_add_relu":
-            x = _bn_add_relu(first, x, None, True)
+            x = _bn_add_relu(first, x, None, decision.activation)
         elif decision.operation == "conv_bn_relu_maxpool":
             assert isinstance(first, nn.Conv2d)
-            x = _conv_bn_relu_maxpool(first, following[0], following[-1], x)
+            x = _conv_bn_relu_maxpool(first, following[0], following[-1], x, decision.activation)
         else:
             assert isinstance(first, nn.Conv2d)
-            x = _conv_bn_add_relu(first, following[0], x, None, decision.relu)
+            x = _conv_bn_add_relu(first, following[0], x, None, decision.activation)
         at += decision.length
     return x
 
@@ -149,15 +150,18 @@ def run_sequence(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
 # The arguments of an operation, taken from modules
 
 
-def bn_add_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``relu(bn(x) [+ residual])`` with the parameters, statistics and mode of ``bn``.
+def bn_add_relu(
+    bn: nn.Module, x: Tensor, residual: Tensor | None, activation: Activation
+) -> Tensor:
+    """``activation(bn(x) [+ residual])`` with the parameters, statistics and mode of ``bn``.
 
     Args:
         bn: Any batch norm; its class and hooks are not checked, since the module itself calls this.
         x: Input, ``(N, C, H, W)``.
         residual: Tensor of ``x``'s shape and dtype; None for none.
+        activation: Which.
     """
-    return _bn_add_relu(bn, x, residual, True)
+    return _bn_add_relu(bn, x, residual, activation)
 
 
 def norm_arguments(bn: Any) -> dict[str, Any]:
@@ -195,30 +199,35 @@ def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     }
 
 
-def _bn_add_relu(bn: nn.Module, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    return ops.bn_add_relu(x, residual=residual, relu=relu, **norm_arguments(bn))
+def _bn_add_relu(
+    bn: nn.Module, x: Tensor, residual: Tensor | None, activation: Activation
+) -> Tensor:
+    return ops.bn_add_relu(x, residual=residual, activation=activation, **norm_arguments(bn))
 
 
 def _conv_bn_add_relu(
-    conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None, relu: bool
+    conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None, activation: Activation
 ) -> Tensor:
     return ops.conv_bn_add_relu(
         x,
         conv.weight,
         residual=residual,
-        relu=relu,
+        activation=activation,
         **conv_arguments(conv),
         **norm_arguments(bn),
     )
 
 
-def _conv_bn_relu_maxpool(conv: nn.Conv2d, bn: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+def _conv_bn_relu_maxpool(
+    conv: nn.Conv2d, bn: nn.Module, pool: nn.Module, x: Tensor, activation: Activation
+) -> Tensor:
     return ops.conv_bn_relu_maxpool(
         x,
         conv.weight,
         pool_kernel=pool.kernel_size,  # type: ignore[arg-type]
         pool_stride=pool.stride,  # type: ignore[arg-type]
         pool_padding=pool.padding,  # type: ignore[arg-type]
+        activation=activation,
         **conv_arguments(conv),
         **norm_arguments(bn),
     )

@@ -1,9 +1,9 @@
 """Groups: which modules one operation runs, and why the others are not fused.
 
 A *group* is a sequence of modules that one operation computes: convolution, batch norm, the
-residual add and ReLU, and a max-pool in the stem. The decision is made here only: the forwards of
-:mod:`.group_calls` act on it and :func:`fused_resnet.report` shows it, so the two can't disagree.
-Decisions read the modules at every call and are not cached, so they can't go stale.
+residual add and an activation, and a max-pool in the stem. The decision is made here only: the
+forwards of :mod:`.group_calls` act on it and :func:`fused_resnet.report` shows it, so the two can't
+disagree. Decisions read the modules at every call and are not cached, so they can't go stale.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..backends.activation import Activation
 from .module_kinds import (
+    activation_of,
+    activation_reason,
     conv_reason,
     inner_activation,
     is_hooked,
     is_max_pool,
     is_norm,
-    is_relu,
     norm_reason,
     original_class,
 )
@@ -34,13 +36,13 @@ class Decision(NamedTuple):
         operation: The operation of :mod:`fused_resnet.ops` that computes it; empty when the modules
             are called one by one.
         reason: Why the sequence, or the convolution before a ``bn_add_relu``, is not fused.
-        relu: Whether the operation applies the ReLU.
+        activation: That the operation applies.
         length: Number of modules that the operation replaces.
     """
 
     operation: str
     reason: str = ""
-    relu: bool = False
+    activation: Activation = Activation.NONE
     length: int = 1
 
 
@@ -55,7 +57,7 @@ class Group:
         bn: The batch norm; empty when it is not part of the group. ``conv`` and ``bn`` may also be
             paths of submodules further down.
         pool: The max-pool, when it is part of the group.
-        relu: Whether the operation applies ReLU.
+        activation: That the operation applies.
         foldable: Whether the batch norm may be folded into the convolution, because no other group
             calls either of them.
     """
@@ -65,7 +67,7 @@ class Group:
     conv: str = ""
     bn: str = ""
     pool: str = ""
-    relu: bool = False
+    activation: Activation = Activation.NONE
     foldable: bool = True
 
     @property
@@ -97,8 +99,8 @@ def decide_conv_bn(
         return decision
     reason = conv_reason(conv)
     if reason:
-        return Decision("bn_add_relu", reason, decision.relu)
-    return Decision("conv_bn_add_relu", "", decision.relu)
+        return Decision("bn_add_relu", reason, decision.activation)
+    return Decision("conv_bn_add_relu", "", decision.activation)
 
 
 def decide_norm(bn: nn.Module, act: nn.Module | None, adds: bool = False) -> Decision:
@@ -117,10 +119,10 @@ def decide_norm(bn: nn.Module, act: nn.Module | None, adds: bool = False) -> Dec
         return Decision("", reason)
     inner = inner_activation(bn)
     if inner is None:
-        return Decision("bn_add_relu", "", is_relu(act))
+        return Decision("bn_add_relu", "", activation_of(act))
     if adds or act is not None:
         return Decision("", "an activation inside the batch norm, and one behind it")
-    return Decision("bn_add_relu", "", is_relu(inner))
+    return Decision("bn_add_relu", "", activation_of(inner))
 
 
 def decide_run(members: Sequence[nn.Module], start: int) -> Decision:
@@ -140,18 +142,18 @@ def decide_run(members: Sequence[nn.Module], start: int) -> Decision:
     if end > len(members) or norm_reason(members[end - 1]):
         return Decision("")
     inner = inner_activation(members[end - 1])
-    if inner is not None and not is_relu(inner):
+    activation = activation_of(inner)
+    if inner is not None and not activation:
         return Decision("")
-    relu = inner is not None
-    if not relu and end < len(members) and is_relu(members[end]):
-        relu = True
+    if inner is None and end < len(members) and activation_of(members[end]):
+        activation = activation_of(members[end])
         end += 1
     if unfused:
-        # A batch norm without ReLU has nothing to be fused with: PyTorch runs it.
-        return Decision("bn_add_relu", "", True, end - start) if relu else Decision("")
-    if relu and end < len(members) and is_max_pool(members[end]):
-        return Decision("conv_bn_relu_maxpool", "", True, end + 1 - start)
-    return Decision("conv_bn_add_relu", "", relu, end - start)
+        # A batch norm without an activation has nothing to be fused with: PyTorch runs it.
+        return Decision("bn_add_relu", "", activation, end - start) if activation else Decision("")
+    if activation and end < len(members) and is_max_pool(members[end]):
+        return Decision("conv_bn_relu_maxpool", "", activation, end + 1 - start)
+    return Decision("conv_bn_add_relu", "", activation, end - start)
 
 
 def decide_residual_block(
@@ -176,6 +178,7 @@ def decide_residual_block(
     for module in others:
         if is_hooked(module):
             return Decision("", f"a hook or a replaced forward on the {_name(module)}")
+    activation = Activation.NONE
     for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
         reason = conv_reason(conv) or ("" if group_of(norm) else norm_reason(norm))
         if not reason and conv.bias is not None:
@@ -187,12 +190,17 @@ def decide_residual_block(
         act = acts[i] if i < len(acts) else None
         if inner is not None and (last or act is not None):
             return Decision("", "an activation inside the batch norm in front of the addition")
-        if i < len(acts) and not is_relu(act if inner is None else inner):
-            kind = act if inner is None else inner
+        if i >= len(acts):
+            continue
+        kind = act if inner is None else inner
+        if not activation_of(kind):
             if kind is not None and is_hooked(kind):
                 return Decision("", f"a hook or a replaced forward on the {_name(kind)}")
             return Decision("", f"its activation is {'missing' if kind is None else _name(kind)}")
-    return Decision("residual_block", "", True)
+        if i and activation_of(kind) is not activation:
+            return Decision("", "its activations are not the same")
+        activation = activation_of(kind)
+    return Decision("residual_block", "", activation)
 
 
 def _name(module: nn.Module) -> str:
@@ -215,8 +223,11 @@ def conv_bn_groups(owner: nn.Module, conv: str, bn: str, act: nn.Module | None) 
     if not decision.operation:
         return [Group("", decision.reason, conv, bn)]
     if decision.reason:
-        return [Group("bn_add_relu", bn=bn, relu=decision.relu), Group("", decision.reason, conv)]
-    return [Group(decision.operation, "", conv, bn, relu=decision.relu)]
+        return [
+            Group("bn_add_relu", bn=bn, activation=decision.activation),
+            Group("", decision.reason, conv),
+        ]
+    return [Group(decision.operation, "", conv, bn, activation=decision.activation)]
 
 
 def residual_block_groups(block: nn.Module, count: int) -> list[Group]:
@@ -230,20 +241,19 @@ def residual_block_groups(block: nn.Module, count: int) -> list[Group]:
     relu: nn.Module = block.relu  # type: ignore[assignment]
     for i in range(1, count + 1):
         groups += conv_bn_groups(block, f"conv{i}", f"bn{i}", relu)
-    hooked = hooked_relu_group(relu, "relu")
-    return groups if hooked is None else [*groups, hooked]
+    called = called_activation_group(relu, "relu")
+    return groups if called is None else [*groups, called]
 
 
-def hooked_relu_group(act: nn.Module | None, name: str) -> Group | None:
-    """A ReLU that is called as a module because of a hook, as a group without an operation.
+def called_activation_group(act: nn.Module | None, name: str) -> Group | None:
+    """An activation that is called as a module, because of a hook for example, as a group.
 
     Args:
         act: The activation; None for none.
         name: Its attribute or path.
     """
-    if act is None or not isinstance(act, nn.ReLU) or not is_hooked(act):
-        return None
-    return Group("", f"a hook or a replaced forward on the {original_class(act).__name__}", name)
+    reason = "" if act is None else activation_reason(act)
+    return Group("", reason, name) if reason else None
 
 
 def sequence_groups(modules: Mapping[str, nn.Module]) -> list[Group]:
@@ -264,14 +274,16 @@ def _sequence_groups(names: Sequence[str], members: Sequence[nn.Module]) -> Iter
         if decision.operation == "bn_add_relu":
             if at and isinstance(members[at - 1], nn.Conv2d):
                 yield Group("", conv_reason(members[at - 1]), conv=names[at - 1])
-            yield Group("bn_add_relu", bn=names[at], relu=True)
+            yield Group("bn_add_relu", bn=names[at], activation=decision.activation)
         elif decision.operation:
             has_pool = decision.operation == "conv_bn_relu_maxpool"
             pool = names[at + length - 1] if has_pool else ""
             conv, bn = names[at : at + 2]
-            yield Group(decision.operation, "", conv, bn, pool, decision.relu)
+            yield Group(decision.operation, "", conv, bn, pool, decision.activation)
         elif is_norm(first):
             yield Group("", _unfused_norm_reason(members, at), bn=names[at])
+        elif at and is_norm(members[at - 1]) and activation_reason(first):
+            yield Group("", activation_reason(first), names[at])
         at += length
 
 

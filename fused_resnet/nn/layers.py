@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..backends.activation import Activation, ActivationLike, choose
 from .fused_forward import FusedForward, SequentialForward
 from .group_calls import bn_add_relu, conv_bn, run_sequence
 from .groups import Group, conv_bn_groups, sequence_groups
-from .module_kinds import RELU
+from .module_kinds import FUNCTIONS, activate, activation_module
 
 IntOrPair = int | tuple[int, int]
 NormLayer = Callable[..., nn.Module]
@@ -22,6 +22,8 @@ NormLayer = Callable[..., nn.Module]
 
 class _ConvBN(FusedForward):
     """The children and the constructor of the convolution modules."""
+
+    activation: Activation = Activation.RELU  # of modules that were pickled before it was a choice
 
     def __init__(
         self,
@@ -40,8 +42,10 @@ class _ConvBN(FusedForward):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__()
+        self.activation = choose(type(self).__name__, True, activation)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv: nn.Module = nn.Conv2d(
             in_channels,
@@ -60,7 +64,16 @@ class _ConvBN(FusedForward):
 
     def fused_groups(self) -> list[Group]:
         """The group of the convolution and the batch norm."""
-        return conv_bn_groups(self, "conv", "bn", RELU)
+        return conv_bn_groups(self, "conv", "bn", FUNCTIONS.get(self.activation))
+
+    def extra_repr(self) -> str:
+        """The activation, unless it is ReLU."""
+        return _activation_repr(self.activation)
+
+
+def _activation_repr(activation: Activation) -> str:
+    name = activation.name.lower()
+    return "" if activation is Activation.RELU else f"activation={name}"
 
 
 class ConvBNReLU2d(_ConvBN):
@@ -83,6 +96,7 @@ class ConvBNReLU2d(_ConvBN):
             the batch are used in eval mode too.
         device: Device of the parameters and buffers.
         dtype: Dtype of the parameters and buffers.
+        activation: ``"none"`` or ``"relu"``; None for ReLU.
 
     The children are ``conv`` and ``bn``.
     """
@@ -96,7 +110,7 @@ class ConvBNReLU2d(_ConvBN):
         Returns:
             ``(N, out_channels, OH, OW)``, dtype and memory format of ``x``.
         """
-        return conv_bn(self.conv, self.bn, RELU, x)
+        return conv_bn(self.conv, self.bn, FUNCTIONS.get(self.activation), x)
 
 
 class ConvBNAddReLU2d(_ConvBN):
@@ -119,6 +133,7 @@ class ConvBNAddReLU2d(_ConvBN):
             the batch are used in eval mode too.
         device: Device of the parameters and buffers.
         dtype: Dtype of the parameters and buffers.
+        activation: ``"none"`` or ``"relu"``; None for ReLU.
 
     The children are ``conv`` and ``bn``.
     """
@@ -133,7 +148,7 @@ class ConvBNAddReLU2d(_ConvBN):
         Returns:
             ``(N, out_channels, OH, OW)``, dtype and memory format of ``x``.
         """
-        return conv_bn(self.conv, self.bn, RELU, x, residual)
+        return conv_bn(self.conv, self.bn, FUNCTIONS.get(self.activation), x, residual)
 
 
 class BNAddReLU2d(_NormBase, FusedForward):
@@ -153,7 +168,32 @@ class BNAddReLU2d(_NormBase, FusedForward):
             the batch are used in eval mode too.
         device: Device of the parameters and buffers.
         dtype: Dtype of the parameters and buffers.
+        activation: ``"none"`` or ``"relu"``; None for ReLU.
     """
+
+    activation: Activation = Activation.RELU  # of modules that were pickled before it was a choice
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: ActivationLike = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.activation = choose(type(self).__name__, True, activation)
+
+    def extra_repr(self) -> str:
+        """The batch norm's settings, and the activation unless it is ReLU."""
+        words = [super().extra_repr(), _activation_repr(self.activation)]
+        return ", ".join(filter(None, words))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply batch norm, add the residual and apply ReLU.
@@ -167,7 +207,7 @@ class BNAddReLU2d(_NormBase, FusedForward):
         """
         if isinstance(x, Proxy):
             return self._traced(x, residual)
-        return bn_add_relu(self, x, residual)
+        return bn_add_relu(self, x, residual, self.activation)
 
     def _traced(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """By PyTorch's functions, which ``torch.fx`` records; a trace counts no batches."""
@@ -183,7 +223,8 @@ class BNAddReLU2d(_NormBase, FusedForward):
             self.momentum or 0.0,
             self.eps,
         )
-        return torch.relu(y if residual is None else y + residual)
+        y = y if residual is None else y + residual
+        return activate(FUNCTIONS.get(self.activation), y)
 
     def fused_groups(self) -> list[Group]:
         """The group of the module itself."""
@@ -205,8 +246,9 @@ class Stem(FusedForward):
             ``(height, width)``.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
+        activation: ``"none"`` or ``"relu"``; None for ReLU.
 
-    The children are ``conv``, ``bn``, ``relu`` and ``pool``.
+    The children are ``conv``, ``bn``, ``relu``, which is the activation, and ``pool``.
     """
 
     def __init__(
@@ -220,11 +262,13 @@ class Stem(FusedForward):
         pool_stride: IntOrPair = 2,
         pool_padding: IntOrPair = 1,
         norm_layer: NormLayer | None = None,
+        *,
+        activation: ActivationLike = None,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = activation_module(choose("Stem", True, activation))
         self.pool = nn.MaxPool2d(pool_kernel, pool_stride, pool_padding)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,18 +14,34 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..backends import activation as activations
+from ..backends.activation import Activation
 from ..ops.program_shapes import windows
 
-#: Stands for a ReLU that a forward applies as a function. It keeps no state, and is no child of any
-#: module, so that a trace must record the function in its place: see :func:`activate`.
-RELU = nn.ReLU()
+#: A module for each activation, which stands for it where a forward applies it as a function. It
+#: keeps no state, and is no child of any module, so that a trace must record the function in its
+#: place: see :func:`activate`.
+FUNCTIONS: dict[Activation, nn.Module] = {Activation.RELU: nn.ReLU()}
+
+#: The classes of modules that are activations of the operations, given the right settings.
+ACTIVATIONS = (nn.ReLU,)
+
+
+def activation_module(activation: Activation) -> nn.Module:
+    """A new module, in place, that applies an activation.
+
+    Args:
+        activation: Which.
+    """
+    if activation is Activation.RELU:
+        return nn.ReLU(inplace=True)
+    return nn.Identity()
 
 
 class PackedConv(nn.Module):
     """A packed convolution with its batch norm; :func:`fused_resnet.freeze` puts it in their place.
 
-    It is called with ``(x, residual, relu, pool)``; with ``x`` alone it computes the convolution
-    and its batch norm.
+    Called with a map it computes the convolution and its batch norm.
     """
 
 
@@ -217,21 +233,39 @@ def inner_activation(bn: nn.Module) -> nn.Module | None:
     return act
 
 
-def is_relu(act: nn.Module | None) -> bool:
-    """Whether the module is a plain ReLU without hooks."""
-    return act is not None and original_class(act) is nn.ReLU and not is_hooked(act)
+def activation_of(act: nn.Module | None) -> Activation:
+    """The activation of the operations that a module is; NONE where it is none of them, or hooked.
+
+    Args:
+        act: The module; None for none.
+    """
+    if act is None or activation_reason(act):
+        return Activation.NONE
+    return Activation.RELU if original_class(act) is nn.ReLU else Activation.NONE
+
+
+def activation_reason(act: nn.Module) -> str:
+    """Why no operation applies an activation of :data:`ACTIVATIONS`; empty for any other module."""
+    if not isinstance(act, ACTIVATIONS):
+        return ""
+    if is_hooked(act):
+        return f"a hook or a replaced forward on the {original_class(act).__name__}"
+    return ""
 
 
 def activate(act: nn.Module | None, y: Tensor) -> Tensor:
     """Apply an activation; None for none.
 
     Args:
-        act: A child of the module that runs, or :data:`RELU`.
+        act: A child of the module that runs, or one of :data:`FUNCTIONS`.
         y: Any shape.
     """
     if act is None:
         return y
-    return torch.relu(y) if act is RELU else act(y)
+    for activation, module in FUNCTIONS.items():
+        if act is module:
+            return activations.activate(y, activation)
+    return act(y)
 
 
 def is_max_pool(pool: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import register_autograd
 
 from ..backends import reference
+from ..backends.activation import gradient
 from .fakes import accumulator
 
 
@@ -38,15 +39,15 @@ def register_formulas(library: str) -> None:
 
 
 def _bn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, running_mean, running_var, residual, training, eps, relu = inputs
+    x, weight, bias, running_mean, running_var, residual, training, eps, activation = inputs
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     if not training:
         mean, var = running_mean, running_var
-    ctx.save_for_backward(x, y if relu else None, weight, mean, var)
+    ctx.save_for_backward(x, y if activation else None, weight, mean, var)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
-    ctx.training, ctx.eps, ctx.relu = training, eps, relu
+    ctx.training, ctx.eps, ctx.activation = training, eps, activation
 
 
 def _bn_backward(operators: Any, ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -62,16 +63,17 @@ def bn_backward(
     Args:
         operators: The library that has the operator.
         ctx: Of the forward: ``x``, ``y``, weight, mean and variance are saved; the attributes are
-            ``training``, ``eps``, ``relu``, ``bias_dtype`` and ``has_residual``.
+            ``training``, ``eps``, ``activation``, ``bias_dtype`` and ``has_residual``.
         grad: Gradient of the result.
         residual_wanted: Whether the residual needs a gradient.
     """
     x, y, weight, mean, var = ctx.saved_tensors
     wanted = ctx.has_residual and residual_wanted
     dx, dweight, dbias, dresidual = operators.bn_add_relu_backward(
-        grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.relu, wanted and ctx.relu
-    )
-    if not ctx.relu:
+        grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.activation,
+        wanted and ctx.activation != 0,
+    )  # fmt: skip
+    if not ctx.activation:
         dresidual = grad
     return (
         dx,
@@ -85,11 +87,11 @@ def bn_backward(
 
 
 def _apply_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, mean, var, residual, eps, relu = inputs
-    ctx.save_for_backward(x, output if relu else None, weight, mean, var)
+    x, weight, bias, mean, var, residual, eps, activation = inputs
+    ctx.save_for_backward(x, output if activation else None, weight, mean, var)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
-    ctx.training, ctx.eps, ctx.relu = True, eps, relu
+    ctx.training, ctx.eps, ctx.activation = True, eps, activation
 
 
 def _apply_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -106,10 +108,10 @@ def _bn_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _bn_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Differentiate the reference twice: simple rather than fast, since it is rarely needed."""
     grad, x, y, weight, mean, var = ctx.saved_tensors
-    training, eps, relu, _ = ctx.flags
+    training, eps, activation, _ = ctx.flags
     with torch.enable_grad():
-        # The batch statistics depend on x, so they are recomputed here. The ReLU mask is locally
-        # constant, so it is applied to the gradient, outside of the reference.
+        # The batch statistics depend on x, so they are recomputed here. The derivative of the
+        # activation is locally constant: it is applied to the gradient, outside of the reference.
         leaves = [t.detach().requires_grad_() for t in (grad, x, weight) if t is not None]
         g, xs = leaves[:2]
         w = leaves[2] if weight is not None else torch.ones_like(mean)
@@ -125,7 +127,7 @@ def _bn_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             eps=eps,
             relu=False,
         )
-        masked = g.masked_fill(y <= 0, 0) if relu else g
+        masked = gradient(g, y, activation)
         firsts = (*torch.autograd.grad(z, (xs, w, b), masked, create_graph=True), masked)
         pairs = [
             (first, outer.to(first.dtype))
@@ -147,8 +149,9 @@ def _bn_double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, conv_bias, bn_weight, bn_bias, mean, var, residual, *rest = inputs
-    *ctx.geometry, ctx.eps, ctx.relu = rest
-    ctx.save_for_backward(x, weight, conv_bias, bn_weight, mean, var, output if ctx.relu else None)
+    *ctx.geometry, ctx.eps, ctx.activation = rest
+    y = output if ctx.activation else None
+    ctx.save_for_backward(x, weight, conv_bias, bn_weight, mean, var, y)
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
     ctx.has_residual = residual is not None
 
@@ -166,7 +169,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     stride, padding, dilation, groups = ctx.geometry
     need = ctx.needs_input_grad
     wide = accumulator(x)
-    dz = grad.masked_fill(y <= 0, 0) if ctx.relu else grad
+    dz = gradient(grad, y, ctx.activation)
     invstd = torch.rsqrt(var.to(wide) + ctx.eps)
     scale = invstd if bn_weight is None else invstd * bn_weight.to(wide)
 

@@ -65,28 +65,28 @@ def pool_shape(
 
 
 @fake("bn_add_relu")
-def _(x, weight, bias, mean, var, residual, training, eps, relu):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, mean, var, residual, training, eps, activation):  # type: ignore[no-untyped-def]
     channels = x.shape[1] if training else 0
     statistic = x.new_empty((channels,), dtype=accumulator(x))
     return _map_like(x, x.shape), statistic, torch.empty_like(statistic)
 
 
 @fake("bn_add_relu_backward")
-def _(grad, x, y, weight, mean, var, training, eps, relu, need_residual):  # type: ignore[no-untyped-def]
+def _(grad, x, y, weight, mean, var, training, eps, activation, need_residual):  # type: ignore[no-untyped-def]
     vector = x.new_empty((x.shape[1],), dtype=accumulator(x))
     residual = _map_like(x, x.shape) if need_residual else x.new_empty((0,))
     return _map_like(x, x.shape), vector, torch.empty_like(vector), residual
 
 
 @fake("bn_add_relu_apply")
-def _(x, weight, bias, mean, var, residual, eps, relu):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, mean, var, residual, eps, activation):  # type: ignore[no-untyped-def]
     return _map_like(x, x.shape)
 
 
 @fake("conv_bn_add_relu")
 def _(  # type: ignore[no-untyped-def]
     x, weight, conv_bias, bn_weight, bn_bias, mean, var, residual, stride, padding, dilation,
-    groups, eps, relu,
+    groups, eps, activation,
 ):  # fmt: skip
     return _map_like(x, conv_shape(x, weight.shape, stride, padding, dilation))
 
@@ -101,7 +101,7 @@ def _(x, weight, conv_bias, stride, padding, dilation, groups):  # type: ignore[
 @fake("conv_bn_relu_maxpool")
 def _(  # type: ignore[no-untyped-def]
     x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, groups, eps,
-    pool_kernel, pool_stride, pool_padding,
+    pool_kernel, pool_stride, pool_padding, activation=1,
 ):  # fmt: skip
     shape = conv_shape(x, weight.shape, stride, padding, dilation)
     return _map_like(x, pool_shape(shape, pool_kernel, pool_stride, pool_padding))
@@ -122,8 +122,8 @@ def _(packed, weight_shape, groups):  # type: ignore[no-untyped-def]
 
 @fake("conv_bn_add_relu_packed")
 def _(  # type: ignore[no-untyped-def]
-    x, packed, scale, shift, residual, weight_shape, stride, padding, dilation, groups, relu,
-    winograd=False,
+    x, packed, scale, shift, residual, weight_shape, stride, padding, dilation, groups,
+    activation, winograd=False,
 ):  # fmt: skip
     shape = conv_shape(x, weight_shape, stride, padding, dilation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
@@ -132,7 +132,7 @@ def _(  # type: ignore[no-untyped-def]
 @fake("conv_bn_relu_maxpool_packed")
 def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, weight_shape, stride, padding, dilation, groups, pool_kernel,
-    pool_stride, pool_padding,
+    pool_stride, pool_padding, activation=1,
 ):  # fmt: skip
     shape = conv_shape(x, weight_shape, stride, padding, dilation)
     shape = pool_shape(shape, pool_kernel, pool_stride, pool_padding)
@@ -142,7 +142,7 @@ def _(  # type: ignore[no-untyped-def]
 @fake("conv_bn_add_relu_planned")
 def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, residual, residual_scale, residual_shift, weight_shape, stride,
-    padding, dilation, groups, relu, tile, split_k,
+    padding, dilation, groups, activation, tile, split_k,
 ):  # fmt: skip
     shape = conv_shape(x, weight_shape, stride, padding, dilation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
@@ -150,7 +150,7 @@ def _(  # type: ignore[no-untyped-def]
 
 @fake("conv_conv_add_relu_packed")
 def _(  # type: ignore[no-untyped-def]
-    x, x2, packed, shift, weight_shape, stride, padding, dilation, stride2, relu
+    x, x2, packed, shift, weight_shape, stride, padding, dilation, stride2, activation
 ):  # fmt: skip
     shape = conv_shape(x, weight_shape, stride, padding, dilation)
     return x.new_empty(shape).to(memory_format=torch.channels_last)
@@ -159,7 +159,7 @@ def _(  # type: ignore[no-untyped-def]
 @fake("residual_block")
 def _(  # type: ignore[no-untyped-def]
     x, packed, scale, shift, concatenated, concatenated_shift, bottleneck, stride, dilation,
-    groups, winograd,
+    groups, winograd, activation=1,
 ):  # fmt: skip
     channels = scale[2 if bottleneck else 1].shape[0]
     size = windows(x.shape, (1, 1), (stride, stride), (0, 0))

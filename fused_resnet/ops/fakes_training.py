@@ -25,7 +25,8 @@ def _vector(like: Tensor, channels: Any) -> Tensor:
 
 @fake("conv_forward")
 def _(  # type: ignore[no-untyped-def]
-    x, x_scale, x_shift, weight, stride, padding, dilation, groups, statistics, winograd
+    x, x_scale, x_shift, weight, stride, padding, dilation, groups, statistics, winograd,
+    activation=1,
 ):  # fmt: skip
     channels = weight.shape[0] if statistics else 0
     z = _map(x, conv_shape(x, weight.shape, stride, padding, dilation))
@@ -35,7 +36,7 @@ def _(  # type: ignore[no-untyped-def]
 @fake("conv_backward")
 def _(  # type: ignore[no-untyped-def]
     g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add, stride, padding, dilation, groups,
-    need_input, need_weight, sums, winograd,
+    need_input, need_weight, sums, winograd, activation=1,
 ):  # fmt: skip
     channels = x.shape[1] if sums and need_input else 0
     return (
@@ -47,12 +48,12 @@ def _(  # type: ignore[no-untyped-def]
 
 
 @fake("block_end")
-def _(z, scale, shift, shortcut, shortcut_scale, shortcut_shift, relu):  # type: ignore[no-untyped-def]
+def _(z, scale, shift, shortcut, shortcut_scale, shortcut_shift, activation):  # type: ignore[no-untyped-def]
     return _map(z, z.shape)
 
 
 @fake("block_end_backward")
-def _(dy, y, z, mean, shortcut, shortcut_mean, sums):  # type: ignore[no-untyped-def]
+def _(dy, y, z, mean, shortcut, shortcut_mean, sums, activation=1):  # type: ignore[no-untyped-def]
     channels = z.shape[1] if sums else 0
     return (
         z.new_empty((0,)) if y is None else _map(z, z.shape),
@@ -78,14 +79,14 @@ def _(sum_g, sum_g_xc, mean, var, weight, eps, count):  # type: ignore[no-untype
 
 
 @fake("stem_end")
-def _(z, scale, shift, kernel, stride, padding):  # type: ignore[no-untyped-def]
+def _(z, scale, shift, kernel, stride, padding, activation=1):  # type: ignore[no-untyped-def]
     shape = pool_shape(list(z.shape), kernel, stride, padding)
     return _map(z, shape), _map(z, shape, torch.uint8)
 
 
 @fake("stem_end_backward")
 def _(  # type: ignore[no-untyped-def]
-    dy, index, z, scale, shift, mean, kernel, stride, padding, sums
+    dy, index, z, scale, shift, mean, kernel, stride, padding, sums, activation=1
 ):
     channels = z.shape[1] if sums else 0
     return _map(z, z.shape), _vector(z, channels), _vector(z, channels)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import reference
+from ..backends.activation import ActivationLike, choose
 from ..backends.availability import current_backend, is_exporting, resolve_backend
 from ..backends.reference import IntOrPair
 from . import checks
@@ -61,6 +62,7 @@ def bn_add_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
+    activation: ActivationLike = None,
 ) -> Tensor:
     r"""Batch norm, an optional residual and ReLU in one pass over memory.
 
@@ -83,13 +85,16 @@ def bn_add_relu(
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance; positive when training.
         relu: Whether to apply ReLU to the sum.
+        activation: What is applied to the sum, ``"none"`` or ``"relu"``; None for what
+            ``relu`` says.
 
     Returns:
         ``(N, C, H, W)``, dtype and memory format of ``x``.
 
     Raises:
         ValueError: Wrong rank, shape or device; no running statistics when not training; a single
-            value per channel or an ``eps`` that is not positive when training.
+            value per channel or an ``eps`` that is not positive when training; no such activation,
+            or ``relu=False`` beside one.
         TypeError: Wrong dtype.
 
     Source:
@@ -97,6 +102,7 @@ def bn_add_relu(
         Recognition", 2015. Semantics are those of ``torch.nn.functional.batch_norm``.
     """
     op = "bn_add_relu"
+    act = choose(op, relu, activation)
     checks.feature_map(op, "x", x)
     _check_bn(op, x, x.shape[1], bn_weight, bn_bias, running_mean, running_var)
     count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -115,16 +121,16 @@ def bn_add_relu(
             training=training,
             momentum=momentum,
             eps=eps,
-            relu=relu,
+            activation=act,
         )
     x = with_plain_strides(x)
     arguments = (
-        x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, relu,
+        x, bn_weight, bn_bias, running_mean, running_var, residual, training, eps, act,
     )  # fmt: skip
     backend = fastest_backend(op, backend, arguments)
     if training:
         y = training_bn_add_relu(
-            x, bn_weight, bn_bias, running_mean, running_var, residual, momentum, eps, relu, backend
+            x, bn_weight, bn_bias, running_mean, running_var, residual, momentum, eps, act, backend
         )
     else:
         y = OPERATORS[backend].bn_add_relu(*arguments)[0]
@@ -149,6 +155,7 @@ def conv_bn_add_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
+    activation: ActivationLike = None,
 ) -> Tensor:
     r"""Convolution, batch norm, an optional residual and ReLU.
 
@@ -182,13 +189,16 @@ def conv_bn_add_relu(
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance; positive when training.
         relu: Whether to apply ReLU to the sum.
+        activation: What is applied to the sum, ``"none"`` or ``"relu"``; None for what
+            ``relu`` says.
 
     Returns:
         ``(N, K, OH, OW)``, dtype and memory format of ``x``.
 
     Raises:
         ValueError: Wrong rank, shape, channel count or device; a kernel larger than the padded map;
-            no running statistics when not training; a single value per channel when training.
+            no running statistics when not training; a single value per channel when training; no
+            such activation, or ``relu=False`` beside one.
         TypeError: Wrong dtype.
 
     Source:
@@ -197,6 +207,7 @@ def conv_bn_add_relu(
         ``torch.nn.functional.conv2d`` casts them.
     """
     op = "conv_bn_add_relu"
+    act = choose(op, relu, activation)
     checks.feature_map(op, "x", x)
     x, conv_weight, conv_bias = _autocast(x, conv_weight, conv_bias)
     shape, stride, padding, dilation = _check_conv(
@@ -211,7 +222,7 @@ def conv_bn_add_relu(
     if backend != "reference" and not training:
         arguments = (
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, residual,
-            stride, padding, dilation, groups, eps, relu,
+            stride, padding, dilation, groups, eps, act,
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
         return with_plain_strides(OPERATORS[backend].conv_bn_add_relu(*arguments))
@@ -222,7 +233,7 @@ def conv_bn_add_relu(
         layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
         shortcut = "none" if residual is None else "map"
         # Direct sums: the bound of a single operation is 1.5 times PyTorch's error.
-        unit = Unit((layer,), shortcut, relu=relu, winograd=False, backend=owner)
+        unit = Unit((layer,), shortcut, activation=act, winograd=False, backend=owner)
         tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
         return with_plain_strides(training_unit(unit, x, residual, [tensors]))
     if current_backend() in ("cuda", "triton") and backend != "reference":
@@ -233,7 +244,7 @@ def conv_bn_add_relu(
         # Before the next operator saves its tensors: checkpointing recomputes no further than that.
         if running_mean is not None and running_var is not None:
             update_running("library", mean, var, running_mean, running_var, momentum, count)
-        y = operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, relu)
+        y = operators.bn_add_relu_apply(z, bn_weight, bn_bias, mean, var, residual, eps, act)
         return with_plain_strides(y)
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
@@ -246,7 +257,7 @@ def conv_bn_add_relu(
         training=training,
         momentum=momentum,
         eps=eps,
-        relu=relu,
+        activation=act,
     )
 
 
@@ -269,6 +280,7 @@ def conv_bn_relu_maxpool(
     pool_kernel: IntOrPair = 3,
     pool_stride: IntOrPair = 2,
     pool_padding: IntOrPair = 1,
+    activation: ActivationLike = None,
 ) -> Tensor:
     r"""The stem of a ResNet: convolution, batch norm, ReLU and max-pool.
 
@@ -301,6 +313,7 @@ def conv_bn_relu_maxpool(
         pool_stride: Stride of the max-pool, an int or ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side, an int or
             ``(height, width)``; at most half the window.
+        activation: What is applied in front of the pool, ``"none"`` or ``"relu"``; None for ReLU.
 
     Returns:
         ``(N, K, PH, PW)``, dtype and memory format of ``x``.
@@ -315,6 +328,7 @@ def conv_bn_relu_maxpool(
         He et al., "Deep Residual Learning for Image Recognition", 2015, table 1.
     """
     op = "conv_bn_relu_maxpool"
+    act = choose(op, True, activation)
     checks.feature_map(op, "x", x)
     x, conv_weight, conv_bias = _autocast(x, conv_weight, conv_bias)
     shape, stride, padding, dilation = _check_conv(
@@ -329,7 +343,7 @@ def conv_bn_relu_maxpool(
         checks.statistics(op, running_mean, running_var, training, 0, shape, eps)
         arguments = (
             x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, stride,
-            padding, dilation, groups, eps, *pool,
+            padding, dilation, groups, eps, *pool, act,
         )  # fmt: skip
         backend = fastest_backend(op, backend, arguments)
         return with_plain_strides(OPERATORS[backend].conv_bn_relu_maxpool(*arguments))
@@ -339,7 +353,7 @@ def conv_bn_relu_maxpool(
         count = shape[0] * shape[2] * shape[3]
         checks.statistics(op, running_mean, running_var, training, count, shape, eps)
         layer = Layer(stride, padding, dilation, groups, eps, momentum, True)
-        unit = Unit((layer,), pool=pool, winograd=False, backend=owner)
+        unit = Unit((layer,), activation=act, pool=pool, winograd=False, backend=owner)
         tensors = LayerTensors(conv_weight, bn_weight, bn_bias, running_mean, running_var, None)
         return with_plain_strides(training_unit(unit, x, None, [tensors]))
     y = conv_bn_add_relu(
@@ -357,6 +371,7 @@ def conv_bn_relu_maxpool(
         training=training,
         momentum=momentum,
         eps=eps,
+        activation=act,
     )
     return F.max_pool2d(y, *pool)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from ..backends import composed_block, reference
+from ..backends.activation import Activation, ActivationLike, choose
 from ..backends.availability import resolve_backend
 from ..backends.reference import IntOrPair
 from . import checks
@@ -87,6 +88,7 @@ def conv_bn_add_relu_packed(
     groups: int = 1,
     relu: bool = True,
     winograd: bool = False,
+    activation: ActivationLike = None,
 ) -> Tensor:
     r"""Inference with a packed weight and a folded batch norm; no gradient.
 
@@ -107,18 +109,22 @@ def conv_bn_add_relu_packed(
         winograd: Whether a 3x3 convolution of stride 1 may use Winograd's algorithm on the CPU
             where that is faster: in float32 arithmetic, with a relative error of about 1e-6 before
             the result is rounded to its dtype; never for float64.
+        activation: What is applied to the sum, ``"none"`` or ``"relu"``; None for what
+            ``relu`` says.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: Shapes that do not fit each other; no such activation, or ``relu=False`` beside
+            one.
         TypeError: Wrong dtype.
 
     Source:
         Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015.
     """
     op = "conv_bn_add_relu_packed"
+    act = choose(op, relu, activation)
     geometry = (
         checks.pair(op, "stride", stride, 1),
         checks.pair(op, "padding", padding, 0),
@@ -127,9 +133,9 @@ def conv_bn_add_relu_packed(
     )
     backend = resolve_backend(op, x)
     if backend == "reference":
-        return _conv_reference(x, packed, scale, shift, residual, weight_shape, *geometry, relu)
+        return _conv_reference(x, packed, scale, shift, residual, weight_shape, *geometry, act)
     arguments = (
-        x, packed, scale, shift, residual, weight_shape, *geometry, relu, winograd,
+        x, packed, scale, shift, residual, weight_shape, *geometry, act, winograd,
     )  # fmt: skip
     backend = fastest_backend(op, backend, arguments)
     return OPERATORS[backend].conv_bn_add_relu_packed(*arguments)
@@ -149,6 +155,7 @@ def conv_bn_relu_maxpool_packed(
     pool_kernel: IntOrPair = 3,
     pool_stride: IntOrPair = 2,
     pool_padding: IntOrPair = 1,
+    activation: ActivationLike = None,
 ) -> Tensor:
     r"""The stem with a packed weight and a folded batch norm; no gradient.
 
@@ -168,15 +175,17 @@ def conv_bn_relu_maxpool_packed(
         pool_stride: Stride of the max-pool, an int or ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side, an int or
             ``(height, width)``; at most half the window.
+        activation: What is applied in front of the pool, ``"none"`` or ``"relu"``; None for ReLU.
 
     Returns:
         ``(N, K, PH, PW)``, dtype of ``x``, channels_last.
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: Shapes that do not fit each other; no such activation.
         TypeError: Wrong dtype.
     """
     op = "conv_bn_relu_maxpool_packed"
+    act = choose(op, True, activation)
     geometry = (
         checks.pair(op, "stride", stride, 1),
         checks.pair(op, "padding", padding, 0),
@@ -190,9 +199,9 @@ def conv_bn_relu_maxpool_packed(
     )
     backend = resolve_backend(op, x)
     if backend == "reference":
-        y = _conv_reference(x, packed, scale, shift, None, weight_shape, *geometry, True)
+        y = _conv_reference(x, packed, scale, shift, None, weight_shape, *geometry, act)
         return F.max_pool2d(y, *pool)
-    arguments = (x, packed, scale, shift, weight_shape, *geometry, *pool)
+    arguments = (x, packed, scale, shift, weight_shape, *geometry, *pool, act)
     backend = fastest_backend(op, backend, arguments)
     return OPERATORS[backend].conv_bn_relu_maxpool_packed(*arguments)
 
@@ -210,6 +219,7 @@ def residual_block(
     dilation: int = 1,
     groups: int = 1,
     winograd: bool = False,
+    activation: ActivationLike = None,
 ) -> Tensor:
     r"""A whole frozen residual block; no gradient.
 
@@ -245,26 +255,31 @@ def residual_block(
         winograd: Whether a 3x3 convolution of stride 1 may use Winograd's algorithm on the CPU: in
             float32 arithmetic, with a relative error of about 1e-6 before the result is rounded to
             its dtype; never for float64.
+        activation: Behind each convolution of the block but the shortcut's, ``"none"`` or
+            ``"relu"``; None for ReLU.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
 
     Raises:
-        ValueError: A wrong number of tensors, or shapes that do not fit each other.
+        ValueError: A wrong number of tensors, or shapes that do not fit each other; no such
+            activation.
         TypeError: Wrong dtype.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5; the stride is
         where torchvision has it.
     """
+    act = choose("residual_block", True, activation)
     backend = resolve_backend("residual_block", x)
     if backend == "reference":
         return composed_block.residual_block(
-            _conv_reference, x, packed, scale, shift, bottleneck, stride, dilation, groups
-        )
+            _conv_reference, x, packed, scale, shift, bottleneck, stride, dilation, groups,
+            act,
+        )  # fmt: skip
     operands = (
         list(packed), list(scale), list(shift), concatenated, concatenated_shift,
-        bottleneck, stride, dilation, groups, winograd,
+        bottleneck, stride, dilation, groups, winograd, act,
     )  # fmt: skip
     return run_residual_block(backend, x, operands)
 
@@ -330,9 +345,11 @@ def _conv_reference(
     padding: Pair,
     dilation: Pair,
     groups: int,
-    relu: bool,
+    activation: Activation,
 ) -> Tensor:
     """The operator ``conv_bn_add_relu_packed`` in plain PyTorch, with the same arguments."""
     weight = unpack_conv_weight(packed, weight_shape, groups)
     geometry = (stride, padding, dilation, groups)
-    return reference.conv_affine_add_relu(x, weight, scale, shift, residual, *geometry, relu=relu)
+    return reference.conv_affine_add_relu(
+        x, weight, scale, shift, residual, *geometry, activation=activation
+    )

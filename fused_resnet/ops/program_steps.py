@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from ..backends.activation import Activation
 from .checks import Pair
 
 #: Names of the operations, in the order of ``csrc/program.h``: a convolution; the stem, with its
-#: ReLU and max-pool; a max-pool; a shortcut that subsamples and adds channels of zeros; the average
-#: of each channel; a fully connected layer; an average pool; the sum of two values.
+#: activation and max-pool; a max-pool; a shortcut that subsamples and adds channels of zeros;
+#: the average of each channel; a fully connected layer; an average pool; the sum of two values.
 OPERATIONS = (
     "conv",
     "conv_max_pool",
@@ -38,7 +39,7 @@ class Step(NamedTuple):
         residual: Index of the value that is added before the activation; -1 for none.
         tensor: Index of its first tensor: packed weight, scale and shift of a convolution, weight
             and bias of a fully connected layer; -1 for none.
-        relu: Whether a ReLU follows.
+        activation: That follows.
         kernel: Window of the convolution or of a pool, ``(height, width)``.
         stride: Stride of the convolution, of a pool or of a shortcut, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``; of a max-pool minus infinity.
@@ -58,7 +59,7 @@ class Step(NamedTuple):
     input: int
     residual: int = -1
     tensor: int = -1
-    relu: bool = False
+    activation: Activation = Activation.NONE
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)

@@ -27,10 +27,10 @@ def training_bn_add_relu(
     residual: Tensor | None,
     momentum: float,
     eps: float,
-    relu: bool,
+    activation: int,
     backend: str,
 ) -> Tensor:
-    """``relu(bn(x) [+ residual])`` by the statistics of the batch.
+    """``activation(bn(x) [+ residual])`` by the statistics of the batch.
 
     Args:
         x: ``(N, C, H, W)``.
@@ -41,11 +41,12 @@ def training_bn_add_relu(
         residual: Shape and dtype of ``x``; None for none.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
-        relu: Whether ReLU is applied.
+        activation: Which.
         backend: Whose operators compute it.
     """
     arguments = (
-        x, weight, bias, running_mean, running_var, residual, momentum, eps, relu, backend,
+        x, weight, bias, running_mean, running_var, residual, momentum, eps, activation,
+        backend,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.fused_resnet.training_bn_add_relu(*arguments)
@@ -56,8 +57,8 @@ def training_bn_add_relu(
 _library = Library("fused_resnet", "FRAGMENT")
 _library.define(
     "training_bn_add_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
-    "Tensor? running_var, Tensor? residual, float momentum, float eps, bool relu, str backend) "
-    "-> Tensor"
+    "Tensor? running_var, Tensor? residual, float momentum, float eps, int activation, "
+    "str backend) -> Tensor"
 )
 
 
@@ -88,21 +89,21 @@ class _TrainingBNAddReLU(torch.autograd.Function):
         running: tuple[Tensor | None, Tensor | None],
         momentum: float,
         eps: float,
-        relu: bool,
+        activation: int,
         backend: str,
     ) -> Tensor:
         y, mean, var = OPERATORS[backend].bn_add_relu(
-            x, weight, bias, None, None, residual, True, eps, relu
+            x, weight, bias, None, None, residual, True, eps, activation
         )
         running_mean, running_var = running
         if running_mean is not None and running_var is not None:
             updater = backend if backend in UNIT_BACKENDS else "library"
             count = x.shape[0] * x.shape[2] * x.shape[3]
             update_running(updater, mean, var, running_mean, running_var, momentum, count)
-        ctx.save_for_backward(x, y if relu else None, weight, mean, var)
+        ctx.save_for_backward(x, y if activation else None, weight, mean, var)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.has_residual = residual is not None
-        ctx.training, ctx.eps, ctx.relu, ctx.backend = True, eps, relu, backend
+        ctx.training, ctx.eps, ctx.activation, ctx.backend = True, eps, activation, backend
         return y
 
     @staticmethod

@@ -23,19 +23,20 @@ SCHEMAS = {
         "conv_bn_forward(Tensor x, Tensor? x_scale, Tensor? x_shift, Tensor weight, "
         "Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
         "Tensor(c!)? batches, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-        "float momentum, float eps, bool winograd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "float momentum, float eps, bool winograd, int activation=1) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "block_end_backward_recomputed": (
         "block_end_backward_recomputed(Tensor dy, Tensor z, Tensor mean, Tensor scale, "
         "Tensor shift, Tensor? shortcut, Tensor? shortcut_mean, Tensor? shortcut_scale, "
-        "Tensor? shortcut_shift, bool sums) -> (Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? shortcut_shift, bool sums, int activation=1) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
 
 def _conv_bn_forward(  # type: ignore[no-untyped-def]
     x, x_scale, x_shift, weight, bn_weight, bn_bias, running_mean, running_var, batches, stride,
-    padding, dilation, groups, momentum, eps, winograd,
+    padding, dilation, groups, momentum, eps, winograd, activation=1,
 ):  # fmt: skip
     z = torch.empty(
         conv_shape(x, weight.shape, stride, padding, dilation),
@@ -48,8 +49,9 @@ def _conv_bn_forward(  # type: ignore[no-untyped-def]
 
 
 def _block_end_backward_recomputed(  # type: ignore[no-untyped-def]
-    dy, z, mean, scale, shift, shortcut, shortcut_mean, shortcut_scale, shortcut_shift, sums
-):
+    dy, z, mean, scale, shift, shortcut, shortcut_mean, shortcut_scale, shortcut_shift, sums,
+    activation=1,
+):  # fmt: skip
     channels = z.shape[1] if sums else 0
     sizes = (channels, channels, channels if shortcut is not None else 0)
     g = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import positive_eps
 from .fakes import accumulator, conv_shape
 from .training_reference import count_batch
-from .training_spec import Layer, LayerTensors
+from .training_spec import Layer, LayerTensors, Unit
 from .training_sync import merge_statistics
 from .training_tuned import unit_primitives
 
@@ -51,23 +51,23 @@ class RunLayer(NamedTuple):
 
 def run_layer(
     primitives: Any,
+    unit: Unit,
     layer: Layer,
     t: LayerTensors,
     source: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    winograd: bool,
 ) -> RunLayer:
     """A convolution, its statistics, and its batch norm's scale and shift.
 
     Args:
         primitives: Those of a backend.
+        unit: That the layer belongs to.
         layer: The settings.
         t: The tensors.
         source: The layer's input, or the result of the convolution before.
         scale: Of the batch norm before; None where ``source`` is the input.
         shift: Of the batch norm before.
-        winograd: Whether Winograd's algorithm may run.
 
     Raises:
         ValueError: A single value per channel, where the statistics are the batch's.
@@ -85,11 +85,11 @@ def run_layer(
         running = (t.running_mean, t.running_var) if t.running_var is not None else (None, None)
         z, mean, var, scale, shift = in_one(
             source, scale, shift, weight, t.bn_weight, t.bn_bias, *running, batches, *geometry,
-            momentum, layer.eps, winograd,
+            momentum, layer.eps, unit.winograd, unit.activation,
         )  # fmt: skip
         return RunLayer(Saved(z, mean, var, scale, shift, cast), count, True)
     z, mean, var = primitives.conv_forward(
-        source, scale, shift, weight, *geometry, layer.batch, winograd
+        source, scale, shift, weight, *geometry, layer.batch, unit.winograd, unit.activation
     )
     vectors = accumulator(source)
     if layer.batch:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.activation import activate
 from .training_spec import Layer, LayerTensors, Unit
 
 
@@ -26,13 +27,12 @@ def run_reference(
         shortcut: The map that is added where the unit's shortcut is ``"map"``; else None.
         tensors: One for each layer.
     """
-    y = before_relu(unit, x, shortcut, tensors, update=True)
-    if unit.relu:
-        y = F.relu(y)
+    y = before_activation(unit, x, shortcut, tensors, update=True)
+    y = activate(y, unit.activation)
     return y if unit.pool is None else F.max_pool2d(y, *unit.pool)
 
 
-def before_relu(
+def before_activation(
     unit: Unit,
     x: Tensor,
     shortcut: Tensor | None,
@@ -40,7 +40,7 @@ def before_relu(
     *,
     update: bool,
 ) -> Tensor:
-    """A unit up to its last ReLU, which is not applied.
+    """A unit up to its last activation, which is not applied.
 
     Args:
         unit: The settings.
@@ -51,7 +51,8 @@ def before_relu(
     """
     y = x
     for i in range(unit.length):
-        y = _layer(unit.layers[i], F.relu(y) if i else y, tensors[i], update)
+        source = activate(y, unit.activation) if i else y
+        y = _layer(unit.layers[i], source, tensors[i], update)
     if unit.shortcut == "identity":
         shortcut = x
     elif unit.shortcut == "zeros":

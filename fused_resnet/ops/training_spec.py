@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..backends.activation import Activation
 from .checks import Pair
 
 
@@ -68,16 +69,16 @@ SHORTCUTS = ("none", "identity", "zeros", "projection", "map")
 
 
 class Unit(NamedTuple):
-    """A chain of convolutions, a shortcut that is added at its end, and ReLU.
+    """A chain of convolutions, a shortcut that is added at its end, and an activation.
 
     Attributes:
-        layers: The chain, with ReLU between two layers; behind it the projection's layer, if the
-            shortcut is one.
+        layers: The chain, with the activation between two layers; behind it the projection's layer,
+            if the shortcut is one.
         shortcut: One of :data:`SHORTCUTS`.
         zeros: Of the shortcut ``"zeros"``: channels of zeros on each side, and the stride.
-        relu: Whether ReLU is behind the addition.
+        activation: Behind each layer of the chain; the last one's is behind the addition.
         pool: Kernel, stride and padding of the max-pool at the end; None for none. Only without a
-            shortcut and with ReLU.
+            shortcut and with an activation.
         recompute: Whether a bottleneck's last convolution is computed again in backward, so that
             its result need not be kept.
         winograd: Whether Winograd's algorithm may run.
@@ -88,7 +89,7 @@ class Unit(NamedTuple):
     layers: tuple[Layer, ...]
     shortcut: str = "none"
     zeros: Pair = (0, 1)
-    relu: bool = True
+    activation: Activation = Activation.RELU
     pool: tuple[Pair, Pair, Pair] | None = None
     recompute: bool = False
     winograd: bool = True
@@ -107,7 +108,7 @@ _OF_UNIT = 5
 
 def flatten(unit: Unit) -> tuple[list[int], list[float]]:
     """The integers and the numbers of a unit, its backend and process groups excepted."""
-    integers = [SHORTCUTS.index(unit.shortcut), *unit.zeros, int(unit.relu)]
+    integers = [SHORTCUTS.index(unit.shortcut), *unit.zeros, int(unit.activation)]
     integers.append(int(unit.recompute) + 2 * int(unit.winograd) + 4 * (unit.pool is not None))
     for kernel, stride, padding in [] if unit.pool is None else [unit.pool]:
         integers += [*kernel, *stride, *padding]
@@ -126,7 +127,7 @@ def unflatten(integers: Sequence[int], numbers: Sequence[float], backend: str) -
         numbers: From :func:`flatten`.
         backend: The unit's backend.
     """
-    shortcut, channels, step, relu, flags = integers[:_OF_UNIT]
+    shortcut, channels, step, activation, flags = integers[:_OF_UNIT]
     rest = list(integers[_OF_UNIT:])
     pool = None
     if flags & 4:
@@ -142,7 +143,7 @@ def unflatten(integers: Sequence[int], numbers: Sequence[float], backend: str) -
         tuple(layers),
         SHORTCUTS[shortcut],
         (channels, step),
-        bool(relu),
+        Activation(activation),
         pool,
         bool(flags & 1),
         bool(flags & 2),

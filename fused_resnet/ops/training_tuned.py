@@ -112,6 +112,7 @@ def _cuda_forward(
     groups: int,
     statistics: bool,
     winograd: bool,
+    activation: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``conv_forward`` with statistics and without a prologue, in CUDA C++."""
     return OPERATORS["cuda"].conv_statistics(x, weight, None, stride, padding, dilation, groups)
@@ -134,6 +135,7 @@ def _cuda_bn(
     momentum: float,
     eps: float,
     winograd: bool,
+    activation: int = 1,
 ) -> tuple[Tensor, ...]:
     """``conv_bn_forward`` without a prologue: CUDA C++, and then Triton for the numbers."""
     z, mean, var = OPERATORS["cuda"].conv_statistics(
@@ -163,7 +165,7 @@ def _conv_forward(*arguments: Any) -> Any:
 def _conv_bn_forward(*arguments: Any) -> Any:
     # By the times of conv_forward: a call that is timed runs many times, and this one writes.
     x, x_scale, x_shift, weight, *rest = arguments
-    timed = (x, x_scale, x_shift, weight, *rest[5:9], True, rest[-1])
+    timed = (x, x_scale, x_shift, weight, *rest[5:9], True, *rest[11:])
     return _choose("conv_forward", timed).conv_bn_forward(*arguments)
 
 

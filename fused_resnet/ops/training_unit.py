@@ -17,9 +17,10 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.library import Library
 
+from ..backends.activation import activate, gradient
 from ..backends.availability import is_exporting
 from .training_layer import RunLayer, Saved, as_dtype, run_layer, update_running_of
-from .training_reference import before_relu, pad_with_zeros, run_reference
+from .training_reference import before_activation, pad_with_zeros, run_reference
 from .training_spec import LayerTensors, Unit, flatten, unflatten
 from .training_sync import sum_over_processes
 from .training_tuned import TUNED, unit_primitives
@@ -114,11 +115,13 @@ class _TrainingUnit(torch.autograd.Function):
         last = saved[unit.length - 1]
         index = None
         if unit.pool is not None:
-            y, index = primitives.stem_end(last.z, last.scale, last.shift, *unit.pool)
+            y, index = primitives.stem_end(
+                last.z, last.scale, last.shift, *unit.pool, unit.activation
+            )
         else:
             side, side_scale, side_shift = _side(unit, map_, shortcut, saved)
             y = primitives.block_end(
-                last.z, last.scale, last.shift, side, side_scale, side_shift, unit.relu
+                last.z, last.scale, last.shift, side, side_scale, side_shift, unit.activation
             )
         if suggest_memory_format(x) is not _CHANNELS_LAST and not _any_channels_last(tensors):
             y = y.contiguous()
@@ -126,7 +129,7 @@ class _TrainingUnit(torch.autograd.Function):
         if unit.recompute and unit.length == 3:
             saved[2] = saved[2]._replace(z=None)
         ctx.unit, ctx.counts = unit, counts
-        kept = y if unit.relu and unit.pool is None else None
+        kept = y if unit.activation and unit.pool is None else None
         ctx.save_for_backward(x, kept, index, *parameters, *(t for layer in saved for t in layer))
         return y
 
@@ -159,7 +162,7 @@ def _chain(
     for i, (layer, t) in enumerate(zip(unit.layers, tensors, strict=True)):
         if i == unit.length:  # the projection
             source, scale, shift = x, None, None
-        run = run_layer(primitives, layer, t, source, scale, shift, unit.winograd)
+        run = run_layer(primitives, unit, layer, t, source, scale, shift)
         layers.append(run)
         source, scale, shift = run.saved.z, run.saved.scale, run.saved.shift
     return layers
@@ -220,7 +223,7 @@ class _Backward:
         layer, before = self.unit.layers[i], self.saved[i - 1]
         z, _, _ = self.primitives.conv_forward(
             before.z, before.scale, before.shift, self._weight(i), layer.stride, layer.padding,
-            layer.dilation, layer.groups, False, self.unit.winograd,
+            layer.dilation, layer.groups, False, self.unit.winograd, self.unit.activation,
         )  # fmt: skip
         self.saved[i] = self.saved[i]._replace(z=z)
 
@@ -231,7 +234,7 @@ class _Backward:
         sums = self._needs_sums(last) or (projection is not None and self._needs_sums(last + 1))
         if unit.pool is not None:
             g, sum_g, sum_g_xc = self.primitives.stem_end_backward(
-                dy, index, end.z, end.scale, end.shift, end.mean, *unit.pool, sums
+                dy, index, end.z, end.scale, end.shift, end.mean, *unit.pool, sums, unit.activation
             )
             sum_g_side = None
         else:
@@ -255,16 +258,20 @@ class _Backward:
     def _end(
         self, dy: Tensor, y: Tensor | None, end: Saved, projection: Saved | None, sums: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradient behind the last ReLU, and the sums of the batch norms before it."""
+        """The gradient before the last activation, and the sums of the batch norms before it."""
         recomputed = getattr(self.primitives, "block_end_backward_recomputed", None)
         alone = self.unit.shortcut in ("none", "projection")
         if recomputed and alone and sums and y is not None:
             # y's sign from what the sums read anyway.
             p = projection
             side = (None,) * 4 if p is None else (p.z, p.mean, p.scale, p.shift)
-            return recomputed(dy, end.z, end.mean, end.scale, end.shift, *side, sums)
+            return recomputed(
+                dy, end.z, end.mean, end.scale, end.shift, *side, sums, self.unit.activation
+            )
         last = (None, None) if projection is None else (projection.z, projection.mean)
-        return self.primitives.block_end_backward(dy, y, end.z, end.mean, *last, sums)
+        return self.primitives.block_end_backward(
+            dy, y, end.z, end.mean, *last, sums, self.unit.activation
+        )
 
     def _layer(
         self, i: int, g: Tensor, sum_g: Any, sum_g_xc: Any, add: Tensor | None
@@ -302,7 +309,7 @@ class _Backward:
         g, dw, sum_g, sum_g_xc = self.primitives.conv_backward(
             g, z, a, b, c, *source, self._weight(i), add, layer.stride, layer.padding,
             layer.dilation, layer.groups, need_input, need_weight,
-            not first and self._needs_sums(i - 1), self.unit.winograd,
+            not first and self._needs_sums(i - 1), self.unit.winograd, self.unit.activation,
         )  # fmt: skip
         self._keep(3 * i, dw)
         return g if need_input else None, sum_g, sum_g_xc
@@ -356,8 +363,8 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients as functions of ``dy``, ``x`` and the parameters, by PyTorch's operators.
 
-    Second derivatives are rare, so the unit is computed again for them. The mask of the last ReLU
-    is locally constant; it is taken from the result that the forward gave.
+    Second derivatives are rare, so the unit is computed again for them. The derivative of the last
+    activation is locally constant; it is read off the result that the forward gave.
     """
     if any(layer.group for layer in unit.layers):
         raise RuntimeError(
@@ -376,10 +383,10 @@ def _differentiable(
             )
         source = inputs[0]
         assert source is not None
-        end = before_relu(unit, source, None, tensors, update=False)
+        end = before_activation(unit, source, None, tensors, update=False)
         if unit.pool is not None:
-            end = torch.nn.functional.max_pool2d(torch.relu(end), *unit.pool)
-        g = dy if y is None else dy.masked_fill(y <= 0, 0)
+            end = torch.nn.functional.max_pool2d(activate(end, unit.activation), *unit.pool)
+        g = dy if y is None else gradient(dy, y, unit.activation)
         wanted = [needed[0], *needed[2:]]
         chosen = [t for t, want in zip(inputs, wanted, strict=True) if want]
         found = iter(

@@ -33,7 +33,7 @@ class Conv(NamedTuple):
         padding: ``(height, width)`` as text.
         dilation: ``(height, width)`` as text.
         groups: Number of groups as text.
-        relu: ``True`` or ``False`` as text.
+        activation: Its name.
     """
 
     x: tuple[int, ...]
@@ -45,7 +45,7 @@ class Conv(NamedTuple):
     padding: str
     dilation: str
     groups: str
-    relu: str
+    activation: str
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -66,7 +66,7 @@ class Conv(NamedTuple):
         words += [f"dilation {self.dilation}"] if self.dilation != "(1, 1)" else []
         words += [f"{self.groups} groups"] if self.groups != "1" else []
         words += ["residual"] if self.residual else []
-        words += [] if self.relu == "True" else ["no ReLU"]
+        words += [] if self.activation == "relu" else [f"activation {self.activation}"]
         return ", ".join(words)
 
 
@@ -84,8 +84,8 @@ def read_key(key: str) -> Conv | None:
     if op != "conv_bn_add_relu" or len(words) != 14:
         return None
     x, weight = words[0].split(" "), words[1].split(" ")
-    stride, padding, dilation, groups, _, relu = words[8:]
-    settings = (stride, padding, dilation, groups, relu)
+    stride, padding, dilation, groups, _, activation = words[8:]
+    settings = (stride, padding, dilation, groups, activation)
     return Conv(_sizes(x[0]), _sizes(weight[0]), x[1], x[-1], words[7] != "None", *settings)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import enum
 import functools
 import importlib.metadata
 import logging
@@ -175,6 +176,9 @@ def _fingerprint(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if type(a) in _SETTINGS:
             add(a)
             continue
+        if isinstance(a, int):  # an enumeration, whose own hash is slow
+            add(int(a))
+            continue
         add(a.dtype)
         if a.dim() == 1:
             add(a.numel())
@@ -263,6 +267,8 @@ def key_of(op: str, arguments: tuple[Any, ...]) -> str:
 def _word(argument: Any) -> str:
     if isinstance(argument, list):
         return "[" + ", ".join(map(_word, argument)) + "]"
+    if isinstance(argument, enum.Enum):
+        return argument.name.lower()
     if not isinstance(argument, Tensor):
         return str(argument)
     shape = "x".join(map(str, argument.shape))

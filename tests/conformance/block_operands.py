@@ -10,14 +10,17 @@ from shapes import channels_last
 from tolerances import error
 from torch import Tensor
 
+from fused_resnet.backends.activation import Activation, activate
+
 
 class Block:
     """A basic block or a bottleneck, by its channels behind each convolution."""
 
     def __init__(
-        self, precision: Precision, channels: int, widths: list[int], stride: int, shortcut: bool
-    ) -> None:
-        self.precision, self.stride = precision, stride
+        self, precision: Precision, channels: int, widths: list[int], stride: int, shortcut: bool,
+        activation: Activation = Activation.RELU,
+    ) -> None:  # fmt: skip
+        self.precision, self.stride, self.activation = precision, stride, activation
         self.bottleneck = len(widths) == 3
         sizes = [1, 3, 1] if self.bottleneck else [3, 3]
         strides = [1, stride, 1] if self.bottleneck else [stride, 1]
@@ -52,7 +55,7 @@ class Block:
         """
         dtype = self.precision.dtype
 
-        def conv(h: Tensor, i: int, residual: Tensor | None, relu: bool) -> Tensor:
+        def conv(h: Tensor, i: int, residual: Tensor | None, plain: bool = False) -> Tensor:
             weight = self.weights[i]
             if exact:
                 h, weight = self.precision.operand(h.to(dtype)), self.precision.operand(weight)
@@ -61,13 +64,13 @@ class Block:
                 -1, 1, 1
             )
             z = z if residual is None else z + residual.to(z.dtype)
-            return z.relu() if relu else z
+            return z if plain else activate(z, self.activation)
 
-        residual = conv(x, self.own, None, False) if self.shortcut else x
+        residual = conv(x, self.own, None, True) if self.shortcut else x
         h = x
         for i in range(self.own - 1):
-            h = conv(h, i, None, True)
-        return conv(h, self.own - 1, residual, True)
+            h = conv(h, i, None)
+        return conv(h, self.own - 1, residual)
 
     def concatenated(self) -> tuple[Tensor, Tensor]:
         """The last convolution's filters and the shortcut's, one behind the other, with scales."""
@@ -109,4 +112,5 @@ class Block:
                 1,
                 1,
                 False,
+                self.activation,
             )

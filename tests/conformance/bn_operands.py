@@ -8,13 +8,14 @@ from tolerances import assert_as_exact_as_pytorch, error
 from torch import Tensor
 
 from fused_resnet import reference
+from fused_resnet.backends.activation import Activation, gradient
 
 EPS = 1e-5
 TRAINING = {"inference": False, "training": True}
 
 
-def forward(backend, x, bn, residual=None, *, training=False, relu=True):
-    return backend.ops.bn_add_relu(x, *bn, residual, training, EPS, relu)
+def forward(backend, x, bn, residual=None, *, training=False, activation=Activation.RELU):
+    return backend.ops.bn_add_relu(x, *bn, residual, training, EPS, activation)
 
 
 def laid_out(fmt: str, *tensors: Tensor) -> list[Tensor]:
@@ -26,15 +27,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def check_forward(backend, dtype, fmt, shape, *, training, relu=True, residual=True):
+def check_forward(
+    backend, dtype, fmt, shape, *, training, activation=Activation.RELU, residual=True
+):
     x, r = laid_out(fmt, normal(*shape, dtype=dtype, shift=2.0), normal(*shape, dtype=dtype))
     added = [r] if residual else []
     bn = batch_norm(shape[1], dtype)
-    options = {"training": training, "relu": relu, "eps": EPS}
+    options = {"training": training, "activation": activation, "eps": EPS}
     truth_bn, eager_bn = doubled(bn), [t.clone() for t in bn]
     truth = reference.bn_add_relu(doubled(x), *truth_bn, *doubled(added), momentum=1.0, **options)
     eager = reference.bn_add_relu(x, *eager_bn, *added, momentum=1.0, **options)
-    y, mean, var = forward(backend, x, bn, *added, training=training, relu=relu)
+    y, mean, var = forward(backend, x, bn, *added, training=training, activation=activation)
     assert_as_exact_as_pytorch(y, eager, truth)
     assert y.is_contiguous(memory_format=FORMATS[fmt])
     assert mean.dtype == var.dtype == wide(dtype)
@@ -47,28 +50,30 @@ def check_forward(backend, dtype, fmt, shape, *, training, relu=True, residual=T
     assert error(var, truth_bn[3] * (count - 1) / count) < 1e-6
 
 
-def eager_gradients(x, r, grad, affine, running, *, training, relu):
+def eager_gradients(x, r, grad, affine, running, *, training, activation):
     """Autograd's gradients of x, r, weight and bias through the reference."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, r, *affine)]
     weight, bias = leaves[2:] if affine else (None, None)
     running = [t.clone() for t in running]
     y = reference.bn_add_relu(
-        leaves[0], weight, bias, *running, leaves[1], training=training, relu=relu, eps=EPS
-    )
+        leaves[0], weight, bias, *running, leaves[1], training=training, activation=activation,
+        eps=EPS,
+    )  # fmt: skip
     return torch.autograd.grad(y, leaves, grad)
 
 
 def check_backward(
-    backend, dtype, fmt, shape, *, training=True, relu=True, residual=True, affine=True
-):
+    backend, dtype, fmt, shape, *, training=True, activation=Activation.RELU, residual=True,
+    affine=True,
+):  # fmt: skip
     x, r, grad = laid_out(fmt, *normal(3, *shape, dtype=dtype, shift=0.3))
     weight, bias, *running = batch_norm(shape[1], dtype)
     affine = [weight, bias] if affine else []
-    options = {"training": training, "relu": relu}
+    options = {"training": training, "activation": activation}
     # Keep every result away from zero, or rounding decides whether it is masked.
     exact = doubled(affine) if affine else (None, None)
     y = reference.bn_add_relu(
-        doubled(x), *exact, *doubled(running), doubled(r), training=training, relu=False
+        doubled(x), *exact, *doubled(running), doubled(r), training=training, activation="none"
     )
     (r,) = laid_out(fmt, (r.double() + 0.2 * y.sign()).to(dtype))
     truth = eager_gradients(
@@ -81,7 +86,7 @@ def check_backward(
     if not training:
         mean, var = running
     dx, dweight, dbias, dr = backend.ops.bn_add_relu_backward(
-        grad, x, y if relu else None, bn[0], mean, var, training, EPS, relu, residual
+        grad, x, y if activation else None, bn[0], mean, var, training, EPS, activation, residual
     )
     assert_as_exact_as_pytorch(dx, eager[0], truth[0])
     for ours, theirs, exactly in zip((dweight, dbias), eager[2:], truth[2:], strict=False):
@@ -91,7 +96,11 @@ def check_backward(
         assert error(ours, exactly) <= max(1.5 * error(theirs, exactly), 2 * eps)
     assert dx.is_contiguous(memory_format=FORMATS[fmt])
     if residual:
-        assert torch.equal(dr, grad.masked_fill(y <= 0, 0) if relu else grad)
+        expected = gradient(grad, y, activation)
+        if activation in (Activation.NONE, Activation.RELU):
+            assert torch.equal(dr, expected)
+        else:  # a product, rounded once, from any precision
+            assert_as_exact_as_pytorch(dr, expected, gradient(grad.double(), y, activation))
         assert dr.is_contiguous(memory_format=FORMATS[fmt])
     else:
         assert dr.shape == (0,)

@@ -10,8 +10,10 @@ from shapes import channels_last, geometry
 from torch import Tensor
 
 from fused_resnet import reference
+from fused_resnet.backends.activation import Activation
 
 EPS = 1e-5
+RELU, NONE = Activation.RELU, Activation.NONE
 
 
 def out_shape(case: Conv) -> torch.Size:
@@ -34,7 +36,7 @@ class Operands:
         self.bias = torch.randn(case.k, dtype=self.bn[0].dtype)
         self.residual = channels_last(normal(*out_shape(case), dtype=dtype))
 
-    def truth(self, residual: bool = True, relu: bool = True, bias: bool = True) -> Tensor:
+    def truth(self, residual: bool = True, activation: int = RELU, bias: bool = True) -> Tensor:
         weight, x = map(self.precision.operand, (self.weight, self.x))
         return reference.conv_bn_add_relu(
             x,
@@ -42,25 +44,25 @@ class Operands:
             *doubled(self.bn),
             self.residual.double() if residual else None,
             conv_bias=self.bias.double() if bias else None,
-            relu=relu,
+            activation=Activation(activation),
             eps=EPS,
             **self.case.args,
         )
 
-    def eager(self, residual: bool = True, relu: bool = True, bias: bool = True) -> Tensor:
+    def eager(self, residual: bool = True, activation: int = RELU, bias: bool = True) -> Tensor:
         return reference.conv_bn_add_relu(
             self.x,
             self.weight,
             *self.bn,
             self.residual if residual else None,
             conv_bias=self.bias.to(self.x.dtype) if bias else None,
-            relu=relu,
+            activation=Activation(activation),
             eps=EPS,
             **self.case.args,
         )
 
     def run(
-        self, backend, residual: bool = True, relu: bool = True, bias: bool = True, x=None
+        self, backend, residual: bool = True, activation: int = RELU, bias: bool = True, x=None
     ) -> Tensor:
         with self.precision.set():
             return backend.ops.conv_bn_add_relu(
@@ -71,7 +73,7 @@ class Operands:
                 self.residual if residual else None,
                 *geometry(self.case),
                 EPS,
-                relu,
+                activation,
             )
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -81,7 +83,7 @@ class Operands:
         wide = self.bn[0].dtype
         return scale.to(wide), (bias + (self.bias.double() - mean) * scale).to(wide)
 
-    def run_packed(self, backend, packed_weight: Tensor) -> Tensor:
+    def run_packed(self, backend, packed_weight: Tensor, activation: int = RELU) -> Tensor:
         """The frozen form of :meth:`run`."""
         with self.precision.set():
             return backend.ops.conv_bn_add_relu_packed(
@@ -91,7 +93,7 @@ class Operands:
                 self.residual,
                 self.weight.shape,
                 *geometry(self.case),
-                True,
+                activation,
             )
 
     def check(self, backend, result: Tensor, **flags) -> None:
@@ -115,7 +117,7 @@ def with_affine_residual(operands: Operands, scale: Tensor, shift: Tensor) -> tu
 
     dtype = operands.x.dtype
     added = operands.residual.double() * along(scale.double()) + along(shift.double())
-    truth = (operands.truth(residual=False, relu=False) + added).relu()
-    eager = operands.eager(residual=False, relu=False)
+    truth = (operands.truth(residual=False, activation=NONE) + added).relu()
+    eager = operands.eager(residual=False, activation=NONE)
     eager += operands.residual * along(scale.to(dtype)) + along(shift.to(dtype))
     return eager.relu(), truth

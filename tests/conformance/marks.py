@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 from backends import GPU_KERNELS
 
+from fused_resnet.backends.activation import Activation
+
 on = pytest.mark.on
 on_gpu_kernels = on(*GPU_KERNELS)
+#: All of them, by their names in labels.
+ACTIVATIONS = {activation.name.lower(): activation for activation in Activation}
 half_precisions = pytest.mark.precisions("float16", "bfloat16")
 
 

@@ -8,6 +8,7 @@ from shapes import geometry, window
 from torch._prims_common import suggest_memory_format
 
 from fused_resnet import reference
+from fused_resnet.backends.activation import ActivationLike
 
 EPS = 1e-5
 KERNEL = "conv_bn_relu_maxpool_kernel"
@@ -44,10 +45,12 @@ class Operands:
                 x, self.weight, self.bias, *self.bn, *place, **options
             )
 
-    def eager_and_truth(self, pool: dict):
+    def eager_and_truth(self, pool: dict, activation: ActivationLike = None):
         def run(x, weight, bn, bias):
             geometry = {"stride": 1, "padding": 0, **self.case.args, **pool}
-            return reference.conv_bn_relu_maxpool(x, weight, *bn, conv_bias=bias, **geometry)
+            return reference.conv_bn_relu_maxpool(
+                x, weight, *bn, conv_bias=bias, activation=activation, **geometry
+            )
 
         wide = [None if t is None else t.double() for t in (*self.bn, self.bias)]
         operand = self.precision.operand

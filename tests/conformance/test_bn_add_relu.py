@@ -20,7 +20,7 @@ from bn_operands import (
     views,
 )
 from cases import FORMATS, batch_norm, doubled, normal
-from marks import on, on_gpu_kernels, rows
+from marks import ACTIVATIONS, on, on_gpu_kernels, rows
 from shapes import AWKWARD_MAPS, LARGER_MAPS
 from tolerances import assert_as_exact_as_pytorch, error
 
@@ -44,9 +44,9 @@ def test_forward_of_awkward_shapes(backend, dtype, fmt, shape, training):
     check_forward(backend, dtype, fmt, shape, training=training)
 
 
-@rows({"relu": FLAG, "residual": FLAG, "training": TRAINING})
-def test_forward_flags(backend, dtype, relu, residual, training):
-    flags = {"training": training, "relu": relu, "residual": residual}
+@rows({"activation": ACTIVATIONS, "residual": FLAG, "training": TRAINING})
+def test_forward_flags(backend, dtype, activation, residual, training):
+    flags = {"training": training, "activation": activation, "residual": residual}
     check_forward(backend, dtype, "channels_last", (2, 24, 4, 5), **flags)
 
 
@@ -111,9 +111,10 @@ def test_backward_of_awkward_shapes(backend, dtype, fmt, shape, training):
     check_backward(backend, dtype, fmt, shape, training=training)
 
 
-@rows({"relu": FLAG, "residual": FLAG, "training": TRAINING, "affine": FLAG})
-def test_backward_flags(backend, dtype, relu, residual, training, affine):
-    flags = {"training": training, "relu": relu, "residual": residual, "affine": affine}
+@rows({"activation": ACTIVATIONS, "residual": FLAG, "training": TRAINING, "affine": FLAG})
+def test_backward_flags(backend, dtype, activation, residual, training, affine):
+    flags = {"training": training, "residual": residual, "affine": affine}
+    flags["activation"] = activation
     check_backward(backend, dtype, "channels_last", (2, 24, 4, 5), **flags)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import CONVS, FORMATS, Conv, normal
 from conv_operands import Operands, check
-from marks import half_precisions, on_gpu_kernels, rows
+from marks import ACTIVATIONS, half_precisions, on_gpu_kernels, rows
 from precisions import FLOAT16, FLOAT32, FLOAT64, tensor_core_depth
 from shapes import AWKWARD, channels_last, geometry, packed
 from tolerances import error
@@ -34,9 +34,18 @@ def test_awkward_shapes(backend, precision, case):
     check(backend, case, precision)
 
 
-@rows({"relu": FLAG, "residual": FLAG, "bias": FLAG})
-def test_flags(backend, precision, relu, residual, bias):
-    check(backend, AWKWARD[0], precision, relu=relu, residual=residual, bias=bias)
+@rows({"activation": ACTIVATIONS, "residual": FLAG, "bias": FLAG})
+def test_flags(backend, precision, activation, residual, bias):
+    flags = {"activation": activation, "residual": residual, "bias": bias}
+    check(backend, AWKWARD[0], precision, **flags)
+
+
+@rows({"activation": ACTIVATIONS, "case": [AWKWARD[0], CONVS[0]]})
+def test_packed_has_the_activations_of_live(backend, precision, activation, case):
+    operands = Operands(case, precision)
+    weight = backend.ops.pack_conv_weight(operands.weight, 1)
+    result = operands.run_packed(backend, weight, activation)
+    operands.check(backend, result, activation=activation)
 
 
 @half_precisions

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import FORMATS, Conv, batch_norm, doubled, normal
-from marks import half_precisions, on, on_gpu_kernels, rows
-from precisions import BFLOAT16, FLOAT16
+from marks import ACTIVATIONS, half_precisions, on, on_gpu_kernels, rows
+from precisions import BFLOAT16, FLOAT16, tensor_core_depth
 from shapes import POOLS, RESNET, STEMS, TWO_STEPS, geometry, window
 from stem_operands import EPS, Operands, check, one_kernel
 
@@ -49,13 +49,29 @@ def test_what_no_kernel_takes_goes_in_two_steps(backend, which):
     check(backend, case, FLOAT16, fused=False, pool=pool)
 
 
-@rows({"case": [STEMS[1], STEMS[4], STEMS[7]]})
-def test_packed_equals_live(backend, precision, case):
+@rows({"activation": ACTIVATIONS, "case": EVEN_AND_ODD})
+def test_activations(backend, precision, activation, case):
+    stem = Operands(case, precision)
+    depth = tensor_core_depth(backend, stem.weight)
+    result = stem.run(backend, activation=activation)
+    precision.check(result, *stem.eager_and_truth({}, activation), depth)
+
+
+@rows({"activation": ACTIVATIONS}, which=list(TWO_STEPS))
+def test_activations_in_two_steps(backend, which, activation):
+    case, pool = TWO_STEPS[which]
+    stem = Operands(case, FLOAT16)
+    result = stem.run(backend, **pool, activation=activation)
+    FLOAT16.check(result, *stem.eager_and_truth(pool, activation))
+
+
+@rows({"case": [STEMS[1], STEMS[4], STEMS[7]]}, activation=ACTIVATIONS)
+def test_packed_equals_live(backend, precision, case, activation):
     stem = Operands(case, precision, bias=False)
     weight, bias, mean, var = doubled(stem.bn)
     scale = weight / torch.sqrt(var + EPS)
     wide = stem.bn[0].dtype
-    live = stem.run(backend)
+    live = stem.run(backend, activation=activation)
     with precision.set():
         packed = backend.ops.conv_bn_relu_maxpool_packed(
             stem.x,
@@ -65,6 +81,7 @@ def test_packed_equals_live(backend, precision, case):
             list(stem.weight.shape),
             *geometry(case),
             *window({}),
+            activation,
         )
     eps = torch.finfo(precision.dtype).eps
     rtol = 1e-13 if wide is torch.float64 else max(eps * 2, 1e-5)

@@ -22,6 +22,7 @@ from traced_modules import (
 )
 
 import fused_resnet as fr
+from fused_resnet.backends.activation import Activation
 
 
 def test_keys_paths_parameters_and_classes_are_unchanged() -> None:
@@ -48,7 +49,7 @@ RELUS = {
 def test_every_form_of_relu(form: str) -> None:
     fused = check(ready(written(RELUS[form])))
     (group,) = fused.fused_groups()
-    assert (group.operation, group.relu) == ("conv_bn_add_relu", True)
+    assert (group.operation, group.activation) == ("conv_bn_add_relu", Activation.RELU)
     assert unfused_in(fused) == {}
 
 
@@ -135,7 +136,7 @@ def test_clamp_is_not_relu() -> None:
     nn.init.zeros_(model.bn.weight)
     nn.init.zeros_(model.bn.bias)
     (group,) = check(model).fused_groups()
-    assert not group.relu
+    assert not group.activation
 
 
 def test_a_residual_that_is_itself_conv_bn() -> None:
@@ -193,7 +194,7 @@ def test_modules_inside_a_group(name: str) -> None:
     assert fused_as(fused) == {"conv": "conv_bn_add_relu"}
     assert fr.report(fused).left == []
     (group,) = fused.fused_groups()
-    assert group.relu is joined
+    assert bool(group.activation) is joined
 
 
 def test_drop_path_draws_the_same_random_numbers() -> None:
@@ -268,4 +269,4 @@ def test_other_activations_are_called() -> None:
     model.act = nn.SiLU(inplace=True)
     fused = check(ready(model))
     (group,) = fused.fused_groups()
-    assert (group.operation, group.relu) == ("conv_bn_add_relu", False)
+    assert (group.operation, group.activation) == ("conv_bn_add_relu", Activation.NONE)

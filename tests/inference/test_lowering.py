@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fused_resnet as fr
+from fused_resnet.backends.activation import Activation
 from fused_resnet.inference.lowered import Lowered
 from fused_resnet.inference.plan import Plan
 from fused_resnet.ops.program_steps import LENGTH, OPERATIONS, Step, decode, encode
@@ -27,7 +28,7 @@ def test_steps_as_integers_and_back() -> None:
             i,
             residual=i - 1,
             tensor=3 * i,
-            relu=bool(i % 2),
+            activation=Activation(i % 2),
             kernel=(2 + i, 3),
             stride=(4, 5 + i),
             padding=(6, 7),

@@ -77,15 +77,19 @@ MUTANTS = [
     Mutant(
         "bn: the residual is added behind ReLU",
         FORWARD,
-        "if (residual) v += added[j].get(e);\n          items[j].set(e, p.relu ? relu(v) : v);",
-        "if (p.relu) v = relu(v);\n          items[j].set(e, residual ? v + added[j].get(e) : v);",
+        "if (residual) v += added[j].get(e);\n"
+        "          items[j].set(e, activate(p.activation, v));",
+        "v = activate(p.activation, v);\n"
+        "          items[j].set(e, residual ? v + added[j].get(e) : v);",
         tests=_FORWARD,
     ),
     Mutant(
         "bn: the residual's gradient is stored before it is masked",
         BACKWARD,
-        "dz[j].mask(y);\n          if (to) dz[j].grad.store(to + walk.forwards(i + j));",
-        "if (to) dz[j].grad.store(to + walk.forwards(i + j));\n          dz[j].mask(y);",
+        "dz[j].mask(y, p.activation);\n"
+        "          if (to) dz[j].grad.store(to + walk.forwards(i + j));",
+        "if (to) dz[j].grad.store(to + walk.forwards(i + j));\n"
+        "          dz[j].mask(y, p.activation);",
         tests=_BACKWARD,
     ),
     Mutant(
@@ -186,9 +190,9 @@ MUTANTS = [
     ),
     Mutant(
         "bn: the gradient passes where y is zero",
-        BACKWARD,
-        "if (y.get(e) <= 0.0f)",
-        "if (y.get(e) < 0.0f)",
+        "csrc/cuda/element.cuh",
+        "return at <= 0.0f;",
+        "return at < 0.0f;",
         tests=_BACKWARD,
     ),
     Mutant(

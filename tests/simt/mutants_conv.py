@@ -351,8 +351,8 @@ MUTANTS = [
     Mutant(
         "on chip: no ReLU in the middle",
         BLOCK,
-        "from_float<S>(relu(fmaf(sum, affine.scale[e], affine.shift[e])))",
-        "from_float<S>(fmaf(sum, affine.scale[e], affine.shift[e]))",
+        "activate(p.second.activation, fmaf(sum, affine.scale[e], affine.shift[e]))",
+        "fmaf(sum, affine.scale[e], affine.shift[e])",
         ON_CHIP,
     ),
     Mutant(

@@ -14,6 +14,13 @@ _NON_FINITE = f"{_TESTS}::test_non_finite_values_reach_what_they_should"
 
 MUTANTS = [
     Mutant(
+        "stem: no activation",
+        KERNEL,
+        "activate(p.activation, v)",
+        "v",
+        tests=f"{_TESTS}::test_activations",
+    ),
+    Mutant(
         "stem: tf32's low bits dropped, not rounded",
         KERNEL,
         "Precision::round(b);",

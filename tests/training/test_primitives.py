@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import training_cases as cases
 from networks import image
+from tolerances import error
 from torch import Tensor
+from training_cases import TRAINED, coarse, widened
 
 import fused_resnet as fr
 from fused_resnet.backends import reference_training as reference
+from fused_resnet.backends.activation import Activation
 from fused_resnet.ops import training
 from fused_resnet.ops.registry import primitives_of
 
 backends = pytest.mark.parametrize("backend", ["cpu", "library"])
+activations = pytest.mark.parametrize("activation", Activation, ids=lambda a: a.name.lower())
+#: Direct and Winograd's, in one pass and in two, with strides.
+OWN_KERNELS = ("cifar-3x3", "3x3-panels", "1x1-pairs", "3x3-stride2-even", "1x1-stride2-odd")
 GEOMETRIES = {
     "3x3": ((6, 5, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     "strided": ((6, 5, 3, 3), (2, 2), (1, 1), (1, 1), 1),
@@ -39,16 +46,19 @@ def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 @backends
 @pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("prologue", [True, False])
+@pytest.mark.parametrize("prologue", [*Activation, None])
 def test_convolutions(name, prologue, backend) -> None:
+    """``prologue`` is the activation of the batch norm in front; None for no such batch norm."""
+    activation = Activation.RELU if prologue is None else prologue
+    prologue = prologue is not None
     size, *geometry = GEOMETRIES[name]
     p = primitives_of(backend)
     x, w = image(2, 5, 8, 7), image(*size, seed=9)
     scale, shift, mean = vectors(5, 1) if prologue else (None, None, None)
     for statistics in (True, False):
-        arguments = (x, scale, shift, w, *geometry, statistics, False)
+        arguments = (x, scale, shift, w, *geometry, statistics, False, activation)
         same(p.conv_forward(*arguments), reference.conv_forward(*arguments))
-    z = reference.conv_forward(x, scale, shift, w, *geometry, False, False)[0]
+    z = reference.conv_forward(x, scale, shift, w, *geometry, False, False, activation)[0]
     g = image(*z.shape, seed=4)
     a, b, c = vectors(z.shape[1], 2)
     add = None if prologue else image(*x.shape, seed=5)
@@ -57,6 +67,7 @@ def test_convolutions(name, prologue, backend) -> None:
             for need in ((True, True), (True, False), (False, True)):
                 arguments = (
                     g, *batch, x, scale, shift, mean, w_, add, *geometry, *need, prologue, False,
+                    activation,
                 )  # fmt: skip
                 found = p.conv_backward(*arguments)
                 same(found, reference.conv_backward(*arguments))
@@ -64,21 +75,49 @@ def test_convolutions(name, prologue, backend) -> None:
                     assert found[1].stride() == torch.empty_like(w_).stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("winograd", [True, False])
+@pytest.mark.parametrize("activation", Activation, ids=lambda a: a.name.lower())
+@pytest.mark.parametrize("case", [t for t in TRAINED if str(t) in OWN_KERNELS], ids=str)
+def test_kernels_of_every_activation(case, activation, winograd, dtype) -> None:
+    """As near to float64 as PyTorch's convolutions: forward, both gradients and their sums."""
+    arguments = list(cases.geometry(case).values())
+
+    def last(*shape: int) -> Tensor:
+        return coarse(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def near(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...], truth: tuple[Tensor, ...]):
+        for each in zip(ours, eager, truth, strict=True):
+            assert error(each[0], each[2]) <= max(1.5 * error(each[1], each[2]), 5e-6)
+
+    p, library = primitives_of("cpu"), primitives_of("library")
+    x, w = last(*case.x), cases.weight_of(case, dtype)
+    bn, (a, b, c) = cases.affine(case.x[1], dtype), cases.affine(case.k, dtype)
+    forward = (x, *bn[:2], w, *arguments, True, winograd, activation)
+    ours, eager = p.conv_forward(*forward), library.conv_forward(*forward)
+    near(ours, eager, reference.conv_forward(*widened(forward)))
+    g, z = last(*ours[0].shape), last(*ours[0].shape)
+    backward = (g, z, a, b / 4, c / 4, x, *bn, w, None, *arguments, True, True, True, winograd)
+    backward = (*backward, activation)
+    truth = reference.conv_backward(*widened(backward))
+    near(p.conv_backward(*backward), library.conv_backward(*backward), truth)
+
+
 @backends
 @pytest.mark.parametrize("side", ["nothing", "map", "projection"])
-@pytest.mark.parametrize("relu", [True, False])
-def test_block_end(side, relu, backend) -> None:
+@activations
+def test_block_end(side, activation, backend) -> None:
     p = primitives_of(backend)
     z, dy = image(2, 5, 4, 3), image(2, 5, 4, 3, seed=3)
     scale, shift, mean = vectors(5, 1)
     s_scale, s_shift, s_mean = vectors(5, 2) if side == "projection" else (None, None, None)
     shortcut = None if side == "nothing" else image(2, 5, 4, 3, seed=8)
-    arguments = (z, scale, shift, shortcut, s_scale, s_shift, relu)
+    arguments = (z, scale, shift, shortcut, s_scale, s_shift, activation)
     y = reference.block_end(*arguments)
     same((p.block_end(*arguments),), (y,))
     last = (shortcut, s_mean) if side == "projection" else (None, None)
     for sums in (True, False):
-        backward = (dy, y if relu else None, z, mean, *last, sums)
+        backward = (dy, y if activation else None, z, mean, *last, sums, activation)
         same(p.block_end_backward(*backward), reference.block_end_backward(*backward))
 
 
@@ -96,15 +135,16 @@ def test_not_a_number_lets_the_gradient_pass(backend) -> None:
 @pytest.mark.parametrize(
     "pool", [((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (1, 0)), ((1, 1), (1, 1), (0, 0))], ids=str
 )
-def test_stem_end(pool, backend) -> None:
+@activations
+def test_stem_end(pool, activation, backend) -> None:
     p = primitives_of(backend)
     z = (image(2, 5, 9, 8) * 2).round() / 2  # with ties
     scale, shift, mean = vectors(5, 1)
-    y, index = reference.stem_end(z, scale, shift, *pool)
-    same(p.stem_end(z, scale, shift, *pool), (y, index))
+    y, index = reference.stem_end(z, scale, shift, *pool, activation)
+    same(p.stem_end(z, scale, shift, *pool, activation), (y, index))
     dy = image(*y.shape, seed=3)
     for sums in (True, False):
-        arguments = (dy, index, z, scale, shift, mean, *pool, sums)
+        arguments = (dy, index, z, scale, shift, mean, *pool, sums, activation)
         same(p.stem_end_backward(*arguments), reference.stem_end_backward(*arguments))
 
 

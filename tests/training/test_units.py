@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import ops, reference
+from fused_resnet.backends.activation import Activation
 from fused_resnet.ops import training_unit
 from fused_resnet.ops.training_reference import run_reference
 from fused_resnet.ops.training_spec import Layer, LayerTensors, Unit, flatten, unflatten
 
 BACKENDS = ["cpu", "library"]
+NONE = Activation.NONE
 
 
 def layer(stride=1, padding=1, dilation=1, groups=1, batch=True, momentum=0.1) -> Layer:
@@ -42,9 +44,9 @@ def copied(t: LayerTensors) -> LayerTensors:
 POOL = ((3, 3), (2, 2), (1, 1))
 UNITS = {
     "conv": (Unit((layer(2),)), [(8, 12, 3)], None),
-    "no relu": (Unit((layer(),), relu=False), [(8, 12, 3)], None),
+    "no relu": (Unit((layer(),), activation=NONE), [(8, 12, 3)], None),
     "map": (Unit((layer(2),), "map"), [(8, 12, 3)], (3, 12, 5, 4)),
-    "map, no relu": (Unit((layer(2),), "map", relu=False), [(8, 12, 3)], (3, 12, 5, 4)),
+    "map, no relu": (Unit((layer(2),), "map", activation=NONE), [(8, 12, 3)], (3, 12, 5, 4)),
     "running statistics": (Unit((layer(batch=False),), "map"), [(8, 8, 3)], (3, 8, 9, 7)),
     "stem": (Unit((layer(1, 3),), pool=POOL), [(8, 5, 7)], None),
     "stem by running statistics": (Unit((layer(batch=False),), pool=POOL), [(8, 5, 3)], None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,11 @@ def vectors_of(dtype: torch.dtype) -> torch.dtype:
 def coarse(*shape: int, dtype: torch.dtype) -> Tensor:
     """Eighths, which every dtype holds exactly: ReLU then decides alike in all of them."""
     return ((torch.randn(*shape, dtype=torch.float64) * 8).round() / 8).to(dtype)
+
+
+def widened(arguments: Iterable[Any]) -> list[Any]:
+    """The arguments of an operator with its tensors in float64."""
+    return [v.double() if isinstance(v, Tensor) else v for v in arguments]
 
 
 class Affine(NamedTuple):

@@ -32,7 +32,7 @@ BN_TILES, CONV_TILES = (f"tests/triton_kernels/test_triton_{name}.py::" for name
 MUTANTS = [
     Mutant(
         "ReLU stops NaN",
-        "_common.py",
+        "_activation.py",
         "tl.where(v < 0.0, 0.0, v)",
         "tl.maximum(v, 0.0)",
         BN + "test_non_finite_values_pass_through",
@@ -74,9 +74,9 @@ MUTANTS = [
     ),
     Mutant(
         "backward: the gradient passes where y is 0",
-        "bn_add_relu_backward.py",
-        "dz = tl.where(y <= 0.0, 0.0, dz)",
-        "dz = tl.where(y < 0.0, 0.0, dz)",
+        "_activation.py",
+        "tl.where(at <= 0.0, 0.0, g)",
+        "tl.where(at < 0.0, 0.0, g)",
         BN + "test_backward_flags",
     ),
     Mutant(
@@ -206,7 +206,7 @@ MUTANTS = [
     Mutant(
         "on chip: no ReLU in the middle",
         "residual_block.py",
-        "h = relu(acc * scale[None, :] + shift[None, :])",
+        "h = activate(acc * scale[None, :] + shift[None, :], ACTIVATION)",
         "h = (acc * scale[None, :] + shift[None, :])",
         BLOCK + "test_one_tile_on_chip[interpreter-float16-64]",
     ),

@@ -13,7 +13,7 @@ from fused_resnet.tuning import tuner
 
 CONV = (
     "conv_bn_add_relu(1x64x56x56 float32 channels_last, 64x64x3x3 float32 channels_last, None, "
-    "64 float32, 64 float32, 64 float32, 64 float32, None, (1, 1), (1, 1), (1, 1), 1, 1e-05, True)"
+    "64 float32, 64 float32, 64 float32, 64 float32, None, (1, 1), (1, 1), (1, 1), 1, 1e-05, relu)"
 )
 
 
@@ -45,7 +45,7 @@ def table(tmp_path, monkeypatch):
         ({"56 float32 channels_last": "56 float32 contiguous"}, False),
         ({"None, (1, 1), (1, 1)": "None, (2, 2), (1, 1)"}, False),
         ({"64 float32, None, (1": "64 float32, 1x64x56x56 float32 channels_last, (1"}, False),
-        ({"True": "False"}, False),
+        ({", relu)": ", none)"}, False),
         ({"conv_bn_add_relu": "bn_add_relu"}, False),
     ],
     ids=str,

@@ -21,6 +21,7 @@
 // one per row.
 #pragma once
 
+#include "activation.h"
 #include "table.h"
 #include "vec.h"
 
@@ -58,27 +59,27 @@ struct Same {
   FR_INLINE A scalar(int64_t) const { return v; }
 };
 
-template <class T, class P>
-FR_INLINE void bn_forward_row(const T* x, const T* residual, T* y, int64_t cols, bool relu, P mean,
-                              P scale, P bias) {
+template <class T, class Activated, class P>
+FR_INLINE void bn_forward_row(const T* x, const T* residual, T* y, int64_t cols,
+                              Activated activated, P mean, P scale, P bias) {
   using A = Wide<T>;
   constexpr int lanes = kLanes<A>;
-  const Vec<A> floor = relu_floor<A>(relu);
   int64_t i = 0;
   for (; i + lanes <= cols; i += lanes) {
     Vec<A> v = (Load<A>::from(x + i) - mean.vector(i)) * scale.vector(i) + bias.vector(i);
     if (residual) v += Load<A>::from(residual + i);
-    store(floor_vector(floor, v), y + i);
+    store(activated(v), y + i);
   }
   for (; i < cols; ++i) {
     A v = (A{to_acc(x[i])} - mean.scalar(i)) * scale.scalar(i) + bias.scalar(i);
     if (residual) v += A{to_acc(residual[i])};
-    from_acc(relu ? relu_scalar(v) : v, y + i);
+    from_acc(activated(v), y + i);
   }
 }
 
-template <class T>
-void bn_forward(const BnForward& f, int64_t begin, int64_t end) {
+template <class T, class Activated>
+FR_INLINE void bn_forward_rows(const BnForward& f, int64_t begin, int64_t end,
+                               Activated activated) {
   using A = Wide<T>;
   const A* mean = static_cast<const A*>(f.mean);
   const A* scale = static_cast<const A*>(f.scale);
@@ -89,14 +90,20 @@ void bn_forward(const BnForward& f, int64_t begin, int64_t end) {
     const T* residual = f.residual ? static_cast<const T*>(f.residual) + row * cols : nullptr;
     T* y = static_cast<T*>(f.y) + row * cols;
     if (f.map.channels_last) {
-      bn_forward_row<T>(x, residual, y, cols, f.relu, Columns<A>{mean}, Columns<A>{scale},
+      bn_forward_row<T>(x, residual, y, cols, activated, Columns<A>{mean}, Columns<A>{scale},
                         Columns<A>{bias});
     } else {
       const int64_t c = row % f.map.channels;
-      bn_forward_row<T>(x, residual, y, cols, f.relu, Same<A>{mean[c]}, Same<A>{scale[c]},
+      bn_forward_row<T>(x, residual, y, cols, activated, Same<A>{mean[c]}, Same<A>{scale[c]},
                         Same<A>{bias[c]});
     }
   }
+}
+
+template <class T>
+void bn_forward(const BnForward& f, int64_t begin, int64_t end) {
+  with_activation<Wide<T>>(f.activation,
+                           [&](auto activated) { bn_forward_rows<T>(f, begin, end, activated); });
 }
 
 // Sums down the columns of rows [begin, end), `lanes` channels at a time, of what `vector` and
@@ -182,36 +189,40 @@ void bn_statistics(const BnStatistics& f, int64_t begin, int64_t end, int64_t ch
 }
 
 // dz of one element or vector, from the gradient and the output.
-template <class T, class A>
+template <class T, class A, class Gradient>
 struct Masked {
   const T* grad;
-  const T* y;  // null: no ReLU
+  const T* y;  // null: no activation
+  Gradient gradient;
 
   FR_INLINE Vec<A> vector(int64_t at) const {
     const Vec<A> g = Load<A>::from(grad + at);
-    return y ? (Load<A>::from(y + at) <= 0 ? Vec<A>{} : g) : g;
+    return y ? gradient(g, Load<A>::from(y + at)) : g;
   }
   FR_INLINE A scalar(int64_t at) const {
     const A g = to_acc(grad[at]);
-    return y && to_acc(y[at]) <= 0 ? A(0) : g;
+    return y ? gradient(g, A{to_acc(y[at])}) : g;
   }
 };
 
-template <class T>
-void copy_masked(const BnBackward& f, int64_t begin, int64_t end) {
+template <class T, class Gradient>
+void copy_masked(const BnBackward& f, int64_t begin, int64_t end, Gradient gradient) {
   using A = Wide<T>;
   constexpr int lanes = kLanes<A>;
-  const Masked<T, A> dz{static_cast<const T*>(f.grad), static_cast<const T*>(f.y)};
+  const Masked<T, A, Gradient> dz{static_cast<const T*>(f.grad), static_cast<const T*>(f.y),
+                                  gradient};
   T* to = static_cast<T*>(f.dz);
   int64_t i = begin;
   for (; i + lanes <= end; i += lanes) store(dz.vector(i), to + i);
   for (; i < end; ++i) from_acc(dz.scalar(i), to + i);
 }
 
-template <class T>
-void bn_backward_reduce(const BnBackward& f, int64_t begin, int64_t end, int64_t chunk) {
+template <class T, class Gradient>
+FR_INLINE void reduce_backward(const BnBackward& f, int64_t begin, int64_t end, int64_t chunk,
+                               Gradient gradient) {
   using A = Wide<T>;
-  const Masked<T, double> dz{static_cast<const T*>(f.grad), static_cast<const T*>(f.y)};
+  const Masked<T, double, Gradient> dz{static_cast<const T*>(f.grad), static_cast<const T*>(f.y),
+                                       gradient};
   const T* x = static_cast<const T*>(f.x);
   const A* mean = static_cast<const A*>(f.mean);
   const int64_t cols = f.map.cols;
@@ -229,7 +240,7 @@ void bn_backward_reduce(const BnBackward& f, int64_t begin, int64_t end, int64_t
         },
         [=](int64_t at, int64_t c) { return dz.scalar(at) * (to_acc(x[at]) - double{mean[c]}); },
         [=](int64_t c, double sum) { sum_dz_xc[c] = sum; });
-    if (f.dz) copy_masked<T>(f, begin * cols, end * cols);
+    if (f.dz) copy_masked<T>(f, begin * cols, end * cols, gradient);
     return;
   }
   for (int64_t c = begin; c < end; ++c) {
@@ -245,14 +256,20 @@ void bn_backward_reduce(const BnBackward& f, int64_t begin, int64_t end, int64_t
             return dz.vector(at + i) * (Load<double>::from(x + at + i) - broadcast<double>(m));
           },
           [=](int64_t i) { return dz.scalar(at + i) * (to_acc(x[at + i]) - m); });
-      if (f.dz) copy_masked<T>(f, at, at + cols);
+      if (f.dz) copy_masked<T>(f, at, at + cols, gradient);
     }
   }
 }
 
-template <class T, class P>
-FR_INLINE void bn_backward_row(const Masked<T, Wide<T>>& dz, const T* x, int64_t at, T* dx,
-                               int64_t cols, P mean, P a, P b, P c) {
+template <class T>
+void bn_backward_reduce(const BnBackward& f, int64_t begin, int64_t end, int64_t chunk) {
+  with_gradient(f.activation,
+                [&](auto gradient) { reduce_backward<T>(f, begin, end, chunk, gradient); });
+}
+
+template <class T, class Gradient, class P>
+FR_INLINE void bn_backward_row(const Masked<T, Wide<T>, Gradient>& dz, const T* x, int64_t at,
+                               T* dx, int64_t cols, P mean, P a, P b, P c) {
   using A = Wide<T>;
   constexpr int lanes = kLanes<A>;
   int64_t i = 0;
@@ -266,18 +283,20 @@ FR_INLINE void bn_backward_row(const Masked<T, Wide<T>>& dz, const T* x, int64_t
   }
 }
 
-template <class T, class P>
-FR_INLINE void bn_backward_row(const Masked<T, Wide<T>>& dz, int64_t at, T* dx, int64_t cols, P a) {
+template <class T, class Gradient, class P>
+FR_INLINE void bn_backward_row(const Masked<T, Wide<T>, Gradient>& dz, int64_t at, T* dx,
+                               int64_t cols, P a) {
   constexpr int lanes = kLanes<Wide<T>>;
   int64_t i = 0;
   for (; i + lanes <= cols; i += lanes) store(a.vector(i) * dz.vector(at + i), dx + at + i);
   for (; i < cols; ++i) from_acc(a.scalar(i) * dz.scalar(at + i), dx + at + i);
 }
 
-template <class T>
-void bn_backward_apply(const BnBackward& f, int64_t begin, int64_t end) {
+template <class T, class Gradient>
+FR_INLINE void apply_backward(const BnBackward& f, int64_t begin, int64_t end, Gradient gradient) {
   using A = Wide<T>;
-  const Masked<T, A> dz{static_cast<const T*>(f.grad), static_cast<const T*>(f.y)};
+  const Masked<T, A, Gradient> dz{static_cast<const T*>(f.grad), static_cast<const T*>(f.y),
+                                  gradient};
   const T* x = static_cast<const T*>(f.x);
   T* dx = static_cast<T*>(f.dx);
   const A* mean = static_cast<const A*>(f.mean);
@@ -299,6 +318,11 @@ void bn_backward_apply(const BnBackward& f, int64_t begin, int64_t end) {
       bn_backward_row<T>(dz, at, dx, cols, Same<A>{a[k]});
     }
   }
+}
+
+template <class T>
+void bn_backward_apply(const BnBackward& f, int64_t begin, int64_t end) {
+  with_gradient(f.activation, [&](auto gradient) { apply_backward<T>(f, begin, end, gradient); });
 }
 
 }  // namespace FR_ISA

@@ -343,7 +343,7 @@ void conv_pairs(const ConvForward& f, const ConvBlock& b, void* scratch) {
   t.pixel = source.pixel;
   t.runs = &source.runs;
   t.stride = s.k;
-  t.relu = f.relu;
+  t.relu = f.activation == Activation::kReLU;
   t.ahead_step = ceil_div(kStepBytes, images * rows * tiles);
   for (int64_t panel = b.panel0; panel < b.panel1; ++panel) {
     const int64_t group = panel / panels;

@@ -28,6 +28,7 @@
 // channels has 7 runs of 21 and wastes nothing.
 #pragma once
 
+#include "activation.h"
 #include "conv_input.h"
 #include "panels.h"
 #include "table.h"
@@ -44,7 +45,7 @@ struct Epilogue {
   T* y;               // likewise
   int64_t stride;     // elements from one output pixel to the next
   int64_t cols;       // channels of the panel that exist
-  bool relu;
+  Activation activation;
 };
 
 // Stores a whole panel. The epilogue is passed by value and the branches are outside the loop:
@@ -53,7 +54,7 @@ template <class T, bool kResidual, int kTile, int kVectors>
 FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T> e) {
   using A = Acc<T>;
   constexpr int lanes = kLanes<A>;
-  const Vec<A> floor = relu_floor<A>(e.relu);
+  const Vec<A> floor = activation_floor<A>(e.activation);
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);
@@ -86,13 +87,13 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(acc[i][v], &values[i][v * lanes]);
   }
+  const A floor = activation_floor<A>(e.activation)[0];
   for (int i = 0; i < kTile; ++i) {
     for (int64_t k = 0; k < e.cols; ++k) {
       A r = values[i][k] * e.scale[k] + e.shift[k];
       const int64_t at = i * e.stride + k;
       if (e.residual) r += to_acc(e.residual[at]);
-      if (e.relu) r = relu_scalar(r);
-      from_acc(r, e.y + at);
+      from_acc(floor_vector(floor, r), e.y + at);
     }
   }
 }
@@ -327,7 +328,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
   pixels.step = source.pixel;
   Epilogue<T> e;
   e.stride = s.k;
-  e.relu = f.relu;
+  e.activation = f.activation;
   for (int64_t panel = b.panel0; panel < b.panel1; ++panel) {
     const int64_t group = panel / panels;
     const int64_t k_in_group = panel % panels * kPanel<A>;

@@ -1,6 +1,7 @@
 // The kernels of one instruction set, for every storage type. Each isa_*.cpp includes this once.
 #pragma once
 
+#include "activation.h"
 #include "add_relu.h"
 #include "average.h"
 #include "bn_add_relu.h"
@@ -29,6 +30,7 @@ constexpr Kernels kernels_of() {
           global_avg_pool<T>,
           linear<T>,
           add_relu<T>,
+          activate<T>,
           pack<T>,
           unpack<T>,
           packed_numel<T>,

@@ -8,6 +8,7 @@
 // computed beside it.
 #pragma once
 
+#include "activation.h"
 #include "panels.h"
 #include "table.h"
 #include "vec.h"
@@ -74,12 +75,14 @@ void linear_tile(const LinearForward& f, int64_t k, int64_t k1, int64_t n) {
   }
   const T* const bias = static_cast<const T*>(f.bias);
   T* const y = static_cast<T*>(f.y) + n * f.k;
-  for (int i = 0; i < kImages; ++i) {
-    for (int r = 0; r < kRows && k + r < k1; ++r) {
-      const A v = sum_of_lanes<A>(total[i][r]) + to_acc(bias[k + r]);
-      from_acc(f.relu ? relu_scalar(v) : v, y + i * f.k + k + r);
+  with_activation<A>(f.activation, [&](auto activated) {
+    for (int i = 0; i < kImages; ++i) {
+      for (int r = 0; r < kRows && k + r < k1; ++r) {
+        const A v = sum_of_lanes<A>(total[i][r]) + to_acc(bias[k + r]);
+        from_acc(activated(v), y + i * f.k + k + r);
+      }
     }
-  }
+  });
 }
 
 // The microkernel for `images` images, at most kImages.

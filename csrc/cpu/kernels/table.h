@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../../activation.h"
 #include "../../conv_shape.h"
 
 namespace fr {
@@ -27,7 +28,7 @@ struct BnForward {
   const void* mean;
   const void* scale;  // weight / sqrt(var + eps)
   const void* bias;
-  bool relu;
+  Activation activation;
 };
 
 struct BnStatistics {
@@ -41,7 +42,8 @@ struct BnBackward {
   MapView map;
   const void* grad;
   const void* x;
-  const void* y;  // null: no ReLU
+  const void* y;  // null: no activation
+  Activation activation;
   const void* mean;
   // Reduction: per chunk and channel, [chunk][channel].
   double* sum_dz;
@@ -54,8 +56,8 @@ struct BnBackward {
   void* dx;
 };
 
-// relu(scale * conv(x, w) + shift [+ residual]) for channels-last maps. Scale and shift have the
-// accumulator's type (double for float64 maps, else float), the packed weight Kernels::packed.
+// activation(scale * conv(x, w) + shift [+ residual]) for channels-last maps. Scale and shift have
+// the accumulator's type (double for float64 maps, else float), the packed weight Kernels::packed.
 struct ConvForward {
   ConvShape shape;
   const void* x;
@@ -65,7 +67,7 @@ struct ConvForward {
   const void* residual;  // null: none
   void* y;
   int64_t y_first;  // index of the output pixel that y points to, when y holds only some rows
-  bool relu;
+  Activation activation;
 };
 
 // The unit of work of a thread: half-open ranges of images, output rows, output columns and panels
@@ -108,22 +110,22 @@ struct MeanForward {
   void* y;  // [image][c]
 };
 
-// y = relu(x weight^T + bias), all of the map's type.
+// y = activation(x weight^T + bias), all of the map's type.
 struct LinearForward {
   int64_t c, k;
   const void* x;       // [image][c]
   const void* weight;  // [k][c]
   const void* bias;    // [k]
   void* y;             // [image][k]
-  bool relu;
+  Activation activation;
 };
 
-// y = relu(x + residual), element by element.
+// y = activation(x + residual), element by element.
 struct AddForward {
   const void* x;
   const void* residual;
   void* y;
-  bool relu;
+  Activation activation;
 };
 
 struct Kernels {
@@ -142,6 +144,8 @@ struct Kernels {
   void (*global_avg_pool)(const MeanForward&, int64_t image, int64_t c0, int64_t c1);
   void (*linear)(const LinearForward&, int64_t k0, int64_t k1, int64_t image0, int64_t image1);
   void (*add_relu)(const AddForward&, int64_t begin, int64_t end);
+  // Of elements in place: what conv does not apply, which has ReLU and none.
+  void (*activate)(Activation, void* y, int64_t begin, int64_t end);
   void (*pack)(const ConvShape&, bool taps_inside, const void* weight, int64_t panel0,
                int64_t panel1, void* packed);
   void (*unpack)(const ConvShape&, const void* packed, void* weight);  // weight: contiguous

@@ -229,22 +229,5 @@ FR_INLINE void store(Vec<double> v, float* p) {
 }
 FR_INLINE void from_acc(double v, float* p) { *p = static_cast<float>(v); }
 
-// max(0, v) that propagates NaN, as torch.relu does.
-template <class A>
-FR_INLINE A relu_scalar(A v) {
-  return v < 0 ? A(0) : v;
-}
-
-// The same on vectors without a branch: max(floor, v), where the floor is 0 for a ReLU and minus
-// infinity for none.
-template <class A>
-FR_INLINE Vec<A> relu_floor(bool relu) {
-  return broadcast<A>(relu ? A(0) : -__builtin_huge_val());
-}
-template <class V>
-FR_INLINE V floor_vector(V floor, V v) {
-  return floor > v ? floor : v;
-}
-
 }  // namespace FR_ISA
 }  // namespace fr

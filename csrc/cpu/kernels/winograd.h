@@ -255,7 +255,7 @@ void winograd_output(const ConvForward& f, int64_t tile0, int64_t tile1, int64_t
   const int64_t end = min_of(panel, channels - k);
   const T* residual = static_cast<const T*>(f.residual);
   T* y = static_cast<T*>(f.y);
-  const Floats floor = relu_floor<float>(f.relu);
+  const Floats floor = activation_floor<float>(f.activation);
   TilePlace<kOut> place = TilePlace<kOut>::of(s, tile0);
   for (int64_t tile = tile0; tile < tile1; ++tile, from += panel, place.advance(out_h, out_w)) {
     const int64_t rows = min_of(kOut, out_h - place.y);

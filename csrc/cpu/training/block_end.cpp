@@ -12,7 +12,7 @@ namespace {
 
 Tensor block_end_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
                      const OptionalTensor& shortcut, const OptionalTensor& shortcut_scale,
-                     const OptionalTensor& shortcut_shift, bool relu) {
+                     const OptionalTensor& shortcut_shift, Activation activation) {
   const char* op = "block_end";
   const Tensor map = map_operand(op, "z", z);
   const int64_t c = map.size(1);
@@ -36,7 +36,7 @@ Tensor block_end_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
                       data_or_null(s_scale),
                       data_or_null(s_shift),
                       y.mutable_data_ptr(),
-                      relu};
+                      activation};
   const auto kernel = training_kernels_of(map).block_end;
   for_rows(map, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return y;
@@ -46,7 +46,8 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 FourTensors block_end_backward_cpu(const Tensor& dy, const OptionalTensor& y, const Tensor& z,
                                    const Tensor& mean, const OptionalTensor& shortcut,
-                                   const OptionalTensor& shortcut_mean, bool sums) {
+                                   const OptionalTensor& shortcut_mean, bool sums,
+                                   Activation activation) {
   const char* op = "block_end_backward";
   const Tensor map = map_operand(op, "z", z);
   const int64_t c = map.size(1);
@@ -68,6 +69,7 @@ FourTensors block_end_backward_cpu(const Tensor& dy, const OptionalTensor& y, co
   const BlockEndBackward args{c,
                               gradient.const_data_ptr(),
                               data_or_null(output),
+                              activation,
                               map.const_data_ptr(),
                               center.const_data_ptr(),
                               data_or_null(s),

@@ -14,6 +14,7 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 struct Operands {
   ConvShape shape;
   Tensor g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add;
+  Activation activation;
 
   ScalarType vectors() const { return accumulator(x.scalar_type()); }
 
@@ -45,17 +46,28 @@ Tensor gradient_map(const Operands& o) {
   return dz;
 }
 
-// Behind PyTorch's data gradient: the mask and its sums, or the shortcut's gradient, in place.
+// The operands for kernels whose prologues and epilogues lack the activation: p(x) is a map of its
+// own, and its gradient is finished like PyTorch's.
+Operands without_activation(const Operands& o, bool need_weight) {
+  Operands plain = o;
+  if (need_weight) plain.x = normalized(o.x, o.x_scale, o.x_shift, o.activation);
+  plain.x_scale = plain.x_shift = plain.x_mean = Tensor();
+  return plain;
+}
+
+// Behind a data gradient that lacks them: the mask and its sums, or the shortcut's gradient, in
+// place.
 void finish_data_gradient(const Operands& o, const Tensor& g_x, double* sums) {
   if (o.add.defined()) {
     const auto add = kernels().of[dtype_of(g_x.scalar_type())].add_relu;
     const AddForward sum{g_x.const_data_ptr(), o.add.const_data_ptr(), g_x.mutable_data_ptr(),
-                         false};
+                         Activation::kNone};
     parallel_for(0, g_x.numel(), 32 * 1024,
                  [&](int64_t begin, int64_t end) { add(sum, begin, end); });
   }
   if (!o.x_scale.defined()) return;
   const MaskedSums args{o.shape.c,
+                        o.activation,
                         g_x.mutable_data_ptr(),
                         o.x.const_data_ptr(),
                         o.x_scale.const_data_ptr(),
@@ -107,8 +119,9 @@ struct Result {
 // What no kernel makes, by PyTorch's convolution.
 Result run_library(const Operands& o, bool need_input, bool need_weight) {
   const Tensor dz = gradient_map(o);
-  const Tensor input =
-      need_weight && o.x_scale.defined() ? normalized(o.x, o.x_scale, o.x_shift) : o.x;
+  const Tensor input = need_weight && o.x_scale.defined()
+                           ? normalized(o.x, o.x_scale, o.x_shift, o.activation)
+                           : o.x;
   const ConvShape& s = o.shape;
   const auto [g_x, dw] =
       convolution_backward(dz, input, o.weight, {s.stride_h, s.stride_w}, {s.pad_h, s.pad_w},
@@ -128,9 +141,10 @@ FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Te
                               const OptionalTensor& x_mean, const Tensor& weight,
                               const OptionalTensor& add, IntArrayRef stride, IntArrayRef padding,
                               IntArrayRef dilation, int64_t groups, bool need_input,
-                              bool need_weight, bool sums, bool winograd) {
+                              bool need_weight, bool sums, bool winograd, Activation activation) {
   const char* op = "conv_backward";
   Operands o;
+  o.activation = activation;
   o.x = map_operand(op, "x", x);
   o.shape = training_shape(op, o.x, weight, stride, padding, dilation, groups);
   const ConvShape& s = o.shape;
@@ -160,9 +174,14 @@ FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Te
   const BackwardPlan plan =
       plan_backward(dtype_of(o.x.scalar_type()), s, need_input, need_weight, winograd);
   const RowBlocks rows(rows_of(o.x), s.c);
-  const int64_t blocks = plan.one_pass ? plan.data->both_gradients.blocks(s)
-                         : plan.data   ? plan.data->data_gradient.blocks(s)
-                                       : rows.count();
+  const bool apart = x_scale && activation != Activation::kReLU;  // all that the kernels have
+  Operands plain;
+  if (apart) plain = without_activation(o, need_weight);
+  const Operands& k = apart ? plain : o;
+  const bool finished = plan.data && !apart;
+  const int64_t blocks = !finished       ? rows.count()
+                         : plan.one_pass ? plan.data->both_gradients.blocks(s)
+                                         : plan.data->data_gradient.blocks(s);
   PartialSums partial(sums ? blocks : 0, kGradientRows, s.c);
 
   Tensor g_x = empty({0}, o.x.options()), dw = empty({0}, weight.options());
@@ -170,29 +189,27 @@ FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Te
     const PackedWeight packed(s, weight, plan.data->packed_bytes, plan.data->pack_units,
                               plan.data->pack_backward);
     g_x = empty_map(o.x.sizes(), o.x.options());
-    TrainingBackward args = o.args();
+    TrainingBackward args = k.args();
     args.weight = packed.data();
     args.filter = packed.source();
     args.g_x = g_x.mutable_data_ptr();
-    args.sums = sums ? partial.data() : nullptr;
+    args.sums = sums && finished ? partial.data() : nullptr;
     if (plan.one_pass) {
-      dw = run_weight_gradient(o, plan.data->both_gradients, args);
+      dw = run_weight_gradient(k, plan.data->both_gradients, args);
     } else {
       run_kernel(plan.data->data_gradient, args);
     }
   }
   if (plan.weight && !plan.one_pass) {
-    dw = run_weight_gradient(o, plan.weight->weight_gradient, o.args());
+    dw = run_weight_gradient(k, plan.weight->weight_gradient, k.args());
   }
   const bool library_input = need_input && !plan.data, library_weight = need_weight && !plan.weight;
   if (library_input || library_weight) {
-    const Result rest = run_library(o, library_input, library_weight);
+    const Result rest = run_library(k, library_input, library_weight);
     if (library_weight) dw = rest.dw;
-    if (library_input) {
-      g_x = rest.g_x;
-      finish_data_gradient(o, g_x, sums ? partial.data() : nullptr);
-    }
+    if (library_input) g_x = rest.g_x;
   }
+  if (need_input && !finished) finish_data_gradient(o, g_x, sums ? partial.data() : nullptr);
   // Results of an operator are not one tensor, empty ones neither.
   return {g_x, dw, sums ? partial.total(kSumG, o.vectors()) : empty({0}, o.vectors()),
           sums ? partial.total(kSumGXc, o.vectors()) : empty({0}, o.vectors())};

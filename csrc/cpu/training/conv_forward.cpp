@@ -53,15 +53,20 @@ ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const Ten
 ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
                               const OptionalTensor& x_shift, const Tensor& weight,
                               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                              int64_t groups, bool statistics, bool winograd) {
+                              int64_t groups, bool statistics, bool winograd,
+                              Activation activation) {
   const char* op = "conv_forward";
-  const Tensor map = map_operand(op, "x", x);
+  Tensor map = map_operand(op, "x", x);
   const ConvShape s = training_shape(op, map, weight, stride, padding, dilation, groups);
   check_together(op, "x_scale", x_scale, "x_shift", x_shift);
   Tensor scale, shift;
   if (x_scale) {
     scale = vector_operand(op, "x_scale", *x_scale, s.c, map);
     shift = vector_operand(op, "x_shift", *x_shift, s.c, map);
+  }
+  if (x_scale && activation != Activation::kReLU) {  // the kernels' prologue has ReLU only
+    map = normalized(map, scale, shift, activation);
+    scale = shift = Tensor();
   }
   if (const TrainingConv* conv = plan_forward(dtype_of(map.scalar_type()), s, winograd)) {
     TrainingForward args{};
@@ -71,7 +76,7 @@ ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
     args.x_shift = data_or_null(shift);
     return by_kernel(*conv, args, map, weight, statistics);
   }
-  const Tensor input = scale.defined() ? normalized(map, scale, shift) : map;
+  const Tensor input = scale.defined() ? normalized(map, scale, shift, activation) : map;
   const Tensor z =
       is_direct_forward(dtype_of(map.scalar_type()), s)
           ? direct_convolution(op, input, weight, {stride, padding, dilation, groups})

@@ -57,8 +57,9 @@ void run_kernel(const BlockKernel<Args>& kernel, Args args) {
              [&](int64_t unit, void* scratch) { kernel.run(args, unit, scratch); });
 }
 
-// relu(x * scale + shift), as a map.
-inline Tensor normalized(const Tensor& x, const Tensor& scale, const Tensor& shift) {
+// activation(x * scale + shift), as a map.
+inline Tensor normalized(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                         Activation activation) {
   const Tensor y = empty_map(x.sizes(), x.options());
   BlockEnd args{};
   args.channels = x.size(1);
@@ -66,7 +67,7 @@ inline Tensor normalized(const Tensor& x, const Tensor& scale, const Tensor& shi
   args.scale = scale.const_data_ptr();
   args.shift = shift.const_data_ptr();
   args.y = y.mutable_data_ptr();
-  args.relu = true;
+  args.activation = activation;
   const auto kernel = training_kernels_of(x).block_end;
   for_rows(x, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return y;

@@ -37,8 +37,8 @@ PoolForward pool_of(const char* op, const Tensor& z, IntArrayRef kernel, IntArra
 }
 
 std::tuple<Tensor, Tensor> stem_end_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
-                                        IntArrayRef kernel, IntArrayRef stride,
-                                        IntArrayRef padding) {
+                                        IntArrayRef kernel, IntArrayRef stride, IntArrayRef padding,
+                                        Activation activation) {
   const char* op = "stem_end";
   const Tensor map = map_operand(op, "z", z);
   const PoolForward pool = pool_of(op, map, kernel, stride, padding);
@@ -48,6 +48,7 @@ std::tuple<Tensor, Tensor> stem_end_cpu(const Tensor& z, const Tensor& scale, co
   const Tensor y = empty_map(sizes, map.options());
   const Tensor index = empty_map(sizes, map.options().dtype(ScalarType::Byte));
   const StemEnd args{pool,
+                     activation,
                      map.const_data_ptr(),
                      k.const_data_ptr(),
                      b.const_data_ptr(),
@@ -65,7 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> stem_end_backward_cpu(const Tensor& dy, const
                                                          const Tensor& z, const Tensor& scale,
                                                          const Tensor& shift, const Tensor& mean,
                                                          IntArrayRef kernel, IntArrayRef stride,
-                                                         IntArrayRef padding, bool sums) {
+                                                         IntArrayRef padding, bool sums,
+                                                         Activation activation) {
   const char* op = "stem_end_backward";
   const Tensor map = map_operand(op, "z", z);
   const PoolForward pool = pool_of(op, map, kernel, stride, padding);
@@ -89,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> stem_end_backward_cpu(const Tensor& dy, const
   const int64_t blocks = g.numel() > 0 ? (rows + each - 1) / each : 0;
   PartialSums partial(sums ? blocks : 0, kGradientRows, pool.c);
   const StemEndBackward args{pool,
+                             activation,
                              gradient.const_data_ptr(),
                              places.const_data_ptr<uint8_t>(),
                              map.const_data_ptr(),

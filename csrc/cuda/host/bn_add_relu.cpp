@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cuda(const Tensor& x, const Optio
                                                     const OptionalTensor& running_mean,
                                                     const OptionalTensor& running_var,
                                                     const OptionalTensor& residual, bool training,
-                                                    double eps, bool relu) {
+                                                    double eps, Activation activation) {
   const char* op = "bn_add_relu";
   check_bn(op, x, weight, bias, running_mean, running_var, residual, training);
   const int64_t channels = x.size(1);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cuda(const Tensor& x, const Optio
   p.x = call.input(x);
   p.residual = residual ? call.input(*residual) : nullptr;
   p.y = call.result(y);
-  p.relu = relu;
+  p.activation = activation;
   Tensor mean = call.floats(training ? channels : 0), var = call.floats(training ? channels : 0);
   // An empty batch has no statistics; zeros are finite in the backward, whose sums are zero.
   if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
@@ -143,17 +143,18 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cuda(const Tensor& x, const Optio
 
 Tensor bn_add_relu_apply_cuda(const Tensor& x, const OptionalTensor& weight,
                               const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                              const OptionalTensor& residual, double eps, bool relu) {
-  return std::get<0>(bn_add_relu_cuda(x, weight, bias, mean, var, residual, false, eps, relu));
+                              const OptionalTensor& residual, double eps, Activation activation) {
+  return std::get<0>(
+      bn_add_relu_cuda(x, weight, bias, mean, var, residual, false, eps, activation));
 }
 
 // Returns the gradients of x, weight, bias and, if need_residual, of the residual.
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cuda(
     const Tensor& grad, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight,
-    const Tensor& mean, const Tensor& var, bool training, double eps, bool relu,
+    const Tensor& mean, const Tensor& var, bool training, double eps, Activation activation,
     bool need_residual) {
   const char* op = "bn_add_relu_backward";
-  check_bn_backward(op, grad, x, y, weight, mean, var, relu);
+  check_bn_backward(op, grad, x, y, weight, mean, var, activation);
   const int64_t channels = x.size(1);
 
   BnCall call(op, x);
@@ -161,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cuda(
   BnBackwardReduceParams r{};
   r.grad = call.input(grad);
   r.x = call.input(x);
-  r.y = relu ? call.input(*y) : nullptr;
+  r.y = activation == Activation::kNone ? nullptr : call.input(*y);
+  r.activation = activation;
   r.mean = call.vector(mean);
   r.dz = need_residual ? call.result(dresidual) : nullptr;
   BnBackwardParams p{};
@@ -190,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cuda(
 
   p.grad = need_residual ? r.dz : r.grad;
   p.y = need_residual ? nullptr : r.y;
+  p.activation = activation;
   p.x = training ? r.x : nullptr;
   p.mean = r.mean;
   p.coefficients = f.coefficients;

@@ -10,12 +10,12 @@ Tensor conv_bn_add_relu_cuda(const Tensor& x, const Tensor& weight, const Option
                              const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                              const Tensor& mean, const Tensor& var, const OptionalTensor& residual,
                              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                             int64_t groups, double eps, bool relu) {
+                             int64_t groups, double eps, Activation activation) {
   ConvCall call("conv_bn_add_relu", x, weight.sizes(), {stride, padding, dilation, groups});
   call.set_weight(weight);
   call.set_batch_norm(conv_bias, bn_weight, bn_bias, mean, var, eps);
   call.set_residual(residual, std::nullopt, std::nullopt);
-  call.set_relu(relu);
+  call.set_activation(activation);
   return call.run().contiguous(x.suggest_memory_format());
 }
 
@@ -24,12 +24,12 @@ Tensor conv_bn_add_relu_packed_cuda(const Tensor& x, const Tensor& packed, const
                                     const Tensor& shift, const OptionalTensor& residual,
                                     IntArrayRef weight_shape, IntArrayRef stride,
                                     IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                    bool relu, bool) {
+                                    Activation activation, bool) {
   ConvCall call("conv_bn_add_relu_packed", x, weight_shape, {stride, padding, dilation, groups});
   call.set_packed(packed);
   call.set_affine(scale, shift);
   call.set_residual(residual, std::nullopt, std::nullopt);
-  call.set_relu(relu);
+  call.set_activation(activation);
   return call.run();
 }
 
@@ -38,12 +38,12 @@ namespace {
 Tensor conv_conv_add_relu_packed_cuda(const Tensor& x, const Tensor& x2, const Tensor& packed,
                                       const Tensor& shift, IntArrayRef weight_shape,
                                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                      IntArrayRef stride2, bool relu) {
+                                      IntArrayRef stride2, Activation activation) {
   ConvCall call("conv_conv_add_relu_packed", x, weight_shape, {stride, padding, dilation, 1});
   call.set_second(x2, stride2);
   call.set_packed(packed);
   call.set_affine(std::nullopt, shift);
-  call.set_relu(relu);
+  call.set_activation(activation);
   FR_CHECK_VALUE(call.by_packs(),
                  "conv_conv_add_relu_packed: x, x2: expected channels and "
                  "addresses in multiples of 16 bytes, got ",
@@ -56,12 +56,13 @@ Tensor conv_bn_add_relu_planned_cuda(const Tensor& x, const Tensor& packed, cons
                                      const OptionalTensor& residual_scale,
                                      const OptionalTensor& residual_shift, IntArrayRef weight_shape,
                                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                     int64_t groups, bool relu, int64_t tile, int64_t split_k) {
+                                     int64_t groups, Activation activation, int64_t tile,
+                                     int64_t split_k) {
   ConvCall call("conv_bn_add_relu_planned", x, weight_shape, {stride, padding, dilation, groups});
   call.set_packed(packed);
   call.set_affine(scale, shift);
   call.set_residual(residual, residual_scale, residual_shift);
-  call.set_relu(relu);
+  call.set_activation(activation);
   call.set_plan(tile, split_k);
   return call.run();
 }

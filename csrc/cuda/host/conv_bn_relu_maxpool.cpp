@@ -45,12 +45,13 @@ class StemCall {
   }
 
   // The layout of `weight` is [k][kh][kw][c].
-  Tensor run(const Tensor& weight, const ConvAffine& affine) {
+  Tensor run(const Tensor& weight, const ConvAffine& affine, Activation activation) {
     const Tensor y = device_empty({shape_.n, shape_.k, params_.out_h, params_.out_w}, x_.options(),
                                   kChannelsLast);
     params_.image.x = operands_.keep(x_.contiguous(kChannelsLast)).const_data_ptr();
     params_.weight = operands_.keep(weight).const_data_ptr();
     params_.affine = affine;
+    params_.activation = activation;
     params_.y = y.mutable_data_ptr();
     params_.vector = shape_.k * x_.element_size() % 16 == 0 &&
                      reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0;
@@ -80,7 +81,7 @@ Tensor conv_bn_relu_maxpool_cuda(const Tensor& x, const Tensor& weight,
                                  const Tensor& var, IntArrayRef stride, IntArrayRef padding,
                                  IntArrayRef dilation, int64_t groups, double eps,
                                  IntArrayRef pool_kernel, IntArrayRef pool_stride,
-                                 IntArrayRef pool_padding) {
+                                 IntArrayRef pool_padding, Activation activation) {
   const char* op = "conv_bn_relu_maxpool";
   const Pool pool{pool_kernel, pool_stride, pool_padding};
   StemCall call(op, x, weight.sizes(), {stride, padding, dilation, groups}, pool);
@@ -88,7 +89,7 @@ Tensor conv_bn_relu_maxpool_cuda(const Tensor& x, const Tensor& weight,
     ConvCall conv(op, x, weight.sizes(), {stride, padding, dilation, groups});
     conv.set_weight(weight);
     conv.set_batch_norm(conv_bias, bn_weight, bn_bias, mean, var, eps);
-    conv.set_relu(true);
+    conv.set_activation(activation);
     return max_pool(conv.run(), pool).contiguous(x.suggest_memory_format());
   }
   check_same(op, "weight", weight, weight.sizes(), x);
@@ -99,7 +100,8 @@ Tensor conv_bn_relu_maxpool_cuda(const Tensor& x, const Tensor& weight,
   affine.mean = call.vector("mean", mean);
   affine.var = call.vector("var", var);
   affine.eps = static_cast<float>(eps);
-  return call.run(weight.contiguous(kChannelsLast), affine).contiguous(x.suggest_memory_format());
+  return call.run(weight.contiguous(kChannelsLast), affine, activation)
+      .contiguous(x.suggest_memory_format());
 }
 
 Tensor conv_bn_relu_maxpool_packed_cuda(const Tensor& x, const Tensor& packed, const Tensor& scale,
@@ -107,7 +109,7 @@ Tensor conv_bn_relu_maxpool_packed_cuda(const Tensor& x, const Tensor& packed, c
                                         IntArrayRef stride, IntArrayRef padding,
                                         IntArrayRef dilation, int64_t groups,
                                         IntArrayRef pool_kernel, IntArrayRef pool_stride,
-                                        IntArrayRef pool_padding) {
+                                        IntArrayRef pool_padding, Activation activation) {
   const char* op = "conv_bn_relu_maxpool_packed";
   const Pool pool{pool_kernel, pool_stride, pool_padding};
   StemCall call(op, x, weight_shape, {stride, padding, dilation, groups}, pool);
@@ -115,14 +117,14 @@ Tensor conv_bn_relu_maxpool_packed_cuda(const Tensor& x, const Tensor& packed, c
     ConvCall conv(op, x, weight_shape, {stride, padding, dilation, groups});
     conv.set_packed(packed);
     conv.set_affine(scale, shift);
-    conv.set_relu(true);
+    conv.set_activation(activation);
     return max_pool(conv.run(), pool);
   }
   check_same(op, "packed", packed, {call.shape().k * call.shape().depth()}, x);
   ConvAffine affine{};
   affine.weight = call.vector("scale", scale);
   affine.bias = call.vector("shift", shift);
-  return call.run(packed.contiguous(), affine);
+  return call.run(packed.contiguous(), affine, activation);
 }
 
 }  // namespace

@@ -187,7 +187,7 @@ Tensor ConvCall::run_then_1x1(const Tensor& packed, const Tensor& scale, const T
   block.second.affine.weight = vector("scale", scale, k);
   block.second.affine.bias = vector("shift", shift, k);
   block.second.residual = map(residual);
-  block.second.relu = true;
+  block.second.activation = params_.epilogue.activation;
   // This kernel requires operands that begin at multiples of 16 bytes.
   if (!aligned_) return {};
   const Tensor y = empty_map(k);

@@ -39,7 +39,7 @@ class ConvCall {
   void set_affine(const OptionalTensor& scale, const OptionalTensor& shift);
   void set_residual(const OptionalTensor& residual, const OptionalTensor& scale,
                     const OptionalTensor& shift);
-  void set_relu(bool relu) { params_.epilogue.relu = relu; }
+  void set_activation(Activation activation) { params_.epilogue.activation = activation; }
 
   // Whether channels and addresses are multiples of 16 bytes, as a second convolution requires.
   bool by_packs() const { return conv_by_packs(params_, precision_, aligned_); }
@@ -53,7 +53,7 @@ class ConvCall {
   // Also the mean and the biased variance of the result, for each channel.
   std::vector<Tensor> run_with_statistics();
 
-  // relu(conv_1x1(relu(this convolution)) * scale + shift + residual) in one kernel. Returns an
+  // act(conv_1x1(act(this convolution)) * scale + shift + residual) in one kernel. Returns an
   // undefined tensor if no kernel supports the channels.
   Tensor run_then_1x1(const Tensor& packed, const Tensor& scale, const Tensor& shift,
                       const Tensor& residual);

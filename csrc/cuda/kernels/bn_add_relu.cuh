@@ -1,4 +1,4 @@
-// Batch norm, residual and ReLU: y = relu((x - mean) * scale + bias [+ residual]).
+// Batch norm, residual and activation: y = activation((x - mean) * scale + bias [+ residual]).
 //
 // Memory-bound. Inference reads x (and the residual) and writes y: 2 or 3 elements moved for 4
 // flops. Training reads x once more for its statistics. On an H100 (3.35 TB/s, about 700 ns memory
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kBnThreads, 3)
         for (int e = 0; e < kVector; ++e) {
           float v = fmaf(items[j].get(e) - mean[e], scale[e], bias[e]);
           if (residual) v += added[j].get(e);
-          items[j].set(e, p.relu ? relu(v) : v);
+          items[j].set(e, activate(p.activation, v));
         }
         items[j].store(y + walk.backwards(i + j));
       }

@@ -1,5 +1,6 @@
-// Gradients of y = relu((x - mean) * scale + bias [+ residual]). With dz the gradient of the ReLU
-// input (zero where y <= 0), which is the residual's gradient too, and xc = x - mean:
+// Gradients of y = activation((x - mean) * scale + bias [+ residual]). With dz the gradient of the
+// activation's argument (for ReLU zero where y <= 0), which is the residual's gradient too, and xc
+// = x - mean:
 //   dbias = sum dz,  dweight = sum(dz * xc) / std,
 //   dx = scale * (dz - sum dz / m - xc * sum(dz * xc) / (m * var)) = a * dz + b * xc + c
 // per channel; with running statistics b and c are zero.
@@ -31,11 +32,12 @@ struct BnMasked {
     if (output) y.load(output + at);
   }
   // Leaves dz in grad.
-  FR_DEVICE void mask(const T* output) {
+  FR_DEVICE void mask(const T* output, Activation activation) {
     if (!output) return;
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
-      if (y.get(e) <= 0.0f) grad.set(e, 0.0f);
+      if (!changes_gradient(activation, y.get(e))) continue;
+      grad.set(e, changed_gradient(activation, grad.get(e)));
     }
   }
 };
@@ -72,7 +74,7 @@ __global__ void __launch_bounds__(kBnThreads, 3)
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
         if (i + j < count) {
-          dz[j].mask(y);
+          dz[j].mask(y, p.activation);
           if (to) dz[j].grad.store(to + walk.forwards(i + j));
 #pragma unroll
           for (int e = 0; e < kVector; ++e) {
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(kBnThreads, 3)
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       if (i + j < count) {
-        dz[j].mask(y);
+        dz[j].mask(y, p.activation);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
           float v = a[e] * dz[j].grad.get(e);

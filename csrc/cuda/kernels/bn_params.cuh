@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../../activation.h"
+
 namespace fr {
 
 constexpr int kBnThreads = 256;
@@ -32,14 +34,14 @@ struct BnAffine {
   float eps;
 };
 
-// y = relu((x - mean) * scale + bias [+ residual])
+// y = activation((x - mean) * scale + bias [+ residual])
 struct BnForwardParams {
   BnMap map;
   BnAffine affine;
   const void* x;
   const void* residual;  // or null
   void* y;
-  bool relu;
+  Activation activation;
 };
 
 struct BnStatisticsParams {
@@ -69,9 +71,10 @@ struct BnBackwardReduceParams {
   BnMap map;
   const void* grad;
   const void* x;
-  const void* y;  // null: no ReLU
+  const void* y;  // null: no activation
+  Activation activation;
   const float* mean;
-  void* dz;         // receives the gradient of the ReLU input, unless null
+  void* dz;         // receives the gradient in front of the activation, unless null
   float* partials;  // [slabs][2][channels][2]: sums of dz and of dz * (x - mean), high and low part
 };
 
@@ -93,6 +96,7 @@ struct BnBackwardParams {
   BnMap map;
   const void* grad;
   const void* y;  // null: grad is dz
+  Activation activation;
   const void* x;  // null: b and c are zero
   const float* mean;
   const float* coefficients;

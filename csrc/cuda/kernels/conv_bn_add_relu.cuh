@@ -1,6 +1,6 @@
-// y = relu(bn(conv(x, w)) + residual), all of it in one kernel.
+// y = activation(bn(conv(x, w)) + residual), all of it in one kernel.
 //
-//   y[m][n] = relu(scale[n] sum_k a[m][k] w[n][k] + shift[n] + r[m][n])
+//   y[m][n] = activation(scale[n] sum_k a[m][k] w[n][k] + shift[n] + r[m][n])
 //
 // with m a pixel of y, n an output channel, k = (ky, kx, c) and a[m][k] the pixel of x under tap
 // (ky, kx): an implicit matrix product. Both operands, NHWC maps and KRSC filters, have k as their

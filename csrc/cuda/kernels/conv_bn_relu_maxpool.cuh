@@ -1,4 +1,5 @@
-// The stem: y = max_pool(relu(conv(x, w) * scale + shift)), the convolution's result kept on chip.
+// The stem: y = max_pool(activation(conv(x, w) * scale + shift)), the convolution's result kept on
+// chip.
 //
 // ResNet's: 3 channels of 224 x 224, 64 filters of 7 x 7, stride 2; then 3 x 3 pooling, stride 2.
 // An image in 16 bits: 0.30 MB of x are read and 0.40 MB of y written, where the convolution's
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float v = fmaf(acc[i][j][2 * h + e], by[e].x, by[e].y);
-            pair.values[e] = from_float<T>(relu(v));
+            pair.values[e] = from_float<T>(activate(p.activation, v));
           }
           *reinterpret_cast<StemPair<T>*>(tile + row * Tile::kPitch + column) = pair;
         }

@@ -1,4 +1,4 @@
-// From accumulators to memory: the affine step, the residual, ReLU and one rounding.
+// From accumulators to memory: the affine step, the residual, the activation and one rounding.
 //
 // A warp's accumulators are distributed over its lanes. Through a slab of shared memory that
 // belongs to the warp, 16 rows at a time are regrouped into packs, consecutive channels of one
@@ -71,7 +71,7 @@ FR_DEVICE void finish_pack(const ConvEpilogue& e, const ChannelAffine<kPack<S>>&
 #pragma unroll
   for (int i = 0; i < kPack<S>; ++i) {
     v[i] = fmaf(v[i], affine.scale[i], affine.shift[i]) + r[i];
-    if (e.relu) v[i] = relu(v[i]);
+    v[i] = activate(e.activation, v[i]);
     pack.values[i] = from_float<S>(v[i]);
     v[i] = to_float(pack.values[i]);
   }

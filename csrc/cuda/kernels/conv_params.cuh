@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../../activation.h"
+
 namespace fr {
 
 // An NHWC map and the geometry of the window on it. One image has less than 2^31 elements; the
@@ -26,7 +28,7 @@ struct ConvAffine {
   float eps;
 };
 
-// y = relu(sum * scale + shift + residual * residual_scale + residual_shift)
+// y = activation(sum * scale + shift + residual * residual_scale + residual_shift)
 struct ConvEpilogue {
   ConvAffine affine;
   const void* residual;         // NHWC as y, or null
@@ -34,7 +36,7 @@ struct ConvEpilogue {
   const float* residual_shift;  // null for 0
   void* y;
   int k;  // channels of y
-  bool relu;
+  Activation activation;
   bool vector;  // whether y, residual and each group's channels allow 16 bytes at a time
 };
 

@@ -1,7 +1,7 @@
 // The end of a bottleneck in one kernel, with the result of its 3x3 kept on chip:
 //
-//   h[m][j] = relu(scale1[j] sum_k a[m][k] w1[j][k] + shift1[j])        j < 64 or 128
-//   y[m][n] = relu(scale2[n] sum_j h[m][j] w2[n][j] + shift2[n] + r[m][n])
+//   h[m][j] = act(scale1[j] sum_k a[m][k] w1[j][k] + shift1[j])        j < 64 or 128
+//   y[m][n] = act(scale2[n] sum_j h[m][j] w2[n][j] + shift2[n] + r[m][n])
 //
 // A block computes h for its 128 pixels and all middle channels, as one tile of an ordinary
 // convolution; rounds it to the storage type, as if it were stored; writes it to shared memory in
@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float sum = acc[i][j][2 * half + e];
-          pair[e] = from_float<S>(relu(fmaf(sum, affine.scale[e], affine.shift[e])));
+          pair[e] = from_float<S>(
+              activate(p.second.activation, fmaf(sum, affine.scale[e], affine.shift[e])));
         }
         S* const to = reinterpret_cast<S*>(shared_a + staged_offset<T::kBytesA>(row, pack)) +
                       Precision::column(0, lane);

@@ -13,6 +13,7 @@ struct StemParams {
   ConvImage image;
   PoolWindow pool;
   ConvAffine affine;
+  Activation activation;
   const void* weight;  // [k][kh][kw][c]
   void* y;             // NHWC
   int k;               // channels of y

@@ -19,12 +19,6 @@ Kernel = Any
 
 
 @triton.jit
-def relu(v):  # type: ignore[no-untyped-def]
-    """The maximum of v and 0; NaN stays NaN as in PyTorch, unlike with ``tl.maximum``."""
-    return tl.where(v < 0.0, 0.0, v)
-
-
-@triton.jit
 def channel_vector(v_ptr, c, valid, default: tl.constexpr):  # type: ignore[no-untyped-def]
     """The values of ``v_ptr``, (C,), any float or None, for the channels ``c``, in float32."""
     if v_ptr is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..activation import Activation
 from ._common import REGISTERS, cdiv, check_map, check_same, on_device, vector
 from ._conv_kernels import (
     MERGED_SLABS,
@@ -118,9 +119,10 @@ class ConvCall:
         names: Names of the vectors of ``affine`` in messages.
         residual: Shape of the result, dtype of ``x``; None for none.
         residual_affine: Scale and shift of the residual, ``(K,)`` each, or two None.
-        prologue: Scale and shift of ``x``, ``(C,)`` each, before a ReLU; or two None.
+        prologue: Scale and shift of ``x``, ``(C,)`` each, before an activation; or two None.
         second: A 1x1 convolution that is added; None for none.
-        relu: Whether to apply ReLU to the sum.
+        activation: Of the sum.
+        in_activation: Behind the prologue.
     """
 
     def __init__(
@@ -136,10 +138,13 @@ class ConvCall:
         residual_affine: tuple[Tensor | None, Tensor | None] = (None, None),
         prologue: tuple[Tensor | None, Tensor | None] = (None, None),
         second: Second | None = None,
-        relu: bool = True,
+        activation: int = Activation.RELU,
+        in_activation: int = Activation.RELU,
     ) -> None:
         s = conv_shape(op, x, weight_shape, *geometry)
-        self.op, self.shape, self.like, self.relu = op, s, x, relu
+        self.op, self.shape, self.like = op, s, x
+        self.activation = int(activation)
+        self.in_activation = 0 if prologue[0] is None else int(in_activation)
         self.x = self.map(x)
         self.second = second and self._second(second)
         self.depth = s.depth + (second.x.shape[1] if second else 0)
@@ -252,7 +257,7 @@ class ConvCall:
             "residual_ptr": self.residual,
             "residual_scale_ptr": self.residual_affine[0],
             "residual_shift_ptr": self.residual_affine[1],
-            "K": self.shape.k, "RELU": self.relu,
+            "K": self.shape.k, "ACTIVATION": self.activation,
         }  # fmt: skip
 
     def run(self, config: ConvConfig | None, statistics: Tensor | None = None) -> Tensor:
@@ -283,6 +288,7 @@ class ConvCall:
                 **self.operands(config), **self.geometry(), **self.epilogue(),
                 second_ptr=second, y_ptr=y, partial_ptr=partial, statistics_ptr=statistics,
                 in_scale_ptr=self.prologue[0], in_shift_ptr=self.prologue[1],
+                IN_ACTIVATION=self.in_activation,
                 M=s.rows, OH=s.out_h, OW=s.out_w, group_k=s.group_k,
                 H2=h2, W2=w2, C2=c2, stride2_h=stride2[0], stride2_w=stride2[1],
                 steps=steps, steps_per_split=cdiv(all_steps, config.split_k),

@@ -1,13 +1,13 @@
 r"""y = relu(bn(conv(x, w)) + residual), all of it in one kernel.
 
-    y[m][n] = relu(scale[n] sum_k a[m][k] w[n][k] + shift[n] + r[m][n])
+    y[m][n] = activation(scale[n] sum_k a[m][k] w[n][k] + shift[n] + r[m][n])
 
 an implicit GEMM (see ``_implicit_gemm.py``) with the batch norm folded in the epilogue from its
 live parameters. Bytes: x, w, the residual and y once each, if the L2 cache holds what neighbouring
 programs share; programs run in groups of 8 rows of tiles for that. Flops: 2 m n k. In bfloat16 on
 an H100 it is memory-bound below 300 flops a byte: every 1x1 with a residual, all of ResNet's stage
 1 and most of stage 2. So operations that would otherwise be passes of their own are options here: a
-batch norm and ReLU before the convolution (applied between the load and the product), a batch norm
+batch norm and activation before the convolution (between the load and the product), a batch norm
 on the residual, the statistics of the result for the batch norm after it, and a second convolution
 that is added (a block's shortcut), as additional depth of the same sum.
 
@@ -53,7 +53,8 @@ def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
     group_c, group_k, w_stride, H2, W2, C2, stride2_h, stride2_w,
     steps, steps_per_split, eps,
-    RELU: tl.constexpr, MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr,
+    MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +82,8 @@ def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
         image, oy, ox, row_valid, first_row, first_filter, filter_valid,
         group * group_c, tl.minimum(begin, steps), tl.minimum(end, steps),
         H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
-        MODE, EVEN_C, PRECISION, X_DESCRIPTOR, W_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_K,
+        IN_ACTIVATION, MODE, EVEN_C, PRECISION, X_DESCRIPTOR, W_DESCRIPTOR,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if second_ptr is not None:
         pixels = second_ptr + (image.to(tl.int64) * H2 * W2 * C2)[:, None]
@@ -118,7 +120,7 @@ def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
             quarters[i], y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr,
             var_ptr, residual_scale_ptr, residual_shift_ptr, partial_ptr, statistics_ptr,
             m, group * group_k + columns, row_valid, columns < group_k, split, tile_m, M, K, eps,
-            RELU, BLOCK_M,
+            ACTIVATION, BLOCK_M,
         )  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def _store(  # type: ignore[no-untyped-def]
     y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     residual_scale_ptr, residual_shift_ptr, partial_ptr, statistics_ptr,  # as the kernel's
     m, channel, row_valid, channel_valid, split, tile_m, M, K, eps,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Store some columns of a tile: partial sums, or results with optional statistics."""
     if partial_ptr is not None:
@@ -138,7 +140,7 @@ def _store(  # type: ignore[no-untyped-def]
         v = finish(
             acc, y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
             residual_scale_ptr, residual_shift_ptr, m, channel, row_valid, channel_valid, K, eps,
-            RELU,
+            ACTIVATION,
         )  # fmt: skip
         if statistics_ptr is not None:
             count = tl.minimum(M - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
@@ -157,7 +159,7 @@ def conv_split_finish_kernel(  # type: ignore[no-untyped-def]
     conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
     residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
     M, K, splits, eps,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums in order, and apply the epilogue of the convolution."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -171,7 +173,7 @@ def conv_split_finish_kernel(  # type: ignore[no-untyped-def]
         part += (whole * M)[:, None]
     finish(
         acc, y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-        residual_scale_ptr, residual_shift_ptr, m, n, m < M, n < K, K, eps, RELU,
+        residual_scale_ptr, residual_shift_ptr, m, n, m < M, n < K, K, eps, ACTIVATION,
     )  # fmt: skip
 
 

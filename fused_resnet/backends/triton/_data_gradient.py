@@ -11,8 +11,8 @@ A stride of s makes s * s phases of input pixels, (iy % s, ix % s), each of whic
 taps (iy + pad - ky) % s = 0: per phase the sum is a convolution of stride 1, without products by
 zero. A phase without a tap (of a strided 1x1, all but one) only writes its epilogue.
 
-The epilogue is either the mask of the ReLU before the convolution, computed again from that layer's
-x, with the sums that its batch norm's backward needs; or the gradient of the shortcut, added.
+The epilogue is either the mask of the activation before the convolution, computed again from that
+layer's x, with the sums for its batch norm's backward; or the gradient of the shortcut, added.
 Bytes: g, z, x and g_x once each, if the L2 cache holds what neighbouring programs share. Sums are
 of the stored, rounded values, one of each tile of rows, which another kernel adds in order in
 float64.
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activation import gradient
 from ._channel_sums import channel_sums
 from ._common import REGISTERS, cdiv, channel_vector, on_device
 from ._conv_plan import GROUP_M, precision_of
@@ -44,6 +45,7 @@ def conv_data_gradient_kernel(  # type: ignore[no-untyped-def]
     sums_ptr,  # (phases * tiles of rows, 2, C) float32, or None: sum g_x, sum g_x (x - mean)
     N, H, W, C, OH, OW, K, pad_h, pad_w,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # with x
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +123,7 @@ def conv_data_gradient_kernel(  # type: ignore[no-untyped-def]
         _store(
             parts[i], x_ptr, x_scale_ptr, x_shift_ptr, x_mean_ptr, add_ptr, g_x_ptr, sums_ptr,
             rows, columns, row_valid, columns < C, phase * most_m + tile_m, C,
+            ACTIVATION,
         )  # fmt: skip
 
 
@@ -129,6 +132,7 @@ def _store(  # type: ignore[no-untyped-def]
     acc,  # (BLOCK_M, columns) float32
     x_ptr, x_scale_ptr, x_shift_ptr, x_mean_ptr, add_ptr, g_x_ptr, sums_ptr,  # as the kernel's
     rows, columns, row_valid, column_valid, slab, C,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Mask or addition, rounding, store, and the sums of what was stored."""
     valid = row_valid[:, None] & column_valid[None, :]
@@ -137,7 +141,7 @@ def _store(  # type: ignore[no-untyped-def]
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
         scale = channel_vector(x_scale_ptr, columns, column_valid, 0.0)
         shift = channel_vector(x_shift_ptr, columns, column_valid, 0.0)
-        acc = tl.where(x * scale[None, :] + shift[None, :] <= 0.0, 0.0, acc)
+        acc = gradient(acc, x * scale[None, :] + shift[None, :], ACTIVATION)
     if add_ptr is not None:
         acc += tl.load(add_ptr + at, mask=valid, other=0.0).to(tl.float32)
     rounded = acc.to(g_x_ptr.dtype.element_ty)
@@ -178,6 +182,7 @@ def data_gradient(
                 call.x_scale, call.x_shift, call.x_mean if sums else None, call.add, g_x, partial,
                 s.n, s.h, s.w, s.c, s.out_h, s.out_w, s.k, *s.padding,
                 KH=s.kh, KW=s.kw, STRIDE_H=s.stride[0], STRIDE_W=s.stride[1],
+                ACTIVATION=call.activation,
                 EVEN_K=s.k % config.block_k == 0, PRECISION=precision_of(g_x), GROUP_M=GROUP_M,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
                 PARTS=config.parts, num_warps=config.warps, num_stages=config.stages,

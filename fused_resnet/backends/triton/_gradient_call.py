@@ -28,6 +28,7 @@ class GradientCall:
         weight: ``(K, C / groups, kh, kw)``.
         add: Shape of ``x``, or None.
         geometry: Stride, padding and dilation as ``(height, width)``, and the number of groups.
+        activation: Between ``x`` and the convolution, with ``x_scale``.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class GradientCall:
         weight: Tensor,
         add: Tensor | None,
         geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+        activation: int,
     ) -> None:
         s = self.shape = conv_shape(op, x, list(weight.shape), *geometry)
         check_same(op, "weight", weight, weight.shape, x)
@@ -53,6 +55,7 @@ class GradientCall:
         check_together(op, x_scale=x_scale, x_shift=x_shift)
         if add is not None and x_scale is not None:
             raise ValueError(f"{op}: add: expected None with x_scale, got a tensor")
+        self.activation = 0 if x_scale is None else int(activation)
         self.x = first_map(op, "x", x)
         self.weight = weight
         gradient = map_operand(op, "g", g, s.result, x)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import channel_affine, channel_vector, relu
+from ._activation import activate
+from ._common import channel_affine, channel_vector
 
 
 @triton.jit
@@ -50,11 +51,12 @@ def accumulate(  # type: ignore[no-untyped-def]
     acc,  # (BLOCK_M, BLOCK_N) float32
     x_ptr,  # (N, H, W, C); with X_DESCRIPTOR a descriptor of it as (N H W, C)
     w_ptr,  # (K, w_stride), of which KH KW group_c are used; with W_DESCRIPTOR a descriptor of it
-    in_scale_ptr, in_shift_ptr,  # (C,) any float, or None: x is relu(x scale + shift)
+    in_scale_ptr, in_shift_ptr,  # (C,) any float, or None: x is activation(x scale + shift)
     image, oy, ox, row_valid,  # (BLOCK_M,): image and pixel of each row of the result
     first_row, first_filter, filter_valid,  # filter_valid: (BLOCK_N,)
     channel0, step_begin, step_end,
     H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
+    IN_ACTIVATION: tl.constexpr,
     MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -113,10 +115,10 @@ def accumulate(  # type: ignore[no-untyped-def]
                     rows + ((iy * W + ix) * C)[:, None] + c[None, :], mask=a_valid, other=0.0
                 )
         if in_scale_ptr is not None:
-            # Padding is applied after batch norm and ReLU, so padded zeros stay zeros.
+            # Padding is applied after batch norm and activation, so padded zeros stay zeros.
             in_scale = channel_vector(in_scale_ptr + channel0, c, k_valid, 0.0)
             in_shift = channel_vector(in_shift_ptr + channel0, c, k_valid, 0.0)
-            v = relu(a.to(tl.float32) * in_scale[None, :] + in_shift[None, :])
+            v = activate(a.to(tl.float32) * in_scale[None, :] + in_shift[None, :], IN_ACTIVATION)
             a = tl.where(a_valid, v, 0.0).to(a.dtype)
         if W_DESCRIPTOR:
             b = w_ptr.load([first_filter, k0]).T
@@ -137,9 +139,9 @@ def finish(  # type: ignore[no-untyped-def]
     residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
     m, channel, row_valid, channel_valid,
     K, eps,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: affine step, residual, ReLU, rounding, store. Returns the stored values."""
+    """Affine step, residual, activation, rounding, store. Returns the stored values."""
     scale, shift = channel_affine(
         channel, channel_valid, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps
     )
@@ -153,9 +155,7 @@ def finish(  # type: ignore[no-untyped-def]
             r_shift = channel_vector(residual_shift_ptr, channel, channel_valid, 0.0)
             r = r * r_scale[None, :] + r_shift[None, :]
         v += r
-    if RELU:
-        v = relu(v)
-    rounded = v.to(y_ptr.dtype.element_ty)
+    rounded = activate(v, ACTIVATION).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, rounded, mask=valid)
     return rounded.to(tl.float32)
 

@@ -2,7 +2,7 @@ r"""The gradient of a convolution's weight, with both of its prologues.
 
     dw[k][tap][c] = sum_m dz[m][k] p(x)[m under tap][c]
 
-m is a pixel of the result. dz = a g + b z + c and p(x) = relu(x * scale + shift) are made while
+m is a pixel of the result. dz = a g + b z + c and p(x) = act(x * scale + shift) are made while
 they are read, rounded as if they had been stored, and never stored; what lies outside of the input
 is zero after p. A program computes a tile of filters by channels for one tap and one part of the
 pixels; taps follow each other, so that they find the same pixels in the L2 cache.
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import REGISTERS, cdiv, channel_vector, on_device, relu
+from ._activation import activate
+from ._common import REGISTERS, cdiv, channel_vector, on_device
 from ._conv_plan import precision_of
 from ._gradient_call import GradientCall
 from ._gradient_plan import WeightConfig, plan_weight
@@ -39,6 +40,7 @@ def conv_weight_gradient_kernel(  # type: ignore[no-untyped-def]
     M, K, C, H, W, OH, OW, pad_h, pad_w,
     split_rows,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # of p
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """A tile of one tap; program axes are taps within tiles, and parts of the pixels."""
@@ -84,7 +86,7 @@ def conv_weight_gradient_kernel(  # type: ignore[no-untyped-def]
         at = image.to(tl.int64) * H * W * C + (iy * W + ix) * C
         p = tl.load(x_ptr + at[:, None] + n[None, :], mask=x_valid, other=0.0)
         if x_scale_ptr is not None:
-            v = relu(p.to(tl.float32) * scale[None, :] + shift[None, :])
+            v = activate(p.to(tl.float32) * scale[None, :] + shift[None, :], ACTIVATION)
             p = tl.where(x_valid, v, 0.0).to(p.dtype)
         acc = multiply(acc, tl.trans(dz.to(p.dtype)), p, PRECISION)
     to = (split.to(tl.int64) * K + k)[:, None] * (TAPS * C) + (tap * C + n)[None, :]
@@ -137,9 +139,9 @@ def weight_gradient(call: GradientCall, config: WeightConfig | None) -> Tensor:
             call.g, call.z, call.a, call.b, call.c, call.x, call.x_scale, call.x_shift, partial,
             s.rows, s.k, s.c, s.h, s.w, s.out_h, s.out_w, *s.padding, split_rows,
             KH=s.kh, KW=s.kw, STRIDE_H=s.stride[0], STRIDE_W=s.stride[1],
-            PRECISION=precision_of(dw), BLOCK_K=config.block_k, BLOCK_C=config.block_c,
-            BLOCK_R=config.block_r, num_warps=config.warps, num_stages=config.stages,
-            maxnreg=REGISTERS,
+            ACTIVATION=call.activation, PRECISION=precision_of(dw),
+            BLOCK_K=config.block_k, BLOCK_C=config.block_c, BLOCK_R=config.block_r,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=REGISTERS,
         )  # fmt: skip
         conv_weight_finish_kernel[(cdiv(dw.numel(), FINISH),)](
             partial, dw, dw.numel(), splits, s.c, s.kw, s.kh * s.kw, *dw.stride(),

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activation import activate
 from ._bn_map import BnConfig, BnMap, map_offsets
-from ._common import channel_vector, relu
+from ._common import channel_vector
 from ._training_operands import check_together, first_map, like_map, map_operand, vector_operand
 
 
@@ -23,7 +24,7 @@ def block_end_kernel(  # type: ignore[no-untyped-def]
     scale_ptr, shift_ptr,  # (C,) float32
     shortcut_scale_ptr, shortcut_shift_ptr,  # (C,) float32, or None
     R, C, P, slab_rows,
-    RELU: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A slab of rows, forwards: its beginning is the oldest of what z's kernel left in the L2."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -44,9 +45,7 @@ def block_end_kernel(  # type: ignore[no-untyped-def]
             if shortcut_scale_ptr is not None:
                 s = s * shortcut_scale[None, :] + shortcut_shift[None, :]
             v += s
-        if RELU:
-            v = relu(v)
-        tl.store(y_ptr + at, v.to(y_ptr.dtype.element_ty), mask=valid)
+        tl.store(y_ptr + at, activate(v, ACTIVATION).to(y_ptr.dtype.element_ty), mask=valid)
 
 
 def block_end(
@@ -56,7 +55,7 @@ def block_end(
     shortcut: Tensor | None,
     shortcut_scale: Tensor | None,
     shortcut_shift: Tensor | None,
-    relu: bool,
+    activation: int,
     *,
     config: BnConfig | None = None,
 ) -> Tensor:
@@ -70,7 +69,7 @@ def block_end(
         shortcut_scale: ``(K,)`` float32: then :math:`s` is the shortcut times this plus its shift;
             None means the shortcut as it is.
         shortcut_shift: ``(K,)`` float32, there when ``shortcut_scale`` is.
-        relu: False leaves the maximum out.
+        activation: Which; none leaves the maximum out.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
@@ -97,6 +96,6 @@ def block_end(
         vector_operand(op, "shift", shift, channels, z),
         vector_operand(op, "shortcut_scale", shortcut_scale, channels, z),
         vector_operand(op, "shortcut_shift", shortcut_shift, channels, z),
-        RELU=relu,
+        ACTIVATION=int(activation),
     )
     return y

@@ -1,4 +1,4 @@
-r"""The gradient behind a block's ReLU, and the sums that its batch norms' gradients need.
+r"""The gradient in front of a block's activation, and the sums for its batch norms' gradients.
 
     g = dy where y > 0,  sum g,  sum g (z - mean),  sum g (s - mean_s)
 
@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activation import Activation
+from ._activation import gradient
 from ._bn_map import BnConfig, BnMap, map_offsets
 from ._channel_sums import channel_sums, two_sum
 from ._common import channel_vector
@@ -36,13 +38,13 @@ from ._training_operands import (
 @triton.jit
 def block_end_backward_kernel(  # type: ignore[no-untyped-def]
     dy_ptr, y_ptr, z_ptr, shortcut_ptr,  # (R, C); all but dy may be None
-    g_ptr,  # (R, C), or None: no ReLU
+    g_ptr,  # (R, C), or None: no activation
     mean_ptr, shortcut_mean_ptr,  # (C,) float32; the second or None
     scale_ptr, shift_ptr,  # (C,) float32, or None: the mask is y's
     shortcut_scale_ptr, shortcut_shift_ptr,  # (C,) float32, or None
     partial_ptr,  # (slabs, 2 or 3, C) float64, or None: no sums
     R, C, P, slab_rows,
-    SHORTCUT_SUM: tl.constexpr,
+    SHORTCUT_SUM: tl.constexpr, ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The masked gradient and the sums of a slab of rows."""
@@ -69,7 +71,7 @@ def block_end_backward_kernel(  # type: ignore[no-untyped-def]
             s = tl.load(shortcut_ptr + at, mask=valid, other=0.0).to(tl.float32)
         if y_ptr is not None:
             v = tl.load(y_ptr + at, mask=valid, other=0.0).to(tl.float32)
-            g = tl.where(v <= 0.0, 0.0, g)
+            g = gradient(g, v, ACTIVATION)
         elif scale_ptr is not None:
             v = z * scale[None, :] + shift[None, :]
             if shortcut_ptr is not None:
@@ -77,7 +79,7 @@ def block_end_backward_kernel(  # type: ignore[no-untyped-def]
                     v += s * shortcut_scale[None, :] + shortcut_shift[None, :]
                 else:
                     v += s
-            g = tl.where(v <= 0.0, 0.0, g)
+            g = gradient(g, v, ACTIVATION)
         if g_ptr is not None:
             tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
@@ -124,23 +126,25 @@ def block_end_backward(
     shortcut: Tensor | None,
     shortcut_mean: Tensor | None,
     sums: bool,
+    activation: int = Activation.RELU,
     *,
     recomputed: Recomputed | None = None,
     config: BnConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""The gradient behind a block's ReLU and its sums.
+    r"""The gradient in front of a block's activation and its sums.
 
     :math:`g = dy \cdot [y > 0]`, :math:`\sum g`, :math:`\sum g (z - \mu)`,
     :math:`\sum g (s - \mu_s)`.
 
     Args:
         dy: Gradient of ``y``, shape and dtype of ``z``.
-        y: The block's result; None where it has no ReLU, or with ``recomputed``.
+        y: The block's result; None where it has no activation, or with ``recomputed``.
         z: Result of the last convolution, ``(N, K, H, W)``; float32, float16 or bfloat16.
         mean: ``(K,)`` float32, of ``z``.
         shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no such sum.
         shortcut_mean: ``(K,)`` float32, there when ``shortcut`` is.
         sums: Whether the sums are wanted.
+        activation: With ``y`` or ``recomputed``.
         recomputed: Given without ``y``: the mask is computed from ``z`` and ``shortcut``.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
@@ -184,6 +188,7 @@ def block_end_backward(
         call.launch(
             block_end_backward_kernel, *operands, *affine, partial,
             SHORTCUT_SUM=sums and shortcut is not None,
+            ACTIVATION=int(activation) if masked else 0,
         )  # fmt: skip
     if partial is None:
         return g, nothing(z), nothing(z), nothing(z)
@@ -202,6 +207,7 @@ def block_end_backward_recomputed(
     shortcut_scale: Tensor | None,
     shortcut_shift: Tensor | None,
     sums: bool,
+    activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`block_end_backward` without the block's result, whose sign is computed again.
 
@@ -216,6 +222,7 @@ def block_end_backward_recomputed(
         shortcut_scale: ``(K,)`` float32, of the forward, there when ``shortcut`` is.
         shortcut_shift: ``(K,)`` float32, of the forward, there when ``shortcut`` is.
         sums: Whether the sums are wanted.
+        activation: Of the forward.
 
     Returns:
         As :func:`block_end_backward`.
@@ -229,5 +236,5 @@ def block_end_backward_recomputed(
     )
     recomputed = Recomputed(scale, shift, shortcut_scale, shortcut_shift)
     return block_end_backward(
-        dy, None, z, mean, shortcut, shortcut_mean, sums, recomputed=recomputed
+        dy, None, z, mean, shortcut, shortcut_mean, sums, activation, recomputed=recomputed
     )

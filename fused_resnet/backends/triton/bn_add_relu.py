@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activation import activate
 from ._bn_map import BnConfig, BnMap, map_offsets
-from ._common import channel_vector, check_same, relu
+from ._common import channel_vector, check_same
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def bn_add_relu_kernel(  # type: ignore[no-untyped-def]
     x_ptr, residual_ptr, y_ptr,  # (R, C) in NHWC, (R / P, C, P) in NCHW; residual or None
     weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (C,) any float, or None; no var: weight is the scale
     R, C, P, slab_rows, eps,
-    RELU: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Normalises with given statistics, adds the residual and applies ReLU."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -122,9 +123,7 @@ def bn_add_relu_kernel(  # type: ignore[no-untyped-def]
         v = (v - mean[None, :]) * scale[None, :] + bias[None, :]
         if residual_ptr is not None:
             v += tl.load(residual_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        if RELU:
-            v = relu(v)
-        tl.store(y_ptr + at, v.to(y_ptr.dtype.element_ty), mask=valid)
+        tl.store(y_ptr + at, activate(v, ACTIVATION).to(y_ptr.dtype.element_ty), mask=valid)
 
 
 def bn_add_relu(
@@ -136,7 +135,7 @@ def bn_add_relu(
     residual: Tensor | None,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: int,
     *,
     config: BnConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +150,7 @@ def bn_add_relu(
         residual: :math:`r`, shape and dtype of ``x``; None means 0.
         training: Use the statistics of the batch, and return them.
         eps: Added to the variance.
-        relu: Whether to apply ReLU to the sum.
+        activation: Of the sum.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
@@ -189,7 +188,7 @@ def bn_add_relu(
             slab_rows=call.slab_rows, eps=eps,
         )  # fmt: skip
         affine = (scale, shift, mean, None)
-    call.launch(bn_add_relu_kernel, xs, rs, y, *affine, eps=eps, RELU=relu)
+    call.launch(bn_add_relu_kernel, xs, rs, y, *affine, eps=eps, ACTIVATION=int(activation))
     return y, mean, var
 
 
@@ -201,7 +200,7 @@ def bn_add_relu_apply(
     var: Tensor,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: int,
     *,
     config: BnConfig | None = None,
 ) -> Tensor:
@@ -215,10 +214,12 @@ def bn_add_relu_apply(
         var: Biased variance of the batch, ``(C,)``, any float.
         residual: Shape and dtype of ``x``; None means 0.
         eps: Added to the variance.
-        relu: Whether to apply ReLU to the sum.
+        activation: Of the sum.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
         y in the dtype and memory format of ``x``.
     """
-    return bn_add_relu(x, weight, bias, mean, var, residual, False, eps, relu, config=config)[0]
+    return bn_add_relu(x, weight, bias, mean, var, residual, False, eps, activation, config=config)[
+        0
+    ]

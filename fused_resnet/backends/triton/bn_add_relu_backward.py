@@ -1,6 +1,6 @@
 r"""Backward of batch norm, residual and ReLU.
 
-With dz the gradient before ReLU, xc = x - mean and m the number of values per channel:
+With dz the gradient before the activation, xc = x - mean and m the number of values per channel:
 
     dbias = sum dz,  dweight = sum(dz xc) / std,
     dx = scale (dz - sum dz / m - xc sum(dz xc) / (m var)) = a dz + b xc + c   per channel;
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activation import gradient
 from ._bn_map import BnConfig, BnMap, map_offsets
 from ._common import channel_vector, check_same
 
@@ -43,6 +44,7 @@ def bn_backward_reduce_kernel(  # type: ignore[no-untyped-def]
     mean_ptr,  # (C,) any float
     partial_ptr,  # (slabs, 2, C) float64: sum dz, sum dz (x - mean)
     R, C, P, slab_rows,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of each slab of rows, and the masked gradient dz."""
@@ -62,7 +64,7 @@ def bn_backward_reduce_kernel(  # type: ignore[no-untyped-def]
         dz = tl.load(grad_ptr + at, mask=valid, other=0.0).to(tl.float32)
         if y_ptr is not None:
             y = tl.load(y_ptr + at, mask=valid, other=0.0).to(tl.float32)
-            dz = tl.where(y <= 0.0, 0.0, dz)
+            dz = gradient(dz, y, ACTIVATION)
         if dz_ptr is not None:
             tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=valid)
         xc = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32) - mean[None, :]
@@ -115,6 +117,7 @@ def bn_backward_kernel(  # type: ignore[no-untyped-def]
     mean_ptr,  # (C,) any float
     coefficient_ptr,  # (3, C) float32: a, b, c
     R, C, P, slab_rows,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = a dz + b (x - mean) + c. Without y, grad is dz; without x, b and c are zero."""
@@ -134,7 +137,7 @@ def bn_backward_kernel(  # type: ignore[no-untyped-def]
         v = tl.load(grad_ptr + at, mask=valid, other=0.0).to(tl.float32)
         if y_ptr is not None:
             y = tl.load(y_ptr + at, mask=valid, other=0.0).to(tl.float32)
-            v = tl.where(y <= 0.0, 0.0, v)
+            v = gradient(v, y, ACTIVATION)
         v = v * scale[None, :]
         if x_ptr is not None:
             x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
@@ -151,7 +154,7 @@ def bn_add_relu_backward(
     var: Tensor,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: int,
     need_residual: bool,
     *,
     config: BnConfig | None = None,
@@ -161,14 +164,14 @@ def bn_add_relu_backward(
     Args:
         grad: Gradient of y, ``(N, C, H, W)``, dtype of ``x``.
         x: Input of the forward, ``(N, C, H, W)``; float32, float16 or bfloat16, NHWC or NCHW.
-        y: Result of the forward; may be None without ``relu``.
+        y: Result of the forward; may be None without an activation.
         weight: Scale of the forward, ``(C,)``, any float; None means 1.
         mean: Mean that the forward used, ``(C,)``: the batch's in training, else the running one.
         var: Variance that the forward used, ``(C,)``: the batch's biased one in training, else the
             running one.
         training: Whether the statistics are functions of ``x``.
         eps: Added to the variance in the forward.
-        relu: Whether the forward applied ReLU.
+        activation: That the forward applied.
         need_residual: Whether the gradient of the residual is needed.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
@@ -176,15 +179,15 @@ def bn_add_relu_backward(
         The gradients of x, weight, bias (both float32) and the residual (empty if not needed).
 
     Raises:
-        ValueError: Wrong shape or device, or no ``y`` with ``relu``.
+        ValueError: Wrong shape or device, or no ``y`` with an activation.
         TypeError: Wrong dtype.
     """
     op = "bn_add_relu_backward"
     call = BnMap(op, x, config)
     check_same(op, "grad", grad, x.shape, x)
     check_same(op, "y", y, x.shape, x)
-    if relu and y is None:
-        raise ValueError(f"{op}: y: expected a tensor when relu=True, got None")
+    if activation and y is None:
+        raise ValueError(f"{op}: y: expected a tensor with an activation, got None")
     weights, means = call.vector("weight", weight), call.vector("mean", mean)
     variances = call.vector("var", var)
     dx = call.result()
@@ -194,10 +197,11 @@ def bn_add_relu_backward(
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_(), dresidual
     grads, xs = call.input(grad), call.input(x)
-    ys = call.input(y) if relu and y is not None else None
+    ys = call.input(y) if activation and y is not None else None
     partial = call.floats(call.slabs, 2, call.channels, dtype=torch.float64)
     coefficients = call.floats(3, call.channels)
-    call.launch(bn_backward_reduce_kernel, grads, xs, ys, dz, means, partial)
+    act = 0 if ys is None else int(activation)
+    call.launch(bn_backward_reduce_kernel, grads, xs, ys, dz, means, partial, ACTIVATION=act)
     call.finish(
         bn_backward_finish_kernel, partial, weights, variances, dweight, dbias, coefficients,
         eps=eps, TRAINING=training,
@@ -205,6 +209,6 @@ def bn_add_relu_backward(
     sources = (grads, ys) if dz is None else (dz, None)
     call.launch(
         bn_backward_kernel, sources[0], xs if training else None, sources[1], dx, means,
-        coefficients,
+        coefficients, ACTIVATION=act if dz is None else 0,
     )  # fmt: skip
     return dx, dweight, dbias, dresidual

@@ -2,9 +2,9 @@ r"""PyTorch's convolutions between passes of ours, behind the calls of the train
 
 For the geometries that our gradients' kernels do not take, and a candidate of the tuner for all: a
 prologue becomes a map of its own, an epilogue a pass over the result. Passes: dz = a g + b z + c (3
-elements moved for 4 flops); p(x) is :func:`.block_end` without a shortcut; the mask of a ReLU with
-its sums, in place (3 elements); the statistics of a map (1 element). Tiles are those of
-``_bn_map.py``.
+elements moved for 4 flops); p(x) is :func:`.block_end` without a shortcut; the gradient before an
+activation with its sums, in place (3 elements); the statistics of a map (1 element). Tiles are
+those of ``_bn_map.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activation import gradient
 from ._bn_map import BnMap, map_offsets
 from ._channel_sums import channel_sums, two_sum
 from ._common import channel_vector
@@ -56,9 +57,10 @@ def masked_sums_kernel(  # type: ignore[no-untyped-def]
     scale_ptr, shift_ptr, mean_ptr,  # (C,) float32; mean or None
     partial_ptr,  # (slabs, 2, C) float64, or None
     R, C, P, slab_rows,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mask the gradient of a ReLU's input x * scale + shift, and sum what is left."""
+    """The gradient of an activation's argument x * scale + shift, and its sums."""
     slab = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = channel_vector(scale_ptr, c, c < C, 0.0)
@@ -74,7 +76,7 @@ def masked_sums_kernel(  # type: ignore[no-untyped-def]
         at = map_offsets(r, c, C, P, LAST)
         x = tl.load(x_ptr + at, mask=valid, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        g = tl.where(x * scale[None, :] + shift[None, :] <= 0.0, 0.0, g)
+        g = gradient(g, x * scale[None, :] + shift[None, :], ACTIVATION)
         tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
             xc = tl.where(valid, x - mean[None, :], 0.0)
@@ -101,7 +103,7 @@ def conv_around_pytorch(
     s, p = call.shape, call.x
     scale, shift = call.prologue
     if scale is not None and shift is not None:
-        p = block_end(p, scale, shift, None, None, None, True)
+        p = block_end(p, scale, shift, None, None, None, call.in_activation)
     z = torch.ops.aten.convolution(
         p, weight, None, s.stride, s.padding, s.dilation, False, [0, 0], s.groups
     ).contiguous(memory_format=torch.channels_last)
@@ -146,7 +148,7 @@ def gradients_around_pytorch(
     BnMap(op, call.g, None).launch(bn_gradient_kernel, call.g, call.z, dz, call.a, call.b, call.c)
     p = call.x
     if call.x_scale is not None and call.x_shift is not None and need_weight:
-        p = block_end(p, call.x_scale, call.x_shift, None, None, None, True)
+        p = block_end(p, call.x_scale, call.x_shift, None, None, None, call.activation)
     g_x, dw, _ = torch.ops.aten.convolution_backward(
         dz, p, call.weight, None, s.stride, s.padding, s.dilation, False, [0, 0], s.groups,
         [need_input, need_weight, False],
@@ -162,6 +164,7 @@ def gradients_around_pytorch(
             around.launch(
                 masked_sums_kernel, g_x, call.x, call.x_scale, call.x_shift,
                 call.x_mean if sums else None, partial,
+                ACTIVATION=call.activation,
             )  # fmt: skip
             found = [] if partial is None else channel_sums(partial)
         elif call.add is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..activation import Activation
 from ._data_gradient import data_gradient
 from ._gradient_call import GradientCall
 from ._gradient_plan import DataConfig, WeightConfig
@@ -39,6 +40,7 @@ def conv_backward(
     need_weight: bool,
     sums: bool,
     winograd: bool,
+    activation: int = Activation.RELU,
     *,
     pytorch: bool = False,
     data_config: DataConfig | None = None,
@@ -67,6 +69,7 @@ def conv_backward(
         need_weight: Whether :math:`dw` is wanted.
         sums: Whether the sums are wanted; only with ``x_scale`` and ``x_mean``.
         winograd: Has no effect; an option of the CPU's kernels.
+        activation: In the place of that maximum.
         pytorch: Whether PyTorch's convolution runs between our passes, as it does for the
             geometries that the kernels do not take.
         data_config: Forces a tile of the data gradient; None chooses one.
@@ -83,7 +86,7 @@ def conv_backward(
     op = "conv_backward"
     call = GradientCall(
         op, g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add,
-        (stride, padding, dilation, groups),
+        (stride, padding, dilation, groups), activation,
     )  # fmt: skip
     if sums and (x_scale is None or x_mean is None):
         raise ValueError(f"{op}: x_scale, x_mean: expected tensors with sums=True")

@@ -26,7 +26,7 @@ def conv_bn_add_relu(
     dilation: Sequence[int],
     groups: int,
     eps: float,
-    relu: bool,
+    activation: int,
     *,
     in_scale: Tensor | None = None,
     in_shift: Tensor | None = None,
@@ -48,7 +48,7 @@ def conv_bn_add_relu(
         dilation: Distance between the filter's taps, ``(height, width)``.
         groups: Number of independent groups of channels.
         eps: Added to the variance.
-        relu: Whether to apply ReLU to the sum.
+        activation: Of the sum.
         in_scale: ``(C,)``, any float. With it the input of the convolution is
             :math:`\max(0, x \cdot \mathrm{scale} + \mathrm{shift})`, rounded to the dtype of ``x``;
             padding stays zero.
@@ -74,7 +74,7 @@ def conv_bn_add_relu(
         BATCH_NORM,
         residual,
         prologue=(in_scale, in_shift),
-        relu=relu,
+        activation=activation,
     )
     return call.run(config).contiguous(memory_format=suggest_memory_format(x))
 
@@ -90,7 +90,7 @@ def conv_bn_add_relu_packed(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    relu: bool,
+    activation: int,
     winograd: bool = False,
     *,
     residual_scale: Tensor | None = None,
@@ -110,7 +110,7 @@ def conv_bn_add_relu_packed(
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.
         groups: Number of independent groups of channels.
-        relu: Whether to apply ReLU to the sum.
+        activation: Of the sum.
         winograd: Has no effect; an option of the CPU's kernels.
         residual_scale: Scale of the residual, ``(K,)``, any float, where the residual is a map
             before its own batch norm; None means 1.
@@ -135,7 +135,7 @@ def conv_bn_add_relu_packed(
         FOLDED,
         residual,
         residual_affine=(residual_scale, residual_shift),
-        relu=relu,
+        activation=activation,
     )
     return call.run(config)
 
@@ -150,7 +150,7 @@ def conv_conv_add_relu_packed(
     padding: Sequence[int],
     dilation: Sequence[int],
     stride2: Sequence[int],
-    relu: bool,
+    activation: int,
     *,
     config: ConvConfig | None = None,
 ) -> Tensor:
@@ -167,7 +167,7 @@ def conv_conv_add_relu_packed(
         padding: Zeros on each side of ``x``, ``(height, width)``.
         dilation: Distance between the taps of :math:`w`, ``(height, width)``.
         stride2: Stride of :math:`w_2`, ``(height, width)``.
-        relu: Whether to apply ReLU to the sum.
+        activation: Of the sum.
         config: Forces a configuration; None chooses one.
 
     Returns:
@@ -186,6 +186,6 @@ def conv_conv_add_relu_packed(
         Affine(bias=shift),
         FOLDED,
         second=Second(x2, (stride2[0], stride2[1])),
-        relu=relu,
+        activation=activation,
     )
     return call.run(config)

@@ -29,7 +29,9 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ._common import REGISTERS, cdiv, channel_affine, check_map, on_device, power_of_two, relu
+from ..activation import Activation
+from ._activation import activate
+from ._common import REGISTERS, cdiv, channel_affine, check_map, on_device, power_of_two
 from ._conv_call import BATCH_NORM, FOLDED, Affine, ConvCall, filters
 from ._conv_plan import precision_of
 from ._conv_shape import ConvShape, check_pair, window
@@ -81,7 +83,7 @@ def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
     STEP_H: tl.constexpr, STEP_W: tl.constexpr,  # and its stride
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,  # pooled pixels of a program
     BLOCK_MIDDLE: tl.constexpr, BLOCK_OUT: tl.constexpr,  # powers of two: pooled along rows; both
-    PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of pooled pixels for a block of filters."""
@@ -103,12 +105,12 @@ def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
         x_ptr, w_ptr, None, None, images, oy, ox, in_map, 0, tl.program_id(1) * BLOCK_N, n < K,
         0, 0, tl.cdiv(KH * KW * C, BLOCK_K),
         H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, C, KH * KW * C,
-        "flat", False, PRECISION, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        0, "flat", False, PRECISION, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     scale, shift = channel_affine(
         n, n < K, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps
     )
-    v = relu(acc * scale[None, :] + shift[None, :]).to(y_ptr.dtype.element_ty)
+    v = activate(acc * scale[None, :] + shift[None, :], ACTIVATION).to(y_ptr.dtype.element_ty)
     v = tl.where(in_map[:, None], v, float("-inf")).to(y_ptr.dtype.element_ty)
 
     # Along rows: pixel (r, q) of (ROWS, TILE_W) is the largest of v's from (r, q STEP_W) on.
@@ -210,7 +212,7 @@ def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
     sizes: dict[str, Any] = call.geometry()
     del sizes["group_c"], sizes["w_stride"]
     affine: dict[str, Any] = call.epilogue()
-    for name in ("residual_ptr", "residual_scale_ptr", "residual_shift_ptr", "RELU"):
+    for name in ("residual_ptr", "residual_scale_ptr", "residual_shift_ptr"):
         del affine[name]
     with on_device(y):
         conv_bn_relu_maxpool_kernel[(s.n * tiles_y * tiles_x, cdiv(s.k, config.block_n))](
@@ -246,10 +248,11 @@ def conv_bn_relu_maxpool(
     pool_kernel: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
+    activation: int = Activation.RELU,
     *,
     config: StemConfig | None = None,
 ) -> Tensor:
-    r"""The stem: convolution, batch norm, ReLU and max-pool.
+    r"""The stem: convolution, batch norm, an activation, here ReLU, and max-pool.
 
     .. math:: y = \mathrm{maxpool}(\max(0, \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon}
         + \beta))
@@ -272,6 +275,7 @@ def conv_bn_relu_maxpool(
         pool_stride: Stride of the max-pool, ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side,
             ``(height, width)``.
+        activation: In front of the pool.
         config: Forces a configuration; None chooses one.
 
     Returns:
@@ -291,6 +295,7 @@ def conv_bn_relu_maxpool(
         (stride, padding, dilation, groups),
         Affine(conv_bias, bn_weight, bn_bias, mean, var, eps),
         BATCH_NORM,
+        activation=activation,
     )
     pool = _pool(op, call.shape, pool_kernel, pool_stride, pool_padding)
     return _run(call, pool, config).contiguous(memory_format=suggest_memory_format(x))
@@ -309,6 +314,7 @@ def conv_bn_relu_maxpool_packed(
     pool_kernel: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
+    activation: int = Activation.RELU,
     *,
     config: StemConfig | None = None,
 ) -> Tensor:
@@ -329,6 +335,7 @@ def conv_bn_relu_maxpool_packed(
         pool_stride: Stride of the max-pool, ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side,
             ``(height, width)``.
+        activation: In front of the pool.
         config: Forces a configuration; None chooses one.
 
     Returns:
@@ -347,5 +354,6 @@ def conv_bn_relu_maxpool_packed(
         (stride, padding, dilation, groups),
         Affine(weight=scale, bias=shift),
         FOLDED,
+        activation=activation,
     )
     return _run(call, _pool(op, call.shape, pool_kernel, pool_stride, pool_padding), config)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..activation import Activation
 from ._common import check_map
 from ._conv_call import Affine, BatchNorm, ConvCall, filters
 from ._conv_plan import ConvConfig
@@ -25,6 +26,7 @@ def _call(
     x_shift: Tensor | None,
     weight: Tensor,
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    activation: int,
 ) -> ConvCall:
     check_map(op, "x", x)
     check_together(op, x_scale=x_scale, x_shift=x_shift)
@@ -41,7 +43,8 @@ def _call(
         Affine(),
         ("",) * 5,
         prologue=(prologue[0], prologue[1]),
-        relu=False,
+        activation=Activation.NONE,
+        in_activation=activation,
     )
 
 
@@ -56,6 +59,7 @@ def conv_forward(
     groups: int,
     statistics: bool,
     winograd: bool,
+    activation: int = Activation.RELU,
     *,
     pytorch: bool = False,
     config: ConvConfig | None = None,
@@ -75,6 +79,7 @@ def conv_forward(
         groups: Number of independent groups of channels.
         statistics: Whether mean and variance are wanted.
         winograd: Has no effect; an option of the CPU's kernels.
+        activation: Of :math:`p`.
         pytorch: Whether PyTorch's convolution runs between our passes.
         config: Forces a configuration, of which split_k is ignored with statistics; None chooses
             one.
@@ -87,7 +92,8 @@ def conv_forward(
         ValueError: Wrong rank, shape or device, or half of a prologue.
         TypeError: Wrong dtype.
     """
-    call = _call("conv_forward", x, x_scale, x_shift, weight, (stride, padding, dilation, groups))
+    geometry = (stride, padding, dilation, groups)
+    call = _call("conv_forward", x, x_scale, x_shift, weight, geometry, activation)
     if pytorch:
         return conv_around_pytorch(call, weight, statistics)
     if not statistics:
@@ -112,6 +118,7 @@ def conv_bn_forward(
     momentum: float,
     eps: float,
     winograd: bool,
+    activation: int = Activation.RELU,
     *,
     pytorch: bool = False,
     config: ConvConfig | None = None,
@@ -139,6 +146,7 @@ def conv_bn_forward(
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
         winograd: Has no effect; an option of the CPU's kernels.
+        activation: Of :math:`p`.
         pytorch: Whether PyTorch's convolution runs between our passes.
         config: Forces a configuration, of which split_k is ignored; None chooses one.
 
@@ -152,7 +160,8 @@ def conv_bn_forward(
         TypeError: Wrong dtype.
     """
     op = "conv_bn_forward"
-    call = _call(op, x, x_scale, x_shift, weight, (stride, padding, dilation, groups))
+    geometry = (stride, padding, dilation, groups)
+    call = _call(op, x, x_scale, x_shift, weight, geometry, activation)
     s = call.shape
     if s.rows < 2:
         raise ValueError(f"{op}: x: expected more than 1 value per channel, got {list(x.shape)}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ..activation import Activation
 from ._common import check_map
 from ._conv_call import Affine, ConvCall, filters
 from ._conv_plan import ConvConfig
@@ -58,7 +59,7 @@ def conv_statistics(
         Affine(bias=conv_bias),
         ("", "", "conv_bias", "", ""),
         prologue=(in_scale, in_shift),
-        relu=False,
+        activation=Activation.NONE,
     )
     y, mean, var = call.run_with_statistics(config)
     return y.contiguous(memory_format=suggest_memory_format(x)), mean, var

@@ -2,8 +2,8 @@ r"""A frozen residual block; the last two convolutions of a bottleneck in one ke
 
 The result of the 3x3 convolution stays on chip:
 
-    h[m][j] = relu(scale1[j] sum_k a[m][k] w1[j][k] + shift1[j])        j < 64 or 128
-    y[m][n] = relu(scale2[n] sum_j h[m][j] w2[n][j] + shift2[n] + r[m][n])
+    h[m][j] = act(scale1[j] sum_k a[m][k] w1[j][k] + shift1[j])        j < 64 or 128
+    y[m][n] = act(scale2[n] sum_j h[m][j] w2[n][j] + shift2[n] + r[m][n])
 
 A program computes h for its pixels and all middle channels, as one tile of an ordinary
 convolution; rounds it to the storage type, as if it were stored; and multiplies it by w2, 64 output
@@ -27,7 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import REGISTERS, cdiv, channel_affine, check_same, on_device, relu, vector
+from ..activation import Activation
+from ._activation import activate
+from ._common import REGISTERS, cdiv, channel_affine, check_same, on_device, vector
 from ._conv_call import FOLDED, Affine, ConvCall
 from ._conv_plan import ConvConfig as Tile
 from ._conv_plan import mode_of, precision_of, steps_of
@@ -72,7 +74,7 @@ def residual_block_kernel(  # type: ignore[no-untyped-def]
     residual_ptr, y_ptr,  # (M, K)
     M, K, H, W, C, OH, OW, KH, KW,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride, steps,
-    MODE: tl.constexpr, EVEN_C: tl.constexpr, MIDDLE: tl.constexpr,
+    ACTIVATION: tl.constexpr, MODE: tl.constexpr, EVEN_C: tl.constexpr, MIDDLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute all channels of a tile of pixels."""
@@ -86,10 +88,10 @@ def residual_block_kernel(  # type: ignore[no-untyped-def]
         tl.zeros((BLOCK_M, MIDDLE), tl.float32),
         x_ptr, w1_ptr, None, None, image, oy, ox, m < M, 0, 0, j < MIDDLE, 0, 0, steps,
         H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
-        MODE, EVEN_C, "half", False, False, BLOCK_M, MIDDLE, BLOCK_K,
+        0, MODE, EVEN_C, "half", False, False, BLOCK_M, MIDDLE, BLOCK_K,
     )  # fmt: skip
     scale, shift = channel_affine(j, j < MIDDLE, None, scale1_ptr, shift1_ptr, None, None, 0.0)
-    h = relu(acc * scale[None, :] + shift[None, :]).to(y_ptr.dtype.element_ty)
+    h = activate(acc * scale[None, :] + shift[None, :], ACTIVATION).to(y_ptr.dtype.element_ty)
     for n0 in range(0, K, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         w2 = tl.load(
@@ -97,7 +99,7 @@ def residual_block_kernel(  # type: ignore[no-untyped-def]
         )
         finish(
             tl.dot(h, w2), y_ptr, residual_ptr, None, scale2_ptr, shift2_ptr, None, None,
-            None, None, m, n, m < M, n < K, K, 0.0, True,
+            None, None, m, n, m < M, n < K, K, 0.0, ACTIVATION,
         )  # fmt: skip
 
 
@@ -124,16 +126,16 @@ class BlockConv(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
-    def run(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def run(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
         """Run the convolution as a single operation.
 
         Args:
             x: Input, ``(N, C, H, W)``.
             residual: Shape of the result; None for none.
-            relu: Whether to apply ReLU to the sum.
+            activation: Of the sum.
         """
         return conv_bn_add_relu_packed(
-            x, self.packed, self.scale, self.shift, residual, *self[3:], relu
+            x, self.packed, self.scale, self.shift, residual, *self[3:], activation
         )
 
 
@@ -183,14 +185,19 @@ def _decompose(
 
 
 def _end(
-    x: Tensor, first: BlockConv, second: BlockConv, residual: Tensor, config: BlockConfig | None
+    x: Tensor,
+    first: BlockConv,
+    second: BlockConv,
+    residual: Tensor,
+    activation: int,
+    config: BlockConfig | None,
 ) -> Tensor:
     """The last two convolutions, in one kernel where it supports these channels, else in two."""
     op = "residual_block"
     middle = first.weight_shape[0]
     config = config or CONFIGS.get(middle)
     if config is None or precision_of(x) != "half" or first.groups != 1:
-        return second.run(first.run(x, None, True), residual, True)
+        return second.run(first.run(x, None, activation), residual, activation)
     affine = Affine(weight=first.scale, bias=first.shift)
     call = ConvCall(op, x, first.packed, first.weight_shape, first[4:], affine, FOLDED)
     s, k = call.shape, second.weight_shape[0]
@@ -207,7 +214,7 @@ def _end(
             second.packed.contiguous(),
             vector(op, "scale", second.scale, k, x), vector(op, "shift", second.shift, k, x),
             call.map(residual), y, M=s.rows, K=k, OH=s.out_h, OW=s.out_w, steps=steps_of(s, tile),
-            **call.geometry(), MODE=mode,
+            **call.geometry(), ACTIVATION=int(activation), MODE=mode,
             EVEN_C=mode != "flat" and s.group_c % config.block_k == 0, MIDDLE=middle,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.warps, num_stages=config.stages, maxnreg=REGISTERS,
@@ -227,6 +234,7 @@ def residual_block(
     dilation: int,
     groups: int,
     winograd: bool,
+    activation: int = Activation.RELU,
     *,
     config: BlockConfig | None = None,
 ) -> Tensor:
@@ -249,6 +257,7 @@ def residual_block(
         dilation: Distance between the taps of the bottleneck's 3x3 filters.
         groups: Number of independent groups of channels of the bottleneck's 3x3 convolution.
         winograd: Has no effect; an option of the CPU's kernels.
+        activation: Behind each convolution but the shortcut's.
         config: Forces a configuration of the kernel for two convolutions; None chooses one.
 
     Returns:
@@ -264,12 +273,13 @@ def residual_block(
     if concatenated is not None and concatenated_shift is not None and shortcut is not None:
         h = x
         for conv in convs[: own - 1]:
-            h = conv.run(h, None, True)
+            h = conv.run(h, None, activation)
         last = convs[own - 1]
         return conv_conv_add_relu_packed(
-            h, x, concatenated, concatenated_shift, *last[3:7], shortcut.stride, True
+            h, x, concatenated, concatenated_shift, *last[3:7], shortcut.stride, activation
         )
-    residual = x if shortcut is None else shortcut.run(x, None, False)
+    residual = x if shortcut is None else shortcut.run(x, None, Activation.NONE)
     if bottleneck:
-        return _end(convs[0].run(x, None, True), convs[1], convs[2], residual, config)
-    return convs[1].run(convs[0].run(x, None, True), residual, True)
+        h = convs[0].run(x, None, activation)
+        return _end(h, convs[1], convs[2], residual, activation, config)
+    return convs[1].run(convs[0].run(x, None, activation), residual, activation)

@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activation import Activation
+from ._activation import activate, gradient
 from ._bn_map import BnConfig, BnMap
 from ._channel_sums import channel_sums, two_sum
-from ._common import cdiv, channel_vector, check_same, relu
+from ._common import cdiv, channel_vector, check_same
 from ._conv_shape import check_pair, window
 from ._training_operands import first_map, like_map, map_operand, nothing, vector_operand
 
@@ -34,6 +36,7 @@ def stem_end_kernel(  # type: ignore[no-untyped-def]
     scale_ptr, shift_ptr,  # (C,) float32
     H, W, PH, PW, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
     R, C, P, slab_rows,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A slab of pooled pixels."""
@@ -59,7 +62,7 @@ def stem_end_kernel(  # type: ignore[no-untyped-def]
                 inside = (r < end) & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
                 valid = inside[:, None] & (c < C)[None, :]
                 v = tl.load(maps + ((iy * W + ix) * C)[:, None], mask=valid, other=0.0)
-                v = relu(v.to(tl.float32) * scale[None, :] + shift[None, :])
+                v = activate(v.to(tl.float32) * scale[None, :] + shift[None, :], ACTIVATION)
                 # Of rounded values: those that are equal then are ties, and the first wins.
                 v = v.to(y_ptr.dtype.element_ty).to(tl.float32)
                 larger = valid & ((v > best) | (v != v))
@@ -80,6 +83,7 @@ def stem_end_backward_kernel(  # type: ignore[no-untyped-def]
     W, PH, PW, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
     windows_h, windows_w,  # that an element lies in, at most
     R, C, P, slab_rows,
+    ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a slab of z's pixels, and its sums."""
@@ -117,7 +121,7 @@ def stem_end_backward_kernel(  # type: ignore[no-untyped-def]
                 g += tl.load(dy_ptr + at, mask=chosen, other=0.0).to(tl.float32)
         at = r.to(tl.int64)[:, None] * C + c[None, :]
         z = tl.load(z_ptr + at, mask=valid, other=0.0).to(tl.float32)
-        g = tl.where(z * scale[None, :] + shift[None, :] <= 0.0, 0.0, g)
+        g = gradient(g, z * scale[None, :] + shift[None, :], ACTIVATION)
         rounded = g.to(g_ptr.dtype.element_ty)
         tl.store(g_ptr + at, rounded, mask=valid)
         if partial_ptr is not None:
@@ -164,6 +168,7 @@ def stem_end(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    activation: int = Activation.RELU,
     *,
     config: BnConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -176,6 +181,7 @@ def stem_end(
         kernel: Window of the pool, ``(height, width)``, at most 255 places.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
+        activation: In the place of ReLU.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
@@ -194,7 +200,7 @@ def stem_end(
         stem_end_kernel, zs, y, index,
         vector_operand(op, "scale", scale, z.shape[1], z),
         vector_operand(op, "shift", shift, z.shape[1], z),
-        *z.shape[2:], *shape[2:], *kernels, *strides, *paddings,
+        *z.shape[2:], *shape[2:], *kernels, *strides, *paddings, ACTIVATION=int(activation),
     )  # fmt: skip
     return y, index
 
@@ -210,6 +216,7 @@ def stem_end_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     sums: bool,
+    activation: int = Activation.RELU,
     *,
     config: BnConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,6 +233,7 @@ def stem_end_backward(
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
         sums: Whether the sums are wanted.
+        activation: In the place of ReLU.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
@@ -251,7 +259,7 @@ def stem_end_backward(
         map_operand(op, "dy", dy, shape, z), index.contiguous(memory_format=torch.channels_last),
         zs, g, *(vector_operand(op, name, v, z.shape[1], z) for name, v in vectors), partial,
         z.shape[3], *shape[2:], *kernels, *strides, *paddings,
-        *(cdiv(k, by) for k, by in zip(kernels, strides, strict=True)),
+        *(cdiv(k, by) for k, by in zip(kernels, strides, strict=True)), ACTIVATION=int(activation),
     )  # fmt: skip
     if partial is None:
         return g, nothing(z), nothing(z)

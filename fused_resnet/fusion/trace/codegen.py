@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from ...nn.module_kinds import original_class
 from .arguments import DEFAULT, SEQUENCE, TENSOR, UNUSED
 from .generated_forward import BlockPaths, GeneratedForward, GroupPaths, Specialization
-from .matching import FUNCTION, Match, Matches
+from .matching import Match, Matches
+from .patterns import FUNCTION_PATHS
 from .tracing import Trace
 
 
@@ -415,8 +416,9 @@ class _SpecializationWriter:
         conv = "None" if match.conv is None else child(str(match.conv.target))
         bn = child(str(match.bn.target))
         inside = match.act == f"{match.bn.target}.act"
-        act = "None" if inside or not match.act else child(match.act)
-        return conv, bn, "_RELU" if match.act == FUNCTION else act
+        if match.act in FUNCTION_PATHS:
+            return conv, bn, f"_{FUNCTION_PATHS[match.act].name}"
+        return conv, bn, "None" if inside or not match.act else child(match.act)
 
     def _call(self, node: fx.Node, names: dict[fx.Node, str], child: _Children) -> str:
         if node.op == "get_attr":

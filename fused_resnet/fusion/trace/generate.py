@@ -18,12 +18,11 @@ from .generated_forward import GeneratedForward
 from .matching import find
 from .output_kinds import NeedsOutputKind
 from .patterns import (
+    activation_path,
     addition,
     is_identity,
     is_normalisation,
     is_pool,
-    is_relu_function,
-    is_relu_module,
 )
 from .tracing import Trace, trace
 from .whole_block import trace_block
@@ -228,7 +227,7 @@ def _child_to_inline(
                 for end in sorted(ends, key=order.__getitem__, reverse=True):
                     if may_inline(end) and (has_norm(end) or _may_pass_through(module, end)):
                         return str(end.target)
-        elif is_relu_function(node) or is_relu_module(module, node) or is_pool(module, node):
+        elif activation_path(module, node) or is_pool(module, node):
             end = _behind(module, node.args[0])
             if may_inline(end) and has_norm(end):
                 return str(end.target)

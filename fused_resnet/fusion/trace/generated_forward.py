@@ -19,9 +19,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from ...nn.block_calls import run_residual_block
 from ...nn.fused_forward import BlockModules, FusedForward
 from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
-from ...nn.groups import Group, decide_conv_bn, decide_norm, hooked_relu_group
-from ...nn.module_kinds import RELU, is_hooked, original_class
-from .matching import FUNCTION, NOTHING_AROUND
+from ...nn.groups import Group, called_activation_group, decide_conv_bn, decide_norm
+from ...nn.module_kinds import FUNCTIONS, inner_activation, is_hooked, original_class
+from .matching import NOTHING_AROUND
+from .patterns import FUNCTION_PATHS
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class GroupPaths:
     Attributes:
         conv: Path of the convolution; empty for none.
         bn: Path of the batch norm; an activation inside it belongs to the group.
-        act: Path of the activation; empty for none, :data:`.matching.FUNCTION` for a function.
+        act: Path of the activation; empty for none, one of
+            :data:`.patterns.FUNCTION_PATHS` for a function.
         pool: Path of the max-pool; empty for none.
         adds: Whether a residual is added.
         foldable: Whether the convolution and the batch norm are called by this group only.
@@ -195,8 +197,8 @@ class TracedForward(FusedForward):
 
 def _activation(owner: nn.Module, paths: GroupPaths) -> nn.Module | None:
     """The activation after the group's batch norm; None where there is none, or it is inside."""
-    if paths.act == FUNCTION:
-        return RELU
+    if paths.act in FUNCTION_PATHS:
+        return FUNCTIONS[FUNCTION_PATHS[paths.act]]
     inside = paths.act == f"{paths.bn}.act"
     return None if inside or not paths.act else owner.get_submodule(paths.act)
 
@@ -210,24 +212,24 @@ def _groups_of(owner: nn.Module, paths: GroupPaths) -> Iterator[Group]:
         decision = decide_conv_bn(conv, bn, act, paths.adds)
     else:
         decision = decide_norm(bn, act, paths.adds)
-    relu, names = decision.relu, (paths.conv, paths.bn)
+    activation, names = decision.activation, (paths.conv, paths.bn)
     if not decision.operation:
         yield Group("", decision.reason, *names)
         return
     if decision.operation == "bn_add_relu":
-        if paths.adds or relu:
-            yield Group("bn_add_relu", bn=paths.bn, relu=relu)
+        if paths.adds or activation:
+            yield Group("bn_add_relu", bn=paths.bn, activation=activation)
         else:
             yield Group("", decision.reason or NOTHING_AROUND, bn=paths.bn)
         if decision.reason:
             yield Group("", decision.reason, paths.conv)
-    elif paths.pool and relu:
-        yield Group("conv_bn_relu_maxpool", "", *names, paths.pool, True, foldable)
+    elif paths.pool and activation:
+        yield Group("conv_bn_relu_maxpool", "", *names, paths.pool, activation, foldable)
     else:
-        yield Group("conv_bn_add_relu", "", *names, "", relu, foldable)
-    hooked = hooked_relu_group(act, paths.act)
-    if hooked is not None:
-        yield hooked
+        yield Group("conv_bn_add_relu", "", *names, "", activation, foldable)
+    called = called_activation_group(act or inner_activation(bn), paths.act)
+    if called is not None:
+        yield called
 
 
 # Helpers that the generated source calls
@@ -293,7 +295,7 @@ _HELPERS: dict[str, Any] = {
     "_conv_bn": conv_bn,
     "_norm_add_act": norm_add_act,
     "_run_sequence": run_sequence,
-    "_RELU": RELU,
+    **{f"_{activation.name}": module for activation, module in FUNCTIONS.items()},
     "_observed": _observed,
     "_children": _children,
     "_has_class": _has_class,

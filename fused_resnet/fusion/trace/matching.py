@@ -14,25 +14,21 @@ from typing import Any
 from torch import fx, nn
 
 from ...nn.module_kinds import (
+    activation_of,
     inner_activation,
     is_fusible_norm_class,
-    is_relu,
     norm_reason,
     original_class,
 )
 from .aliasing import Aliases
 from .patterns import (
+    activation_path,
     addition,
     is_conv,
     is_identity,
     is_normalisation,
     is_pool,
-    is_relu_function,
-    is_relu_module,
 )
-
-#: Used as the path of a ReLU that is called as a function.
-FUNCTION = "<relu>"
 
 #: The reason of a batch norm that has nothing to be fused with.
 NOTHING_AROUND = "no convolution before it, and no ReLU or addition behind it"
@@ -48,7 +44,8 @@ class Match:
         conv: The convolution before it; None for none.
         residual: The other operand of the addition; None for no addition.
         in_place: Whether the addition overwrites the batch norm's result.
-        act: Path of the activation; empty for none, :data:`FUNCTION` for a function.
+        act: Path of the activation; empty for none, one of :data:`.patterns.FUNCTION_PATHS` for a
+            function.
         pool: The max-pool; None for none.
         members: All nodes of the group, in order; the last one is the result.
         identities: Paths of the ``nn.Identity`` modules between them.
@@ -121,7 +118,7 @@ def _candidates(module: nn.Module, bn: fx.Node, taken: set[fx.Node]) -> Iterator
     _add_convolution(module, before)
     own = inner_activation(child)
     if own is not None:
-        if before.conv is not None or is_relu(own):
+        if before.conv is not None or activation_of(own):
             yield _copy(before, act=f"{bn.target}.act")
         return
     last, passed = _follow(module, bn)
@@ -197,11 +194,8 @@ def _with_activation(module: nn.Module, match: Match) -> Match:
     if len(last.users) != 1:
         return match
     node = next(iter(last.users))
-    if is_relu_module(module, node):
-        act = str(node.target)
-    elif is_relu_function(node):
-        act = FUNCTION
-    else:
+    act = activation_path(module, node)
+    if not act:
         return match
     return _copy(
         match,

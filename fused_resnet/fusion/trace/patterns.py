@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ...nn.module_kinds import is_max_pool, is_norm
+from ...backends.activation import Activation
+from ...nn.module_kinds import ACTIVATIONS, activation_of, is_max_pool, is_norm
+
+#: What a match has as the path of an activation that is called as a function.
+FUNCTION_PATHS = {f"<{a.name.lower()}>": a for a in Activation if a}
 
 _RELU_FUNCTIONS: tuple[Any, ...] = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
@@ -47,19 +51,34 @@ def is_pool(module: nn.Module, node: fx.Node) -> bool:
     return child is not None and is_max_pool(child)
 
 
-def is_relu_module(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a ReLU module."""
-    return isinstance(child_of(module, node), nn.ReLU)
+def activation_path(module: nn.Module, node: fx.Node) -> str:
+    """The path of an activation that the node calls, or that of a function; empty for none.
 
-
-def is_relu_function(node: fx.Node) -> bool:
-    """Whether the node is ReLU as a function or method.
-
-    ``clamp(min=0)`` is not: its gradient at zero is not ReLU's in every version of PyTorch.
+    Args:
+        module: That the graph belongs to.
+        node: Of its graph. A module counts whether or not an operation applies it.
     """
-    if node.op == "call_function":
-        return node.target in _RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in ("relu", "relu_")
+    if isinstance(child_of(module, node), ACTIVATIONS):
+        return str(node.target)
+    function = _function(node)
+    return f"<{function.name.lower()}>" if function else ""
+
+
+def activation_at(module: nn.Module, node: fx.Node) -> Activation:
+    """The activation of the operations that a node applies; NONE for any other node."""
+    return _function(node) or activation_of(child_of(module, node))
+
+
+def _function(node: fx.Node) -> Activation:
+    """The activation that a function or method applies.
+
+    ``clamp(min=0)`` is none: its gradient at zero is not ReLU's in every version of PyTorch.
+    """
+    if node.op == "call_function" and node.target in _RELU_FUNCTIONS:
+        return Activation.RELU
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return Activation.RELU
+    return Activation.NONE
 
 
 def addition(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:

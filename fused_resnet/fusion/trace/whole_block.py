@@ -97,19 +97,27 @@ def _block_of(module: nn.Module, result: Trace, matches: Matches) -> BlockMatch 
         return node
 
     last = ends.get(skip_identities(output.args[0]))
-    if last is None or last.residual is None or not _is_convolution(last, relu=True):
+    if last is None or last.residual is None or not _is_convolution(last, activated=True):
         return None
     if skip_identities(last.source) is image:
         # The shortcut's batch norm comes last, so the matcher gave it the addition.
         other = ends.get(skip_identities(last.residual))
-        if other is None or other.residual is not None or not _is_convolution(other, relu=False):
+        if (
+            other is None
+            or other.residual is not None
+            or not _is_convolution(other, activated=False)
+        ):
             return None
         groups, shortcut = [replace(other, act=last.act)], replace(last, act="")
     else:
         groups, shortcut = [last], None
     while (source := skip_identities(groups[0].source)) is not image:
         match = ends.get(source)
-        if match is None or match.residual is not None or not _is_convolution(match, relu=True):
+        if (
+            match is None
+            or match.residual is not None
+            or not _is_convolution(match, activated=True)
+        ):
             return None
         groups.insert(0, match)
     side = image if shortcut is not None else skip_identities(last.residual)
@@ -118,7 +126,7 @@ def _block_of(module: nn.Module, result: Trace, matches: Matches) -> BlockMatch 
         if shortcut is None or shortcut.residual is not None:
             return None
         if (
-            not _is_convolution(shortcut, relu=False)
+            not _is_convolution(shortcut, activated=False)
             or skip_identities(shortcut.source) is not image
         ):
             return None
@@ -129,5 +137,5 @@ def _block_of(module: nn.Module, result: Trace, matches: Matches) -> BlockMatch 
     return BlockMatch(groups, shortcut, identities)
 
 
-def _is_convolution(match: Match, *, relu: bool) -> bool:
-    return match.conv is not None and match.pool is None and bool(match.act) is relu
+def _is_convolution(match: Match, *, activated: bool) -> bool:
+    return match.conv is not None and match.pool is None and bool(match.act) is activated

@@ -1,14 +1,16 @@
 // The passes of a training step over a channels-last map that no convolution carries.
 //
-//   block_end            y = relu(z * scale + shift [+ shortcut [* scale + shift]])
-//   block_end_backward   g = dy where not y <= 0; sum g, sum g (z - mean), sum g (shortcut - mean)
-//   statistics, bn_gradient, masked_sums: what a convolution without a kernel of its own leaves out
+//   block_end            y = activation(z * scale + shift [+ shortcut [* scale + shift]])
+//   block_end_backward   g = dy through the activation; sum g, sum g (z - mean), sum g (shortcut -
+//   mean) statistics, bn_gradient, masked_sums: what a convolution without a kernel of its own
+//   leaves out
 //
 // Memory-bound: 2 to 4 elements moved for 3 to 8 flops, so each is touched once, in order. The
 // arithmetic is float32 (float64 for float64 maps): more would halve the lanes. Sums are float32
 // over one block of rows and float64 between blocks.
 #pragma once
 
+#include "../activation.h"
 #include "columns.h"
 #include "fusion.h"
 
@@ -32,8 +34,8 @@ FR_INLINE void add_to(L lanes, Vec<A> v, A* sum) {
   lanes.put(lanes.get(sum) + v, sum);
 }
 
-template <class T>
-void block_end(const BlockEnd& f, int64_t begin, int64_t end) {
+template <class T, class Activated>
+FR_INLINE void end_block(const BlockEnd& f, int64_t begin, int64_t end, Activated activated) {
   using A = Acc<T>;
   const T *z = static_cast<const T*>(f.z), *shortcut = static_cast<const T*>(f.shortcut);
   const A *scale = static_cast<const A*>(f.scale), *shift = static_cast<const A*>(f.shift);
@@ -41,14 +43,13 @@ void block_end(const BlockEnd& f, int64_t begin, int64_t end) {
           *shift2 = static_cast<const A*>(f.shortcut_shift);
   T* y = static_cast<T*>(f.y);
   const int64_t step = f.channels;
-  const Vec<A> floor = relu_floor<A>(f.relu);
   const auto run = [&](auto shortcut_of) {
     for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
       const Vec<A> k = lanes.get(scale + c), b = lanes.get(shift + c);
       const auto added = shortcut_of(lanes, c);
       for (int r = 0; r < rows.count; ++r) {
         const int64_t i = first + r * step;
-        lanes.put(floor_vector(floor, lanes.get(z + i) * k + b + added(i)), y + i);
+        lanes.put(activated(lanes.get(z + i) * k + b + added(i)), y + i);
       }
     });
   };
@@ -65,8 +66,14 @@ void block_end(const BlockEnd& f, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void block_end_backward(const BlockEndBackward& f, int64_t begin, int64_t end, int64_t block,
-                        void* scratch) {
+void block_end(const BlockEnd& f, int64_t begin, int64_t end) {
+  with_activation<Acc<T>>(f.activation,
+                          [&](auto activated) { end_block<T>(f, begin, end, activated); });
+}
+
+template <class T, class Gradient>
+FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int64_t end,
+                                  int64_t block, void* scratch, Gradient gradient) {
   using A = Acc<T>;
   const T *dy = static_cast<const T*>(f.dy), *y = static_cast<const T*>(f.y);
   const T *z = static_cast<const T*>(f.z), *shortcut = static_cast<const T*>(f.shortcut);
@@ -75,7 +82,7 @@ void block_end_backward(const BlockEndBackward& f, int64_t begin, int64_t end, i
   const int64_t step = f.channels;
   const auto masked = [=](auto lanes, int64_t i) {
     const Vec<A> v = lanes.get(dy + i);
-    const Vec<A> d = y ? (lanes.get(y + i) <= 0 ? Vec<A>{} : v) : v;
+    const Vec<A> d = y ? gradient(v, lanes.get(y + i)) : v;
     if (g) lanes.put(d, g + i);
     return d;
   };
@@ -103,6 +110,14 @@ void block_end_backward(const BlockEndBackward& f, int64_t begin, int64_t end, i
     if (shortcut) add_to(lanes, sum_with(shortcut, mean2), sum_g_shortcut_xc + c);
   });
   sums.fold(false);
+}
+
+template <class T>
+void block_end_backward(const BlockEndBackward& f, int64_t begin, int64_t end, int64_t block,
+                        void* scratch) {
+  with_gradient(f.activation, [&](auto gradient) {
+    end_block_backward<T>(f, begin, end, block, scratch, gradient);
+  });
 }
 
 template <class T>
@@ -157,8 +172,9 @@ void bn_gradient(const BnGradient& f, int64_t begin, int64_t end) {
   });
 }
 
-template <class T>
-void masked_sums(const MaskedSums& f, int64_t begin, int64_t end, int64_t block, void* scratch) {
+template <class T, class Gradient>
+FR_INLINE void mask_and_sum(const MaskedSums& f, int64_t begin, int64_t end, int64_t block,
+                            void* scratch, Gradient gradient) {
   using A = Acc<T>;
   T* g = static_cast<T*>(f.g);
   const T* x = static_cast<const T*>(f.x);
@@ -170,7 +186,7 @@ void masked_sums(const MaskedSums& f, int64_t begin, int64_t end, int64_t block,
       const Vec<A> k = lanes.get(scale + c), b = lanes.get(shift + c);
       for (int r = 0; r < rows.count; ++r) {
         const int64_t i = first + r * step;
-        lanes.put(bn_relu_mask(lanes.get(g + i), lanes.get(x + i), k, b), g + i);
+        lanes.put(gradient(lanes.get(g + i), lanes.get(x + i) * k + b), g + i);
       }
     });
     return;
@@ -185,7 +201,7 @@ void masked_sums(const MaskedSums& f, int64_t begin, int64_t end, int64_t block,
     for (int r = 0; r < rows.count; ++r) {
       const int64_t i = first + r * step;
       const Vec<A> v = lanes.get(x + i);
-      d[r] = bn_relu_mask(lanes.get(g + i), v, k, b);
+      d[r] = gradient(lanes.get(g + i), v * k + b);
       xc[r] = v - at;
       lanes.put(d[r], g + i);
     }
@@ -193,6 +209,12 @@ void masked_sums(const MaskedSums& f, int64_t begin, int64_t end, int64_t block,
     add_to(lanes, sum_rows<Vec<A>>(rows, [&](int r) { return d[r] * xc[r]; }), sum_g_xc + c);
   });
   sums.fold(false);
+}
+
+template <class T>
+void masked_sums(const MaskedSums& f, int64_t begin, int64_t end, int64_t block, void* scratch) {
+  with_gradient(f.activation,
+                [&](auto gradient) { mask_and_sum<T>(f, begin, end, block, scratch, gradient); });
 }
 
 template <class A>

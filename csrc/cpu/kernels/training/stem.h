@@ -1,4 +1,4 @@
-// The end of the stem: y = maxpool(relu(z * scale + shift)), and its backward.
+// The end of the stem: y = maxpool(activation(z * scale + shift)), and its backward.
 //
 // The normalised map is not stored: each window makes it anew from z, in the cache, and rounds it
 // to the map's type, so that ties are those of a map that was. Where in its window the first
@@ -7,6 +7,7 @@
 // several, as PyTorch's max_pool2d has it.
 #pragma once
 
+#include "../activation.h"
 #include "columns.h"
 #include "fusion.h"
 
@@ -51,8 +52,8 @@ FR_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
   return load(all);
 }
 
-template <class T>
-void stem_end(const StemEnd& f, int64_t begin, int64_t end) {
+template <class T, class Activated>
+FR_INLINE void end_stem(const StemEnd& f, int64_t begin, int64_t end, Activated activated) {
   using A = Acc<T>;
   const PoolForward& p = f.pool;
   const T* z = static_cast<const T*>(f.z);
@@ -74,7 +75,8 @@ void stem_end(const StemEnd& f, int64_t begin, int64_t end) {
         LaneIndex<A> index{};
         for (int64_t i = i0; i < i1; ++i) {
           for (int64_t j = j0; j < j1; ++j) {
-            const Vec<A> v = rounded<T>(bn_relu(lanes.get(window + (i * p.w + j) * p.c + c), k, b));
+            const Vec<A> at = lanes.get(window + (i * p.w + j) * p.c + c);
+            const Vec<A> v = rounded<T>(activated(at * k + b));
             const LaneIndex<A> larger = (v > best) | (v != v);
             best = larger ? v : best;
             index = larger ? LaneIndex<A>{} + static_cast<int>(i * p.kernel_w + j) : index;
@@ -92,9 +94,9 @@ constexpr int kStemVecs = FR_VECTOR_BYTES == 64 ? 4 : 2;
 
 // A row of the map, kVecs vectors of channels from c. Sums go to `sum_g` and `sum_g_xc` if not
 // null.
-template <int kVecs, class T, class Lanes>
+template <int kVecs, class T, class Lanes, class Gradient>
 FR_INLINE void stem_end_backward_row(const StemEndBackward& f, int64_t row, Lanes lanes, int64_t c,
-                                     Acc<T>* sum_g, Acc<T>* sum_g_xc) {
+                                     Acc<T>* sum_g, Acc<T>* sum_g_xc, Gradient gradient) {
   using A = Acc<T>;
   const PoolForward& p = f.pool;
   const int64_t step = kLanes<A>, out_h = p.out_h(), out_w = p.out_w();
@@ -134,7 +136,7 @@ FR_INLINE void stem_end_backward_row(const StemEndBackward& f, int64_t row, Lane
     const int64_t to = (row * p.w + x) * p.c;
     for (int v = 0; v < kVecs; ++v) {
       const Vec<A> at = lanes.get(z + to + v * step);
-      d[v] = rounded<T>(bn_relu_mask(d[v], at, scale[v], shift[v]));
+      d[v] = rounded<T>(gradient(d[v], at * scale[v] + shift[v]));
       lanes.put(d[v], g + to + v * step);
       total_g[v] += d[v];
       total_g_xc[v] += d[v] * (at - mean[v]);
@@ -149,8 +151,14 @@ FR_INLINE void stem_end_backward_row(const StemEndBackward& f, int64_t row, Lane
 }
 
 template <class T>
-void stem_end_backward(const StemEndBackward& f, int64_t begin, int64_t end, int64_t block,
-                       void* scratch) {
+void stem_end(const StemEnd& f, int64_t begin, int64_t end) {
+  with_activation<Acc<T>>(f.activation,
+                          [&](auto activated) { end_stem<T>(f, begin, end, activated); });
+}
+
+template <class T, class Gradient>
+FR_INLINE void end_stem_backward(const StemEndBackward& f, int64_t begin, int64_t end,
+                                 int64_t block, void* scratch, Gradient gradient) {
   using A = Acc<T>;
   constexpr int64_t wide = kStemVecs * kLanes<A>;
   const PoolForward& p = f.pool;
@@ -162,14 +170,14 @@ void stem_end_backward(const StemEndBackward& f, int64_t begin, int64_t end, int
   for (int64_t row = begin, pixels = 0; row < end; ++row) {
     int64_t c = 0;
     for (; c + wide <= p.c; c += wide) {
-      stem_end_backward_row<kStemVecs, T>(f, row, Whole{}, c, sum_g, sum_g_xc);
+      stem_end_backward_row<kStemVecs, T>(f, row, Whole{}, c, sum_g, sum_g_xc, gradient);
     }
     for (; c < p.c; c += kLanes<A>) {
       const int64_t left = p.c - c;
       if (left >= kLanes<A>) {
-        stem_end_backward_row<1, T>(f, row, Whole{}, c, sum_g, sum_g_xc);
+        stem_end_backward_row<1, T>(f, row, Whole{}, c, sum_g, sum_g_xc, gradient);
       } else {
-        stem_end_backward_row<1, T>(f, row, Part{left}, c, sum_g, sum_g_xc);
+        stem_end_backward_row<1, T>(f, row, Part{left}, c, sum_g, sum_g_xc, gradient);
       }
     }
     pixels += p.w;
@@ -178,6 +186,14 @@ void stem_end_backward(const StemEndBackward& f, int64_t begin, int64_t end, int
       pixels = 0;
     }
   }
+}
+
+template <class T>
+void stem_end_backward(const StemEndBackward& f, int64_t begin, int64_t end, int64_t block,
+                       void* scratch) {
+  with_gradient(f.activation, [&](auto gradient) {
+    end_stem_backward<T>(f, begin, end, block, scratch, gradient);
+  });
 }
 
 }  // namespace FR_ISA

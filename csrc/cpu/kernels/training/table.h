@@ -21,21 +21,24 @@ enum GradientRow { kSumG, kSumGXc, kGradientRows, kSumGShortcutXc = kGradientRow
 
 // --- Passes over maps of `rows` pixels. ----------------------------------------------------------
 
-// y = relu(z * scale + shift + s), s the shortcut, or shortcut * shortcut_scale + shortcut_shift.
+// y = activation(z * scale + shift + s), s the shortcut, or shortcut * shortcut_scale +
+// shortcut_shift.
 struct BlockEnd {
   int64_t channels;
   const void *z, *scale, *shift;
   const void* shortcut;                         // null: none
   const void *shortcut_scale, *shortcut_shift;  // null: the shortcut as it is
   void* y;
-  bool relu;
+  Activation activation;
 };
 
-// g = dy where not y <= 0, and its sums, alone and times z - mean and shortcut - shortcut_mean.
+// g = dy through the activation, and its sums, alone and times z - mean and shortcut -
+// shortcut_mean.
 struct BlockEndBackward {
   int64_t channels;
   const void* dy;
-  const void* y;                         // null: no ReLU
+  const void* y;  // null: no activation
+  Activation activation;
   const void *z, *mean;                  // null without sums
   const void *shortcut, *shortcut_mean;  // null: no third sum
   void* g;                               // null: not wanted
@@ -56,18 +59,20 @@ struct BnGradient {
   void* dz;
 };
 
-// g, in place, zero where x * scale + shift <= 0, and its sums, alone and times x - mean.
+// g, in place, through the activation of x * scale + shift, and its sums, alone and times x - mean.
 struct MaskedSums {
   int64_t channels;
+  Activation activation;
   void* g;
   const void *x, *scale, *shift;
   const void* mean;  // null with `sums`
   double* sums;      // [block][kGradientRows][channels]; null: not wanted
 };
 
-// y = maxpool(relu(z * scale + shift)), and where in its window the first largest is.
+// y = maxpool(activation(z * scale + shift)), and where in its window the first largest is.
 struct StemEnd {
   PoolForward pool;  // its x and y are not used
+  Activation activation;
   const void *z, *scale, *shift;
   void* y;
   uint8_t* index;
@@ -75,6 +80,7 @@ struct StemEnd {
 
 struct StemEndBackward {
   PoolForward pool;
+  Activation activation;
   const void* dy;
   const uint8_t* index;
   const void *z, *scale, *shift, *mean;

@@ -1,0 +1,12 @@
+// The activations behind a sum, for hosts and kernels of all devices. The numbers are those of
+// fused_resnet/backends/activation.py; CONTRIBUTING says what adding one takes.
+#pragma once
+
+#include <cstdint>
+
+namespace fr {
+
+enum class Activation : int32_t { kNone, kReLU };
+constexpr int64_t kNumActivations = 2;
+
+}  // namespace fr

@@ -1,0 +1,76 @@
+// The activations on vectors and on single numbers, and their gradients. NaN passes, as in PyTorch.
+#pragma once
+
+#include "../../activation.h"
+#include "vec.h"
+
+namespace fr {
+namespace FR_ISA {
+
+template <class V>
+FR_INLINE V floor_vector(V floor, V v) {
+  return floor > v ? floor : v;
+}
+
+// ReLU and none without a branch: max(floor, v), where the floor is 0 for ReLU and minus infinity
+// for none. They are all that the convolutions' kernels know; behind those, `activate` applies
+// others to a result that is still in the cache.
+template <class A>
+FR_INLINE Vec<A> activation_floor(Activation activation) {
+  return broadcast<A>(activation == Activation::kReLU ? A(0) : -__builtin_huge_val());
+}
+
+// An activation as an object, for loops that are bound by the memory.
+template <class A>
+struct Floored {
+  Vec<A> floor;
+  FR_INLINE Vec<A> operator()(Vec<A> v) const { return floor_vector(floor, v); }
+  FR_INLINE A operator()(A v) const { return floor_vector(A{floor[0]}, v); }
+};
+
+// Calls `run` with the activation.
+template <class A, class Run>
+FR_INLINE void with_activation(Activation activation, Run run) {
+  run(Floored<A>{activation_floor<A>(activation)});
+}
+
+// Gradients, by the sign of the activation's argument, or of its result, which is the same.
+struct NoGradient {
+  template <class V>
+  FR_INLINE V operator()(V g, V) const {
+    return g;
+  }
+};
+struct ReLUGradient {
+  template <class V>
+  FR_INLINE V operator()(V g, V at) const {
+    return at <= 0 ? V{} : g;
+  }
+};
+
+// Calls `run` with the gradient.
+template <class Run>
+FR_INLINE void with_gradient(Activation activation, Run run) {
+  switch (activation) {
+    case Activation::kReLU:
+      return run(ReLUGradient{});
+    default:
+      return run(NoGradient{});
+  }
+}
+
+// Elements [begin, end) of y, in place.
+template <class T>
+void activate(Activation activation, void* y, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  constexpr int lanes = kLanes<A>;
+  T* p = static_cast<T*>(y);
+  with_activation<A>(activation, [&](auto activated) {
+    int64_t i = begin;
+    for (; i + lanes <= end; i += lanes) store(activated(load(p + i)), p + i);
+    for (; i < end; ++i) from_acc(activated(to_acc(p[i])), p + i);
+  });
+}
+
+}  // namespace FR_ISA
+}  // namespace fr

@@ -1,0 +1,27 @@
+"""The activations in kernels: :class:`fused_resnet.backends.activation.Activation`'s numbers.
+
+``ACTIVATION`` is a constant of each kernel, which therefore has the code of one activation alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation of v; NaN stays NaN as in PyTorch, unlike with ``tl.maximum``."""
+    if ACTIVATION == 1:
+        return tl.where(v < 0.0, 0.0, v)
+    else:
+        return v
+
+
+@triton.jit
+def gradient(g, at, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gradient of an activation's argument, by the sign of that or of the result: ``at``."""
+    if ACTIVATION == 1:
+        return tl.where(at <= 0.0, 0.0, g)
+    else:
+        return g
