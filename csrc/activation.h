@@ -6,7 +6,10 @@
 
 namespace fr {
 
-enum class Activation : int32_t { kNone, kReLU };
-constexpr int64_t kNumActivations = 2;
+enum class Activation : int32_t { kNone, kReLU, kLeakyReLU };
+constexpr int64_t kNumActivations = 3;
+
+// Of LeakyReLU, for negative numbers: PyTorch's default.
+constexpr double kLeakySlope = 0.01;
 
 }  // namespace fr

@@ -57,12 +57,20 @@ FR_DEVICE void store_pack(T* to, const float (&values)[kPack<T>]) {
 // NaN passes, as in PyTorch.
 FR_DEVICE float activate(Activation activation, float v) {
   if (activation == Activation::kReLU) return v < 0.0f ? 0.0f : v;
+  if (activation == Activation::kLeakyReLU) {
+    return v < 0.0f ? v * static_cast<float>(kLeakySlope) : v;
+  }
   return v;
 }
 
 // Whether an activation changes the gradient where its argument, or its result, is `at`; and the
 // gradient there.
-FR_DEVICE bool changes_gradient(Activation, float at) { return at <= 0.0f; }
-FR_DEVICE float changed_gradient(Activation, float) { return 0.0f; }
+FR_DEVICE bool changes_gradient(Activation activation, float at) {
+  if (activation == Activation::kLeakyReLU) return !(at > 0.0f);
+  return at <= 0.0f;
+}
+FR_DEVICE float changed_gradient(Activation activation, float g) {
+  return activation == Activation::kLeakyReLU ? g * static_cast<float>(kLeakySlope) : 0.0f;
+}
 
 }  // namespace fr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,11 @@ class Activation(enum.IntEnum):
 
     NONE = 0
     RELU = 1
+    LEAKY_RELU = 2
 
+
+#: LeakyReLU's slope for negative numbers, PyTorch's default. No other is supported.
+LEAKY_SLOPE = 0.01
 
 #: What a caller may pass for an activation.
 ActivationLike = str | Activation | None
@@ -59,7 +64,9 @@ def activate(y: Tensor, activation: int) -> Tensor:
         y: Any shape.
         activation: Which.
     """
-    return F.relu(y) if activation == Activation.RELU else y
+    if activation == Activation.RELU:
+        return F.relu(y)
+    return F.leaky_relu(y, LEAKY_SLOPE) if activation == Activation.LEAKY_RELU else y
 
 
 def activate_(y: Tensor, activation: int) -> Tensor:
@@ -69,18 +76,24 @@ def activate_(y: Tensor, activation: int) -> Tensor:
         y: Any shape, written to.
         activation: Which.
     """
-    return y.relu_() if activation == Activation.RELU else y
+    if activation == Activation.RELU:
+        return y.relu_()
+    return F.leaky_relu_(y, LEAKY_SLOPE) if activation == Activation.LEAKY_RELU else y
 
 
 def gradient(grad: Tensor, y: Tensor, activation: int) -> Tensor:
     """The gradient of an activation's argument.
 
-    All activations keep the sign of what is positive, so that the derivative can be read off the
-    sign of the argument or of the result. A NaN lets the gradient pass, as PyTorch's does.
+    What is positive stays so, and nothing else becomes positive: so the derivative can be read off
+    the sign of the argument, or of the result. Where that is NaN it is PyTorch's.
 
     Args:
         grad: Gradient of the result.
         y: The result, or the argument.
         activation: Which.
     """
-    return grad.masked_fill(y <= 0, 0) if activation == Activation.RELU else grad
+    if activation == Activation.RELU:
+        return grad.masked_fill(y <= 0, 0)
+    if activation == Activation.LEAKY_RELU:
+        return torch.where(y > 0, grad, grad * LEAKY_SLOPE)
+    return grad

@@ -85,8 +85,8 @@ def bn_add_relu(
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance; positive when training.
         relu: Whether to apply ReLU to the sum.
-        activation: What is applied to the sum, ``"none"`` or ``"relu"``; None for what
-            ``relu`` says.
+        activation: What is applied to the sum, ``"none"``, ``"relu"`` or ``"leaky_relu"`` (slope
+            0.01); None for what ``relu`` says.
 
     Returns:
         ``(N, C, H, W)``, dtype and memory format of ``x``.
@@ -189,8 +189,8 @@ def conv_bn_add_relu(
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance; positive when training.
         relu: Whether to apply ReLU to the sum.
-        activation: What is applied to the sum, ``"none"`` or ``"relu"``; None for what
-            ``relu`` says.
+        activation: What is applied to the sum, ``"none"``, ``"relu"`` or ``"leaky_relu"`` (slope
+            0.01); None for what ``relu`` says.
 
     Returns:
         ``(N, K, OH, OW)``, dtype and memory format of ``x``.
@@ -313,7 +313,8 @@ def conv_bn_relu_maxpool(
         pool_stride: Stride of the max-pool, an int or ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side, an int or
             ``(height, width)``; at most half the window.
-        activation: What is applied in front of the pool, ``"none"`` or ``"relu"``; None for ReLU.
+        activation: What is applied in front of the pool, ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Returns:
         ``(N, K, PH, PW)``, dtype and memory format of ``x``.

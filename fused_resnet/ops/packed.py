@@ -109,8 +109,8 @@ def conv_bn_add_relu_packed(
         winograd: Whether a 3x3 convolution of stride 1 may use Winograd's algorithm on the CPU
             where that is faster: in float32 arithmetic, with a relative error of about 1e-6 before
             the result is rounded to its dtype; never for float64.
-        activation: What is applied to the sum, ``"none"`` or ``"relu"``; None for what
-            ``relu`` says.
+        activation: What is applied to the sum, ``"none"``, ``"relu"`` or ``"leaky_relu"`` (slope
+            0.01); None for what ``relu`` says.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
@@ -175,7 +175,8 @@ def conv_bn_relu_maxpool_packed(
         pool_stride: Stride of the max-pool, an int or ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side, an int or
             ``(height, width)``; at most half the window.
-        activation: What is applied in front of the pool, ``"none"`` or ``"relu"``; None for ReLU.
+        activation: What is applied in front of the pool, ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Returns:
         ``(N, K, PH, PW)``, dtype of ``x``, channels_last.
@@ -255,8 +256,8 @@ def residual_block(
         winograd: Whether a 3x3 convolution of stride 1 may use Winograd's algorithm on the CPU: in
             float32 arithmetic, with a relative error of about 1e-6 before the result is rounded to
             its dtype; never for float64.
-        activation: Behind each convolution of the block but the shortcut's, ``"none"`` or
-            ``"relu"``; None for ReLU.
+        activation: Behind each convolution of the block but the shortcut's, ``"none"``,
+            ``"relu"`` or ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Returns:
         ``(N, K, OH, OW)``, dtype of ``x``, channels_last.

@@ -49,6 +49,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("64 channels", (2, 64, 14, 14)),
         Case("37 channels, residual", (3, 37, 9, 7), residual=True),
         Case("1 channel, residual, no relu", (4, 1, 5, 6), residual=True, options={"relu": False}),
+        Case("37 channels, residual, leaky", (3, 37, 9, 7), residual=True,
+             options={"activation": "leaky_relu"}),
     ),
     "conv_bn_add_relu": (
         Case("1x1, residual", (2, 64, 14, 14), (128, 64, 1, 1), True),
@@ -59,12 +61,16 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("3x3, dilated, 4 groups", (2, 32, 11, 11), (48, 8, 3, 3),
              options={"padding": 2, "dilation": 2, "groups": 4}),
         Case("7x7/2", (2, 3, 32, 32), (64, 3, 7, 7), options={"stride": 2, "padding": 3}),
+        Case("3x3, residual, leaky", (2, 64, 10, 10), (64, 64, 3, 3), True,
+             {"padding": 1, "activation": "leaky_relu"}),
     ),
     "conv_bn_relu_maxpool": (
         Case("ResNet's stem", (2, 3, 33, 32), (64, 3, 7, 7)),
         Case("3x3, 17 channels, pool 2/2", (2, 5, 12, 13), (17, 5, 3, 3),
              options={"stride": 1, "padding": 1, "pool_kernel": 2, "pool_stride": 2,
                       "pool_padding": 0}),
+        Case("ResNet's stem, leaky", (2, 3, 33, 32), (64, 3, 7, 7),
+             options={"activation": "leaky_relu"}),
     ),
     "conv_bn_add_relu_packed": (
         Case("1x1, residual", (2, 64, 14, 14), (128, 64, 1, 1), True),
@@ -74,6 +80,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("3x3, 4 groups", (2, 32, 11, 11), (48, 8, 3, 3), options={"padding": 1, "groups": 4}),
         Case("7x7/2, no relu", (2, 3, 32, 32), (64, 3, 7, 7),
              options={"stride": 2, "padding": 3, "relu": False}),
+        Case("3x3, residual, leaky", (2, 64, 10, 10), (64, 64, 3, 3), True,
+             {"padding": 1, "activation": "leaky_relu"}),
     ),
     "conv_bn_relu_maxpool_packed": (
         Case("ResNet's stem", (2, 3, 33, 32), (64, 3, 7, 7)),

@@ -12,6 +12,8 @@ from block_operands import Block
 from marks import half_precisions, on_gpu_kernels, rows
 from precisions import BFLOAT16, FLOAT16
 
+from fused_resnet.backends.activation import Activation
+
 CONV, ON_CHIP = "conv_bn_add_relu_kernel", "residual_block_kernel"
 
 
@@ -61,6 +63,15 @@ def test_other_blocks_take_a_kernel_for_each_convolution(backend, precision, wid
     size = (2, 13, 12) if backend.name == "cpu" else (1, 7, 6)
     kernels = check(backend, block, block.input(*size))
     assert_kernels(backend, kernels, [CONV] * (len(widths) + 1))
+
+
+@half_precisions
+@rows({"widths": [[64, 64, 72], [16, 24, 40], [16, 40]], "concatenate": [True, False]},
+      activation=[Activation.NONE, Activation.LEAKY_RELU])  # fmt: skip
+def test_activations(backend, precision, widths, concatenate, activation):
+    """Of the kernel for the end of a bottleneck, of single convolutions and of two in one sum."""
+    block = Block(precision, 24, widths, 2, shortcut=True, activation=activation)
+    check(backend, block, block.input(1, 7, 6), concatenate=concatenate)
 
 
 @pytest.mark.variants

@@ -189,6 +189,13 @@ MUTANTS = [
         tests=_FORWARD,
     ),
     Mutant(
+        "bn: LeakyReLU's gradient is ReLU's",
+        "csrc/cuda/element.cuh",
+        "g * static_cast<float>(kLeakySlope) : 0.0f;",
+        "0.0f : 0.0f;",
+        tests=_BACKWARD,
+    ),
+    Mutant(
         "bn: the gradient passes where y is zero",
         "csrc/cuda/element.cuh",
         "return at <= 0.0f;",

@@ -243,6 +243,13 @@ MUTANTS = [
         ASAN,
     ),
     Mutant(
+        "LeakyReLU lets negative numbers pass",
+        "csrc/cuda/element.cuh",
+        "return v < 0.0f ? v * static_cast<float>(kLeakySlope) : v;",
+        "return v;",
+        f"{_CONV_TESTS}::test_flags",
+    ),
+    Mutant(
         "ReLU swallows NaN",
         "csrc/cuda/element.cuh",
         "return v < 0.0f ? 0.0f : v;",

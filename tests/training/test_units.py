@@ -17,7 +17,7 @@ from fused_resnet.ops.training_reference import run_reference
 from fused_resnet.ops.training_spec import Layer, LayerTensors, Unit, flatten, unflatten
 
 BACKENDS = ["cpu", "library"]
-NONE = Activation.NONE
+NONE, LEAKY = Activation.NONE, Activation.LEAKY_RELU
 
 
 def layer(stride=1, padding=1, dilation=1, groups=1, batch=True, momentum=0.1) -> Layer:
@@ -53,6 +53,9 @@ UNITS = {
     "oblong pool": (Unit((layer(),), pool=((2, 3), (1, 2), (1, 0))), [(8, 5, 3)], None),
     "dilated": (Unit((layer(1, 2, 2),)), [(8, 5, 3)], None),
     "depthwise": (Unit((layer(groups=8),)), [(1, 8, 3)], None),
+    "leaky": (Unit((layer(), layer()), activation=LEAKY), [(8, 8, 3), (8, 12, 3)], None),
+    "leaky, map": (Unit((layer(2),), "map", activation=LEAKY), [(8, 12, 3)], (3, 12, 5, 4)),
+    "leaky stem": (Unit((layer(1, 3),), activation=LEAKY, pool=POOL), [(8, 5, 7)], None),
     "zeros": (Unit((layer(2), layer()), "zeros", (2, 2)), [(8, 12, 3), (12, 12, 3)], None),
     "only a stride": (Unit((layer(2), layer()), "zeros", (0, 2)), [(8, 8, 3), (8, 8, 3)], None),
     "plain": (Unit((layer(), layer(2))), [(8, 4, 3), (4, 6, 3)], None),

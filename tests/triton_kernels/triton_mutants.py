@@ -31,6 +31,20 @@ BN_TILES, CONV_TILES = (f"tests/triton_kernels/test_triton_{name}.py::" for name
 
 MUTANTS = [
     Mutant(
+        "LeakyReLU lets negative numbers pass",
+        "_activation.py",
+        "tl.where(v < 0.0, v * SLOPE, v)",
+        "v",
+        CONV + "test_flags",
+    ),
+    Mutant(
+        "LeakyReLU's gradient is ReLU's",
+        "_activation.py",
+        "tl.where(at > 0.0, g, g * SLOPE)",
+        "tl.where(at > 0.0, g, 0.0)",
+        BN + "test_backward_flags",
+    ),
+    Mutant(
         "ReLU stops NaN",
         "_activation.py",
         "tl.where(v < 0.0, 0.0, v)",

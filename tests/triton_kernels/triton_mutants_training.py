@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from mutant_of_triton import Mutant
 
-_FILES = ("training_passes", "conv_forward", "conv_backward")
-PASSES, FORWARD, BACKWARD = (f"tests/triton_kernels/test_triton_{f}.py::" for f in _FILES)
+_FILES = ("training_passes", "conv_forward", "conv_backward", "activations")
+PASSES, FORWARD, BACKWARD, OTHERS = (f"tests/triton_kernels/test_triton_{f}.py::" for f in _FILES)
 
 MUTANTS = [
+    Mutant(
+        "the prologue is ReLU's whatever the activation",
+        "_conv_call.py",
+        "IN_ACTIVATION=self.in_activation,",
+        "IN_ACTIVATION=int(self.in_activation > 0),",
+        OTHERS + "test_convolutions",
+    ),
+    Mutant(
+        "the data gradient's mask is ReLU's whatever the activation",
+        "_data_gradient.py",
+        "ACTIVATION=call.activation,",
+        "ACTIVATION=int(call.activation > 0),",
+        OTHERS + "test_convolutions",
+    ),
+    Mutant(
+        "the weight gradient's prologue is ReLU's whatever the activation",
+        "_weight_gradient.py",
+        "ACTIVATION=call.activation,",
+        "ACTIVATION=int(call.activation > 0),",
+        OTHERS + "test_convolutions",
+    ),
     Mutant(
         "sums: a program's slabs and one more",
         "_channel_sums.py",

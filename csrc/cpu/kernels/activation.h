@@ -28,9 +28,16 @@ struct Floored {
   FR_INLINE A operator()(A v) const { return floor_vector(A{floor[0]}, v); }
 };
 
+template <class A>
+struct Leaky {
+  FR_INLINE Vec<A> operator()(Vec<A> v) const { return v < 0 ? v * A(kLeakySlope) : v; }
+  FR_INLINE A operator()(A v) const { return v < 0 ? v * A(kLeakySlope) : v; }
+};
+
 // Calls `run` with the activation.
 template <class A, class Run>
 FR_INLINE void with_activation(Activation activation, Run run) {
+  if (activation == Activation::kLeakyReLU) return run(Leaky<A>{});
   run(Floored<A>{activation_floor<A>(activation)});
 }
 
@@ -48,12 +55,27 @@ struct ReLUGradient {
   }
 };
 
+struct LeakyGradient {
+  template <class A, class V>
+  static FR_INLINE V of(V g, V at) {
+    return at > 0 ? g : g * A(kLeakySlope);
+  }
+  FR_INLINE float operator()(float g, float at) const { return of<float>(g, at); }
+  FR_INLINE double operator()(double g, double at) const { return of<double>(g, at); }
+  FR_INLINE Vec<float> operator()(Vec<float> g, Vec<float> at) const { return of<float>(g, at); }
+  FR_INLINE Vec<double> operator()(Vec<double> g, Vec<double> at) const {
+    return of<double>(g, at);
+  }
+};
+
 // Calls `run` with the gradient.
 template <class Run>
 FR_INLINE void with_gradient(Activation activation, Run run) {
   switch (activation) {
     case Activation::kReLU:
       return run(ReLUGradient{});
+    case Activation::kLeakyReLU:
+      return run(LeakyGradient{});
     default:
       return run(NoGradient{});
   }

@@ -8,12 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..activation import LEAKY_SLOPE
+
+SLOPE = tl.constexpr(LEAKY_SLOPE)
+
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The activation of v; NaN stays NaN as in PyTorch, unlike with ``tl.maximum``."""
     if ACTIVATION == 1:
         return tl.where(v < 0.0, 0.0, v)
+    elif ACTIVATION == 2:
+        return tl.where(v < 0.0, v * SLOPE, v)
     else:
         return v
 
@@ -23,5 +29,7 @@ def gradient(g, at, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The gradient of an activation's argument, by the sign of that or of the result: ``at``."""
     if ACTIVATION == 1:
         return tl.where(at <= 0.0, 0.0, g)
+    elif ACTIVATION == 2:
+        return tl.where(at > 0.0, g, g * SLOPE)
     else:
         return g
