@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import mutants_activation
 import mutants_program
 import mutants_python
 import mutants_training
@@ -338,6 +339,7 @@ MUTANTS = [
         "store(Load<A>::from(dz.grad + i), to + i);",
         BACKWARD,
     ),
+    *mutants_activation.MUTANTS,
     *mutants_program.MUTANTS,
     *mutants_python.MUTANTS,
     *mutants_training.MUTANTS,

@@ -53,8 +53,8 @@ class BasicBlock(BasicBlockForward):
         dilation: Distance between the filters' taps; only 1 is supported.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
-        activation: Behind each convolution but the shortcut's, ``"none"`` or ``"relu"``; None for
-            ReLU.
+        activation: Behind each convolution but the shortcut's, ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Raises:
         ValueError: ``groups``, ``base_width`` or ``dilation`` has an unsupported value.
@@ -114,8 +114,8 @@ class Bottleneck(BottleneckForward):
         dilation: Distance between the taps of the 3x3 filters.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
-        activation: Behind each convolution but the shortcut's, ``"none"`` or ``"relu"``; None for
-            ReLU.
+        activation: Behind each convolution but the shortcut's, ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 right; the stride

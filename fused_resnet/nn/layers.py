@@ -96,7 +96,8 @@ class ConvBNReLU2d(_ConvBN):
             the batch are used in eval mode too.
         device: Device of the parameters and buffers.
         dtype: Dtype of the parameters and buffers.
-        activation: ``"none"`` or ``"relu"``; None for ReLU.
+        activation: ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     The children are ``conv`` and ``bn``.
     """
@@ -133,7 +134,8 @@ class ConvBNAddReLU2d(_ConvBN):
             the batch are used in eval mode too.
         device: Device of the parameters and buffers.
         dtype: Dtype of the parameters and buffers.
-        activation: ``"none"`` or ``"relu"``; None for ReLU.
+        activation: ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     The children are ``conv`` and ``bn``.
     """
@@ -168,7 +170,8 @@ class BNAddReLU2d(_NormBase, FusedForward):
             the batch are used in eval mode too.
         device: Device of the parameters and buffers.
         dtype: Dtype of the parameters and buffers.
-        activation: ``"none"`` or ``"relu"``; None for ReLU.
+        activation: ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
     """
 
     activation: Activation = Activation.RELU  # of modules that were pickled before it was a choice
@@ -246,7 +249,8 @@ class Stem(FusedForward):
             ``(height, width)``.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
-        activation: ``"none"`` or ``"relu"``; None for ReLU.
+        activation: ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     The children are ``conv``, ``bn``, ``relu``, which is the activation, and ``pool``.
     """

@@ -15,16 +15,19 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import activation as activations
-from ..backends.activation import Activation
+from ..backends.activation import LEAKY_SLOPE, Activation
 from ..ops.program_shapes import windows
 
 #: A module for each activation, which stands for it where a forward applies it as a function. It
 #: keeps no state, and is no child of any module, so that a trace must record the function in its
 #: place: see :func:`activate`.
-FUNCTIONS: dict[Activation, nn.Module] = {Activation.RELU: nn.ReLU()}
+FUNCTIONS: dict[Activation, nn.Module] = {
+    Activation.RELU: nn.ReLU(),
+    Activation.LEAKY_RELU: nn.LeakyReLU(LEAKY_SLOPE),
+}
 
 #: The classes of modules that are activations of the operations, given the right settings.
-ACTIVATIONS = (nn.ReLU,)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
 
 
 def activation_module(activation: Activation) -> nn.Module:
@@ -35,6 +38,8 @@ def activation_module(activation: Activation) -> nn.Module:
     """
     if activation is Activation.RELU:
         return nn.ReLU(inplace=True)
+    if activation is Activation.LEAKY_RELU:
+        return nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
     return nn.Identity()
 
 
@@ -70,6 +75,7 @@ _METHODS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
         (nn.Conv2d, ("forward", "_conv_forward")),
         (nn.BatchNorm2d, ("forward", "_check_input_dim")),
         (nn.ReLU, ("forward",)),
+        (nn.LeakyReLU, ("forward",)),
         (nn.MaxPool2d, ("forward",)),
         (nn.AvgPool2d, ("forward",)),
         (nn.AdaptiveAvgPool2d, ("forward",)),
@@ -241,7 +247,10 @@ def activation_of(act: nn.Module | None) -> Activation:
     """
     if act is None or activation_reason(act):
         return Activation.NONE
-    return Activation.RELU if original_class(act) is nn.ReLU else Activation.NONE
+    cls = original_class(act)
+    if cls is nn.LeakyReLU:
+        return Activation.LEAKY_RELU
+    return Activation.RELU if cls is nn.ReLU else Activation.NONE
 
 
 def activation_reason(act: nn.Module) -> str:
@@ -250,6 +259,8 @@ def activation_reason(act: nn.Module) -> str:
         return ""
     if is_hooked(act):
         return f"a hook or a replaced forward on the {original_class(act).__name__}"
+    if original_class(act) is nn.LeakyReLU and act.negative_slope != LEAKY_SLOPE:
+        return f"a LeakyReLU with a slope of {act.negative_slope}; only {LEAKY_SLOPE} is fused"
     return ""
 
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ...backends.activation import Activation
+from ...backends.activation import LEAKY_SLOPE, Activation
 from ...nn.module_kinds import ACTIVATIONS, activation_of, is_max_pool, is_norm
 
 #: What a match has as the path of an activation that is called as a function.
 FUNCTION_PATHS = {f"<{a.name.lower()}>": a for a in Activation if a}
 
 _RELU_FUNCTIONS: tuple[Any, ...] = (torch.relu, torch.relu_, F.relu, F.relu_)
+_LEAKY_FUNCTIONS: tuple[Any, ...] = (F.leaky_relu, F.leaky_relu_)
 _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
 
@@ -78,6 +79,9 @@ def _function(node: fx.Node) -> Activation:
         return Activation.RELU
     if node.op == "call_method" and node.target in ("relu", "relu_"):
         return Activation.RELU
+    if node.op == "call_function" and node.target in _LEAKY_FUNCTIONS:
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+        return Activation.LEAKY_RELU if slope == LEAKY_SLOPE else Activation.NONE
     return Activation.NONE
 
 
