@@ -13,7 +13,8 @@
 # make gpu        on a machine with a card: builds for it, checks and measures everything in 560 s
 #                 (GPU_ARGS=--rehearse runs every step without a card)
 # make asan       the operations' tests under AddressSanitizer
-# make mutants    planted bugs, each of which a test must catch
+# make mutants    planted bugs, each of which a test must catch; goes on where it was interrupted
+#                 (MUTANTS='--kind cuda' plants those of one kind)
 #
 # Every target works in a fresh clone: .venv is created if it is missing (PYTHON=python3.12 chooses).
 
@@ -91,7 +92,7 @@ asan: $(INSTALLED)
 	PYTHON=$(abspath $(PY)) bash tests/asan.sh
 
 mutants: $(INSTALLED)
-	$(PY) tests/mutants.py
+	$(PY) tests/run_mutants.py $(MUTANTS)
 
 install: $(INSTALLED)
 

@@ -1,31 +1,13 @@
-"""Plants bugs, one at a time, and checks that a test fails.
-
-``python tests/mutants.py [words of a bug]`` copies the sources to a temporary folder, builds each
-mutant there, for one instruction set, and runs its tests. A mutant that no test catches is a gap in
-the tests: it is printed, and the exit code is 1.
-"""
+"""Bugs to plant in the CPU's kernels, and the list of all that are not in a GPU's."""
 
 from __future__ import annotations
-
-import itertools
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import mutants_activation
 import mutants_program
 import mutants_python
 import mutants_training
 from mutant import BACKWARD, BFLOAT16, PROGRAM, Mutant
-from rich.console import Console
-from rich.table import Table
 
-import fused_resnet
-
-ROOT = Path(__file__).resolve().parent.parent
 CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
 INPUT = "csrc/cpu/kernels/conv_input.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
@@ -237,8 +219,8 @@ MUTANTS = [
     Mutant(
         "a loop loses its last share",
         "csrc/cpu/thread_team.h",
-        "if (begin >= count) return;",
-        "if (begin + share >= count && rank_ > 0) return;",
+        "if (begin < count) body(begin,",
+        "if (begin + share < count) body(begin,",
         PROGRAM,
     ),
     Mutant("pairs in the wrong order", PAIRS, "+ in_run % 2;", "+ 1 - in_run % 2;", *PAIRED),
@@ -344,77 +326,3 @@ MUTANTS = [
     *mutants_python.MUTANTS,
     *mutants_training.MUTANTS,
 ]
-
-
-def run(command: list[str], folder: Path, isa: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command with the kernels of one instruction set, and of those that it extends."""
-    env = {**os.environ, "FUSED_RESNET_CUDA": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-    env |= {"FUSED_RESNET_ISAS": isa, "FUSED_RESNET_ISA": isa}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
-
-
-def build(folder: Path, isa: str) -> subprocess.CompletedProcess[str]:
-    return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder, isa)
-
-
-def test(tests: str, folder: Path, isa: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no"]
-    return run([*command, *tests.split()], folder, isa)
-
-
-def caught_by(mutant: Mutant, folder: Path) -> str | None:
-    """The first test that fails, or None when the mutant lives."""
-    path = folder / mutant.file
-    original = path.read_text()
-    if original.count(mutant.old) != 1:
-        raise SystemExit(f"{mutant.bug}: expected {mutant.old!r} once in {mutant.file}")
-    path.write_text(original.replace(mutant.old, mutant.new))
-    try:
-        # Also for a bug in Python: the extension may still have the previous bug.
-        built = build(folder, mutant.isa)
-        if built.returncode != 0:
-            raise SystemExit(f"{mutant.bug}: does not compile\n{built.stderr[-2000:]}")
-        tested = test(mutant.tests, folder, mutant.isa)
-        if tested.returncode < 0:
-            return f"the death of the tests' process, by signal {-tested.returncode}"
-        failed = [line for line in tested.stdout.splitlines() if line.startswith("FAILED")]
-        return failed[0].split()[1].partition("::")[2] if failed else None
-    finally:
-        path.write_text(original)
-
-
-def main(words: str = "") -> int:
-    """Plants the bugs whose description has these words, one instruction set after another."""
-    console = Console()
-    chosen = sorted((m for m in MUTANTS if words in m.bug), key=lambda m: m.isa)
-    supported = fused_resnet.build_info()["isa_supported"]
-    table = Table("planted bug", "file", "caught by")
-    alive = planted = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "copy"
-        ignored = shutil.ignore_patterns("*.so", "build", ".*", "*.egg-info")
-        shutil.copytree(ROOT, folder, ignore=ignored)
-        for isa, mutants in itertools.groupby(chosen, key=lambda m: m.isa):
-            if isa not in supported:
-                console.print(f"{len(list(mutants))} not planted: this machine has no {isa}")
-                continue
-            built = build(folder, isa)
-            if built.returncode != 0:
-                raise SystemExit(built.stderr[-2000:])
-            mutants = list(mutants)
-            clean = test(" ".join({m.tests: None for m in mutants}), folder, isa)
-            if clean.returncode != 0:
-                raise SystemExit(f"the tests fail without a bug:\n{clean.stdout[-2000:]}")
-            for mutant in mutants:
-                planted += 1
-                caught = caught_by(mutant, folder)
-                alive += caught is None
-                console.print(f"{mutant.bug}: {caught or 'NOT CAUGHT'}")
-                table.add_row(mutant.bug, mutant.file, caught or "[red]nothing[/]")
-    console.print(table)
-    console.print(f"{planted - alive} of {planted} caught")
-    return 1 if alive else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(" ".join(sys.argv[1:])))

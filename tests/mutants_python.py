@@ -89,8 +89,8 @@ MUTANTS = [
     Mutant(
         "a batch norm that two groups share is folded",
         "fused_resnet/fusion/trace/generated_forward.py",
-        '*names, "", activation, foldable)',
-        '*names, "", activation, True)',
+        "foldable = paths.foldable",
+        "foldable = True",
         SWAP,
     ),
     Mutant(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import simulator
+from pytest_process import Pytest, new_process
 from rich.table import Table
 
 ROOT = simulator.ROOT
@@ -62,28 +60,17 @@ def plant(mutant: Mutant, root: Path) -> None:
     (root / mutant.file).write_text(with_bug(mutant))
 
 
-def watch(mutant: Mutant, variant: str, library: Path) -> Catch | None:
+def watch(mutant: Mutant, variant: str, library: Path, pytest: Pytest) -> Catch | None:
     """Runs the mutant's tests with a library that has the bug in it."""
-    env = {**os.environ, "FR_SIMT_LIBRARY": str(library), "FR_SIMT_VARIANT": variant}
+    variables = {"FR_SIMT_LIBRARY": str(library), "FR_SIMT_VARIANT": variant}
     if variant == "asan":
-        env |= simulator.sanitizer_environment()
-    command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["--backend", "simulator"]
-    command += ["--capture=sys"]  # what a sanitizer says as the process ends is seen
-    command += [] if variant == "plain" else ["-m", "variants"]
-    # A bug may also make a kernel run for ever.
-    try:
-        done = subprocess.run(
-            [*command, *mutant.tests.split()],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        status, out = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as error:
-        status, out = 1, (error.stdout or b"").decode() + "\nE   did not end"
+        variables |= simulator.sanitizer_environment()
+        pytest = new_process  # whose runtime is there from the beginning
+    arguments = ["-x", "-v", "--tb=short", "-p", "no:cacheprovider", "--backend", "simulator"]
+    arguments += ["--capture=sys"]  # what a sanitizer says as the process ends is seen
+    arguments += [] if variant == "plain" else ["-m", "variants"]
+    done = pytest([*arguments, *mutant.tests.split()], ROOT, variables)
+    status, out = done.status, done.output
     if status == 0:
         return None
     if status in (2, 3, 4, 5):  # interrupted, internal error, usage error, no tests
@@ -91,11 +78,11 @@ def watch(mutant: Mutant, variant: str, library: Path) -> Catch | None:
     outcome = r"(?: (?:PASSED|FAILED|ERROR|SKIPPED)|\s*$|=)"
     started = re.findall(rf"^\S+\.py::(.*?){outcome}", out, re.MULTILINE)
     said = re.findall(r"^E   +(.*)|.*?(AddressSanitizer: .*|runtime error: .*)", out, re.MULTILINE)
-    words = next((a or b for a, b in said if a or b), f"the process ended with {status}")
+    words = next((a or b for a, b in said if a or b), done.violent_end or f"exit code {status}")
     return Catch(variant, started[-1].strip() if started else "?", words)
 
 
-def catch(mutant: Mutant) -> Catch | None:
+def catch(mutant: Mutant, pytest: Pytest = new_process) -> Catch | None:
     """Plants the bug, builds what changed, and says who sees it."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -103,7 +90,7 @@ def catch(mutant: Mutant) -> Catch | None:
         plant(mutant, root)
         for variant in mutant.variants:
             library = simulator.build(variant, root, root / "objects")
-            caught = watch(mutant, variant, library)
+            caught = watch(mutant, variant, library, pytest)
             if caught:
                 return caught
     return None

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path("tests/simt")
 CACHE = ROOT / "build" / "simt"
 VARIANTS = ("plain", "asan", "race")
+CCACHE = ["ccache"] if shutil.which("ccache") else []
 
 # Kernels alone are instrumented. In the race build GCC calls __tsan_* at each access to memory:
 # runtime/race.cpp answers these calls, libtsan is not linked.
@@ -159,7 +160,7 @@ def compiled(unit: Object, root: Path, cache: Path) -> Path:
     for folder in (cache, CACHE):
         if (folder / name).exists():
             return folder / name
-    command = [compiler(), *unit.flags, "-c", str(unit.source)]
+    command = [*CCACHE, compiler(), *unit.flags, "-c", str(unit.source)]
     return atomically(command, "-o", cache / name, root)
 
 

@@ -1,22 +1,16 @@
-"""Bugs to plant in Triton's kernels, each of which a test in the interpreter must catch.
-
-``python tests/triton_kernels/triton_mutants.py [words of a bug]`` plants them and prints the table.
-"""
+"""Bugs to plant in Triton's kernels, each of which a test in the interpreter must catch."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton_mutants_training
 from mutant_of_triton import Mutant
-from rich.console import Console
+from pytest_process import Pytest, new_process
 from rich.markup import escape
 from rich.table import Table
 
@@ -262,27 +256,21 @@ def plant(mutant: Mutant, root: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
-def catch(mutant: Mutant) -> Catch | None:
+def catch(mutant: Mutant, pytest: Pytest = new_process) -> Catch | None:
     """Plants the bug and says who sees it."""
     with tempfile.TemporaryDirectory() as scratch:
         plant(mutant, Path(scratch))
-        command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=short", "-m", ""]
-        command += ["--backend", "interpreter"]
-        done = subprocess.run(
-            [*command, "-p", "no:cacheprovider", mutant.tests],
-            cwd=scratch,
-            env={**os.environ, "PYTHONPATH": scratch},
-            capture_output=True,
-            text=True,
-        )
-    out = done.stdout + done.stderr
-    if done.returncode == 0:
+        arguments = ["-x", "-v", "--tb=short", "-m", "", "--backend", "interpreter"]
+        arguments += ["-p", "no:cacheprovider", mutant.tests]
+        done = pytest(arguments, Path(scratch), {"PYTHONPATH": scratch})
+    out = done.output
+    if done.status == 0:
         return None
-    if done.returncode != 1:  # interrupted, internal error, usage error, no tests
+    if done.status not in (1, None):  # interrupted, internal error, usage error, no tests
         raise RuntimeError(f"{mutant.bug}: pytest did not run {mutant.tests}\n{out[-2000:]}")
     started = re.findall(r"^\S+\.py::(.+?) FAILED", out, re.MULTILINE)
     said = re.findall(r"^E   +(.*)", out, re.MULTILINE)
-    return Catch(started[-1] if started else "?", said[0] if said else "?")
+    return Catch(started[-1] if started else "?", said[0] if said else done.violent_end or "?")
 
 
 def table(results: list[tuple[Mutant, Catch | None]]) -> Table:
@@ -293,15 +281,3 @@ def table(results: list[tuple[Mutant, Catch | None]]) -> Table:
         else:
             shown.add_row(mutant.bug, mutant.file, escape(caught.test), escape(caught.words[:90]))
     return shown
-
-
-def main(words: list[str]) -> None:
-    chosen = [m for m in MUTANTS if all(word in m.bug for word in words)]
-    results = [(mutant, catch(mutant)) for mutant in chosen]
-    Console(width=180).print(table(results))
-    if any(caught is None for _, caught in results):
-        raise SystemExit("not all were caught")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
