@@ -19,6 +19,9 @@ PROGRAM = ROOT / "tests" / "gpu" / "run_small_calls.py"
 #: What each tool says when it has found nothing.
 CLEAN = {"memcheck": r"ERROR SUMMARY: 0 errors", "racecheck": r"RACECHECK SUMMARY: 0 hazards"}
 
+#: Every tool with every backend.
+CELLS = tuple((tool, backend) for backend in ("cuda", "triton") for tool in CLEAN)
+
 #: The program's last line, and the head of a finding.
 _COMPLETE, _FINDING = "all calls were made", re.compile(r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY)")
 
@@ -79,16 +82,16 @@ def run(
     environment: Mapping[str, str],
     deadline: float,
     sink: Callable[[dict[str, Any]], Any],
-    backends: Sequence[str] = ("cuda", "triton"),
+    cells: Sequence[tuple[str, str]] = CELLS,
 ) -> None:
-    """All tools and backends at once: each spends most of its time on the host.
+    """Tools and backends at once: each spends most of its time on the host.
 
     Args:
         program: The words that stand before ``--tool``; None where there is no sanitizer.
         environment: All variables.
         deadline: Of ``time.monotonic()``.
         sink: Called with the rows, from this thread.
-        backends: Whose kernels run.
+        cells: A tool and the backend whose kernels run under it, of each process.
     """
     if program is None:
         reason = "compute-sanitizer is neither in the toolkit nor on PATH"
@@ -105,7 +108,6 @@ def run(
         done = commands.run(command, variables, deadline - time.monotonic())
         return verdict(done, tool, backend)
 
-    cells = [(tool, backend) for backend in backends for tool in CLEAN]
     with ThreadPoolExecutor(len(cells)) as pool:
         try:
             for future in as_completed([pool.submit(one, cell) for cell in cells]):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .children import Job
+from .sanitizer import CELLS
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = "fused_resnet.bench.gpu"
@@ -142,6 +143,10 @@ class Steps:
         if self.rehearse:
             files = ["tests/conformance/test_residual_block.py"]
         return [self.suite("runtime", Path(name).stem, [name]) for name in files]
+
+    def sanitizer(self) -> Sequence[tuple[str, str]]:
+        """Tools and backends; each tool and each backend once where neither is a card's."""
+        return CELLS[::3] if self.rehearse else CELLS
 
     def sweep_compilers(self, whats: Sequence[str]) -> list[Job]:
         """What compiles the configurations of a sweep.

@@ -183,7 +183,7 @@ class Window:
             found = sanitizer.find(self.toolkit, "compute-sanitizer")
             program = getattr(self.arguments, "sanitizer", None)
             words = shlex.split(program) if program else [found] if found else None
-            sanitizer.run(words, self.environment, end, self.add)
+            sanitizer.run(words, self.environment, end, self.add, self.steps.sanitizer())
         archiving.join()
 
     def _archive(self) -> None:
