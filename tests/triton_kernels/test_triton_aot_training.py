@@ -159,18 +159,32 @@ def others() -> Iterator[Case]:
 CASES = [*gradients(), *others()]
 
 
-def quick(case: Case) -> tuple[int, ...]:
-    """The architectures that `make test` compiles a case for: passes multiply nothing."""
-    if not case.quick:
-        return ()
-    return ARCHITECTURES if case.what.partition(" ")[0] in ("data", "weight") else (90,)
+def architectures() -> Iterator[tuple[Case, tuple[int, ...]]]:
+    """Each quick case with the architectures that `make test` compiles it for.
+
+    All of them for a gradient with its prologue in bfloat16, since each multiplies by instructions
+    of its own; one, in turn, for each other product, and one for what multiplies nothing.
+    """
+    for turn, case in enumerate(case for case in CASES if case.quick):
+        if case.what.partition(" ")[0] not in ("data", "weight"):
+            yield case, (90,)
+        elif " prologue " in case.what and case.precision is BFLOAT16:
+            yield case, ARCHITECTURES
+        else:
+            yield case, (ARCHITECTURES[turn % len(ARCHITECTURES)],)
+
+
+QUICK = dict(architectures())
 
 
 @pytest.mark.parametrize(
     ("case", "arch"),
     [
         pytest.param(
-            c, arch, id=f"{c}-sm_{arch}", marks=() if arch in quick(c) else pytest.mark.slow
+            c,
+            arch,
+            id=f"{c}-sm_{arch}",
+            marks=() if arch in QUICK.get(c, ()) else pytest.mark.slow,
         )
         for c in CASES
         for arch in ARCHITECTURES

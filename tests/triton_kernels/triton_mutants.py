@@ -101,7 +101,6 @@ MUTANTS = [
         "a = tl.where(a_valid, v, 0.0).to(a.dtype)",
         "a = v.to(a.dtype)",
         CONV_TILES + "test_batch_norm_and_relu_of_the_input[packs-float16]",
-        quick=True,
     ),
     Mutant(
         "a tap past the right edge reads the next row",
@@ -137,7 +136,6 @@ MUTANTS = [
         "height = tl.minimum(tiles_m - first, GROUP_M)",
         "height = GROUP_M",
         CONV + "test_operation",
-        quick=True,
     ),
     Mutant(
         "the residual is not scaled",

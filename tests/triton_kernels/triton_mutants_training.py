@@ -56,7 +56,6 @@ MUTANTS = [
         "first = tl.program_id(0) == 0",
         "first = tl.program_id(0) >= 0",
         FORWARD + "test_many_tiles_count_one_batch",
-        quick=True,
     ),
     Mutant(
         "the end of a block: the projection is not scaled",
