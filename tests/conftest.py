@@ -50,7 +50,7 @@ THOROUGH_FILES = (
 )
 #: Folders and files whose tests share no fixture that is costly to make: under pytest-xdist each of
 #: these tests goes to the next free worker, while all other files stay whole.
-SPREAD = ("conformance", "simt", "triton_kernels")
+SPREAD = ("conformance", "simt", "test_instruction_sets.py", "triton_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

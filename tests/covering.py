@@ -68,14 +68,25 @@ def _completed(
     return row
 
 
-def cover(**spread: Mapping[str, Any] | Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrises a test by a covering set of the values, which are lists or label to value."""
-    rows = covering({}, {name: labelled(values) for name, values in spread.items()})
+Values = Mapping[str, Any] | Sequence[Any]
+
+
+def cover(every: Mapping[str, Values] | None = None, /, **spread: Values) -> pytest.MarkDecorator:
+    """Parametrises a test by a covering set of the values, which are lists or label to value.
+
+    Args:
+        every: Parameters of which all combinations occur.
+        **spread: The others.
+    """
+    every = every or {}
+    rows = covering(
+        *({name: labelled(values) for name, values in some.items()} for some in (every, spread))
+    )
     params = [
         pytest.param(*(v for _, v in row.values()), id="-".join(label for label, _ in row.values()))
         for row in rows
     ]
-    return pytest.mark.parametrize(tuple(spread), params)
+    return pytest.mark.parametrize((*every, *spread), params)
 
 
 def labelled(values: Mapping[str, Any] | Iterable[Any]) -> list[tuple[str, Any]]:

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path("tests/simt")
 CACHE = ROOT / "build" / "simt"
+TORCH = Path(torch.__file__).parent
 VARIANTS = ("plain", "asan", "race")
 CCACHE = ["ccache"] if shutil.which("ccache") else []
 
@@ -76,7 +76,8 @@ class Object:
 
 
 def torch_includes() -> list[str]:
-    paths = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    include = TORCH / "include"
+    paths = [include, include / "torch/csrc/api/include", sysconfig.get_path("include")]
     return [f"-isystem{path}" for path in paths]
 
 
@@ -200,8 +201,7 @@ def link_flags(variant: str) -> list[str]:
 def link_libraries(units: list[Object]) -> list[str]:
     if not any(unit.source == HERE / "bindings.cpp" for unit in units):
         return ["-pthread"]
-    folders = [f"-L{path}" for path in cpp_extension.library_paths()]
-    return [*folders, "-ltorch_cpu", "-pthread"]
+    return [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-pthread"]
 
 
 def build(variant: str = "plain", sources_root: Path = ROOT, cache: Path = CACHE) -> Path:

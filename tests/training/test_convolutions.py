@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Conv
+from covering import cover
 from tolerances import DTYPES, assert_as_exact_as_pytorch, error
 from training_cases import (
     TRAINED,
@@ -21,9 +22,6 @@ from training_cases import (
 import fused_resnet  # noqa: F401  the operators
 
 OPS = torch.ops.fused_resnet
-cases = pytest.mark.parametrize("case", TRAINED, ids=str)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-kinds = pytest.mark.parametrize("kind", ["prologue", "add", "frozen"])
 BY_NAME = {str(case): case for case in TRAINED}
 #: A 1x1, a 3x3 of stride 2 and one of stride 1, each of several blocks, a 1x1 that multiplies pairs
 #: in bfloat16 where the processor does, and one for PyTorch.
@@ -43,9 +41,9 @@ def assert_sums(result, terms, exact) -> None:
     assert ((result.double() - exact).abs().max() / size).item() < 3e-7
 
 
-@dtypes
-@cases
-@pytest.mark.parametrize("prologue", [True, False])
+# The case and the storage type choose the kernel and its tiles; what it reads its input through and
+# what it adds to its result are the same lines in each.
+@cover({"dtype": DTYPES, "case": TRAINED}, prologue=[True, False])
 def test_forward(dtype, case, prologue):
     # As PyTorch's own run has it: for other layouts it may take another algorithm.
     x = coarse(*case.x, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -65,9 +63,7 @@ def test_forward(dtype, case, prologue):
     assert ((var.double() - exact_var).abs() <= 2e-6 * exact_var).all()
 
 
-@dtypes
-@cases
-@kinds
+@cover({"dtype": DTYPES, "case": TRAINED}, kind=["prologue", "add", "frozen"])
 def test_backward(dtype, case, kind):
     operands, args = backward_of(case, dtype, kind), geometry(case)
     result, eager = operands.run(**args), operands.plain(**args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import MAPS, normal
+from covering import cover
 from tolerances import DTYPES, assert_as_exact_as_pytorch
 from torch.nn import functional
 from training_cases import Affine, affine, channel_sum, coarse, per_channel, vectors_of
@@ -12,16 +13,13 @@ from training_cases import Affine, affine, channel_sum, coarse, per_channel, vec
 import fused_resnet  # noqa: F401  the operators
 
 OPS = torch.ops.fused_resnet
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 SHAPES = MAPS | {
     # Rows of four and what is left; a vector and a tail of it; blocks of rows, the last not full.
     "blocks": (3, 67, 19, 23),
     "cifar": (5, 16, 17, 15),
     "no-image": (0, 16, 4, 4),
 }
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 SHORTCUTS = ("none", "identity", "projected")
 
 
@@ -35,11 +33,8 @@ def block_end(z, bn, shortcut, shortcut_bn, relu):
     return functional.relu(y) if relu else y
 
 
-@dtypes
-@shapes
-@formats
-@pytest.mark.parametrize("kind", SHORTCUTS)
-@pytest.mark.parametrize("relu", [True, False])
+# The storage type and the operands choose the loop, the format the order of its rows.
+@cover({"dtype": DTYPES, "kind": SHORTCUTS, "fmt": FORMATS}, shape=SHAPES, relu=[True, False])
 def test_block_end(dtype, shape, fmt, kind, relu):
     z, s = (normal(*shape, dtype=dtype).contiguous(memory_format=fmt) for _ in range(2))
     bn, other = affine(shape[1], dtype), affine(shape[1], dtype)
@@ -60,11 +55,9 @@ def assert_sum(result, terms):
     assert ((result.double() - exact).abs() <= bound * size).all()
 
 
-@dtypes
-@shapes
-@formats
-@pytest.mark.parametrize("shortcut", [True, False])
-@pytest.mark.parametrize("relu", [True, False])
+@cover(
+    {"dtype": DTYPES, "shortcut": [True, False], "relu": [True, False]}, shape=SHAPES, fmt=FORMATS
+)
 def test_block_end_backward(dtype, shape, fmt, shortcut, relu):
     dy, y, z, s = (coarse(*shape, dtype=dtype).contiguous(memory_format=fmt) for _ in range(4))
     mean, other = affine(shape[1], dtype).mean, affine(shape[1], dtype).mean
@@ -121,8 +114,6 @@ MAPS_OF_STEMS = {
     "wide": (1, 4, 5, 700),
     "no-image": (0, 16, 8, 8),
 }
-pools = pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
-stems = pytest.mark.parametrize("shape", MAPS_OF_STEMS.values(), ids=MAPS_OF_STEMS)
 
 
 def pairs(pool):
@@ -137,10 +128,7 @@ def places(index, width, pool):
     return rows * kw + index % width - (ox * sw - pw)
 
 
-@dtypes
-@stems
-@pools
-@formats
+@cover({"dtype": DTYPES, "pool": POOLS}, shape=MAPS_OF_STEMS, fmt=FORMATS)
 def test_stem_end(dtype, shape, pool, fmt):
     z = coarse(*shape, dtype=dtype).contiguous(memory_format=fmt)  # with ties
     bn = affine(shape[1], dtype)
@@ -159,9 +147,8 @@ def test_stem_end(dtype, shape, pool, fmt):
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@dtypes
-@stems
-@pools
+# The window and the map decide together which places are summed.
+@cover({"shape": MAPS_OF_STEMS, "pool": POOLS}, dtype=DTYPES)
 def test_stem_end_backward(dtype, shape, pool):
     z, bn = coarse(*shape, dtype=dtype), affine(shape[1], dtype)
     y, index = OPS.stem_end(z, *bn[:2], *pairs(pool))
