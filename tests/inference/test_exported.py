@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -50,27 +50,42 @@ with torch.inference_mode():
 """
 
 
-@pytest.mark.parametrize(
-    "dtype", [F32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+class Saved(NamedTuple):
+    """An exported program and its images in a folder, and the models that it comes from."""
+
+    folder: Path
+    images: list[torch.Tensor]
+    frozen: nn.Module
+    model: nn.Module
+    dtype: torch.dtype
+
+
+@pytest.fixture(
+    scope="module", params=[F32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Made once for all instruction sets."""
+    folder, model, dtype = tmp_path_factory.mktemp("exported"), network(), request.param
+    frozen = fr.freeze(model, dtype)
+    images = [image(n, 3, 48, 40, dtype=F32, seed=n) for n in (2, 1, 3)]
+    torch.export.save(program_of(frozen, images[0]), folder / "program.pt2")
+    torch.save(images, folder / "images.pt")
+    return Saved(folder, images, frozen, model.double(), dtype)
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
-def test_another_process_has_the_same_results(tmp_path: Path, isa: str, dtype: torch.dtype) -> None:
+def test_another_process_has_the_same_results(saved: Saved, isa: str) -> None:
     """The same bits on this process's instruction set; within the usual error on another one."""
     if isa not in fr.build_info()["isa_supported"]:
         pytest.skip(f"this machine or build has no {isa} kernels")
-    model = network()
-    frozen = fr.freeze(model, dtype)
-    images = [image(n, 3, 48, 40, dtype=F32, seed=n) for n in (2, 1, 3)]
-    torch.export.save(program_of(frozen, images[0]), tmp_path / "program.pt2")
-    torch.save(images, tmp_path / "images.pt")
+    folder, images, frozen, truth, dtype = saved
     subprocess.run(
-        [sys.executable, "-c", SERVE, str(tmp_path), isa],
+        [sys.executable, "-c", SERVE, str(folder), isa],
         check=True,
         env=os.environ | {"FUSED_RESNET_ISA": isa},
     )
-    answers = torch.load(tmp_path / "answers.pt")
+    answers = torch.load(folder / "answers.pt")
     with torch.no_grad():
-        truth = model.double()
         for i, x in enumerate(images):
             exact = truth(x.double())
             for answer in answers[2 * i : 2 * i + 2]:
@@ -81,8 +96,10 @@ def test_another_process_has_the_same_results(tmp_path: Path, isa: str, dtype: t
             assert torch.equal(*answers[2 * i : 2 * i + 2])
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+# How the program is traced does not depend on the dtype: each of both.
+@pytest.mark.parametrize(
+    ("dtype", "strict"), [(None, False), (torch.bfloat16, True), (torch.float64, False)], ids=str
+)
 def test_a_program_stores_plain_weights_once(dtype: torch.dtype | None, strict: bool) -> None:
     model, x = network(), image(2, 3, 48, 40, dtype=F32)
     frozen = fr.freeze(model, dtype)

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 import fused_resnet as fr
 from fused_resnet import ops, reference
+from fused_resnet.models.resnet import ResNet
 
 
 @pytest.fixture(autouse=True)
@@ -115,19 +116,27 @@ def test_one_recompilation_for_all_batch_sizes():
 
 slow = pytest.mark.slow
 
-#: On every backend that runs on a CPU; ResNet-50, which is slow to compile, in `make test-all`.
+
+def four_blocks(num_classes: int) -> ResNet:
+    """A stem, a block of each stage, and the head: each graph that a ResNet-18 repeats."""
+    return ResNet(fr.nn.BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+
+
+#: On every backend that runs on a CPU; whole networks, which are slow to compile, in
+#: `make test-all`.
 NETWORKS = [
-    pytest.param(name, backend, training, marks=[slow] if late else [], id=identity)
-    for name in ("resnet18", "resnet50")
+    pytest.param(make, backend, training, marks=[slow] if late else [], id=identity)
+    for make in (four_blocks, fr.resnet18, fr.resnet50)
+    for name in [make.__name__]
     for backend in ("reference", "cpu", "library", "auto")
     for training in (False, True)
-    for late in [name == "resnet50" or (training and backend != "auto")]
+    for late in [make is not four_blocks or (training and backend != "auto")]
     for identity in [f"{name}-{backend}-{'training' if training else 'eval'}"]
 ]
 
 
-@pytest.mark.parametrize(("name", "backend", "training"), NETWORKS)
-def test_networks_are_one_graph_for_all_batch_sizes(name, backend, training):
+@pytest.mark.parametrize(("make", "backend", "training"), NETWORKS)
+def test_networks_are_one_graph_for_all_batch_sizes(make, backend, training):
     """No graph breaks; one compilation for the first batch size and one for all others.
 
     That is torch's own rule for shapes that turn out to change. Compiled and eager agree in the
@@ -135,7 +144,7 @@ def test_networks_are_one_graph_for_all_batch_sizes(name, backend, training):
     nothing that rounding does can turn a ReLU.
     """
     torch.manual_seed(0)
-    model = randomize(getattr(fr, name)(num_classes=10)).double().train(training)
+    model = randomize(make(num_classes=10)).double().train(training)
     model = fr.fuse(model).to(memory_format=torch.channels_last)
     eager = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")
@@ -163,7 +172,7 @@ def test_networks_are_one_graph_for_all_batch_sizes(name, backend, training):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    model = fr.resnet18(num_classes=10).eval().to(memory_format=torch.channels_last)
+    model = four_blocks(num_classes=10).eval().to(memory_format=torch.channels_last)
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(m.running_mean, std=0.1)

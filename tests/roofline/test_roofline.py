@@ -120,7 +120,13 @@ def test_the_designs_table(fusion: str, thousand: float) -> None:
     assert round(256 / seconds / 1e3, 1) == thousand
 
 
-@pytest.mark.parametrize("model", MODELS)
+#: What `make check` compares: each kind of block. Deeper and wider networks repeat them.
+QUICK = ("resnet18", "resnet50", "resnext50_32x4d")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=() if m in QUICK else pytest.mark.thorough) for m in MODELS]
+)
 def test_shapes_and_flops_are_those_of_torchvision(model: str) -> None:
     """Against the shapes that hooks see in torchvision's network, and torch's flop counter."""
     torchvision = pytest.importorskip("torchvision")

@@ -19,8 +19,20 @@ from fused_resnet.ops import packed as packed_ops
 from fused_resnet.ops.registry import OPERATORS
 
 SIZE = 64
-NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-halves = pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
+FLOAT16, BFLOAT16 = PRECISIONS[:2]
+
+
+def networks(quick: dict[str, Precision], *others: str) -> pytest.MarkDecorator:
+    """Networks in the precision that `make test` runs each in; all else is for `make test-all`."""
+    params = [
+        pytest.param(
+            name, half, id=f"{name}-{half}",
+            marks=() if quick.get(name) is half else pytest.mark.slow,
+        )
+        for name in (*quick, *others)
+        for half in (FLOAT16, BFLOAT16)
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("name", "precision"), params)
 
 
 @pytest.fixture
@@ -69,8 +81,8 @@ def convolutions(model: nn.Module) -> int:
     return sum(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
-@halves
-@pytest.mark.parametrize("name", NETWORKS)
+# The others repeat the blocks of these two.
+@networks({"resnet18": FLOAT16, "resnet50": BFLOAT16}, "resnet34", "resnet101", "resnet152")
 def test_every_convolution_of_the_family(on_simulator, name, precision):
     counts = check(on_simulator, name, precision)
     finished = counts.pop("conv_split_finish_kernel", 0)
@@ -97,8 +109,7 @@ def as_cuda(on_simulator, monkeypatch) -> Any:
 FROZEN = {"resnet18": (16, 0), "resnet50": (38, 5)}
 
 
-@halves
-@pytest.mark.parametrize("name", FROZEN)
+@networks({"resnet18": BFLOAT16, "resnet50": FLOAT16})
 def test_frozen(as_cuda, name, precision):
     model, x = network(name), image(1, 3, SIZE, SIZE, dtype=precision.dtype)
     frozen = fr.freeze(model, precision.dtype)
