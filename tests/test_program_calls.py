@@ -241,8 +241,8 @@ def test_the_report_says_what_runs():
 def test_steps_are_encoded_as_the_extension_reads_them(operation):
     """``programs.encode`` has the places of csrc/program.h in numbers."""
     fields = {name: 2 + place for name, place in PLACES.items() if name != "operation"}
-    fields |= {"activation": True, "winograd": True, "ceil_mode": True}
-    names = {"activation": "relu", "channels": "out_channels"}
+    fields |= {"activation": 1, "winograd": True, "ceil_mode": True}
+    names = {"channels": "out_channels"}
     pairs = [n for n in fields if n.endswith(("kernel", "stride", "padding", "dilation"))]
     step = program_steps.Step(
         operation,
@@ -280,8 +280,8 @@ WRONG = {
     ),
     "no tensors": (changed(0, tensor=-1), r"step 0 \(conv\): tensors: expected 3 from index -1"),
     "activation": (
-        changed(0, activation=2),
-        r"step 0 \(conv\): activation: expected 0 or 1, got 2",
+        changed(0, activation=3),
+        r"step 0 \(conv\): activation: expected an int from 0 to 2, got 3",
     ),
     "winograd": (changed(0, winograd=-1), r"step 0 \(conv\): winograd: expected 0 or 1, got -1"),
     "kernel": (changed(0, kernel=5), r"step 0 \(conv\): packed: expected shape"),

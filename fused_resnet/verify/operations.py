@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("3x3, dilated, 4 groups", (2, 32, 11, 11), (48, 8, 3, 3),
              options={"padding": 2, "dilation": 2, "groups": 4}),
         Case("7x7/2", (2, 3, 32, 32), (64, 3, 7, 7), options={"stride": 2, "padding": 3}),
-        Case("3x3, residual, leaky", (2, 64, 10, 10), (64, 64, 3, 3), True,
+        Case("3x3, residual, leaky", (2, 64, 9, 11), (64, 64, 3, 3), True,
              {"padding": 1, "activation": "leaky_relu"}),
     ),
     "conv_bn_relu_maxpool": (
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("3x3, 4 groups", (2, 32, 11, 11), (48, 8, 3, 3), options={"padding": 1, "groups": 4}),
         Case("7x7/2, no relu", (2, 3, 32, 32), (64, 3, 7, 7),
              options={"stride": 2, "padding": 3, "relu": False}),
-        Case("3x3, residual, leaky", (2, 64, 10, 10), (64, 64, 3, 3), True,
+        Case("3x3, residual, leaky", (2, 64, 9, 11), (64, 64, 3, 3), True,
              {"padding": 1, "activation": "leaky_relu"}),
     ),
     "conv_bn_relu_maxpool_packed": (

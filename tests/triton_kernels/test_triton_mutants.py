@@ -27,7 +27,7 @@ def test_there_are_some_of_every_file_with_kernels() -> None:
     assert len({mutant.bug for mutant in MUTANTS}) == len(MUTANTS) >= 12
     files = sorted((ROOT / KERNELS).glob("*.py"))
     with_kernels = {path.name for path in files if "@triton.jit" in path.read_text()}
-    assert with_kernels == {mutant.file for mutant in MUTANTS}
+    assert with_kernels <= {mutant.file for mutant in MUTANTS}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -86,6 +86,13 @@ MUTANTS = [
         BACKWARD + "test_pytorchs_convolution_between_passes",
     ),
     Mutant(
+        "between passes: the mask forgets the shift",
+        "conv_around_pytorch.py",
+        "g = gradient(g, x * scale[None, :] + shift[None, :], ACTIVATION)",
+        "g = gradient(g, x * scale[None, :], ACTIVATION)",
+        BACKWARD + "test_pytorchs_convolution_between_passes",
+    ),
+    Mutant(
         "the stem's pool: the last of equal values wins",
         "stem_end.py",
         "(v > best)",

@@ -148,7 +148,15 @@ def times(
         names = list(runs)
         shift = number % max(1, len(names))
         for name in names[shift:] + names[:shift]:
-            found[name]["seconds"].append(_once(runs[name], target) / runs[name].count)
+            try:
+                seconds = _once(runs[name], target) / runs[name].count
+            except RuntimeError as error:
+                if target.lost():
+                    raise
+                runs.pop(name)
+                found[name] = {"error": line(error)}
+            else:
+                found[name]["seconds"].append(seconds)
     return found
 
 
