@@ -32,6 +32,8 @@ NAMES = {
 }
 #: The file of README's picture.
 PICTURED = RESULTS / "cpu-amd-epyc-family-26-model-2-2-threads.json"
+#: The file of README's table of training.
+TRAINED = RESULTS / "training-cpu-amd-epyc-family-25-model-17-2-threads.json"
 PICTURE = "docs/images/images-per-second.svg"
 OURS = {"frozen": "`freeze`", "frozen_direct": "`freeze(winograd=False)`", "fused": "`fuse`"}
 
@@ -119,10 +121,6 @@ def _training_table(device: str, files: Sequence[tuple[str, Sequence[results.Row
     rows = [row for _, own in files for row in own]
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
     links = ", ".join(f"[{name}](results/{name})" for name, _ in files)
-    cases: dict[Any, dict[str, results.Row]] = {}
-    for row in rows:
-        keys = ("dtype", "subject", "size", "threads", "batch")
-        cases.setdefault(tuple(row[k] for k in keys), {})[row["provider"]] = row
     lines = [
         f"{device}; torch {rows[0]['versions']['torch']}; fused_resnet at {commits}. Images per "
         "second of whole training steps, and in brackets how many times those of the best other in "
@@ -132,16 +130,10 @@ def _training_table(device: str, files: Sequence[tuple[str, Sequence[results.Row
         "| | threads | batch | best other | `fuse` | memory | `fuse(recompute=True)` | memory |",
         "|---|---:|---:|---|---:|---:|---:|---:|",
     ]
-    for (dtype, subject, size, threads, batch), measured in sorted(cases.items(), key=_order):
-        others = [
-            row
-            for provider, row in measured.items()
-            if not provider.startswith("fused") and row["status"] == "ok"
-        ]
-        best = max(others, key=lambda row: row["images_per_s"], default=None)
+    for (dtype, subject, size, threads, batch), measured in _trained(rows):
+        best, least = _best_other(measured)
         name = "" if best is None else NAMES.get(best["provider"], best["provider"])
         other = "" if best is None else f"{name}, {best['images_per_s']:.1f}"
-        least = min((row["added_mib"] for row in others if row["added_mib"]), default=None)
         cells = []
         for provider in ("fused", "fused_recompute"):
             row = measured.get(provider)
@@ -150,6 +142,50 @@ def _training_table(device: str, files: Sequence[tuple[str, Sequence[results.Row
         label += "" if dtype == "float32" else f", {dtype}"
         lines.append(f"| {' | '.join((label, str(threads), str(batch), other, *cells))} |")
     return "\n".join(lines)
+
+
+def _trained(rows: Sequence[results.Row]) -> list[tuple[Any, dict[str, results.Row]]]:
+    """The rows of each case by provider, in order."""
+    cases: dict[Any, dict[str, results.Row]] = {}
+    for row in rows:
+        keys = ("dtype", "subject", "size", "threads", "batch")
+        cases.setdefault(tuple(row[k] for k in keys), {})[row["provider"]] = row
+    return sorted(cases.items(), key=_order)
+
+
+def _best_other(measured: dict[str, results.Row]) -> tuple[results.Row | None, float | None]:
+    """The fastest of the others, and the least memory of any of them."""
+    others = [
+        row
+        for provider, row in measured.items()
+        if not provider.startswith("fused") and row["status"] == "ok"
+    ]
+    best = max(others, key=lambda row: row["images_per_s"], default=None)
+    return best, min((row["added_mib"] for row in others if row["added_mib"]), default=None)
+
+
+def training_summary(rows: Sequence[results.Row]) -> str:
+    """README's table of training: float32, the largest batch of each network.
+
+    Args:
+        rows: Of one device, number of threads and dtype.
+    """
+    lines = [
+        f"| training, {rows[0]['threads']} threads of {rows[0]['device']} | batch | images/s "
+        "| times the faster of channels_last and `torch.compile` | of their least memory |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    largest: dict[str, str] = {}
+    for (_, subject, _, _, batch), measured in _trained(rows):
+        (best, least), fused = _best_other(measured), measured["fused"]
+        assert best is not None
+        assert least is not None
+        times = fused["images_per_s"] / best["images_per_s"]
+        share = fused["added_mib"] / least
+        largest[subject] = (
+            f"| {subject} | {batch} | {fused['images_per_s']:.1f} | {times:.2f} | {share:.2f} |"
+        )
+    return "\n".join([*lines, *largest.values()])
 
 
 def _beside(added: float | None, least: float | None) -> str:
@@ -230,13 +266,14 @@ def sections() -> dict[str, str]:
         "summary": summary(timed),
         "benchmarks": section(timed),
         "training": training_section(trained),
+        "training-summary": training_summary(results.load(TRAINED)),
         "coverage": coverage_section(json.loads((RESULTS / "coverage.json").read_text())),
     }
 
 
 #: The files with markers, and the names of these.
 MARKED = {
-    "README.md": ("summary",),
+    "README.md": ("summary", "training-summary"),
     "docs/index.md": ("summary",),
     "docs/benchmarks.md": ("summary", "benchmarks", "training"),
     "docs/supported-models.md": ("coverage",),
