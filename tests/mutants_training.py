@@ -83,10 +83,10 @@ MUTANTS = [
         CONVOLUTIONS,
     ),
     Mutant(
-        "the weight gradient of an image keeps only a block's last pixels",
-        KERNELS + "few_channels.h",
-        "store(load(at) + sum[i][v], at);",
-        "store(sum[i][v], at);",
+        "a weight gradient keeps only a block's last pixels",
+        KERNELS + "direct_weight.h",
+        "store(load(at) + acc[i][v], at);",
+        "store(acc[i][v], at);",
         CONVOLUTIONS,
     ),
     Mutant(

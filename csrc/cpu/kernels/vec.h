@@ -16,6 +16,12 @@
 namespace fr {
 namespace FR_ISA {
 
+// A number as an argument of a generic lambda.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -51,8 +51,8 @@ bool in_one_pass(const ConvShape& s) {
 // passes around it: 24 to 30 ms for a network's 7x7 at batch 16 (measured, Zen 4). By pairs of
 // bfloat16 PyTorch's takes 14 for 22.
 bool has_fast_terms(DType dtype, const ConvShape& s) {
-  const std::string_view isa = kernels().isa;
-  const bool pairs = dtype == kBFloat16 && isa != "portable" && isa != "avx2" && isa != "avx512";
+  const bool pairs =
+      dtype == kBFloat16 && packed_type(ScalarType::BFloat16) == ScalarType::BFloat16;
   return s.n > 0 && !pairs && fits(training_kernels().of[dtype].few_channels, s);
 }
 

@@ -17,11 +17,10 @@ class PackedWeight {
 
   PackedWeight(const ConvShape& s, const Tensor& weight, Bytes bytes, Bytes units, Pack pack)
       : source_(weight.contiguous(kChannelsLast)), memory_(std::max<int64_t>(bytes(s), 1)) {
-    const Tensor& source = source_;
-    const int64_t count = units(s), numel = std::max<int64_t>(source.numel(), 1);
+    const int64_t count = units(s), numel = std::max<int64_t>(source_.numel(), 1);
     const int64_t grain = std::max<int64_t>(count * 16 * 1024 / numel, 1);
     parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      pack(s, source.const_data_ptr(), begin, end, memory_.get());
+      pack(s, source_.const_data_ptr(), begin, end, memory_.get());
     });
   }
 

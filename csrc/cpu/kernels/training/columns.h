@@ -42,11 +42,6 @@ FR_INLINE void for_columns(int64_t channels, Column column) {
   if (c < channels) column(Part{channels - c}, c);
 }
 
-template <int kCount>
-struct Rows {
-  static constexpr int count = kCount;
-};
-
 // Calls column(lanes, rows, first, c) for the elements first, first + channels, .. of some rows,
 // and all channels: what is per channel is read once for four rows, and maps are still walked in
 // order.
@@ -54,12 +49,14 @@ template <class A, class Column>
 FR_INLINE void for_rows(int64_t begin, int64_t end, int64_t channels, Column column) {
   int64_t row = begin;
   for (; row + 4 <= end; row += 4) {
-    for_columns<A>(channels,
-                   [&](auto lanes, int64_t c) { column(lanes, Rows<4>{}, row * channels + c, c); });
+    for_columns<A>(channels, [&](auto lanes, int64_t c) {
+      column(lanes, Constant<4>{}, row * channels + c, c);
+    });
   }
   for (; row < end; ++row) {
-    for_columns<A>(channels,
-                   [&](auto lanes, int64_t c) { column(lanes, Rows<1>{}, row * channels + c, c); });
+    for_columns<A>(channels, [&](auto lanes, int64_t c) {
+      column(lanes, Constant<1>{}, row * channels + c, c);
+    });
   }
 }
 

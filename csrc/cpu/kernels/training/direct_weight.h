@@ -47,13 +47,42 @@ FR_INLINE void copy_words(const P& in, const int64_t* from, int64_t count, int64
   }
 }
 
-// kRows rows of `to`, kVecs vectors each, += the sum over `count` words of pixels of a row of kRows
-// words (`row_step` elements apart) times one of kVecs vectors.
+// acc += the sum over `count` words of pixels, one chain of additions, of a row of kRows words
+// (`row_step` elements apart) times one of kVecs vectors. Leaves rows and cols behind the last.
+template <int kRows, int kVecs, class M>
+FR_INLINE void add_products(Vec<typename M::A> (&acc)[kRows][kVecs], const Element<M>*& rows,
+                            int64_t row_step, const Element<M>*& cols, int64_t count) {
+  for (int64_t p = 0; p < count; ++p, rows += row_step, cols += kVecs * kWords<M>) {
+    __builtin_prefetch(rows + 8 * row_step);
+    typename M::Word col[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) col[v] = M::words(cols + v * kWords<M>);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename M::Word row = M::spread(rows + i * M::kTerms);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = M::add(acc[i][v], row, col[v]);
+    }
+  }
+}
+
+// kRows rows of `to`, kVecs vectors each, += acc.
+template <int kRows, int kVecs, class A>
+FR_INLINE void add_to_rows(const Vec<A> (&acc)[kRows][kVecs], A* to, int64_t to_step) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) {
+      A* const at = to + i * to_step + v * kLanes<A>;
+      store(load(at) + acc[i][v], at);
+    }
+}
+
+// kRows rows of `to`, kVecs vectors each, += the sum over `count` words of pixels.
 template <int kRows, int kVecs, class M>
 FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Element<M>* cols,
                              int64_t count, typename M::A* to, int64_t to_step) {
   using A = typename M::A;
-  constexpr int64_t lanes = kLanes<A>;
   Vec<A> acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -62,19 +91,7 @@ FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Ele
   // What is summed so far, where the pixels are more than one chain of additions.
   Vec<A> far[kRows][kVecs];
   for (int64_t left = count; left > 0; left -= kChain) {
-    const int64_t length = min_of(left, kChain);
-    for (int64_t p = 0; p < length; ++p, rows += row_step, cols += kVecs * kWords<M>) {
-      __builtin_prefetch(rows + 8 * row_step);
-      typename M::Word col[kVecs];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) col[v] = M::words(cols + v * kWords<M>);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const typename M::Word row = M::spread(rows + i * M::kTerms);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) acc[i][v] = M::add(acc[i][v], row, col[v]);
-      }
-    }
+    add_products<kRows, kVecs, M>(acc, rows, row_step, cols, min_of(left, kChain));
     if (count <= kChain) break;
     const bool first = left == count, last = left <= kChain;
 #pragma GCC unroll 8
@@ -87,13 +104,7 @@ FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Ele
         acc[i][v] = Vec<A>{};
       }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      A* const at = to + i * to_step + v * lanes;
-      store(load(at) + acc[i][v], at);
-    }
+  add_to_rows<kRows, kVecs, A>(acc, to, to_step);
 }
 
 // A panel of kVecs vectors of input channels with all of dz, whose k-th column begins at

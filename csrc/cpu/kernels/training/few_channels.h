@@ -88,40 +88,18 @@ FR_INLINE void copy_row(const TrainingBackward& f, const T* row, int64_t first, 
   }
 }
 
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
 // kTermRows rows of `to`, kVecs vectors each, += the products of a chain of pixels: of terms `step`
 // elements apart at x, with vectors of dz one after the other.
 template <int kVecs, class A>
 __attribute__((noinline)) void add_term_products(const A* x, int64_t step, const A* dz,
                                                  int64_t count, A* to, int64_t to_step) {
-  constexpr int64_t lanes = kLanes<A>;
   Vec<A> sum[kTermRows][kVecs];
 #pragma GCC unroll 7
   for (int i = 0; i < kTermRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A>{};
-  for (int64_t p = 0; p < count; ++p, x += step, dz += kVecs * lanes) {
-    Vec<A> column[kVecs];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) column[v] = load(dz + v * lanes);
-#pragma GCC unroll 7
-    for (int i = 0; i < kTermRows; ++i) {
-      const Vec<A> term = broadcast<A>(x[i]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) sum[i][v] += term * column[v];
-    }
-  }
-#pragma GCC unroll 7
-  for (int i = 0; i < kTermRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      A* const at = to + i * to_step + v * lanes;
-      store(load(at) + sum[i][v], at);
-    }
+  add_products<kTermRows, kVecs, SingleTerms<A>>(sum, x, step, dz, count);
+  add_to_rows<kTermRows, kVecs, A>(sum, to, to_step);
 }
 
 template <class T>

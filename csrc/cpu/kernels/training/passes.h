@@ -1,9 +1,10 @@
 // The passes of a training step over a channels-last map that no convolution carries.
 //
 //   block_end            y = activation(z * scale + shift [+ shortcut [* scale + shift]])
-//   block_end_backward   g = dy through the activation; sum g, sum g (z - mean), sum g (shortcut -
-//   mean) statistics, bn_gradient, masked_sums: what a convolution without a kernel of its own
-//   leaves out
+//   block_end_backward   g = dy through the activation, and its sums: sum g, sum g (z - mean),
+//                        sum g (shortcut - mean)
+//
+//   statistics, bn_gradient, masked_sums: what a convolution without a kernel of its own leaves out
 //
 // Memory-bound: 2 to 4 elements moved for 3 to 8 flops, so each is touched once, in order. The
 // arithmetic is float32 (float64 for float64 maps): more would halve the lanes. Sums are float32
@@ -19,7 +20,7 @@ namespace FR_ISA {
 
 // The sum over some rows of what `term` makes of the r-th.
 template <class V, int kCount, class Term>
-FR_INLINE V sum_rows(Rows<kCount>, Term term) {
+FR_INLINE V sum_rows(Constant<kCount>, Term term) {
   if constexpr (kCount == 4) {
     return (term(0) + term(1)) + (term(2) + term(3));
   } else {
@@ -47,7 +48,7 @@ FR_INLINE void end_block(const BlockEnd& f, int64_t begin, int64_t end, Activate
     for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
       const Vec<A> k = lanes.get(scale + c), b = lanes.get(shift + c);
       const auto added = shortcut_of(lanes, c);
-      for (int r = 0; r < rows.count; ++r) {
+      for (int r = 0; r < rows.value; ++r) {
         const int64_t i = first + r * step;
         lanes.put(activated(lanes.get(z + i) * k + b + added(i)), y + i);
       }
@@ -88,7 +89,7 @@ FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int6
   };
   if (f.sums == nullptr) {
     for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t) {
-      for (int r = 0; r < rows.count; ++r) masked(lanes, first + r * step);
+      for (int r = 0; r < rows.value; ++r) masked(lanes, first + r * step);
     });
     return;
   }
@@ -98,8 +99,8 @@ FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int6
   A *sum_g = sums.near, *sum_g_xc = sum_g + kSumGXc * step,
     *sum_g_shortcut_xc = sum_g + kSumGShortcutXc * step;
   for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
-    Vec<A> d[rows.count];
-    for (int r = 0; r < rows.count; ++r) d[r] = masked(lanes, first + r * step);
+    Vec<A> d[rows.value];
+    for (int r = 0; r < rows.value; ++r) d[r] = masked(lanes, first + r * step);
     const auto sum_with = [&](const T* map, const A* center) {
       const Vec<A> at = lanes.get(center + c);
       return sum_rows<Vec<A>>(
@@ -139,8 +140,8 @@ void statistics(const Statistics& f, int64_t begin, int64_t end, int64_t block, 
   });
   for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
     const Vec<A> at = lanes.get(pivot + c);
-    Vec<A> d[rows.count];
-    for (int r = 0; r < rows.count; ++r) d[r] = lanes.get(z + first + r * step) - at;
+    Vec<A> d[rows.value];
+    for (int r = 0; r < rows.value; ++r) d[r] = lanes.get(z + first + r * step) - at;
     add_to(lanes, sum_rows<Vec<A>>(rows, [&](int r) { return d[r]; }), sum + c);
     add_to(lanes, sum_rows<Vec<A>>(rows, [&](int r) { return d[r] * d[r]; }), squares + c);
   });
@@ -158,14 +159,14 @@ void bn_gradient(const BnGradient& f, int64_t begin, int64_t end) {
   for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t k) {
     const Vec<A> slope = lanes.get(a + k);
     if (z == nullptr) {
-      for (int r = 0; r < rows.count; ++r) {
+      for (int r = 0; r < rows.value; ++r) {
         const int64_t i = first + r * step;
         lanes.put(slope * lanes.get(g + i), dz + i);
       }
       return;
     }
     const Vec<A> bs = lanes.get(b + k), cs = lanes.get(c + k);
-    for (int r = 0; r < rows.count; ++r) {
+    for (int r = 0; r < rows.value; ++r) {
       const int64_t i = first + r * step;
       lanes.put(bn_gradient_of(lanes.get(g + i), lanes.get(z + i), slope, bs, cs), dz + i);
     }
@@ -184,7 +185,7 @@ FR_INLINE void mask_and_sum(const MaskedSums& f, int64_t begin, int64_t end, int
   if (f.sums == nullptr) {
     for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
       const Vec<A> k = lanes.get(scale + c), b = lanes.get(shift + c);
-      for (int r = 0; r < rows.count; ++r) {
+      for (int r = 0; r < rows.value; ++r) {
         const int64_t i = first + r * step;
         lanes.put(gradient(lanes.get(g + i), lanes.get(x + i) * k + b), g + i);
       }
@@ -197,8 +198,8 @@ FR_INLINE void mask_and_sum(const MaskedSums& f, int64_t begin, int64_t end, int
   A *sum_g = sums.near, *sum_g_xc = sum_g + kSumGXc * step;
   for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
     const Vec<A> k = lanes.get(scale + c), b = lanes.get(shift + c), at = lanes.get(mean + c);
-    Vec<A> d[rows.count], xc[rows.count];
-    for (int r = 0; r < rows.count; ++r) {
+    Vec<A> d[rows.value], xc[rows.value];
+    for (int r = 0; r < rows.value; ++r) {
       const int64_t i = first + r * step;
       const Vec<A> v = lanes.get(x + i);
       d[r] = gradient(lanes.get(g + i), v * k + b);
