@@ -114,4 +114,25 @@ MUTANTS = [
         "sum_over_processes(layer.group, sum_g, sum_g_xc)",
         "tests/training/test_block_sync_batch_norm.py",
     ),
+    Mutant(
+        "Winograd's algorithm is forbidden, and runs where nothing learns",
+        "fused_resnet/nn/no_grad_block.py",
+        "winograd=winograd",
+        "winograd=True",
+        "tests/training/test_no_grad_block.py",
+    ),
+    Mutant(
+        "a block whose stride is on its first 1x1 runs as if it were on the 3x3",
+        "fused_resnet/nn/no_grad_block.py",
+        "found != _geometry(middle, length, len(layers) > length)",
+        "False",
+        "tests/training/test_no_grad_block.py",
+    ),
+    Mutant(
+        "a block in inference runs as one in training",
+        "fused_resnet/nn/block_calls.py",
+        "(owner.training and not _is_recorded())",
+        "not _is_recorded()",
+        "tests/training/test_no_grad_block.py",
+    ),
 ]

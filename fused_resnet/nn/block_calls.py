@@ -1,4 +1,4 @@
-"""Running a residual block as one training unit: forward and backward of the block in one node.
+"""Running a residual block in training: forward and backward of the block in one node.
 
 Which blocks can is decided in :mod:`.groups` by the modules; here by the tensors of a call. As in
 :mod:`.group_calls` the live modules are read at every call and nothing is kept.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.availability import is_exporting
 from ..ops.checks import DTYPES
 from ..ops.program_shapes import windows
 from ..ops.training_spec import Layer, LayerTensors, Unit
@@ -26,6 +27,7 @@ from .module_kinds import (
     running_statistics,
     uses_batch_statistics,
 )
+from .no_grad_block import run_no_grad_block
 from .sync_batch_norm import group_of
 
 #: Tensors whose class changes nothing.
@@ -57,14 +59,14 @@ def run_residual_block(
         zeros: Of the shortcut ``"zeros"``: channels on each side, and the stride.
 
     Returns:
-        None where no gradient and no batch statistics are wanted, or the block's groups must run
-        one by one.
+        None in inference, and where the block's groups must run one by one.
     """
     if is_observed(x) or not isinstance(x, Tensor):
         return None
     if any(isinstance(conv, PackedConv) for conv in convs):
         return None
-    if not (any(map(uses_batch_statistics, norms)) or _wants_grad(x, convs, norms)):
+    learns = any(map(uses_batch_statistics, norms)) or _wants_grad(x, convs, norms)
+    if not (learns or (owner.training and not _is_recorded())):
         return None
     decision = decide_residual_block(convs, norms, acts, others)
     if not decision.operation:
@@ -80,13 +82,18 @@ def run_residual_block(
         return None
     if not _fits(x, layers, tensors, len(acts), shortcut, zeros):
         return None
+    winograd = getattr(owner, "fused_resnet_winograd", True)
+    if not learns:
+        if backend != "cpu" or shortcut not in ("identity", "projection"):
+            return None
+        return run_no_grad_block(x, layers, tensors, len(acts), decision.activation, winograd)
     unit = Unit(
         tuple(layers),
         shortcut,
         zeros,
         decision.activation,
         recompute=getattr(owner, "fused_resnet_recompute", False),
-        winograd=getattr(owner, "fused_resnet_winograd", True),
+        winograd=winograd,
         backend=backend,
     )
     return training_unit(unit, x, None, tensors)
@@ -109,6 +116,11 @@ def training_format(x: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or not _backend(x):
         return x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_recorded() -> bool:
+    """Whether the calls are written down for another machine, whose kernels pack differently."""
+    return torch.jit.is_tracing() or is_exporting()
 
 
 def _wants_grad(x: Tensor, convs: Sequence[Any], norms: Sequence[Any]) -> bool:
