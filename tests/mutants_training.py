@@ -202,4 +202,18 @@ MUTANTS = [
         "if (false) {",
         CONVOLUTIONS,
     ),
+    Mutant(
+        "filters laid out as they came",
+        KERNELS + "filters.h",
+        "to + column * f.rows + row",
+        "to + row * f.columns + column",
+        "tests/training/test_filters.py",
+    ),
+    Mutant(
+        "a float32 weight beside maps of 16 bits is read as they are",
+        HOST + "filters.cpp",
+        "from.scalar_type() != maps",
+        "false",
+        "tests/training/test_filters.py",
+    ),
 ]

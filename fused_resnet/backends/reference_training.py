@@ -51,7 +51,7 @@ def conv_forward(
         x: ``(N, C, H, W)``.
         x_scale: ``(C,)``; None means :math:`p(x) = x`.
         x_shift: ``(C,)``, there when ``x_scale`` is.
-        weight: :math:`w`, ``(K, C / groups, kh, kw)``.
+        weight: :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
         stride: Step of the convolution, ``(height, width)``.
         padding: Zeros on each side of :math:`p(x)`, ``(height, width)``.
         dilation: Distance between taps, ``(height, width)``.
@@ -186,7 +186,7 @@ def conv_backward(
         x_scale: ``(C,)``, of :math:`p`; None means :math:`p(x) = x`, and no mask.
         x_shift: ``(C,)``, there when ``x_scale`` is.
         x_mean: ``(C,)``, mean of ``x``, for the sums.
-        weight: :math:`w`, ``(K, C / groups, kh, kw)``.
+        weight: :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
         add: Shape of ``x``, added to :math:`g_x`: the gradient of the shortcut. Only without
             ``x_scale``.
         stride: Step of the convolution, ``(height, width)``.

@@ -72,7 +72,7 @@ def run_layer(
     Raises:
         ValueError: A single value per channel, where the statistics are the batch's.
     """
-    weight, geometry = as_dtype(t.weight, source.dtype), layer[:4]
+    weight, geometry = filters_of(unit.backend, t.weight, source.dtype), layer[:4]
     cast = None if weight is t.weight else weight
     n, k, height, width = conv_shape(source, t.weight.shape, *map(list, layer[:3]))
     count, single = n * height * width, n * height * width == 1
@@ -107,6 +107,20 @@ def run_layer(
         mean, var, as_dtype(t.bn_weight, vectors), as_dtype(t.bn_bias, vectors), layer.eps
     )
     return RunLayer(Saved(z, mean, var, scale, shift, cast), count, False)
+
+
+def filters_of(backend: str, weight: Tensor, maps: torch.dtype) -> Tensor:
+    """A weight as the convolutions of a backend take it; under autocast its dtype is another.
+
+    Args:
+        backend: The unit's. The CPU's kernels round a float32 weight where they lay it out, and
+            their gradient of it is float32.
+        weight: The parameter.
+        maps: The dtype of the feature maps.
+    """
+    if backend == "cpu" and weight.dtype is torch.float32 and maps is not torch.float64:
+        return weight
+    return as_dtype(weight, maps)
 
 
 def _counter_is_traced(layer: Layer, t: LayerTensors) -> bool:

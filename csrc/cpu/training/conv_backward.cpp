@@ -87,7 +87,8 @@ Tensor empty_gradient(const Tensor& w) {
   return empty_map(w.sizes(), w.strides(), w.options());
 }
 
-// dw in the weight's own type and strides. A single part is written where it stays.
+// dw in the weight's own type, which may be wider than the maps', and strides. A single part is
+// written where it stays.
 template <class Kernel>
 Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
   const Tensor& w = o.weight;
@@ -108,7 +109,7 @@ Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBack
       add_parts(args.dw, parts, numel, begin, end, sum.mutable_data_ptr());
     });
   }
-  if (!direct) dw.copy_(sum);
+  if (!direct) put_gradient(sum, dw, o.x.scalar_type());
   return dw;
 }
 
@@ -123,14 +124,20 @@ Result run_library(const Operands& o, bool need_input, bool need_weight) {
                            ? normalized(o.x, o.x_scale, o.x_shift, o.activation)
                            : o.x;
   const ConvShape& s = o.shape;
-  const auto [g_x, dw] =
-      convolution_backward(dz, input, o.weight, {s.stride_h, s.stride_w}, {s.pad_h, s.pad_w},
-                           {s.dilation_h, s.dilation_w}, s.groups, need_input, need_weight);
+  const auto [g_x, dw] = convolution_backward(
+      dz, input, as_type(o.weight, dz.scalar_type()), {s.stride_h, s.stride_w}, {s.pad_h, s.pad_w},
+      {s.dilation_h, s.dilation_w}, s.groups, need_input, need_weight);
   Result result;
   if (need_input) result.g_x = g_x.contiguous(kChannelsLast);
   if (need_weight) {
     result.dw = empty_like(o.weight);
-    result.dw = dw.strides().equals(result.dw.strides()) ? dw : result.dw.copy_(dw);
+    const bool as_it_is =
+        dw.scalar_type() == result.dw.scalar_type() && dw.strides().equals(result.dw.strides());
+    if (as_it_is) {
+      result.dw = dw;
+    } else {
+      put_gradient(dw.contiguous(kChannelsLast), result.dw, dz.scalar_type());
+    }
   }
   return result;
 }
@@ -186,8 +193,8 @@ FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Te
 
   Tensor g_x = empty({0}, o.x.options()), dw = empty({0}, weight.options());
   if (plan.data) {
-    const PackedWeight packed(s, weight, plan.data->packed_bytes, plan.data->pack_units,
-                              plan.data->pack_backward);
+    const PackedWeight packed(s, weight, o.x.scalar_type(), plan.data->packed_bytes,
+                              plan.data->pack_units, plan.data->pack_backward);
     g_x = empty_map(o.x.sizes(), o.x.options());
     TrainingBackward args = k.args();
     args.weight = packed.data();

@@ -36,7 +36,8 @@ ThreeTensors without_statistics(const Tensor& z) {
 ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const Tensor& x,
                        const Tensor& weight, bool statistics) {
   const ConvShape& s = args.shape;
-  const PackedWeight packed(s, weight, conv.packed_bytes, conv.pack_units, conv.pack_forward);
+  const PackedWeight packed(s, weight, x.scalar_type(), conv.packed_bytes, conv.pack_units,
+                            conv.pack_forward);
   const Tensor z = empty_map({s.n, s.k, s.out_h(), s.out_w()}, x.options());
   args.weight = packed.data();
   args.filter = packed.source();
@@ -77,10 +78,11 @@ ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
     return by_kernel(*conv, args, map, weight, statistics);
   }
   const Tensor input = scale.defined() ? normalized(map, scale, shift, activation) : map;
+  const Tensor w = as_type(weight, map.scalar_type());
   const Tensor z =
       is_direct_forward(dtype_of(map.scalar_type()), s)
-          ? direct_convolution(op, input, weight, {stride, padding, dilation, groups})
-          : convolution(input, weight, stride, padding, dilation, groups).contiguous(kChannelsLast);
+          ? direct_convolution(op, input, w, {stride, padding, dilation, groups})
+          : convolution(input, w, stride, padding, dilation, groups).contiguous(kChannelsLast);
   return statistics ? with_statistics(z) : without_statistics(z);
 }
 

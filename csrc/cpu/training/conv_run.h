@@ -4,6 +4,7 @@
 #include "../../tensor.h"
 #include "../conv_bn_add_relu.h"
 #include "../result_cache.h"
+#include "filters.h"
 #include "passes.h"
 
 namespace fr {
@@ -15,8 +16,9 @@ class PackedWeight {
   using Bytes = int64_t (*)(const ConvShape&);
   using Pack = void (*)(const ConvShape&, const void*, int64_t, int64_t, void*);
 
-  PackedWeight(const ConvShape& s, const Tensor& weight, Bytes bytes, Bytes units, Pack pack)
-      : source_(weight.contiguous(kChannelsLast)), memory_(std::max<int64_t>(bytes(s), 1)) {
+  PackedWeight(const ConvShape& s, const Tensor& weight, ScalarType maps, Bytes bytes, Bytes units,
+               Pack pack)
+      : source_(filters_of(weight, maps)), memory_(std::max<int64_t>(bytes(s), 1)) {
     const int64_t count = units(s), numel = std::max<int64_t>(source_.numel(), 1);
     const int64_t grain = std::max<int64_t>(count * 16 * 1024 / numel, 1);
     parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {

@@ -52,8 +52,11 @@ ConvShape training_shape(const char* op, const Tensor& x, const Tensor& weight, 
   check_sizes(op, "dilation", dilation);
   check_sizes(op, "weight", weight.sizes());
   const ConvShape s = conv_shape(op, x, weight.sizes(), stride, padding, dilation, groups);
-  check_same(op, "weight", weight, weight.sizes(), x);
   check_storage(op, "weight", weight);
+  const ScalarType type = weight.scalar_type(), maps = x.scalar_type();
+  FR_CHECK_TYPE(type == maps || type == accumulator(maps), op, ": weight: expected dtype ", maps,
+                ", got ", type);
+  check_device(op, "weight", weight, x);
   const double pixels = static_cast<double>(s.out_h()) * static_cast<double>(s.out_w());
   FR_CHECK_VALUE(pixels * static_cast<double>(s.n) * static_cast<double>(s.k) < 0x1p47, op,
                  ": padding: expected a result of less than 2^47 elements, got ", s.n, " x ", s.k,

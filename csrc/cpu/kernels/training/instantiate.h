@@ -4,6 +4,7 @@
 
 #include "direct.h"
 #include "few_channels.h"
+#include "filters.h"
 #include "passes.h"
 #include "stem.h"
 #include "winograd_table.h"
@@ -30,10 +31,9 @@ constexpr TrainingConv few_channels_or_none() {
 
 template <class T>
 constexpr TrainingKernels training_kernels_of() {
-  return {block_end<T>,          block_end_backward<T>,    statistics<T>,
-          bn_gradient<T>,        masked_sums<T>,           stem_end<T>,
-          stem_end_backward<T>,  add_parts<Acc<T>>,        direct_or_none<T>(),
-          winograd_or_none<T>(), few_channels_or_none<T>()};
+  return {block_end<T>,    block_end_backward<T>, statistics<T>,         bn_gradient<T>,
+          masked_sums<T>,  stem_end<T>,           stem_end_backward<T>,  add_parts<Acc<T>>,
+          copy_filters<T>, direct_or_none<T>(),   winograd_or_none<T>(), few_channels_or_none<T>()};
 }
 
 // In the order of DType.

@@ -88,6 +88,14 @@ struct StemEndBackward {
   double* sums;  // [block][kGradientRows][c]; null: not wanted
 };
 
+// Filters, each a matrix of `rows` by `columns`, written as its transpose.
+struct FilterCopy {
+  int64_t rows, columns;
+  bool from_wide, to_wide;  // of type A rather than T
+  const void* from;
+  void* to;
+};
+
 // --- Convolutions. -------------------------------------------------------------------------------
 
 // z = conv(p(x), w) with p(x) = relu(x * x_scale + x_shift), or x where these are null.
@@ -163,6 +171,8 @@ struct TrainingKernels {
   // to[i] = the sum of parts[part * numel + i], in order, for i in [begin, end); of type A.
   void (*add_parts)(const void* parts, int64_t count, int64_t numel, int64_t begin, int64_t end,
                     void* to);
+  // Of filters [begin, end).
+  void (*copy_filters)(const FilterCopy&, int64_t begin, int64_t end);
   TrainingConv direct;        // any kernel and stride
   TrainingConv winograd;      // 3x3, stride 1
   TrainingConv few_channels;  // of the input: the weight gradient alone
