@@ -21,15 +21,16 @@ from fused_resnet.bench import environment, plot, results
 from fused_resnet.cli import main as fused_resnet
 from fused_resnet.tuning import processor
 
-#: Network and batch of each run.
+#: Network, batch and what learns of it, in each run.
 CASES = (
-    ("resnet18", 16),
-    ("resnet50", 16),
-    ("cifar_resnet56", 128),
-    ("resnet18", 4),
-    ("resnet50", 4),
-    ("resnet34", 16),
-    ("resnet101", 16),
+    ("resnet18", 16, ""),
+    ("resnet50", 16, ""),
+    ("cifar_resnet56", 128, ""),
+    ("resnet18", 4, ""),
+    ("resnet50", 4, ""),
+    ("resnet34", 16, ""),
+    ("resnet101", 16, ""),
+    ("resnet50", 16, "layer4,fc"),
 )
 QUICK = CASES[:2]
 PROVIDERS = "channels_last,compile,fused,fused_recompute"
@@ -43,21 +44,24 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="float32, or bfloat16 by autocast")
     parser.add_argument("--threads", type=int, default=environment.cores())
     parser.add_argument("--providers", default=PROVIDERS)
+    parser.add_argument("--trainable", default="", help="with --models: parts to fine-tune")
     parser.add_argument("--rounds", default="5")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
 
-    cases = [(model, str(batch)) for model, batch in (QUICK if arguments.quick else CASES)]
+    chosen = QUICK if arguments.quick else CASES
+    cases = [(model, str(batch), parts) for model, batch, parts in chosen]
     if arguments.models:
-        cases = [(model, arguments.batch) for model in arguments.models.split(",")]
+        models = arguments.models.split(",")
+        cases = [(model, arguments.batch, arguments.trainable) for model in models]
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = "training-" + slug(processor.name(), arguments.threads)
     name += f"-{arguments.dtype}" if arguments.dtype != "float32" else ""
     path, part = arguments.out / f"{name}.json", arguments.out / f"{name}.part.json"
     rows = results.load(path) if path.exists() else []
     code = 0
-    for model, batch in cases:
-        print(f"{model}, batch {batch}, {arguments.dtype}", file=sys.stderr, flush=True)
+    for model, batch, parts in cases:
+        print(f"{model}, batch {batch}, {arguments.dtype} {parts}", file=sys.stderr, flush=True)
         options = {
             "batch": batch,
             "dtype": arguments.dtype,
@@ -66,7 +70,7 @@ def main() -> int:
             "rounds": arguments.rounds,
             "json": os.path.relpath(part),  # in the command that the rows record
         }
-        command = ["bench", model, "--training"]
+        command = ["bench", model, "--training", *(["--trainable", parts] if parts else [])]
         for option, value in options.items():
             command += [f"--{option}", value]
         code = max(code, fused_resnet(command))

@@ -61,7 +61,35 @@ PEERS = tuple(name for name in NAMES if name not in OURS)
 DEFAULT = ("eager", "channels_last", "compile", "fused")
 
 
-def write_problem(folder: Path, name: str, batch: int, size: int) -> None:
+def train_only(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A network in training mode that is fine-tuned: the rest of it and all batch norms are frozen.
+
+    Args:
+        model: The network, which is changed.
+        names: Of its children that learn; none for all of it, with the batch norms of training.
+
+    Raises:
+        ValueError: It has no child of that name.
+    """
+    children = dict(model.named_children())
+    for name in names:
+        if name not in children:
+            raise ValueError(f"unknown part {name!r}; expected of {', '.join(children)}")
+    model.train()
+    if not names:
+        return model
+    model.requires_grad_(False)
+    for name in names:
+        children[name].requires_grad_()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def write_problem(
+    folder: Path, name: str, batch: int, size: int, trainable: Sequence[str] = ()
+) -> None:
     """Write parameters, a batch with labels, and the float64 logits and gradients.
 
     Args:
@@ -69,19 +97,24 @@ def write_problem(folder: Path, name: str, batch: int, size: int) -> None:
         name: Network, as :func:`fused_resnet.models.sources.parse` returns it.
         batch: Number of images.
         size: Their height and width.
+        trainable: See :func:`train_only`.
+
+    Raises:
+        ValueError: See :func:`train_only`.
     """
     generator = torch.Generator().manual_seed(batch)
     images = torch.randn(batch, 3, size, size, generator=generator)
     others = torch.randn(8, 3, size, size, generator=generator)
     torch.manual_seed(0)
     model = randomised(plain_model(name), others)
-    exact = copy.deepcopy(model).double().train()
+    exact = train_only(copy.deepcopy(model).double(), trainable)
     logits = exact(images.double())
     labels = torch.randint(logits.shape[1], (batch,), generator=generator)
     F.cross_entropy(logits, labels).backward()
     truth = {"logits": logits.detach(), "gradients": gradients_of(exact)}
     torch.save(model.state_dict(), folder / "state.pt")
-    torch.save({"images": images, "labels": labels, "truth": truth}, folder / "step.pt")
+    step = {"images": images, "labels": labels, "truth": truth, "trainable": list(trainable)}
+    torch.save(step, folder / "step.pt")
 
 
 def gradients_of(model: nn.Module) -> Tensor:
@@ -167,7 +200,8 @@ def build(provider: str, model: str, dtype: str, folder: str) -> Subject:
     storage = torch.float64 if dtype == "float64" else torch.float32
     autocast = getattr(torch, dtype) if dtype in ("bfloat16", "float16") else None
     make = our_model if provider in OURS else plain_model
-    network = PROVIDERS[provider](make(model, state).to(storage).train())
+    network = train_only(make(model, state).to(storage), step["trainable"])
+    network = PROVIDERS[provider](network)
     images = step["images"].to(storage)
     if provider != "eager":
         images = images.contiguous(memory_format=torch.channels_last)

@@ -47,10 +47,15 @@ def measure(arguments: argparse.Namespace, providers: Sequence[str]) -> list[res
     """
     rows: list[results.Row] = []
     for batch in arguments.batch:
-        label = f"{arguments.model}, batch {batch}"
+        label = f"{subject_of(arguments)}, batch {batch}"
         with tempfile.TemporaryDirectory(prefix="fused-resnet-") as folder, progress() as bar:
             task = bar.add_task(f"{label}: float64 step", total=None)
-            training.write_problem(Path(folder), arguments.model, batch, arguments.size)
+            try:
+                training.write_problem(
+                    Path(folder), arguments.model, batch, arguments.size, arguments.trainable
+                )
+            except ValueError as error:
+                raise UsageError(f"bench: --trainable: {error}") from None
             entries = training.entries(providers, arguments.model, arguments.dtype, Path(folder))
             bar.update(task, total=harness.steps(entries, arguments.rounds))
 
@@ -67,7 +72,7 @@ def measure(arguments: argparse.Namespace, providers: Sequence[str]) -> list[res
         command = shlex.join(["fused-resnet", *arguments.typed])
         rows += results.rows(
             measurements,
-            subject=arguments.model,
+            subject=subject_of(arguments),
             batch=batch,
             dtype=arguments.dtype,
             size=arguments.size,
@@ -76,6 +81,16 @@ def measure(arguments: argparse.Namespace, providers: Sequence[str]) -> list[res
             environment={**environment.describe(), "command": command, "mode": "training"},
         )
     return rows
+
+
+def subject_of(arguments: argparse.Namespace) -> str:
+    """What is trained: the network, and the parts of it that learn if not all do.
+
+    Args:
+        arguments: Of ``fused-resnet bench``.
+    """
+    only = " and ".join(arguments.trainable)
+    return f"{arguments.model}, only {only}" if only else str(arguments.model)
 
 
 def table_of(rows: Sequence[results.Row], title: str) -> Table:

@@ -78,6 +78,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         f"{', '.join(training.NAMES)} (default: {','.join(training.DEFAULT)})",
     )
     parser.add_argument(
+        "--trainable",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="PART,...",
+        help="with --training: fine-tune these children of the network, for example layer4,fc; the "
+        "rest and all batch norms are frozen",
+    )
+    parser.add_argument(
         "--explain",
         action="store_true",
         help="show which backend runs each call of the fused network, and the time of each; and "
@@ -185,10 +193,11 @@ def run_training(arguments: argparse.Namespace) -> int:
         raise UsageError("bench: --training: expected a network's name, not a frozen file")
     if arguments.explain:
         raise UsageError("bench: --training: does not go with --explain")
+    if arguments.layers and arguments.trainable:
+        raise UsageError("bench: --layers: does not go with --trainable")
     out = console()
-    size = f"{arguments.size}x{arguments.size}"
-    title = f"training {arguments.model}, {size}, {arguments.dtype}, {arguments.threads} threads, "
-    title += processor.name()
+    title = f"training {_training.subject_of(arguments)}, {arguments.size}x{arguments.size}, "
+    title += f"{arguments.dtype}, {arguments.threads} threads, {processor.name()}"
     if arguments.layers:
         return _training_layers.run(arguments, title, out)
     providers = _training.providers_of(arguments.providers, DEFAULT_PROVIDERS)

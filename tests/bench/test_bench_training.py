@@ -30,6 +30,27 @@ def test_the_first_step_agrees_with_float64(problem, provider, dtype):
     assert subject.error() <= LIMITS[dtype]
 
 
+@pytest.mark.parametrize("provider", ["channels_last", "fused"])
+def test_fine_tuning_trains_what_is_named(tmp_path, provider):
+    training.write_problem(tmp_path, "cifar_resnet20", 4, 32, ["layer3", "linear"])
+    subject = training.build(provider, "cifar_resnet20", "float64", str(tmp_path))
+    assert subject.error() <= LIMITS["float64"]
+    step = subject.call
+    assert isinstance(step, training.Step)
+    before = {name: t.clone() for name, t in step.model.state_dict().items()}
+    step()
+    changed = {n for n, t in step.model.state_dict().items() if not torch.equal(t, before[n])}
+    parts = {name.partition(".")[0] for name in changed}
+    assert parts == {"layer3", "linear"}
+    assert not any("running" in name for name in changed)
+
+
+def test_a_part_that_is_not_there(capsys):
+    command = "bench cifar_resnet20 --training --batch 1 --trainable layer9"
+    assert main(command.split()) == 2
+    assert "--trainable: unknown part 'layer9'; expected of conv1, bn1" in capsys.readouterr().err
+
+
 def test_a_step_with_a_wrong_gradient_is_not_timed(problem):
     subject = training.build("eager", "cifar_resnet20", "float32", problem)
     step = subject.call
