@@ -117,8 +117,8 @@ MUTANTS = [
     Mutant(
         "Winograd's algorithm is forbidden, and runs where nothing learns",
         "fused_resnet/nn/no_grad_block.py",
-        "winograd=winograd",
-        "winograd=True",
+        "middle.groups, winograd,",
+        "middle.groups, True,",
         "tests/training/test_no_grad_block.py",
     ),
     Mutant(

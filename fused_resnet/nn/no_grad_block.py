@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..backends.activation import NAMES, Activation
+from ..backends.activation import Activation
 from ..backends.constant import assume_constant_result
-from ..backends.folding import fold
 from ..ops.fakes import accumulator
-from ..ops.packed import pack_conv_weight, packed_dtype, residual_block
+from ..ops.packed import pack_conv_weight, packed_dtype
+from ..ops.training_layer import as_dtype
 from ..ops.training_spec import Layer, LayerTensors
 
 
@@ -51,22 +51,21 @@ def run_no_grad_block(
     if length not in (2, 3) or found != _geometry(middle, length, len(layers) > length):
         return None
     packed, scale, shift = [], [], []
-    dtype = _packed_dtype(x.dtype)
+    dtype, vectors = _packed_dtype(x.dtype), accumulator(x)
     with torch.no_grad():
         for layer, t in zip(layers, tensors, strict=True):
-            weight = t.weight.to(x.dtype).to(dtype)  # rounded as PyTorch's
+            weight = as_dtype(as_dtype(t.weight, x.dtype), dtype)  # rounded as PyTorch's
             packed.append(pack_conv_weight(weight, layer.groups))
-            mean, var = t.running_mean, t.running_var
-            assert mean is not None
-            assert var is not None
-            affine = fold(None, t.bn_weight, t.bn_bias, mean, var, layer.eps, accumulator(x))
+            # The running mean and variance, weight and bias.
+            norm = [as_dtype(v, vectors) for v in (*t[3:5], *t[1:3])]
+            affine = torch.ops.fused_resnet.bn_coefficients(*norm, layer.eps)
             scale.append(affine[0])
             shift.append(affine[1])
-        return residual_block(
-            x, packed, scale, shift, bottleneck=length == 3, stride=middle.stride[0],
-            dilation=middle.dilation[0], groups=middle.groups, winograd=winograd,
-            activation=NAMES[activation],
+        y: Tensor = torch.ops.fused_resnet.residual_block(
+            x, packed, scale, shift, None, None, length == 3, middle.stride[0],
+            middle.dilation[0], middle.groups, winograd, activation,
         )  # fmt: skip
+        return y
 
 
 @assume_constant_result
