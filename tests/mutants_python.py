@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from mutant import ALIASING, BACKWARD, SWAP, Mutant
 
+CHECKED = "tests/ops/test_checked_calls.py"
+DISPATCH = "fused_resnet/ops/dispatch.py"
 AUTOGRAD = "fused_resnet/ops/autograd.py"
 LOWERING = "tests/inference/test_lowering.py tests/inference/test_frozen_changes.py"
 OPS = "fused_resnet/ops/functional.py"
 
 MUTANTS = [
+    Mutant(
+        "calls on other devices need no checks",
+        DISPATCH,
+        "t.stride(), t.device)",
+        "t.stride())",
+        CHECKED,
+    ),
+    Mutant(
+        "calls with other settings need no checks",
+        DISPATCH,
+        "settings, metadata)",
+        "metadata)",
+        CHECKED,
+    ),
+    Mutant(
+        "a call under autocast is one without",
+        DISPATCH,
+        "        or torch._C._is_any_autocast_enabled()\n",
+        "",
+        CHECKED,
+    ),
     Mutant(
         "momentum reversed",
         "csrc/cpu/training/coefficients.cpp",

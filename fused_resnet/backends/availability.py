@@ -14,6 +14,7 @@ import contextvars
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -217,8 +218,9 @@ def is_exporting() -> bool:
 @assume_constant_result
 def _is_exporting_to_onnx() -> bool:
     # A function of its own: the compiler takes torch.onnx.is_in_onnx_export() for False, also where
-    # the exporter runs it.
-    return torch.onnx.is_in_onnx_export()
+    # the exporter runs it. PyTorch imports torch.onnx with the first export and not before.
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
 @assume_constant_result

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +11,7 @@ from ..nn.fused_forward import BlockModules, FusedForward, ResidualForward, bloc
 from ..nn.group_calls import run_sequence
 from ..nn.groups import Group, sequence_groups
 from ..nn.layers import FusedSequential
-from ..nn.module_kinds import original_class
+from ..nn.module_kinds import child_of, original_class
 from .weights import Source, load_into
 
 #: Depths of the paper: 6 n + 2 layers for n blocks in each of three stages.
@@ -88,20 +85,20 @@ class CifarBlock(ResidualForward):
 
     def shortcut_of(self, x: Tensor) -> Tensor | None:
         """What is added to the main branch; None in the plain network."""
-        return self.shortcut(x) if self.residual else None
+        return child_of(self, "shortcut")(x) if self.residual else None
 
     def block_modules(self) -> BlockModules | None:
         """The block's convolutions and its shortcut."""
-        if self.residual and original_class(self.shortcut) is not PadShortcut:
-            return block_modules_of(self, 2, self.shortcut)
+        shortcut = child_of(self, "shortcut")
+        if self.residual and original_class(shortcut) is not PadShortcut:
+            return block_modules_of(self, 2, shortcut)
         block = block_modules_of(self, 2, None)
         assert block is not None
         if not self.residual:
-            return replace(block, shortcut="none")
-        pad: Any = self.shortcut
-        padding = (pad.padding, pad.stride)
-        members = [*block.members, self.shortcut]
-        return replace(block, members=members, padding=padding, shortcut="zeros")
+            return block._replace(shortcut="none")
+        padding = (shortcut.padding, shortcut.stride)
+        members = [*block.members, shortcut]
+        return block._replace(members=members, padding=padding, shortcut="zeros")
 
 
 def _stage(

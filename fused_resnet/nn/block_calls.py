@@ -25,6 +25,7 @@ from .module_kinds import (
     is_observed,
     padding_of,
     running_statistics,
+    tensor_of,
     uses_batch_statistics,
 )
 from .no_grad_block import run_no_grad_block
@@ -126,9 +127,9 @@ def _is_recorded() -> bool:
 def _wants_grad(x: Tensor, convs: Sequence[Any], norms: Sequence[Any]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    if x.requires_grad or any(conv.weight.requires_grad for conv in convs):
+    if x.requires_grad or any(tensor_of(conv, "weight").requires_grad for conv in convs):
         return True
-    affine = (p for norm in norms for p in (norm.weight, norm.bias))
+    affine = (tensor_of(norm, name) for norm in norms for name in ("weight", "bias"))
     return any(p is not None and p.requires_grad for p in affine)
 
 
@@ -214,4 +215,9 @@ def _layer(conv: Any, norm: Any) -> Layer:
 
 
 def _tensors(conv: Any, norm: Any) -> LayerTensors:
-    return LayerTensors(conv.weight, norm.weight, norm.bias, *running_statistics(norm))
+    return LayerTensors(
+        tensor_of(conv, "weight"),
+        tensor_of(norm, "weight"),
+        tensor_of(norm, "bias"),
+        *running_statistics(norm),
+    )

@@ -6,8 +6,8 @@ modules of other libraries. Each one also lists the groups that its forward runs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .groups import (
     residual_block_groups,
     sequence_groups,
 )
-from .module_kinds import original_class, uses_batch_statistics
+from .module_kinds import child_of, original_class, uses_batch_statistics
 
 
 class FusedForward(nn.Module):
@@ -69,8 +69,7 @@ class FusedForward(nn.Module):
 NO_PADDING = (0, 1)
 
 
-@dataclass(frozen=True)
-class BlockModules:
+class BlockModules(NamedTuple):
     """The modules of a residual block: a sequence of convolutions and a shortcut.
 
     Attributes:
@@ -84,10 +83,10 @@ class BlockModules:
         shortcut: Of a block without a projection: ``"identity"``, ``"zeros"``, or ``"none"``.
     """
 
-    convs: list[nn.Module]
-    norms: list[nn.Module]
-    acts: list[nn.Module | None]
-    members: list[nn.Module]
+    convs: Sequence[nn.Module]
+    norms: Sequence[nn.Module]
+    acts: Sequence[nn.Module | None]
+    members: Sequence[nn.Module]
     padding: tuple[int, int] = NO_PADDING
     shortcut: str = "identity"
 
@@ -109,6 +108,11 @@ class BlockModules:
         return decide_residual_block(self.convs, self.norms, self.acts, self.members)
 
 
+#: Children of a block as torchvision names them, of the longest that there is.
+CONVOLUTIONS = ("conv1", "conv2", "conv3")
+NORMS = ("bn1", "bn2", "bn3")
+
+
 def block_modules_of(
     block: Any,
     count: int,
@@ -125,9 +129,10 @@ def block_modules_of(
     Returns:
         The description, or None for any other shortcut.
     """
-    convs = [getattr(block, f"conv{i}") for i in range(1, count + 1)]
-    norms = [getattr(block, f"bn{i}") for i in range(1, count + 1)]
-    members: list[nn.Module] = [block.relu, *convs]
+    relu = child_of(block, "relu")
+    convs = [child_of(block, name) for name in CONVOLUTIONS[:count]]
+    norms = [child_of(block, name) for name in NORMS[:count]]
+    members: list[nn.Module] = [relu, *convs]
     if shortcut is not None:
         forward = original_class(shortcut).forward
         is_sequence = forward in (nn.Sequential.forward, SequentialForward.forward)
@@ -137,7 +142,7 @@ def block_modules_of(
         convs += pair[:1]
         norms += pair[1:]
         members += [shortcut, *pair]
-    return BlockModules(convs, norms, [block.relu] * count, members)
+    return BlockModules(convs, norms, [relu] * count, members)
 
 
 class ResidualForward(FusedForward):
@@ -159,16 +164,15 @@ class ResidualForward(FusedForward):
         whole = None if block is None else block.run_in_training(self, x)
         if whole is not None:
             return whole
-        m: Any = self
-        y, last = x, self.convolutions
-        for i in range(1, last):
-            y = conv_bn(getattr(m, f"conv{i}"), getattr(m, f"bn{i}"), m.relu, y)
-        conv, bn = getattr(m, f"conv{last}"), getattr(m, f"bn{last}")
-        return conv_bn(conv, bn, m.relu, y, self.shortcut_of(x))
+        y, last, relu = x, self.convolutions - 1, child_of(self, "relu")
+        for i in range(last):
+            y = conv_bn(child_of(self, CONVOLUTIONS[i]), child_of(self, NORMS[i]), relu, y)
+        conv, bn = child_of(self, CONVOLUTIONS[last]), child_of(self, NORMS[last])
+        return conv_bn(conv, bn, relu, y, self.shortcut_of(x))
 
     def shortcut_of(self, x: Tensor) -> Tensor | None:
         """What is added to the main branch; None for nothing."""
-        downsample: Any = self.downsample
+        downsample = child_of(self, "downsample")
         return x if downsample is None else downsample(x)
 
     def fused_groups(self) -> list[Group]:
@@ -177,7 +181,7 @@ class ResidualForward(FusedForward):
 
     def block_modules(self) -> BlockModules | None:
         """The block's convolutions and its shortcut."""
-        return block_modules_of(self, self.convolutions, self.downsample)  # type: ignore[arg-type]
+        return block_modules_of(self, self.convolutions, child_of(self, "downsample"))
 
 
 class BasicBlockForward(ResidualForward):

@@ -26,6 +26,7 @@ from .module_kinds import (
     padding_of,
     result_fits,
     running_statistics,
+    tensor_of,
     uses_batch_statistics,
 )
 
@@ -172,8 +173,8 @@ def norm_arguments(bn: Any) -> dict[str, Any]:
     """
     mean, var, batches = running_statistics(bn)
     arguments = {
-        "bn_weight": bn.weight,
-        "bn_bias": bn.bias,
+        "bn_weight": tensor_of(bn, "weight"),
+        "bn_bias": tensor_of(bn, "bias"),
         "running_mean": mean,
         "running_var": var,
         "training": uses_batch_statistics(bn),
@@ -191,7 +192,7 @@ def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
         conv: A convolution that :func:`.conv_reason` accepts.
     """
     return {
-        "conv_bias": conv.bias,
+        "conv_bias": tensor_of(conv, "bias"),
         "stride": conv.stride,
         "padding": padding_of(conv),
         "dilation": conv.dilation,
@@ -210,7 +211,7 @@ def _conv_bn_add_relu(
 ) -> Tensor:
     return ops.conv_bn_add_relu(
         x,
-        conv.weight,
+        tensor_of(conv, "weight"),
         residual=residual,
         activation=activation,
         **conv_arguments(conv),
@@ -223,7 +224,7 @@ def _conv_bn_relu_maxpool(
 ) -> Tensor:
     return ops.conv_bn_relu_maxpool(
         x,
-        conv.weight,
+        tensor_of(conv, "weight"),
         pool_kernel=pool.kernel_size,  # type: ignore[arg-type]
         pool_stride=pool.stride,  # type: ignore[arg-type]
         pool_padding=pool.padding,  # type: ignore[arg-type]

@@ -90,7 +90,35 @@ _METHODS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before this package derived another one from it."""
     cls = type(module)
-    return getattr(cls, "fused_resnet_base", cls)
+    # The layers of PyTorch are none of those, and asking them for a missing attribute is slow.
+    return cls if cls in _METHODS else getattr(cls, "fused_resnet_base", cls)
+
+
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """A parameter or buffer of a module; None where it has it as None.
+
+    The same as ``module.<name>``, which ``nn.Module`` looks for in Python: a call of a small
+    operation reads half a dozen, and that would take longer than its kernel.
+
+    Args:
+        module: The owner.
+        name: The attribute.
+    """
+    for held in (module._parameters, module._buffers):
+        if name in held:
+            return held[name]
+    return getattr(module, name)
+
+
+def child_of(module: nn.Module, name: str) -> Any:
+    """A child of a module, the same as ``module.<name>``; see :func:`tensor_of`.
+
+    Args:
+        module: The owner.
+        name: The attribute.
+    """
+    children = module._modules
+    return children[name] if name in children else getattr(module, name)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -152,7 +180,7 @@ def norm_reason(bn: nn.Module) -> str:
         return f"{cls.__name__} is not a plain BatchNorm2d"
     if is_hooked(bn):
         return f"a hook or a replaced forward on the {cls.__name__}"
-    if has_inner_activation(cls):
+    if cls is not nn.BatchNorm2d and has_inner_activation(cls):
         drop: nn.Module = bn.drop  # type: ignore[assignment]
         if original_class(drop) is not nn.Identity or is_hooked(drop):
             return f"{original_class(drop).__name__} inside the {cls.__name__}"
@@ -172,7 +200,9 @@ def uses_batch_statistics(norm: Any) -> bool:
     """
     if not has_mode(norm):
         return False
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+    if norm.training:
+        return True
+    return tensor_of(norm, "running_mean") is None and tensor_of(norm, "running_var") is None
 
 
 def running_statistics(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -187,11 +217,12 @@ def running_statistics(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor 
     Source:
         ``torch.nn.modules.batchnorm._BatchNorm.forward``.
     """
-    if not has_mode(norm) or not norm.training:
-        return norm.running_mean, norm.running_var, None
-    if not norm.track_running_stats:
-        return None, None, None
-    return norm.running_mean, norm.running_var, norm.num_batches_tracked
+    batches = None
+    if has_mode(norm) and norm.training:
+        if not norm.track_running_stats:
+            return None, None, None
+        batches = tensor_of(norm, "num_batches_tracked")
+    return tensor_of(norm, "running_mean"), tensor_of(norm, "running_var"), batches
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -245,12 +276,10 @@ def activation_of(act: nn.Module | None) -> Activation:
     Args:
         act: The module; None for none.
     """
-    if act is None or activation_reason(act):
+    cls = None if act is None else original_class(act)
+    if act is None or cls not in ACTIVATIONS or activation_reason(act):
         return Activation.NONE
-    cls = original_class(act)
-    if cls is nn.LeakyReLU:
-        return Activation.LEAKY_RELU
-    return Activation.RELU if cls is nn.ReLU else Activation.NONE
+    return Activation.LEAKY_RELU if cls is nn.LeakyReLU else Activation.RELU
 
 
 def activation_reason(act: nn.Module) -> str:
@@ -311,15 +340,18 @@ def result_fits(conv: Any, x: Tensor, residual: Tensor) -> bool:
         x: Input of the convolution, ``(N, C, H, W)``.
         residual: The tensor that is added to its result.
     """
-    device = x.device.type
-    cast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64
-    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
-    padding = padding_of(conv)
-    if residual.dtype is not dtype or x.dim() != 4 or residual.dim() != 4 or padding is None:
+    dtype, padding = x.dtype, padding_of(conv)
+    if torch._C._is_any_autocast_enabled() and dtype is not torch.float64:
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+    shape, given = x.shape, residual.shape
+    if residual.dtype is not dtype or len(shape) != 4 or len(given) != 4 or padding is None:
         return False
-    return (
-        residual.shape[0] == x.shape[0]
-        and residual.shape[1] == conv.out_channels
-        and list(residual.shape[2:])
-        == windows(x.shape, conv.kernel_size, conv.stride, padding, conv.dilation)
+    rows, columns = windows(shape, conv.kernel_size, conv.stride, padding, conv.dilation)
+    return bool(
+        given[0] == shape[0]
+        and given[1] == conv.out_channels
+        and given[2] == rows
+        and given[3] == columns
     )

@@ -5,13 +5,16 @@ While a compiler traces, ``auto`` means the device's own kernels, and nothing is
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends.availability import current_backend
 from ..tuning import tuner
 from .registry import candidates
+from .training_unit import is_transformed
 
 
 def fastest_backend(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
@@ -27,3 +30,93 @@ def fastest_backend(op: str, backend: str, arguments: tuple[Any, ...]) -> str:
         return backend
     options = candidates(op, backend)
     return tuner.choose(op, backend, options, arguments) if len(options) > 1 else backend
+
+
+def call_operator(operator: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Call an operator that has a gradient; past its kernel for autograd where none is wanted.
+
+    That kernel is in Python and takes longer than the operator on a small map.
+
+    Args:
+        operator: Of :data:`.registry.OPERATORS`.
+        arguments: All of its arguments.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+class CheckedCall(NamedTuple):
+    """What the checks of a call and the choice of its backend came to.
+
+    Attributes:
+        operator: That computes it.
+        settings: The operator's arguments behind its tensors.
+    """
+
+    operator: Callable[..., Any]
+    settings: tuple[Any, ...]
+
+
+def call_key(
+    op: str, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """All that the checks of an eager call and the choice of its backend depend on.
+
+    A call with the key of one that was checked need not be checked again: on a small map that
+    takes longer than the kernel.
+
+    Args:
+        op: Name of the operation.
+        tensors: Its tensors as they came; the first is the feature map.
+        settings: Its other arguments as they came.
+
+    Returns:
+        None for a call that is looked at each time: in a compiler, a trace or a transform, under
+        autocast or a forced backend, and with arguments of other types than they should have.
+    """
+    if (
+        type(tensors[0]) is not Tensor
+        or torch.compiler.is_compiling()
+        or current_backend() != "auto"
+        or is_transformed()
+        or torch.jit.is_tracing()
+        or torch._C._is_any_autocast_enabled()
+        or tuner.is_recording()
+    ):
+        return None
+    try:
+        metadata = tuple(
+            [None if t is None else (t.dtype, t.shape, t.stride(), t.device) for t in tensors]
+        )
+        key = (op, tuner.circumstances(), settings, metadata)
+        hash(key)
+    except (AttributeError, TypeError):
+        return None
+    return key
+
+
+def checked_call(key: tuple[Any, ...] | None) -> CheckedCall | None:
+    """What is known of a call that was checked before; None for any other.
+
+    Args:
+        key: From :func:`call_key`.
+    """
+    return None if key is None else tuner.calls.get(key)
+
+
+def remember_call(
+    key: tuple[Any, ...] | None, result: Sequence[int], x: Tensor, call: CheckedCall
+) -> None:
+    """Keep what is known of a call, if the next one like it will be run in the same way.
+
+    Args:
+        key: From :func:`call_key`.
+        result: Shape of the result, ``(N, C, H, W)``.
+        x: The feature map.
+        call: Kept until the tuner forgets its decisions.
+    """
+    # A size of 1 is left out: there the strides of the result must be looked at.
+    if key is not None and 1 not in result[1:] and tuner.may_time(x):
+        tuner.calls[key] = call

@@ -59,6 +59,9 @@ _known: dict[str, dict[str, dict[str, float]]] = {}  # machine, key: millisecond
 # need no lock.
 _decided: dict[tuple[Any, ...], tuple[Mapping[str, Any], str]] = {}
 
+#: What callers keep for calls that they have asked about; dropped with the decisions.
+calls: dict[tuple[Any, ...], Any] = {}
+
 
 def mode() -> str:
     """``FUSED_RESNET_TUNE``: ``"0"``, ``"1"`` or ``"exhaustive"``.
@@ -109,12 +112,22 @@ class Call(NamedTuple):
 @contextlib.contextmanager
 def recording() -> Iterator[list[Call]]:
     """Record the calls of this thread that would be timed, in order, instead of timing them."""
-    calls: list[Call] = []
-    token = _recorded.set(calls)
+    recorded: list[Call] = []
+    token = _recorded.set(recorded)
     try:
-        yield calls
+        yield recorded
     finally:
         _recorded.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether calls of this thread are recorded."""
+    return _recorded.get() is not None
+
+
+def circumstances() -> tuple[int, bool]:
+    """What a decision depends on besides the call: PyTorch's threads, and whether it may time."""
+    return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
 
 def _is_map(argument: Any) -> bool:
@@ -130,27 +143,28 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
         candidates: Libraries that have the operator as an attribute, by the backend's name.
         arguments: Of the operator; the first is the feature map, whose device and dtype count.
     """
-    calls = _recorded.get()
-    if calls is not None:
+    recorded = _recorded.get()
+    if recorded is not None:
         maps = tuple(a.detach().to("meta") if _is_map(a) else a for a in arguments)
-        calls.append(Call(op, default, candidates, arguments[0].device, maps))
+        recorded.append(Call(op, default, candidates, arguments[0].device, maps))
         return default
     x = arguments[0]
     # A fake tensor or a proxy, whose sizes may be symbolic; a meta tensor, which takes no time.
     if type(x) not in _PLAIN or x.device.type not in ("cpu", "cuda"):
         return default
     # Everything that the decision depends on; much faster to make than the key of the cache.
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    call = (op, torch.get_num_threads(), deterministic, _fingerprint(arguments))
+    around = circumstances()
+    call = (op, around, _fingerprint(arguments))
     decided = _decided.get(call)
     if decided is not None and decided[0] is candidates:
         return decided[1]
     if torch.jit.is_tracing() or x.numel() == 0:  # sizes are tensors; nothing to time
         return default
+    deterministic = around[1]
     times = {} if deterministic else timings(op, candidates, arguments)
     shipped = {} if times else _shipped(op, arguments)
     choice = fastest(times or shipped, default, candidates)
-    if _may_time(x):  # otherwise a later call can be timed
+    if may_time(x):  # otherwise a later call can be timed
         _decided[call] = (candidates, choice)
         if _log.isEnabledFor(logging.DEBUG):
             source = "its times" if times else "the shipped table" if shipped else "the default"
@@ -231,7 +245,7 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
     if times is not None:
         return times
     how = mode()
-    if how == "0" or x.numel() == 0 or not _may_time(x):
+    if how == "0" or x.numel() == 0 or not may_time(x):
         return {}
     times = measure(op, candidates, arguments, ROUNDS[how])
     _log.info("timed %s: %s", key, ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items()))
@@ -242,7 +256,7 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
     return times
 
 
-def _may_time(x: Tensor) -> bool:
+def may_time(x: Tensor) -> bool:
     """Whether calls run eagerly, without a trace or the capture of a CUDA graph.
 
     Under a dispatch mode they don't either: it would count or record every call that is timed.
@@ -422,3 +436,4 @@ def forget() -> None:
     with _lock:
         _known.clear()
         _decided.clear()
+        calls.clear()

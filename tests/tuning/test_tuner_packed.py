@@ -308,7 +308,7 @@ def test_the_choice_is_made_before_a_graph_is_recorded(fakes, timed, network, mo
             finally:
                 inside.pop()
 
-    monkeypatch.setattr(tuner, "_may_time", lambda x: not inside)
+    monkeypatch.setattr(tuner, "may_time", lambda x: not inside)
     frozen = fr.freeze(network, graphs=2)
     frozen.cuda_graphs = Graphs(2, Watched())
     first = answer(frozen)
