@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import gpu_children
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "benchmarks" / "gpu.py"
 
 
-def test_rehearsal(tmp_path: Path) -> None:
+@pytest.fixture
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The program is run in this process, and has it for itself elsewhere."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(ROOT)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.usefixtures("_as_before")
+def test_rehearsal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not PROGRAM.exists():
         pytest.skip("the package is tested without its repository: no benchmarks/gpu.py")
     pytest.importorskip("triton")
@@ -23,12 +38,16 @@ def test_rehearsal(tmp_path: Path) -> None:
     if reason:
         pytest.skip(reason)
     simulator.build()  # for all processes of the rehearsal, once
-    command = [sys.executable, str(PROGRAM), "--rehearse", "--out", str(tmp_path / "out")]
-    command += ["--work", str(tmp_path / "work"), "--commit", "none"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"{done.stderr[-4000:]}\n{done.stdout[-4000:]}"
-    assert "gpu: rehearsal: as it should be" in done.stdout
+    # How a child starts from nothing is tested in test_gpu_children.py.
+    gpu_children.start_warm(monkeypatch)
+    words = ["--rehearse", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *words, "--commit", "none"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 0, f"{err[-4000:]}\n{out[-4000:]}"
+    assert "gpu: rehearsal: as it should be" in out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"gpu-caches.tar.xz"} | {
         f"gpu-rehearsal{window}{suffix}"
