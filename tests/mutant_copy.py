@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mutant import Mutant
-from pytest_process import Pytest
+from pytest_process import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Most of a mutant's time is the compiler's, and kernels of small tests need not be fast. What the
@@ -27,11 +27,10 @@ class Copy:
         folder: It must not exist.
         isa: The instruction set that is compiled, with those that it extends, and that the tests
             run on; None takes the extension of this checkout as it is, for bugs in Python.
-        pytest: How tests are run.
     """
 
-    def __init__(self, folder: Path, isa: str | None, pytest: Pytest) -> None:
-        self.folder, self.isa, self._pytest = folder, isa, pytest
+    def __init__(self, folder: Path, isa: str | None) -> None:
+        self.folder, self.isa = folder, isa
         self._writes = 0
         ignored = [] if isa is None else ["*.so"]
         ignore = shutil.ignore_patterns(*ignored, "build", ".*", "*.egg-info")
@@ -71,7 +70,7 @@ class Copy:
         """
         options = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", "--backend", "cpu"]
         variables = {} if self.isa is None else {"FUSED_RESNET_ISA": self.isa}
-        done = self._pytest([*options, *tests], self.folder, variables)
+        done = warm([*options, *tests], self.folder, variables)
         if done.status == 0:
             return None
         if done.violent_end:

@@ -1,18 +1,17 @@
-"""Runs pytest in another process, from nothing or from this one's imports."""
+"""Runs pytest in another process, from nothing or with PyTorch imported."""
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import warm_process
+
 #: Seconds after which tests are ended: a bug may also make them wait, or go on, for ever.
 LIMIT = 900
 
@@ -40,12 +39,14 @@ class Done:
         return None
 
 
-#: Called with arguments of pytest, the folder to run in, and variables to set.
-Pytest = Callable[[Sequence[str], Path, Mapping[str, str]], Done]
-
-
 def new_process(arguments: Sequence[str], folder: Path, variables: Mapping[str, str]) -> Done:
-    """pytest in a process that imports everything by itself."""
+    """pytest in a process that imports everything by itself.
+
+    Args:
+        arguments: Of pytest.
+        folder: The folder to run in.
+        variables: They are set beside this process's.
+    """
     command = [sys.executable, "-m", "pytest", *arguments]
     kept = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     try:
@@ -57,50 +58,18 @@ def new_process(arguments: Sequence[str], folder: Path, variables: Mapping[str, 
     return Done(done.returncode, done.stdout)
 
 
-def forked(arguments: Sequence[str], folder: Path, variables: Mapping[str, str]) -> Done:
-    """pytest in a copy of this process, which saves the seconds in which PyTorch is imported.
+def warm(arguments: Sequence[str], folder: Path, variables: Mapping[str, str]) -> Done:
+    """pytest in a process that begins with PyTorch imported, and with nothing else.
 
-    This process must have imported nothing of the package, and have no other thread.
+    Args:
+        arguments: Of pytest.
+        folder: The folder to run in.
+        variables: They are set beside this process's.
     """
-    import pytest
-    import torch  # noqa: F401
-
-    if "fused_resnet" in sys.modules:
-        raise RuntimeError("the child would test the package that this process has imported")
-    with tempfile.TemporaryFile() as output:
-        child = os.fork()
-        if child == 0:
-            code = 3
-            try:
-                _become(folder, variables, output.fileno())
-                code = int(pytest.main(list(arguments)))
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
-        status = _waited(child)
-        output.seek(0)
-        return Done(status, output.read().decode(errors="replace"))
-
-
-def _become(folder: Path, variables: Mapping[str, str], output: int) -> None:
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(folder)
-    os.environ.update(variables)
-    # The tests' own modules are those of the folder.
-    own = str(ROOT / "tests")
-    sys.path[:] = [str(folder), *(path for path in sys.path if not path.startswith(own))]
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(own):
-            del sys.modules[name]
-
-
-def _waited(child: int) -> int | None:
-    waiting = select.poll()
-    waiting.register(os.pidfd_open(child), select.POLLIN)
-    in_time = bool(waiting.poll(LIMIT * 1000))
-    if not in_time:
-        os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status if in_time else None
+    command = ["-m", "pytest", *arguments]
+    env = {**os.environ, **variables}
+    try:
+        done = warm_process.run(command, cwd=folder, env=env, timeout=LIMIT)
+    except subprocess.TimeoutExpired as error:
+        return Done(None, error.output or "")
+    return Done(done.returncode, done.stdout + done.stderr)

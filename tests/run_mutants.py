@@ -32,7 +32,6 @@ import planting  # noqa: E402
 import simulator  # noqa: E402
 import triton_mutants  # noqa: E402
 from mutant_copy import Copy  # noqa: E402
-from pytest_process import forked  # noqa: E402
 
 #: Where the bugs are planted: in the CPU's C++, in Python, in CUDA's kernels and in Triton's.
 KINDS = ("cpu", "python", "cuda", "triton")
@@ -51,7 +50,7 @@ class LazyCopy:
     @functools.cached_property
     def _copy(self) -> Copy:
         self._scratch = tempfile.TemporaryDirectory()
-        return Copy(Path(self._scratch.name) / "copy", self._isa, forked)
+        return Copy(Path(self._scratch.name) / "copy", self._isa)
 
     def caught_by(self, mutant: Any) -> str | None:
         """See :meth:`mutant_copy.Copy.caught_by`."""
@@ -136,7 +135,7 @@ def in_cpp_and_python(words: str) -> Iterator[Planting]:
 
 
 def supported_isas() -> list[str]:
-    """By a process of its own: this one must not import the package (:func:`forked`)."""
+    """By a process of its own, as this one has no use for the package."""
     code = "import fused_resnet; print(*fused_resnet.build_info()['isa_supported'])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -152,7 +151,7 @@ def in_cuda(words: str) -> Iterator[Planting]:
         if words in mutant.bug:
 
             def catch(mutant: planting.Mutant = mutant) -> str | None:
-                found = planting.catch(mutant, forked)
+                found = planting.catch(mutant)
                 return f"{found.test} ({found.variant}): {found.words}"[:160] if found else None
 
             yield Planting("cuda", mutant, mutant.file, catch)
@@ -164,7 +163,7 @@ def in_triton(words: str) -> Iterator[Planting]:
         if words in mutant.bug:
 
             def catch(mutant: triton_mutants.Mutant = mutant) -> str | None:
-                found = triton_mutants.catch(mutant, forked)
+                found = triton_mutants.catch(mutant)
                 return f"{found.test}: {found.words}"[:160] if found else None
 
             yield Planting("triton", mutant, str(triton_mutants.KERNELS / mutant.file), catch)

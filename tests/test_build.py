@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 
 import fused_resnet as fr
 from fused_resnet import _C
@@ -19,12 +20,7 @@ ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    return warm_process.run(["-c", code], env={**os.environ, **environment})
 
 
 def versions(torch_version: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 
 import fused_resnet as fr
 from fused_resnet.inference import archive
@@ -122,12 +123,7 @@ def test_a_user_without_name_and_home(served: Path) -> None:
         "assert main(['tune', 'resnet18', '--size', '32']) == 2\n"
     )
     environment = os.environ | {"FUSED_RESNET_TUNE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(served)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    done = warm_process.run(["-c", script, str(served)], env=environment)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 10])" in done.stdout
     assert len(re.findall("there is no home folder", done.stdout.splitlines()[1])) in (1, 2)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import warm_process
 
 import fused_resnet as fr
 
@@ -28,13 +28,8 @@ pytestmark = pytest.mark.skipif(
 
 def run(name: str, folder: Path, *arguments: str) -> str:
     """What an example prints; small networks, so one thread is enough."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = warm_process.run([str(EXAMPLES / name), *arguments], cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -159,12 +154,7 @@ def test_notebook(tmp_path: Path) -> None:
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert len(code.splitlines()) < MOST_LINES
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    done = warm_process.run(["-c", code], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "relative error" in done.stdout

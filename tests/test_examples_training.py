@@ -6,11 +6,10 @@ import importlib.util
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_process
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -50,16 +49,13 @@ def test_example(name: str, tmp_path: Path) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed, which examples/{name}.py needs")
-    line = [sys.executable]
+    line = []
     if name == "ddp":
-        line += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+        line = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     root = str(EXAMPLES.parent)
     environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*line, str(EXAMPLES / f"{name}.py")],
-        cwd=tmp_path, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+    done = warm_process.run([*line, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert re.search(pattern, done.stdout), done.stdout
     losses = [

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_process
 
 import fused_resnet as fr
 from fused_resnet import _extension
@@ -31,13 +30,7 @@ def import_error(folder: Path, *more: Path) -> str:
     # An editable installation would find its own extension for the clone's package.
     plain = "sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
     script = f"import sys; {plain} {path} import fused_resnet"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={"PATH": os.defpath},
-    )
+    done = warm_process.run(["-c", script], cwd=folder, env={"PATH": os.defpath})
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: fused_resnet: ")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import hostile_calls
 import pytest
+import warm_process
 
 SCRIPT = Path(hostile_calls.__file__)
 
@@ -19,9 +19,7 @@ SCRIPT = Path(hostile_calls.__file__)
 def answers() -> dict[str, Any]:
     """In a fresh process: its children are forked, and threads do not survive a fork."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = warm_process.run([str(SCRIPT)], env=environment)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_process
 
 import fused_resnet as fr
 
@@ -42,15 +41,10 @@ def test_operations_on(isa, tests):
         pytest.skip(f"this machine does not support {isa}")
     if isa == fr.build_info()["isa"]:
         pytest.skip(f"{isa} is what the tests of this process run on")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
     command += ["--backend", "cpu"]
     if isa == "amx_emulated":
         command += ["-k", "bfloat16"]  # the rest is AVX-512's
-    result = subprocess.run(
-        [*command, *tests],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"FUSED_RESNET_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"FUSED_RESNET_ISA": isa}
+    result = warm_process.run([*command, *tests], cwd=Path(__file__).parent, env=environment)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+import warm_process
 
 from fused_resnet.bench import results
 from fused_resnet.bench.harness import Measurement
@@ -40,9 +39,7 @@ def test_there_are_three_examples_of_about_ten_lines() -> None:
 
 @pytest.mark.parametrize("number", [0, 1, 2], ids=["serving", "training", "a run"])
 def test_example_runs(number: int, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", examples()[number]], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = warm_process.run(["-c", examples()[number]], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

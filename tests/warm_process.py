@@ -179,6 +179,7 @@ def server() -> socket.socket:
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
+        atexit.register(_server.close)  # which ends the server
     return _server
 
 

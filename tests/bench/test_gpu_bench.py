@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_process
 
 from fused_resnet.bench import gpu_cells, gpu_layers
 from fused_resnet.bench.clock import Clock, alternating
@@ -145,5 +144,5 @@ def test_nothing_of_it_needs_rich_or_torchvision() -> None:
     code = "import sys; sys.modules.update(rich=None, torchvision=None, matplotlib=None)\n"
     code += "import fused_resnet.verify.networks\n"
     code += "".join(f"import fused_resnet.bench.{name}\n" for name in modules)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = warm_process.run(["-c", code])
     assert done.returncode == 0, done.stderr

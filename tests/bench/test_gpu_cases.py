@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm_process
 
 from fused_resnet.bench.gpu import cudnn_graphs, plain, plans, providers, shapes, timing
 from fused_resnet.bench.gpu.accuracy import check
@@ -230,6 +230,6 @@ def test_what_compiles_during_the_build_needs_none() -> None:
         "assert 'fused_resnet._C' not in sys.modules\n"
         "print(triton.conv_bn_add_relu.__module__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = warm_process.run(["-c", code])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "fused_resnet.backends.triton.conv_bn_add_relu"

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_children
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,12 @@ ENVIRONMENT = {
 
 #: Enough for a process to start on a busy machine.
 LONG = 300.0
+
+
+@pytest.fixture
+def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most begin with PyTorch imported; those without this start from nothing."""
+    gpu_children.start_warm(monkeypatch)
 
 
 def job(*names: str, **options: Any) -> Job:
@@ -65,6 +72,7 @@ def test_one_process_goes_on_until_it_dies(tmp_path: Path) -> None:
     assert not [text for row in found for text in rows.problems({**row, "t": 0.0})]
 
 
+@pytest.mark.usefixtures("_warm")
 def test_a_case_over_its_time_is_cut_and_the_rest_is_named(tmp_path: Path) -> None:
     """The time begins when the process has started, however busy the machine is."""
     found: list[dict[str, Any]] = []
@@ -83,6 +91,7 @@ def test_a_case_over_its_time_is_cut_and_the_rest_is_named(tmp_path: Path) -> No
         os.kill(found[0]["pid"], 0)
 
 
+@pytest.mark.usefixtures("_warm")
 def test_a_process_that_cannot_start_is_a_row(tmp_path: Path) -> None:
     wrong = Job("none", "toy", "no_such_module", {}, ENVIRONMENT, stub=True, rehearse=True)
     (row,) = run(tmp_path, wrong)
@@ -90,6 +99,7 @@ def test_a_process_that_cannot_start_is_a_row(tmp_path: Path) -> None:
     assert "no_such_module" in row["reason"]
 
 
+@pytest.mark.usefixtures("_warm")
 def test_no_time_at_all(tmp_path: Path) -> None:
     """What ends before it has said which cases it has is a row too."""
     (row,) = run(tmp_path, job("a"), seconds=0.0)
@@ -143,6 +153,7 @@ def test_a_kill_loses_no_row(tmp_path: Path) -> None:
     assert [row["case"] for row in rows.read(tmp_path / "rows.jsonl")] == ["a", "b", "hangs"]
 
 
+@pytest.mark.usefixtures("_warm")
 def test_a_malformed_row_is_kept_as_a_failure(tmp_path: Path) -> None:
     file = rows.RowFile(tmp_path / "rows.jsonl", lambda: 1.5)
     for row in run(tmp_path, job("malformed")):

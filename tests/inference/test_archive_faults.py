@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import warm_process
 
 import fused_resnet as fr
 from fused_resnet.inference import archive
@@ -209,9 +208,7 @@ def test_missing_memory_is_said(tmp_path: Path, whole: bytes) -> None:
         "try:\n    fr.load_frozen(sys.argv[1])\n"
         "except MemoryError as error:\n    print(error)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
-    )
+    run = warm_process.run(["-c", script, str(path)], check=True)
     assert run.stdout == f"frozen file {str(path)!r}: not enough memory for its weights\n"
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import warm_process
 from networks import image, randomize
 from torch import nn
 
@@ -79,11 +78,8 @@ def test_another_process_has_the_same_results(saved: Saved, isa: str) -> None:
     if isa not in fr.build_info()["isa_supported"]:
         pytest.skip(f"this machine or build has no {isa} kernels")
     folder, images, frozen, truth, dtype = saved
-    subprocess.run(
-        [sys.executable, "-c", SERVE, str(folder), isa],
-        check=True,
-        env=os.environ | {"FUSED_RESNET_ISA": isa},
-    )
+    environment = os.environ | {"FUSED_RESNET_ISA": isa}
+    warm_process.run(["-c", SERVE, str(folder), isa], check=True, env=environment)
     answers = torch.load(folder / "answers.pt")
     with torch.no_grad():
         for i, x in enumerate(images):

@@ -7,13 +7,12 @@ import gc
 import io
 import os
 import pickle
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from networks import image, randomize
 from tolerances import assert_as_exact_as_pytorch
 from torch import Tensor, nn
@@ -435,7 +434,7 @@ def test_a_saved_model_loads_on_another_instruction_set(
         f"torch.save(frozen, {str(tmp_path / 'back.pt')!r})\n"
     )
     environment = os.environ | {"FUSED_RESNET_ISA": isa}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    warm_process.run(["-c", script], check=True, env=environment)
     back = torch.load(tmp_path / "back.pt", weights_only=False)
     assert torch.equal(back(x), frozen(x))
 

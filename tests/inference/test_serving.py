@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from networks import image, randomize
 from safetensors.torch import save_file
 from torch import nn
@@ -119,8 +118,8 @@ def test_a_file_is_for_every_instruction_set(tmp_path: Path, isa: str) -> None:
         # Nothing but torch was needed.
         "assert not {'torchvision', 'timm', 'transformers'} & set(sys.modules)\n"
     )
-    command = [sys.executable, "-c", script, str(out), str(tmp_path / "expected.pt"), isa]
-    subprocess.run(command, check=True, env=os.environ | {"FUSED_RESNET_ISA": isa})
+    command = ["-c", script, str(out), str(tmp_path / "expected.pt"), isa]
+    warm_process.run(command, check=True, env=os.environ | {"FUSED_RESNET_ISA": isa})
 
 
 # What can go wrong

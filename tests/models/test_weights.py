@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 
 import fused_resnet as fr
 from fused_resnet.models.weights import load_weights
@@ -269,4 +268,4 @@ def test_torchvision_is_imported_for_its_names_only(tmp_path: Path) -> None:
         "f = fr.freeze(fr.fuse(fr.resnet18(num_classes=2))); f(torch.zeros(1, 3, 32, 32)); "
         "assert 'torchvision' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    warm_process.run(["-c", script], check=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import simulator
-from pytest_process import Pytest, new_process
+from pytest_process import new_process, warm
 from rich.table import Table
 
 ROOT = simulator.ROOT
@@ -60,9 +60,10 @@ def plant(mutant: Mutant, root: Path) -> None:
     (root / mutant.file).write_text(with_bug(mutant))
 
 
-def watch(mutant: Mutant, variant: str, library: Path, pytest: Pytest) -> Catch | None:
+def watch(mutant: Mutant, variant: str, library: Path) -> Catch | None:
     """Runs the mutant's tests with a library that has the bug in it."""
     variables = {"FR_SIMT_LIBRARY": str(library), "FR_SIMT_VARIANT": variant}
+    pytest = warm
     if variant == "asan":
         variables |= simulator.sanitizer_environment()
         pytest = new_process  # whose runtime is there from the beginning
@@ -82,7 +83,7 @@ def watch(mutant: Mutant, variant: str, library: Path, pytest: Pytest) -> Catch 
     return Catch(variant, started[-1].strip() if started else "?", words)
 
 
-def catch(mutant: Mutant, pytest: Pytest = new_process) -> Catch | None:
+def catch(mutant: Mutant) -> Catch | None:
     """Plants the bug, builds what changed, and says who sees it."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -90,7 +91,7 @@ def catch(mutant: Mutant, pytest: Pytest = new_process) -> Catch | None:
         plant(mutant, root)
         for variant in mutant.variants:
             library = simulator.build(variant, root, root / "objects")
-            caught = watch(mutant, variant, library, pytest)
+            caught = watch(mutant, variant, library)
             if caught:
                 return caught
     return None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import simulator
+from pytest_process import new_process, warm
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,17 +24,19 @@ if simulator.missing():
     ],
 )
 def test_operators(variant: str, seed: int) -> None:
-    env = {**os.environ, "FR_SIMT_VARIANT": variant, "FR_SIMT_SEED": str(seed)}
+    variables = {"FR_SIMT_VARIANT": variant, "FR_SIMT_SEED": str(seed)}
     # Built here: under AddressSanitizer the compiler would be checked too.
-    env["FR_SIMT_LIBRARY"] = str(simulator.build(variant))
+    variables["FR_SIMT_LIBRARY"] = str(simulator.build(variant))
+    run = warm
     if variant == "asan":
-        env |= simulator.sanitizer_environment()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["--capture=sys"]  # what a sanitizer says as the process ends is seen
-    command += ["-m", "variants and not slow", "--backend", "simulator"]
-    command += [str(HERE), str(HERE.parent / "conformance")]
-    done = subprocess.run(command, cwd=HERE.parent.parent, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
+        variables |= simulator.sanitizer_environment()
+        run = new_process  # whose runtime is there from the beginning
+    arguments = ["-q", "-x", "-p", "no:cacheprovider"]
+    arguments += ["--capture=sys"]  # what a sanitizer says as the process ends is seen
+    arguments += ["-m", "variants and not slow", "--backend", "simulator"]
+    arguments += [str(HERE), str(HERE.parent / "conformance")]
+    done = run(arguments, HERE.parent.parent, variables)
+    assert done.status == 0, done.output[-12000:]
+    passed = re.search(r"(\d+) passed", done.output)
+    assert passed, done.output
     assert int(passed[1]) > 20, "few operators' tests are marked `variants`"

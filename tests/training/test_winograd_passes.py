@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import warm_process
 from torch import Tensor
 from torch.nn import functional
 
@@ -236,12 +235,5 @@ def test_instruction_sets(isa):
         "t.assert_forward(t.operands('5x9', torch.float16), True)\n"
         "t.assert_backward(t.operands('5x9', torch.bfloat16), True)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"FUSED_RESNET_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    run = warm_process.run(["-c", script], env=os.environ | {"FUSED_RESNET_ISA": isa}, timeout=600)
     assert run.returncode == 0, run.stderr

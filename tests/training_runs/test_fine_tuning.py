@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_data
 import torch
+import warm_process
 
 import fused_resnet as fr
 from fused_resnet.cli import main
@@ -63,8 +62,7 @@ def test_killed_resumed_and_served(
     options += f" --recipe fine-tune --epochs 2 --batch {BATCH} --save-every 4"
     run = ["train", "resnet18", *options.split(), "--out"]
     for out, steps, code in (("straight", 0, 0), ("killed", 16, -signal.SIGKILL)):
-        line = [sys.executable, "-c", PROGRAM, str(steps), *run, str(tmp_path / out)]
-        done = subprocess.run(line, capture_output=True, text=True)
+        done = warm_process.run(["-c", PROGRAM, str(steps), *run, str(tmp_path / out)])
         assert done.returncode == code, done.stderr
     assert "The weights have 1000 classes and the data 10" in done.stderr
     killed = tmp_path / "killed"

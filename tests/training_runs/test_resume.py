@@ -6,12 +6,11 @@ Each run is a process of its own that kills itself, for real, at a chosen moment
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_data
+import warm_process
 
 from fused_resnet import training
 from fused_resnet.models.weights import load_weights
@@ -76,8 +75,7 @@ def command(archive: str, out: Path) -> list[str]:
 
 
 def run(moment: str, number: int, arguments: list[str]) -> int:
-    line = [sys.executable, "-c", PROGRAM, moment, str(number), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = warm_process.run(["-c", PROGRAM, moment, str(number), *arguments])
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 

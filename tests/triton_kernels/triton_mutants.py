@@ -10,7 +10,7 @@ from pathlib import Path
 
 import triton_mutants_training
 from mutant_of_triton import Mutant
-from pytest_process import Pytest, new_process
+from pytest_process import warm
 from rich.markup import escape
 from rich.table import Table
 
@@ -254,13 +254,13 @@ def plant(mutant: Mutant, root: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
-def catch(mutant: Mutant, pytest: Pytest = new_process) -> Catch | None:
+def catch(mutant: Mutant) -> Catch | None:
     """Plants the bug and says who sees it."""
     with tempfile.TemporaryDirectory() as scratch:
         plant(mutant, Path(scratch))
         arguments = ["-x", "-v", "--tb=short", "-m", "", "--backend", "interpreter"]
         arguments += ["-p", "no:cacheprovider", mutant.tests]
-        done = pytest(arguments, Path(scratch), {"PYTHONPATH": scratch})
+        done = warm(arguments, Path(scratch), {"PYTHONPATH": scratch})
     out = done.output
     if done.status == 0:
         return None

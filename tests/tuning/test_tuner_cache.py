@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from candidates import FAST, MACHINE, SLOW, choose
+from warm_process import WarmProcess
 
 from fused_resnet.tuning import cache as tuning_cache
 
@@ -95,9 +94,9 @@ for i in range(1, 31):
 """
 
 
-def writer(width: int, before: str = "") -> subprocess.Popen[bytes]:
+def writer(width: int, before: str = "") -> WarmProcess:
     """A process that tunes 30 calls that all writers have, and 30 of its own."""
-    return subprocess.Popen([sys.executable, "-c", before + WRITER, str(width)])
+    return WarmProcess(["-c", before + WRITER, str(width)], stdout=1, stderr=2)
 
 
 def kept_by(width: int) -> set[str]:
