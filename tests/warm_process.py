@@ -24,7 +24,10 @@ import traceback
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 #: Bytes of a request, which holds the words of a command and all variables of its environment.
 MOST = 1 << 17
@@ -50,10 +53,12 @@ class WarmProcess:
             a program, each with its arguments.
         env: All variables; None takes this process's.
         cwd: The folder to run in; None takes this process's.
+        stdin: ``subprocess.DEVNULL`` or ``subprocess.PIPE``.
         stdout: Descriptor, or ``subprocess.PIPE``.
         stderr: Descriptor, or ``subprocess.STDOUT``.
 
     Attributes:
+        stdin: The pipe, to write bytes to; None without one.
         stdout: The pipe, to read bytes from; None without one.
         pid: Of the process, which leads its session.
         returncode: As that of ``subprocess.Popen``.
@@ -65,12 +70,18 @@ class WarmProcess:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
+        stdin: int = subprocess.DEVNULL,
         stdout: int,
         stderr: int = subprocess.STDOUT,
     ) -> None:
         self.args = [sys.executable, *map(str, arguments)]
         self.returncode: int | None = None
-        self.stdout = None
+        self.stdin = self.stdout = None
+        if stdin == subprocess.PIPE:
+            source, ours = os.pipe()
+            self.stdin = os.fdopen(ours, "wb")
+        else:
+            source = os.open(os.devnull, os.O_RDONLY)
         output = stdout
         if stdout == subprocess.PIPE:
             ours, output = os.pipe()
@@ -80,7 +91,10 @@ class WarmProcess:
         request = {"arguments": self.args[1:], "env": dict(os.environ if env is None else env)}
         request["cwd"] = os.fspath(os.getcwd() if cwd is None else cwd)
         with _lock:
-            socket.send_fds(server(), [json.dumps(request).encode()], [output, errors, theirs])
+            socket.send_fds(
+                server(), [json.dumps(request).encode()], [source, output, errors, theirs]
+            )
+        os.close(source)
         os.close(theirs)
         if stdout == subprocess.PIPE:
             os.close(output)
@@ -116,6 +130,20 @@ class WarmProcess:
                 _spent += float(seconds)
                 self._status.close()
             return self.returncode
+
+
+def instead_of_popen(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType) -> None:
+    """Let a module start its processes like this, to the end of a test."""
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "PIPE", "TimeoutExpired")}
+    monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(Popen=_popen, **names))
+
+
+def _popen(
+    command: Sequence[str], *, stderr: IO[bytes], start_new_session: bool, **more: Any
+) -> WarmProcess:
+    assert command[0] == sys.executable
+    assert start_new_session
+    return WarmProcess(command[1:], stderr=stderr.fileno(), **more)
 
 
 def run(
@@ -193,7 +221,7 @@ def serve(connection: socket.socket) -> None:
     del sys.path[0]  # this file's folder
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who report
     while True:
-        data, files, _, _ = socket.recv_fds(connection, MOST, 3)
+        data, files, _, _ = socket.recv_fds(connection, MOST, 4)
         if not data:
             return
         if os.fork() == 0:
@@ -204,30 +232,28 @@ def serve(connection: socket.socket) -> None:
             os.close(file)
 
 
-def _report(request: dict[str, Any], output: int, errors: int, status: int) -> None:
+def _report(request: dict[str, Any], source: int, output: int, errors: int, status: int) -> None:
     """Run the program in a child, and write its end to ``status``."""
     child = os.fork()
     if child == 0:
         os.setsid()
         os.write(status, f"{os.getpid()}\n".encode())
         os.close(status)
-        _become(request, output, errors)
-    os.close(output)
-    os.close(errors)
+        _become(request, source, output, errors)
+    for file in (source, output, errors):
+        os.close(file)
     _, ended, used = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(ended)
     os.write(status, f"{code} {used.ru_utime + used.ru_stime}\n".encode())
     os._exit(0)
 
 
-def _become(request: dict[str, Any], output: int, errors: int) -> None:
+def _become(request: dict[str, Any], *files: int) -> None:
     code = 1
     try:
-        with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)
-        os.dup2(output, 1)
-        os.dup2(errors, 2)
-        os.closerange(3, max(output, errors) + 1)
+        for place, file in enumerate(files):
+            os.dup2(file, place)
+        os.closerange(3, max(files) + 1)
         os.environ.clear()
         os.environ.update(request["env"])
         time.tzset()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_process
 
 from fused_resnet.bench import (
     environment,
@@ -34,6 +35,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def _subjects_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+
+
+@pytest.fixture
+def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers begin with PyTorch imported; in the first test they start from nothing."""
+    warm_process.instead_of_popen(monkeypatch, harness)
 
 
 def entry(name: str, function: str, limit: float = 1e-3, **case: Any) -> Entry:
@@ -64,6 +71,7 @@ def test_one_provider_computes_at_a_time_and_the_order_rotates() -> None:
         assert min(m.times) >= 1e-3
 
 
+@pytest.mark.usefixtures("_warm")
 def test_one_failure_does_not_affect_the_others() -> None:
     measured = fast(
         [
@@ -102,10 +110,12 @@ def test_one_failure_does_not_affect_the_others() -> None:
     assert len(by_name["good"].rounds) == 20
 
 
+@pytest.mark.usefixtures("_warm")
 def test_what_a_provider_prints_is_no_answer() -> None:
     assert [m.status for m in fast([entry("noisy", "noisy")])] == ["ok"]
 
 
+@pytest.mark.usefixtures("_warm")
 def test_a_provider_that_hangs_is_ended() -> None:
     with Worker(threads=1) as worker:
         worker.request("build", target="bench_subjects:hangs_after", case={"calls": 1})
@@ -114,6 +124,7 @@ def test_a_provider_that_hangs_is_ended() -> None:
             worker.request("round", iterations=1)
 
 
+@pytest.mark.usefixtures("_warm")
 def test_an_interruption_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Worker] = []
 
@@ -135,6 +146,7 @@ def test_an_interruption_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> No
         assert worker._process.poll() is not None
 
 
+@pytest.mark.usefixtures("_warm")
 def test_steps_counts_the_calls_of_progress() -> None:
     entries = [entry("a", "good"), entry("b", "good")]
     calls: list[tuple[str, str]] = []

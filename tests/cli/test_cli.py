@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import warm_process
 
 import fused_resnet as fr
+from fused_resnet.bench import harness
 from fused_resnet.bench.networks import random_model
 from fused_resnet.bench.results import load
 from fused_resnet.cli import _trained, demo, main, verify
@@ -186,6 +188,13 @@ def test_verify_fails_with_its_rows(
 # bench
 
 
+@pytest.fixture
+def _warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers begin with PyTorch imported; how they start is tested in tests/bench."""
+    warm_process.instead_of_popen(monkeypatch, harness)
+
+
+@pytest.mark.usefixtures("_warm")
 def test_bench(capsys: Capture, tmp_path: Path) -> None:
     rows, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     options = "--size 32 --batch 1,2 --rounds 1 --threads 1 --providers channels_last,frozen"
@@ -346,7 +355,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "hub" / "checkpoints"
 
 
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("_warm", "offline")
 def test_demo(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """With the smallest network in ResNet-50's place, so that it takes seconds."""
     monkeypatch.setattr(demo, "MODEL", "resnet18")
