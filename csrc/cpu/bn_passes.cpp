@@ -36,14 +36,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_forward_passes(const Tensor& x, const Opti
                                                      double eps, Activation activation) {
   Tensor mean = empty({0}, ScalarType::Float), var = empty({0}, ScalarType::Float);
   if (training) std::tie(mean, var) = batch_statistics(x);
-  const Folded affine = fold(std::nullopt, weight, bias, training ? mean : *running_mean,
-                             training ? var : *running_var, eps, ScalarType::Float);
+  const auto affine = fold(std::nullopt, weight, bias, training ? mean : *running_mean,
+                           training ? var : *running_var, eps)
+                          .stored(ScalarType::Float);
   const Tensor y = empty_map(x.sizes(), x.options());
   BlockEnd args{};
   args.channels = x.size(1);
   args.z = x.const_data_ptr();
-  args.scale = affine.scale.const_data_ptr();
-  args.shift = affine.shift.const_data_ptr();
+  args.scale = affine.get();
+  args.shift = affine.get() + args.channels * static_cast<int64_t>(sizeof(float));
   args.shortcut = data_or_null(residual);
   args.y = y.mutable_data_ptr();
   args.activation = activation;

@@ -9,12 +9,6 @@
 namespace fr {
 namespace {
 
-void bind_weights(ConvCall& call) {
-  if (!call.live) call.args.packed = call.packed.const_data_ptr();
-  call.args.scale = call.folded.scale.const_data_ptr();
-  call.args.shift = call.folded.shift.const_data_ptr();
-}
-
 void bind_maps(const char* op, ConvCall& call, const Tensor& x, const OptionalTensor& residual,
                Activation activation) {
   const ConvShape& s = call.args.shape;
@@ -78,9 +72,11 @@ ConvCall prepare(const char* op, const Tensor& x, const Tensor& weight,
   char* const packed = call.live->at_least(packed_bytes(weight, call.args.shape));
   pack_weight(weight, call.args.shape, packed);
   call.args.packed = packed;
-  call.folded = fold(conv_bias, bn_weight, bn_bias, mean, var, eps, accumulator(x.scalar_type()));
+  const ScalarType type = accumulator(x.scalar_type());
+  call.folded = fold(conv_bias, bn_weight, bn_bias, mean, var, eps).stored(type);
+  call.args.scale = call.folded.get();
+  call.args.shift = call.folded.get() + weight.size(0) * element_size(type);
   call.dtype = dtype_of(x.scalar_type());
-  bind_weights(call);
   bind_maps(op, call, x, residual, activation);
   return call;
 }
@@ -117,9 +113,12 @@ ConvCall prepare_packed(const char* op, const Tensor& x, const Tensor& packed, c
   call.args.shape = conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups);
   check_packed(op, call.args.shape, x, packed, scale, shift);
   call.packed = packed.contiguous();
-  call.folded = {scale.contiguous(), shift.contiguous()};
+  call.scale = scale.contiguous();
+  call.shift = shift.contiguous();
+  call.args.packed = call.packed.const_data_ptr();
+  call.args.scale = call.scale.const_data_ptr();
+  call.args.shift = call.shift.const_data_ptr();
   call.dtype = dtype_of(x.scalar_type());
-  bind_weights(call);
   bind_maps(op, call, x, residual, activation);
   return call;
 }

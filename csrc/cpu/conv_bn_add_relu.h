@@ -12,9 +12,10 @@ namespace fr {
 
 // Owns the memory that `args` points to. The caller sets `args.y`.
 struct ConvCall {
-  Tensor x, packed, residual;
-  std::unique_ptr<Scratch> live;  // holds a weight that was packed for this call only
-  Folded folded;
+  Tensor x, packed, scale, shift, residual;
+  // A weight that was packed, and a batch norm that was folded, for this call only.
+  std::unique_ptr<Scratch> live;
+  std::unique_ptr<char[]> folded;
   ConvForward args{};
   DType dtype = kFloat32;
 };

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../tensor.h"
@@ -42,20 +44,26 @@ void with_element(ScalarType type, const F& f) {
 inline std::vector<double> numbers(const OptionalTensor& v, int64_t size, double otherwise) {
   std::vector<double> result(static_cast<size_t>(size), otherwise);
   if (!v) return result;
-  const Tensor source = v->contiguous();
-  with_element(source.scalar_type(), [&](auto element) {
-    const auto* p = source.const_data_ptr<decltype(element)>();
-    for (size_t i = 0; i < result.size(); ++i) result[i] = static_cast<double>(p[i]);
+  const int64_t step = v->stride(0);
+  with_element(v->scalar_type(), [&](auto element) {
+    const auto* p = v->const_data_ptr<decltype(element)>();
+    for (int64_t i = 0; i < size; ++i)
+      result[static_cast<size_t>(i)] = static_cast<double>(p[i * step]);
   });
   return result;
 }
 
-inline Tensor as_tensor(const std::vector<double>& values, ScalarType type) {
-  const Tensor t = empty({static_cast<int64_t>(values.size())}, type);
+// Stores them as elements of this dtype.
+inline void store(const std::vector<double>& values, ScalarType type, void* memory) {
   with_element(type, [&](auto element) {
-    auto* p = t.mutable_data_ptr<decltype(element)>();
+    auto* p = static_cast<decltype(element)*>(memory);
     for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<decltype(element)>(values[i]);
   });
+}
+
+inline Tensor as_tensor(const std::vector<double>& values, ScalarType type) {
+  const Tensor t = empty({static_cast<int64_t>(values.size())}, type);
+  store(values, type, t.mutable_data_ptr());
   return t;
 }
 
@@ -68,19 +76,28 @@ inline std::vector<double> bn_scale(const OptionalTensor& weight, const Tensor& 
 }
 
 struct Folded {
-  Tensor scale, shift;
+  std::vector<double> scale, shift;
+
+  // Both as elements of this dtype, one behind the other. No tensors: to allocate two of them would
+  // take a tenth of the call of an operator on a small map.
+  std::unique_ptr<char[]> stored(ScalarType type) const {
+    const size_t bytes = scale.size() * static_cast<size_t>(element_size(type));
+    std::unique_ptr<char[]> memory(new char[2 * bytes]);
+    store(scale, type, memory.get());
+    store(shift, type, memory.get() + bytes);
+    return memory;
+  }
 };
 
 // scale * conv + shift = weight * (conv + conv_bias - mean) / sqrt(var + eps) + bias.
 inline Folded fold(const OptionalTensor& conv_bias, const OptionalTensor& weight,
-                   const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps,
-                   ScalarType type) {
+                   const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
   const int64_t size = mean.size(0);
-  const std::vector<double> scale = bn_scale(weight, var, eps);
+  std::vector<double> scale = bn_scale(weight, var, eps);
   const std::vector<double> before = numbers(conv_bias, size, 0), center = numbers(mean, size, 0);
   std::vector<double> shift = numbers(bias, size, 0);
   for (size_t i = 0; i < shift.size(); ++i) shift[i] += (before[i] - center[i]) * scale[i];
-  return {as_tensor(scale, type), as_tensor(shift, type)};
+  return {std::move(scale), std::move(shift)};
 }
 
 }  // namespace fr
