@@ -50,7 +50,8 @@ THOROUGH_FILES = (
     "test_verify.py",
 )
 #: Folders and files whose tests share no fixture that is costly to make: under pytest-xdist each of
-#: these tests goes to the next free worker, while all other files stay whole.
+#: these tests goes to the next free worker, while all other files stay whole. xdist hands out what
+#: has the most tests first, so the single ones fill the gaps at the end.
 SPREAD = ("conformance", "simt", "test_instruction_sets.py", "triton_kernels")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -146,7 +144,7 @@ assert torch.equal(model(x), expected)
 
 
 def test_a_forked_process_with_one_thread(served: Path) -> None:
-    subprocess.run([sys.executable, "-c", FORK, str(served)], check=True, timeout=300)
+    warm_process.run(["-c", FORK, str(served)], check=True, timeout=300)
 
 
 def answer(path: str, results: object) -> None:

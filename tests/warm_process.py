@@ -254,6 +254,12 @@ def _become(request: dict[str, Any], *files: int) -> None:
         for place, file in enumerate(files):
             os.dup2(file, place)
         os.closerange(3, max(files) + 1)
+        # Buffered as what they are now, not as the server's were.
+        sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = sys.__stderr__ = open(  # noqa: SIM115
+            2, "w", buffering=1, errors="backslashreplace", closefd=False
+        )
         os.environ.clear()
         os.environ.update(request["env"])
         time.tzset()
