@@ -107,6 +107,7 @@ def test_no_time_at_all(tmp_path: Path) -> None:
     assert "toys" in row["reason"]
 
 
+@pytest.mark.usefixtures("_warm")
 def test_a_pause_stops_and_continues(tmp_path: Path) -> None:
     found: list[dict[str, Any]] = []
     jobs = Jobs([job("a", "hangs")], time.monotonic() + LONG, found.append, tmp_path)

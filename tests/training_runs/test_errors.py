@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_data
 import torch
+import warm_process
 
 from fused_resnet import training
 from fused_resnet.cli import main
@@ -96,19 +94,15 @@ def test_a_full_disk(archive: str, done: Path, tmp_path: Path) -> None:
     limit = 100_000
     assert len(before) > limit
 
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     code = (
-        "import dataclasses, sys; from fused_resnet import cli, training; "
+        "import dataclasses, resource, sys; from fused_resnet import cli, training; "
         "from fused_resnet.training import checkpoint\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "try: checkpoint.write(__import__('pathlib').Path(sys.argv[1]) / 'last', "
         "{'model': __import__('torch').zeros(100_000)})\n"
         "except training.TrainingError as error: print(error)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(out)], preexec_fn=limited, capture_output=True, text=True
-    )
+    run = warm_process.run(["-c", code, str(out)])
     assert run.returncode == 0, run.stderr
     assert "last': File too large; the last checkpoint is whole, and --resume" in run.stdout
     assert (out / "last").read_bytes() == before
