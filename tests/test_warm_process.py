@@ -61,6 +61,12 @@ def test_pytorch_alone_is_there() -> None:
     assert warm_process.run(["-c", program]).stdout == "['torch']\n"
 
 
+def test_openmps_threads_are_those_of_the_program() -> None:
+    program = "import torch; print(torch.get_num_threads())"
+    env = {"PATH": os.defpath, "OMP_NUM_THREADS": "3"}
+    assert warm_process.run(["-c", program], env=env).stdout == "3\n"
+
+
 def test_a_process_leads_its_session_and_speaks_through_pipes() -> None:
     program = "import os\nwhile True: print(os.getsid(0), input(), flush=True)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": 2}

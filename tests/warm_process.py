@@ -3,8 +3,8 @@
 Importing PyTorch takes 2.5 seconds of a processor, more than what most programs of the tests do
 after it. A server imports it once for each process of the tests, and forks for each program. What a
 program then does is what ``python`` would do with the same words, except that PyTorch does not see
-the variables that it reads at its import, and that no destructor of C++ runs at the end: a test
-that is about either starts ``python`` itself.
+the variables that it reads at its import (OMP_NUM_THREADS is set for it), and that no destructor of
+C++ runs at the end: a test that is about either starts ``python`` itself.
 """
 
 from __future__ import annotations
@@ -263,6 +263,8 @@ def _become(request: dict[str, Any], *files: int) -> None:
         os.environ.clear()
         os.environ.update(request["env"])
         time.tzset()
+        if threads := os.environ.get("OMP_NUM_THREADS", ""):  # which OpenMP has read already
+            sys.modules["torch"].set_num_threads(int(threads))
         os.chdir(request["cwd"])
         code = _program(request["arguments"])
     finally:
