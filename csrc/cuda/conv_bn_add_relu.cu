@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "conv_bn_add_relu.h"
 #include "conv_tiles.cuh"
 #include "kernels/conv_statistics.cuh"
@@ -63,6 +65,31 @@ double cost(const ConvParams& p, ConvPrecision precision, const ConvPlan& plan, 
   return cycles;
 }
 
+// Whether y and the residual can be stored and loaded 16 bytes at a time.
+bool finishes_by_packs(const ConvParams& p, ConvPrecision precision, bool aligned) {
+  return aligned && p.group_k % (16 / element_bytes(precision)) == 0;
+}
+
+// A sum of two convolutions is split for the last tile alone.
+bool splits(const ConvParams& p, int tile) { return p.second.c == 0 || tile == kConvTiles - 1; }
+
+// What no instance is for: with statistics neither of these two is used, and a second convolution
+// is the residual.
+bool is_excluded(const ConvParams& p, const ConvPlan& plan) {
+  const ConvEpilogue& e = p.epilogue;
+  const bool second = p.second.c > 0;
+  return (p.statistics && (e.residual || e.activation != Activation::kNone || second)) ||
+         (second && e.residual) || (plan.split_k > 1 && !splits(p, plan.tile));
+}
+
+Epilogue epilogue_of(const ConvParams& p, const ConvPlan& plan) {
+  const ConvEpilogue& e = p.epilogue;
+  if (!e.vector || e.residual_scale) return Epilogue::kElements;
+  if (plan.split_k > 1) return Epilogue::kPartial;
+  if (p.statistics) return Epilogue::kStatistics;
+  return e.residual ? Epilogue::kResidual : Epilogue::kPacks;
+}
+
 }  // namespace
 
 ConvParams conv_params(const ConvShape& s) {
@@ -88,6 +115,12 @@ bool conv_by_packs(const ConvParams& p, ConvPrecision precision, bool aligned) {
          p.image.kh * p.image.kw <= kMostTaps;
 }
 
+int first_conv_tile(const ConvParams& p, ConvPrecision precision, bool aligned) {
+  const bool all = conv_by_packs(p, precision, aligned) &&
+                   finishes_by_packs(p, precision, aligned) && !p.epilogue.residual_scale;
+  return all ? 0 : kConvTiles - 1;
+}
+
 ConvPlan plan_conv(const ConvParams& p, ConvPrecision precision, bool aligned, bool may_split,
                    int multiprocessors) {
   // A part with fewer steps would spend its time filling the pipeline.
@@ -95,12 +128,12 @@ ConvPlan plan_conv(const ConvParams& p, ConvPrecision precision, bool aligned, b
   const int most = may_split ? depth_steps(p, precision) / kLeastSteps : 1;
   ConvPlan best{0, 1};
   double best_cost = -1;
-  const int first = conv_by_packs(p, precision, aligned) ? 0 : kConvTiles - 1;
-  for (int tile = first; tile < kConvTiles; ++tile) {
-    for (int splits = 1; splits == 1 || (splits <= most && splits <= kMostSplits); splits *= 2) {
-      const double cycles = cost(p, precision, {tile, splits}, multiprocessors);
+  for (int tile = first_conv_tile(p, precision, aligned); tile < kConvTiles; ++tile) {
+    const int most_here = splits(p, tile) ? std::min(most, kMostSplits) : 1;
+    for (int parts = 1; parts == 1 || parts <= most_here; parts *= 2) {
+      const double cycles = cost(p, precision, {tile, parts}, multiprocessors);
       if (best_cost < 0 || cycles < best_cost) {
-        best = {tile, splits};
+        best = {tile, parts};
         best_cost = cycles;
       }
     }
@@ -121,9 +154,10 @@ cudaError_t conv_bn_add_relu(ConvParams p, ConvPrecision precision, const ConvPl
                              bool aligned, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   const bool by_packs = conv_by_packs(p, precision, aligned);
-  if (!by_packs && (p.second.c > 0 || plan.tile != kConvTiles - 1)) return cudaErrorInvalidValue;
-  p.epilogue.vector = aligned && p.group_k % (16 / element_bytes(precision)) == 0;
-  const ConvLaunch call{p, plan.tile, plan.split_k, by_packs};
+  if ((!by_packs && p.second.c > 0) || is_excluded(p, plan)) return cudaErrorInvalidValue;
+  if (plan.tile < first_conv_tile(p, precision, aligned)) return cudaErrorInvalidValue;
+  p.epilogue.vector = finishes_by_packs(p, precision, aligned);
+  const ConvLaunch call{p, plan.tile, plan.split_k, by_packs, epilogue_of(p, plan)};
   switch (precision) {
     case ConvPrecision::kFloat16:
       return launch_conv<Float16>(call, stream);

@@ -24,8 +24,12 @@ constexpr int kConvTiles = 3;
 ConvParams conv_params(const ConvShape& shape);
 
 // Whether x and the filters can be loaded 16 bytes at a time; `aligned` says that all maps and
-// filters begin at multiples of 16 bytes. If not, only the last tile can be used.
+// filters begin at multiples of 16 bytes.
 bool conv_by_packs(const ConvParams& params, ConvPrecision precision, bool aligned);
+
+// The first tile that can be used, as well as all behind it: the last one unless both x and y come
+// in packs of 16 bytes, and no residual has an affine step.
+int first_conv_tile(const ConvParams& params, ConvPrecision precision, bool aligned);
 
 // The tile and split with the lowest cost by a model; `multiprocessors` of the device.
 ConvPlan plan_conv(const ConvParams& params, ConvPrecision precision, bool aligned, bool may_split,

@@ -5,7 +5,7 @@
 
 namespace fr {
 
-template <class T, class Precision, bool kVector, bool kSecond>
+template <class T, class Precision, bool kVector, bool kSecond, Epilogue kEpilogue>
 cudaError_t launch_instance(const ConvLaunch& call, cudaStream_t stream) {
   ConvParams p = call.params;
   constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(typename Precision::Storage));
@@ -15,14 +15,50 @@ cudaError_t launch_instance(const ConvLaunch& call, cudaStream_t stream) {
   const int64_t tiles_m = (static_cast<int64_t>(p.rows) + T::kM - 1) / T::kM;
   const dim3 grid(static_cast<unsigned>(tiles_m * p.tiles_n), call.splits,
                   p.epilogue.k / p.group_k);
-  return launch(conv_bn_add_relu_kernel<T, Precision, kVector, kSecond>, grid, dim3(T::kThreads),
-                T::kSharedBytes, stream, p);
+  return launch(conv_bn_add_relu_kernel<T, Precision, kVector, kSecond, kEpilogue>, grid,
+                dim3(T::kThreads), T::kSharedBytes, stream, p);
 }
 
 template <class T, class Precision>
 cudaError_t launch_tile(const ConvLaunch& call, cudaStream_t stream) {
-  return call.params.second.c > 0 ? launch_instance<T, Precision, true, true>(call, stream)
-                                  : launch_instance<T, Precision, true, false>(call, stream);
+  if (call.params.second.c > 0) {
+    return launch_instance<T, Precision, true, true, Epilogue::kPacks>(call, stream);
+  }
+  switch (call.epilogue) {
+    case Epilogue::kResidual:
+      return launch_instance<T, Precision, true, false, Epilogue::kResidual>(call, stream);
+    case Epilogue::kStatistics:
+      return launch_instance<T, Precision, true, false, Epilogue::kStatistics>(call, stream);
+    case Epilogue::kPartial:
+      return launch_instance<T, Precision, true, false, Epilogue::kPartial>(call, stream);
+    default:
+      return launch_instance<T, Precision, true, false, Epilogue::kPacks>(call, stream);
+  }
+}
+
+// The smallest tile alone has what seldom comes: x or y whose channels do not come in packs, and
+// two convolutions in one sum that is split.
+template <class T, class Precision>
+cudaError_t launch_smallest(const ConvLaunch& call, cudaStream_t stream) {
+  constexpr Epilogue kAny = Epilogue::kElements;
+  if (call.vector && call.epilogue != kAny) {
+    if (call.params.second.c == 0 || call.epilogue != Epilogue::kPartial) {
+      return launch_tile<T, Precision>(call, stream);
+    }
+    return launch_instance<T, Precision, true, true, Epilogue::kPartial>(call, stream);
+  }
+  if (call.params.second.c > 0) {
+    return launch_instance<T, Precision, true, true, kAny>(call, stream);
+  }
+  if (call.vector) return launch_instance<T, Precision, true, false, kAny>(call, stream);
+  switch (call.epilogue) {
+    case Epilogue::kPacks:
+      return launch_instance<T, Precision, false, false, Epilogue::kPacks>(call, stream);
+    case Epilogue::kStatistics:
+      return launch_instance<T, Precision, false, false, Epilogue::kStatistics>(call, stream);
+    default:
+      return launch_instance<T, Precision, false, false, kAny>(call, stream);
+  }
 }
 
 template <class Precision>
@@ -30,14 +66,12 @@ cudaError_t launch_conv(const ConvLaunch& call, cudaStream_t stream) {
   using S = typename Precision::Storage;
   using Table = Tiles<Precision>;
   cudaError_t error;
-  if (!call.vector) {
-    error = launch_instance<typename Table::Small, Precision, false, false>(call, stream);
-  } else if (call.tile == 0) {
+  if (call.tile == 0) {
     error = launch_tile<typename Table::Large, Precision>(call, stream);
   } else if (call.tile == 1) {
     error = launch_tile<typename Table::Tall, Precision>(call, stream);
   } else {
-    error = launch_tile<typename Table::Small, Precision>(call, stream);
+    error = launch_smallest<typename Table::Small, Precision>(call, stream);
   }
   if (error != cudaSuccess || call.splits == 1) return error;
   const int64_t packs =

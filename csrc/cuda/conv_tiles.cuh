@@ -29,6 +29,7 @@ struct ConvLaunch {
   int tile;
   int splits;
   bool vector;  // whether x and the filters allow 16 bytes at a time
+  Epilogue epilogue;
 };
 
 template <class Precision>

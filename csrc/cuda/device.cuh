@@ -37,16 +37,43 @@ class SharedArena {
   unsigned char* next_;
 };
 
-FR_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+// An address in shared memory: 32 bits, to which offsets can be added.
+using SharedAddress = uint32_t;
+
+FR_DEVICE SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
+}
+
+// The address that differs in these bits.
+FR_DEVICE SharedAddress flipped(SharedAddress address, int bits) { return address ^ bits; }
+
+// The same number, of which the compiler knows nothing: it can compute neither this nor what
+// follows from it again elsewhere. Ahead of a loop that keeps an address in a register, where nvcc
+// would rather compute it in each turn; inside a branch it does not take registers outside of it.
+FR_DEVICE SharedAddress opaque(SharedAddress v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+FR_DEVICE int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+FR_DEVICE void store_shared_16(SharedAddress shared, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(shared), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // Starts a copy of 16 bytes that bypasses L1; if not `valid`, writes zeros and reads nothing.
-FR_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
+FR_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
+}
+FR_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
+  cp_async_16(shared_address(shared), global, valid);
 }
 
 FR_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -58,11 +85,14 @@ FR_DEVICE void cp_async_wait() {
 }
 
 // Four 8x8 matrices of 16-bit elements; lanes 8i to 8i + 7 hold the row addresses of matrix i.
-FR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+FR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+FR_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  ldmatrix_x4(r, shared_address(row));
 }
 
 // d += a b; a is 16 x k, row-major, b is k x 8, column-major, accumulators are float32.

@@ -54,14 +54,26 @@ FR_DEVICE void store_pack(T* to, const float (&values)[kPack<T>]) {
   *reinterpret_cast<uint4*>(to) = pack.bits;
 }
 
-// NaN passes, as in PyTorch.
-FR_DEVICE float activate(Activation activation, float v) {
-  if (activation == Activation::kReLU) return v < 0.0f ? 0.0f : v;
-  if (activation == Activation::kLeakyReLU) {
-    return v < 0.0f ? v * static_cast<float>(kLeakySlope) : v;
-  }
-  return v;
-}
+// The activations as one expression without a branch, as kernels unroll hundreds of them. NaN
+// passes, as in PyTorch.
+struct Activate {
+  float slope, least;  // of negative numbers: the factor, and what they do not fall below
+
+  FR_DEVICE explicit Activate(Activation a)
+      : slope(a == Activation::kNone        ? 1.0f
+              : a == Activation::kLeakyReLU ? static_cast<float>(kLeakySlope)
+                                            : 0.0f),
+        least(a == Activation::kReLU ? 0.0f : -INFINITY) {}
+
+  // fmaxf makes 0 of the NaN that ReLU's slope makes of -infinity.
+  FR_DEVICE float operator()(float v) const { return v < 0.0f ? fmaxf(v * slope, least) : v; }
+};
+
+// Two neighbouring elements, which one instruction loads or stores.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T values[2];
+};
 
 // Whether an activation changes the gradient where its argument, or its result, is `at`; and the
 // gradient there.

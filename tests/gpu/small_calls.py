@@ -76,12 +76,41 @@ def _convolutions(precision: Precision) -> Iterator[Call]:
             arguments = (*fixed, *geometry(PLANNED), True, tile, split_k)
             label = f"{tile=} {split_k=} {precision}"
             yield Call(label, "conv_bn_add_relu_planned", arguments, tf32)
+    for tile in (0, 1, 2):
+        alone = (*fixed[:4], None, *fixed[5:], *geometry(PLANNED), True, tile, 1)
+        label = f"{tile=} without a residual {precision}"
+        yield Call(label, "conv_bn_add_relu_planned", alone, tf32)
+    yield from _large_statistics(precision)
+    yield from _sums_of_two(precision)
     yield Call(
         str(precision),
         "conv_bn_add_relu_packed",
         (x, _packed(w), bn[0], bn[1], residual, list(w.shape), *geometry(PLANNED), True),
         tf32,
     )
+
+
+def _large_statistics(precision: Precision) -> Iterator[Call]:
+    """By tiles that are large, for the simulator's eight multiprocessors."""
+    for k in (64, 128):
+        case = Conv(f"{k} filters", (1, 16, 64, 64), k, (1, 1))
+        x, w, _ = _operands(case, precision.dtype)
+        arguments = (x, w, None, *geometry(case))
+        yield Call(f"{case} {precision}", "conv_statistics", arguments, precision.tf32)
+
+
+def _sums_of_two(precision: Precision) -> Iterator[Call]:
+    """A sum that is split, and filters that fill no pack."""
+    for case in (
+        Conv("deep", (1, 128, 3, 3), 24, args={"padding": 1}),
+        Conv("no packs out", (1, 16, 5, 5), 10, args={"padding": 1}),
+    ):
+        x, w, _ = _operands(case, precision.dtype)
+        second = channels_last(normal(1, 16, *case.x[2:], dtype=precision.dtype))
+        both = normal(w.numel() + case.k * 16, dtype=precision.dtype, scale=0.05)
+        arguments = (x, second, both, torch.randn(case.k), list(w.shape), *geometry(case)[:3])
+        label = f"{case} {precision}"
+        yield Call(label, "conv_conv_add_relu_packed", (*arguments, [1, 1], 1), precision.tf32)
 
 
 def _operands(case: Conv, dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

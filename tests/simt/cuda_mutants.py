@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import mutants_bn
 import mutants_conv
+import mutants_conv_epilogue
 import mutants_stem
 
-MUTANTS = [*mutants_conv.MUTANTS, *mutants_bn.MUTANTS, *mutants_stem.MUTANTS]
+MUTANTS = [
+    *mutants_conv.MUTANTS,
+    *mutants_conv_epilogue.MUTANTS,
+    *mutants_bn.MUTANTS,
+    *mutants_stem.MUTANTS,
+]
 
 #: Planted in every `make test`: a bug in each operation and for each build of the simulator, in
 #: files that few others include. `make mutants` plants all.

@@ -77,10 +77,8 @@ MUTANTS = [
     Mutant(
         "bn: the residual is added behind ReLU",
         FORWARD,
-        "if (residual) v += added[j].get(e);\n"
-        "          items[j].set(e, activate(p.activation, v));",
-        "v = activate(p.activation, v);\n"
-        "          items[j].set(e, residual ? v + added[j].get(e) : v);",
+        "if (residual) v += added[j].get(e);\n          items[j].set(e, activate(v));",
+        "v = activate(v);\n          items[j].set(e, residual ? v + added[j].get(e) : v);",
         tests=_FORWARD,
     ),
     Mutant(

@@ -8,7 +8,6 @@ KERNELS = "csrc/cuda/kernels"
 TILE = f"{KERNELS}/conv_tile.cuh"
 ARITHMETIC = f"{KERNELS}/arithmetic.cuh"
 SOURCE = f"{KERNELS}/conv_source.cuh"
-EPILOGUE = f"{KERNELS}/conv_epilogue.cuh"
 CONV = f"{KERNELS}/conv_bn_add_relu.cuh"
 STATISTICS = f"{KERNELS}/conv_statistics.cuh"
 MOMENTS = f"{KERNELS}/moments.cuh"
@@ -17,9 +16,9 @@ _CONV_TESTS = "tests/conformance/test_conv_bn_add_relu.py"
 SHAPES = f"{_CONV_TESTS}::test_awkward_shapes"
 ALL_SHAPES = f"{_CONV_TESTS}::test_operation"
 SPLITS = "tests/simt/test_cuda_conv_bn_add_relu.py::test_split_of_awkward_shapes"
-FLAGS = f"{_CONV_TESTS}::test_flags"
 CONV_STATISTICS = f"{_CONV_TESTS}::test_statistics_are_those_of_the_rounded_result"
 ON_CHIP = "tests/conformance/test_residual_block.py::test_one_tile_on_chip"
+LARGE_ON_CHIP = "tests/conformance/test_residual_block.py::test_the_middle_stays_on_chip"
 SHORTCUT = "tests/conformance/test_residual_block.py::test_the_shortcut_in_the_same_sum"
 RACE = ("race",)
 ASAN = ("asan",)
@@ -29,8 +28,8 @@ MUTANTS = [
     Mutant(
         "pipeline: no barrier before a stage is read",
         TILE,
-        "    cp_async_wait<T::kStages - 2>();\n    __syncthreads();\n",
-        "    cp_async_wait<T::kStages - 2>();\n",
+        "      cp_async_wait<T::kStages - 2>();\n      __syncthreads();\n",
+        "      cp_async_wait<T::kStages - 2>();\n",
         SHAPES,
         RACE,
     ),
@@ -42,32 +41,24 @@ MUTANTS = [
         SHAPES,
     ),
     Mutant(
-        "pipeline: ends with copies of others under way",
-        TILE,
-        "  cp_async_wait<0>();\n  __syncthreads();\n",
-        "  cp_async_wait<0>();\n",
-        SHAPES,
-        RACE,
-    ),
-    Mutant(
         "pipeline: no group committed in the last steps",
         TILE,
         "    // Commit empty groups too, so that the wait above always refers to the same one.\n",
-        "    if (step + T::kStages - 1 < steps)\n",
+        "    if (step < steps_)\n",
         ALL_SHAPES,
     ),
     Mutant(
         "pipeline: writes the stage that is being read",
         TILE,
-        "const int write = read == 0 ? T::kStages - 1 : read - 1;",
-        "const int write = read;",
+        "bring(step + T::kStages - 1, read == 0 ? T::kStages - 1 : read - 1);",
+        "bring(step + T::kStages - 1, read);",
         ALL_SHAPES,
     ),
     Mutant(
         "pipeline: warps of one row read the first one's columns",
         TILE,
-        "const int warp_b = warp % T::kWarpsN * T::kWarpN * kStageRowBytes;",
-        "const int warp_b = 0 * T::kWarpN * kStageRowBytes;",
+        "return T::kBytesA + n * T::kWarpN * kStageRowBytes; }",
+        "return T::kBytesA + 0 * T::kWarpN * kStageRowBytes; }",
         ALL_SHAPES,
     ),
     # Fragments.
@@ -88,8 +79,8 @@ MUTANTS = [
     Mutant(
         "ldmatrix: halves of A's depth swapped",
         ARITHMETIC,
-        "a + (half ? of_a ^ kUpperHalf : of_a);",
-        "a + (half ? of_a : of_a ^ kUpperHalf);",
+        "flipped(operands.rows + stage, half * kUpperHalf)",
+        "flipped(operands.rows + stage, (1 - half) * kUpperHalf)",
         SHAPES,
     ),
     Mutant(
@@ -166,6 +157,30 @@ MUTANTS = [
         SHORTCUT,
     ),
     Mutant(
+        "image: the shortcut's pixels past the last one are read",
+        SOURCE,
+        "taps_[i] = row < p_.rows ? 1 : 0;",
+        "taps_[i] = 1;",
+        SHORTCUT,
+        ASAN,
+    ),
+    Mutant(
+        "image: the shortcut is read where the first depth begins",
+        SOURCE,
+        "offset = k_ - depth1;",
+        "offset = k_;",
+        SHORTCUT,
+        ("plain", "asan"),
+    ),
+    Mutant(
+        "image: the shortcut's depth has no end",
+        SOURCE,
+        "tap = k_ < p_.depth ? 1 : 0;",
+        "tap = 1;",
+        SHORTCUT,
+        ("plain", "asan"),
+    ),
+    Mutant(
         "filters: those past the last one are read",
         SOURCE,
         "const bool valid = i * kApart < filters_;",
@@ -188,74 +203,6 @@ MUTANTS = [
         "a(p, first_row, 0 * p.group_c,",
         SHAPES,
     ),
-    # The epilogue.
-    Mutant(
-        "epilogue: no warp barrier between writing and reading the slab",
-        EPILOGUE,
-        "    __syncwarp();\n#pragma unroll\n    for (int r = 0;",
-        "#pragma unroll\n    for (int r = 0;",
-        SHAPES,
-        RACE,
-    ),
-    Mutant(
-        "epilogue: no warp barrier before the slab is written again",
-        EPILOGUE,
-        "    __syncwarp();\n  }\n}",
-        "  }\n}",
-        SHAPES,
-        RACE,
-    ),
-    Mutant(
-        "epilogue: every channel of a pack has the first one's scale",
-        EPILOGUE,
-        "const int c = first + i;",
-        "const int c = first;",
-        FLAGS,
-    ),
-    Mutant(
-        "epilogue: variance without eps",
-        EPILOGUE,
-        "sqrtf(a.var[c] + a.eps)",
-        "sqrtf(a.var[c])",
-        FLAGS,
-    ),
-    Mutant(
-        "epilogue: residual left out",
-        EPILOGUE,
-        "affine.shift[i]) + r[i];",
-        "affine.shift[i]);",
-        FLAGS,
-    ),
-    Mutant(
-        "epilogue: channels past the group's end are stored",
-        EPILOGUE,
-        "if (channel + i < end) y[i] = pack.values[i];",
-        "y[i] = pack.values[i];",
-        SHAPES,
-        ("asan", "race"),
-    ),
-    Mutant(
-        "epilogue: one row past the last is stored",
-        CONV,
-        "if (row0 + row >= p.rows || channel >= end) return;",
-        "if (row0 + row > p.rows || channel >= end) return;",
-        SHAPES,
-        ASAN,
-    ),
-    Mutant(
-        "LeakyReLU lets negative numbers pass",
-        "csrc/cuda/element.cuh",
-        "return v < 0.0f ? v * static_cast<float>(kLeakySlope) : v;",
-        "return v;",
-        f"{_CONV_TESTS}::test_flags",
-    ),
-    Mutant(
-        "ReLU swallows NaN",
-        "csrc/cuda/element.cuh",
-        "return v < 0.0f ? 0.0f : v;",
-        "return v > 0.0f ? v : 0.0f;",
-        f"{_CONV_TESTS}::test_non_finite_values_pass_through",
-    ),
     Mutant(
         "launch: the last tile of rows left out",
         "csrc/cuda/conv_launch.cuh",
@@ -266,8 +213,8 @@ MUTANTS = [
     Mutant(
         "launch: 16 bytes at a time whatever the channels",
         "csrc/cuda/conv_bn_add_relu.cu",
-        "p.epilogue.vector = aligned && p.group_k % (16 / element_bytes(precision)) == 0;",
-        "p.epilogue.vector = aligned;",
+        "return aligned && p.group_k % (16 / element_bytes(precision)) == 0;",
+        "return aligned;",
         SHAPES,
         ASAN,
     ),
@@ -289,17 +236,10 @@ MUTANTS = [
     Mutant(
         "split: parts write to one place",
         CONV,
-        "(static_cast<int64_t>(split) * p.rows + row0 + row)",
-        "(static_cast<int64_t>(0 * split) * p.rows + row0 + row)",
+        "static_cast<int64_t>(split) * p.rows * p.epilogue.k",
+        "static_cast<int64_t>(0 * split) * p.rows * p.epilogue.k",
         SPLITS,
         RACE,
-    ),
-    Mutant(
-        "statistics: of the results before rounding",
-        EPILOGUE,
-        "    v[i] = to_float(pack.values[i]);\n",
-        "",
-        CONV_STATISTICS,
     ),
     Mutant(
         "statistics: a lane takes its own count for the other's",
@@ -332,15 +272,15 @@ MUTANTS = [
     ),
     # Two convolutions on chip.
     Mutant(
-        "on chip: no barrier before the slabs take the filters' place",
+        "on chip: no barrier before the residual takes the filters' place",
         BLOCK,
-        "    __syncthreads();  // the slabs reuse the memory of w2\n",
-        "",
+        "    __syncthreads();  // the residual reuses",
+        "    // the residual reuses",
         ON_CHIP,
         RACE,
     ),
     Mutant(
-        "on chip: filters brought while the slabs are read",
+        "on chip: filters brought while y is read",
         BLOCK,
         "    __syncthreads();\n    if (n + T::kN < p.second.k)",
         "    if (n + T::kN < p.second.k)",
@@ -350,23 +290,53 @@ MUTANTS = [
     Mutant(
         "on chip: the second product begins before its filters have come",
         BLOCK,
-        "    cp_async_wait<0>();\n    __syncthreads();\n    clear",
-        "    __syncthreads();\n    clear",
+        "    cp_async_wait<0>();\n    __syncthreads();\n    fill_affine",
+        "    __syncthreads();\n    fill_affine",
         ON_CHIP,
         ("plain", "race"),
     ),
     Mutant(
         "on chip: no ReLU in the middle",
         BLOCK,
-        "activate(p.second.activation, fmaf(sum, affine.scale[e], affine.shift[e]))",
-        "fmaf(sum, affine.scale[e], affine.shift[e])",
+        "activate(fmaf(sum, by[e].x, by[e].y))",
+        "fmaf(sum, by[e].x, by[e].y)",
         ON_CHIP,
     ),
     Mutant(
         "on chip: the middle's rows eight apart change places",
         BLOCK,
-        "16 * i + 8 * half + (lane >> 2);",
-        "16 * i + 8 * (1 - half) + (lane >> 2);",
+        "const int row = at.m * T::kWarpM + 8 * b + (lane >> 2);",
+        "const int row = at.m * T::kWarpM + 8 * (b ^ 1) + (lane >> 2);",
+        ON_CHIP,
+    ),
+    Mutant(
+        "on chip: writes the middle while others still multiply",
+        BLOCK,
+        "  cp_async_wait<0>();\n  __syncthreads();\n\n  const int row0",
+        "  cp_async_wait<0>();\n\n  const int row0",
+        ON_CHIP,
+        RACE,
+    ),
+    Mutant(
+        "on chip: the second product has the first channels' scale and shift",
+        BLOCK,
+        "fill_affine<T>(affine, p.second.affine, n, p.second.k);",
+        "fill_affine<T>(affine, p.second.affine, 0, p.second.k);",
+        ON_CHIP,
+    ),
+    Mutant(
+        "on chip: the residual is not waited for",
+        BLOCK,
+        "      bring_residual(n);\n      cp_async_wait<0>();\n",
+        "      bring_residual(n);\n",
+        f"{ON_CHIP} {LARGE_ON_CHIP}",
+        ("plain", "race"),
+    ),
+    Mutant(
+        "on chip: every part of the channels has the first one's residual",
+        BLOCK,
+        "residual(ring, p.second, first_row, n, p.first.rows, p.second.k);",
+        "residual(ring, p.second, first_row, 0, p.first.rows, p.second.k);",
         ON_CHIP,
     ),
 ]

@@ -16,7 +16,7 @@ MUTANTS = [
     Mutant(
         "stem: no activation",
         KERNEL,
-        "activate(p.activation, v)",
+        "activate(v)",
         "v",
         tests=f"{_TESTS}::test_activations",
     ),

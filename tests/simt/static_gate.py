@@ -7,6 +7,7 @@ that its `__launch_bounds__` were written for. What is wrong is said below the t
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -62,8 +63,7 @@ class Instance:
 
     @property
     def name(self) -> str:
-        """Without namespace, parameters and return type."""
-        return re.sub(r"^void |fr::|\(.*\)$", "", self.kernel)
+        return name_of(self.kernel)
 
     @property
     def base(self) -> str:
@@ -79,6 +79,20 @@ class Design:
 
     threads: int
     blocks: int
+
+
+def name_of(kernel: str) -> str:
+    """A demangled kernel without namespace, parameters and return type; its epilogue in words."""
+    text = re.sub(r"\(fr::Epilogue\)(\d)", lambda m: epilogues()[int(m[1])], kernel)
+    return re.sub(r"^void |fr::|\([^()]*\)$", "", text)
+
+
+@functools.cache
+def epilogues() -> list[str]:
+    """The enumerators of the convolution's epilogue: packs, residual and so on."""
+    text = (ROOT / "csrc/cuda/kernels/conv_epilogue.cuh").read_text()
+    body = text.split("enum class Epilogue {")[1].split("}")[0]
+    return [name.lower() for name in re.findall(r"^  k(\w+),", body, re.MULTILINE)]
 
 
 def base_of(kernel: str) -> str:
@@ -111,8 +125,11 @@ def read(path: Path) -> list[Instance]:
             function = match[1]
         elif (match := _USAGE.search(line)) and (architecture, function) in code:
             opcodes = Counter(opcode(text) for text in code[architecture, function])
-            numbers = map(int, match.groups())
-            found.append(Instance(architecture, function, names[function], *numbers, opcodes))
+            registers, stack, static = map(int, match.groups())
+            if static >= RESERVED and int(architecture.removeprefix("sm_")) >= 90:
+                static -= RESERVED  # which are among a kernel's from sm_90 on
+            usage = registers, stack, static
+            found.append(Instance(architecture, function, names[function], *usage, opcodes))
     return found
 
 
@@ -218,7 +235,7 @@ def wrong_instructions(instance: Instance) -> list[str]:
     elif is_conv:
         wanted |= {"FFMA": True, "HMMA": False}
     if is_conv:
-        by_packs = re.search(r", (true|false), (?:true|false)>$", instance.name)
+        by_packs = re.search(r", (true|false), (?:true|false), \w+>$", instance.name)
         wanted["LDGSTS"] = by_packs is not None and by_packs[1] == "true"
     if instance.base == "residual_block_kernel":
         wanted["LDGSTS"] = True

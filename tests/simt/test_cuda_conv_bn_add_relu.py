@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import Conv, batch_norm
 from conv_operands import EPS, Operands, with_affine_residual
-from precisions import BFLOAT16, FLOAT16, FLOAT32, half_precisions, precisions
+from precisions import BFLOAT16, FLOAT16, FLOAT32, TF32, half_precisions, precisions
 from shapes import AWKWARD, PLANNED, geometry, packed
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -57,6 +57,17 @@ def test_split_of_awkward_shapes(simt, precision, case):
 @pytest.mark.parametrize("precision", [BFLOAT16, FLOAT32], ids=str)
 def test_large_tiles_in_every_build(simt, precision, tile):
     operands = Operands(Conv("pipeline", (1, 40, 5, 5), 72, args={"padding": 1}), precision)
+    result = run_planned(simt, operands, tile, 1)
+    precision.check(result, operands.eager(), operands.truth())
+
+
+@pytest.mark.variants
+@pytest.mark.parametrize("channels", [8, 40])
+@pytest.mark.parametrize("tile", [0, 1, 2])
+@pytest.mark.parametrize("precision", [BFLOAT16, TF32, FLOAT32], ids=str)
+def test_a_residual_behind_a_short_sum(simt, precision, tile, channels):
+    """Fewer steps than the pipeline has stages: the residual is fetched before the first one."""
+    operands = Operands(Conv("short", (1, channels, 13, 11), 72, (1, 1)), precision)
     result = run_planned(simt, operands, tile, 1)
     precision.check(result, operands.eager(), operands.truth())
 

@@ -136,7 +136,7 @@ ConvPlan ConvCall::plan(bool may_split) const {
                             scope_.multiprocessors());
   if (tile_ >= 0) plan.tile = static_cast<int>(tile_);
   if (split_k_ >= 1 && may_split) plan.split_k = static_cast<int>(split_k_);
-  if (!by_packs()) plan.tile = kConvTiles - 1;
+  plan.tile = std::max(plan.tile, first_conv_tile(params_, precision_, aligned_));
   return plan;
 }
 

@@ -19,24 +19,38 @@ FR_DEVICE int stage_offset(int row, int chunk) {
   return row * kStageRowBytes + ((chunk ^ (row >> 1)) & (kChunks - 1)) * 16;
 }
 
-// The permutation repeats every eight rows, and the offsets of the upper half of a row's chunks
-// differ from those of the lower half in one bit. So one offset per lane serves all of its loads,
-// with immediate constants.
+// The permutation repeats every eight rows, and the addresses of the upper half of a row's chunks
+// differ from those of the lower half in one bit, as stages begin at multiples of 64 bytes. So one
+// address per lane and operand, computed once ahead of the loop over the depth, serves all of its
+// loads, with immediate constants.
 constexpr int kUpperHalf = 32;
 
 // Tensor cores: float16, bfloat16, or float32 rounded to tf32, with float32 accumulators.
 template <class Precision>
 struct TensorCores {
+  // Where a lane finds its operands in the first stage: the warp's rows of A begin at `a`, those of
+  // B at `b`.
+  class Operands {
+   public:
+    FR_DEVICE Operands(unsigned char* a, unsigned char* b, int lane) {
+      const int of_a = stage_offset(lane & 15, lane >> 4);
+      const int of_b = stage_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+      rows = opaque(shared_address(a) + of_a);
+      cols = opaque(shared_address(b) + of_b);
+    }
+
+    SharedAddress rows, cols;
+  };
+
+  // `stage` is the stage's distance from the first one in bytes.
   template <int kRows16, int kCols8>
-  FR_DEVICE static void multiply(float (&acc)[kRows16][kCols8][4], const unsigned char* a,
-                                 const unsigned char* b, int lane) {
+  FR_DEVICE static void multiply(float (&acc)[kRows16][kCols8][4], const Operands& operands,
+                                 int stage) {
     static_assert(kCols8 % 2 == 0, "ldmatrix brings the fragments of two column groups");
-    const int of_a = stage_offset(lane & 15, lane >> 4);
-    const int of_b = stage_offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const unsigned char* const half_a = a + (half ? of_a ^ kUpperHalf : of_a);
-      const unsigned char* const half_b = b + (half ? of_b ^ kUpperHalf : of_b);
+      const SharedAddress half_a = flipped(operands.rows + stage, half * kUpperHalf);
+      const SharedAddress half_b = flipped(operands.cols + stage, half * kUpperHalf);
       uint32_t rows[kRows16][4], cols[kCols8 / 2][4];
 #pragma unroll
       for (int i = 0; i < kRows16; ++i) {
@@ -59,6 +73,8 @@ struct TensorCores {
     }
   }
 
+  // Neighbours for e = 0 and 1.
+  static constexpr bool kPairs = true;
   FR_DEVICE static int column(int e, int lane) { return (lane & 3) * 2 + (e & 1); }
 };
 
@@ -98,9 +114,18 @@ struct Tf32 : TensorCores<Tf32> {
 struct Float32 {
   using Storage = float;
 
+  struct Operands {
+    FR_DEVICE Operands(const unsigned char* a_, const unsigned char* b_, int lane_)
+        : a(a_), b(b_), lane(lane_) {}
+    const unsigned char *a, *b;
+    int lane;
+  };
+
   template <int kRows16, int kCols8>
-  FR_DEVICE static void multiply(float (&acc)[kRows16][kCols8][4], const unsigned char* a,
-                                 const unsigned char* b, int lane) {
+  FR_DEVICE static void multiply(float (&acc)[kRows16][kCols8][4], const Operands& operands,
+                                 int stage) {
+    const unsigned char *const a = operands.a + stage, *const b = operands.b + stage;
+    const int lane = operands.lane;
 // If unrolled, the compiler would load all chunks at once and run out of registers.
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -134,6 +159,7 @@ struct Float32 {
     }
   }
 
+  static constexpr bool kPairs = false;
   FR_DEVICE static int column(int e, int lane) { return (e & 1) * 4 + (lane & 3); }
 };
 

@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(kBnThreads, 3)
     for (int e = 0; e < kVector; ++e) scale[e] /= sqrtf(var[e] + p.affine.eps);
   }
 
+  const Activate activate(p.activation);
   const int count = walk.count();
   for (int i = 0; i < count; i += kInFlight) {
     BnItem<T, kVector> items[kInFlight], added[kInFlight];
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kBnThreads, 3)
         for (int e = 0; e < kVector; ++e) {
           float v = fmaf(items[j].get(e) - mean[e], scale[e], bias[e]);
           if (residual) v += added[j].get(e);
-          items[j].set(e, activate(p.activation, v));
+          items[j].set(e, activate(v));
         }
         items[j].store(y + walk.backwards(i + j));
       }

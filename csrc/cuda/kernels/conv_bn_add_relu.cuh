@@ -21,96 +21,129 @@
 //
 // Occupancy designed for: two blocks of 256 threads, three of 128, or four of 128 per
 // multiprocessor, and in strict float32 one, two or four, as Tile::kBlocks tells the compiler;
-// shared memory of 64, 48 and 24 KiB per block, the last with one stage less, so that the 100 KiB
-// of sm_86, sm_89 and sm_120 hold 1, 2 and 3 or 4.
+// shared memory of 65, 48.5 and 24.5 KiB per block, the last with one stage less, so that the 100
+// KiB of sm_86, sm_89 and sm_120 hold 1, 2 and 3.
 #pragma once
 
+#include <type_traits>
+
 #include "conv_epilogue.cuh"
-#include "moments.cuh"
 
 namespace fr {
 
-template <class T, class Precision, bool kVector, bool kSecond>
+template <class T, class Precision, bool kVector, bool kSecond, Epilogue kEpilogue>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     conv_bn_add_relu_kernel(const __grid_constant__ ConvParams p) {
   using S = typename Precision::Storage;
+  constexpr bool kIsPartial = kEpilogue == Epilogue::kPartial;
+  using Result = std::conditional_t<kIsPartial, float, S>;
+  using Staged = StagedTile<T, Result, 0, T::kStageBytes>;
+  using Tail =
+      std::conditional_t<kEpilogue == Epilogue::kResidual, ResidualSource<T, Staged>, NoTail>;
   constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(S));
-  constexpr int kWidth = kPack<S>;
-  static_assert(T::kWarpsM * T::kWarpsN * kSlabBytes<T> <= T::kStages * T::kBytesA,
-                "the slabs reuse the memory of A's stages");
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);
-  unsigned char* const shared_a = arena.take<unsigned char>(T::kStages * T::kBytesA);
-  unsigned char* const shared_b = arena.take<unsigned char>(T::kStages * T::kBytesB);
+  unsigned char* const ring = arena.take<unsigned char>(T::kRingBytes);
+  float2* const affine = arena.take<float2>(T::kN);
 
-  const int thread = threadIdx.x, warp = thread >> 5;
+  const int thread = threadIdx.x;
+  const WarpPlace<T> at(thread);
   const int tile_n = blockIdx.x % p.tiles_n, tile_m = blockIdx.x / p.tiles_n;
   const int split = blockIdx.y, group = blockIdx.z;
   const int first_row = tile_m * T::kM, first_col = tile_n * T::kN;  // col: within the group
+  const int first_filter = group * p.group_k + first_col, end = (group + 1) * p.group_k;
+  const int row0 = first_row + at.m * T::kWarpM, channel0 = first_filter + at.n * T::kWarpN;
   const int all_steps = (p.depth + kStep - 1) / kStep;
   const int step0 = split * p.steps_per_split;
   const int steps = min(all_steps - step0, p.steps_per_split);
 
   typename T::Accumulators acc;
   clear<T>(acc);
+  Tail tail(ring, p.epilogue, first_row, first_filter, p.rows, end);
+  int stage;
   {
-    const int filter = group * p.group_k + first_col;
+    const SharedAddress to = first_chunk(ring, thread);
     ImageSource<S, T::kM, T::kThreads, kVector, kSecond> a(p, first_row, group * p.group_c,
-                                                           step0 * kStep, thread);
+                                                           step0 * kStep, to, thread);
     FilterSource<S, T::kN, T::kThreads, kVector> b(
-        static_cast<const S*>(p.weight) + static_cast<int64_t>(filter) * p.depth,
-        p.group_k - first_col, p.depth, step0 * kStep, thread);
-    accumulate<T, Precision>(acc, a, b, steps, shared_a, shared_b);
+        static_cast<const S*>(p.weight) + static_cast<int64_t>(first_filter) * p.depth,
+        p.group_k - first_col, p.depth, step0 * kStep, to + T::kBytesA, thread);
+    Pipeline<T, decltype(a), decltype(b), Tail> pipeline(a, b, tail, steps);
+    pipeline.start();
+    if (!kIsPartial) fill_affine<T>(affine, p.epilogue.affine, first_filter, end);
+    const typename Precision::Operands operands(ring + at.rows_a(), ring + at.rows_b(), at.lane);
+    stage = pipeline.template run<Precision>(acc, operands);
   }
 
-  const int warp_m = warp / T::kWarpsN, warp_n = warp % T::kWarpsN, lane = thread & 31;
-  const int row0 = first_row + warp_m * T::kWarpM;
-  const int channel =
-      group * p.group_k + first_col + warp_n * T::kWarpN + lane % (T::kWarpN / kWidth) * kWidth;
-  const int end = (group + 1) * p.group_k;
-  float* const slab = reinterpret_cast<float*>(shared_a + warp * kSlabBytes<T>);
-
-  if (p.partial) {
-    for_each_pack<T, Precision>(acc, slab, [&](float (&v)[kWidth], int row, int) {
-      if (row0 + row >= p.rows) return;
-      const int64_t at =
-          (static_cast<int64_t>(split) * p.rows + row0 + row) * p.epilogue.k + channel;
-      if (p.epilogue.vector) {
-        if (channel >= end) return;
-#pragma unroll
-        for (int i = 0; i < kWidth; i += 4) {
-          *reinterpret_cast<float4*>(p.partial + at + i) =
-              make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
-        }
-      } else {
-        for (int i = 0; i < kWidth; ++i) {
-          if (channel + i < end) p.partial[at + i] = v[i];
-        }
-      }
-    });
-    return;
+  const float2* const columns = affine + at.n * T::kWarpN;
+  Moments<2 * T::kCols8> statistics;
+  if constexpr (kEpilogue == Epilogue::kElements) {
+    finish_elements<Precision, T>(acc, p, at.lane, columns, row0, channel0, end, statistics);
+  } else {
+    // More stages than have become free: the last step's too.
+    if constexpr (Staged::kParts > T::kStages - 1) {
+      __syncthreads();
+      const int last = stage == 0 ? T::kStages - 1 : stage - 1;
+      if (Tail::kParts > 0) tail.bring(T::kStages - 1, last * T::kStageBytes);
+      cp_async_commit();
+    }
+    cp_async_wait<0>();
+    __syncwarp();
+    Result* const map = kIsPartial ? reinterpret_cast<Result*>(p.partial) +
+                                         static_cast<int64_t>(split) * p.rows * p.epilogue.k
+                                   : static_cast<Result*>(p.epilogue.y);
+    finish_packs<kEpilogue, Precision, T>(
+        acc, Staged(ring, stage, at.warp), at.lane, columns, Activate(p.epilogue.activation),
+        WarpMap<Result>(map, p.epilogue.k, row0, channel0, p.rows, end), statistics);
   }
+  // A slab of statistics is a warp's rows.
+  if (kEpilogue == Epilogue::kStatistics || (kEpilogue == Epilogue::kElements && p.statistics)) {
+    float* const slab =
+        p.statistics + static_cast<int64_t>(tile_m * T::kWarpsM + at.m) * 2 * p.epilogue.k;
+    store_statistics<Precision, T>(statistics, slab + channel0, p.epilogue.k, at.lane,
+                                   p.rows - row0, end - channel0);
+  }
+}
 
-  const ChannelAffine<kWidth> affine(p.epilogue.affine, channel, end);
-  Moments<kWidth> statistics;
-  for_each_pack<T, Precision>(acc, slab, [&](float (&v)[kWidth], int row, int) {
-    if (row0 + row >= p.rows || channel >= end) return;
-    finish_pack<S>(p.epilogue, affine, v, row0 + row, channel, end);
-    if (p.statistics) statistics.add(v);
-  });
-  if (p.statistics) {
-    // Lanes of equal pack merge over their rows; a slab of the result is a warp's rows.
-    for (int lanes = T::kWarpN / kWidth; lanes < 32; lanes *= 2) statistics.merge_lane(lanes);
-    if (lane < T::kWarpN / kWidth) {
-      const int64_t at =
-          static_cast<int64_t>(tile_m * T::kWarpsM + warp_m) * 2 * p.epilogue.k + channel;
+// Stores y of one pixel's pack of channels, given its sums.
+template <class S>
+FR_DEVICE void finish_pack(const ConvEpilogue& e, const float (&sum)[kPack<S>], int row,
+                           int channel) {
+  const ChannelAffine<kPack<S>> affine(e.affine, channel, e.k);
+  const Activate activate(e.activation);
+  const int64_t at = static_cast<int64_t>(row) * e.k + channel;
+  const S* residual = static_cast<const S*>(e.residual);
+  float r[kPack<S>];
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        if (channel + i < end) {
-          p.statistics[at + i] = statistics.of[i].mean;
-          p.statistics[at + p.epilogue.k + i] = statistics.of[i].m2;
+  for (int i = 0; i < kPack<S>; ++i) r[i] = 0.0f;
+  if (residual) {
+    if (e.vector) {
+      load_pack(r, residual + at);
+    } else {
+      for (int i = 0; i < kPack<S>; ++i) {
+        if (channel + i < e.k) r[i] = to_float(residual[at + i]);
+      }
+    }
+    if (e.residual_scale) {
+#pragma unroll
+      for (int i = 0; i < kPack<S>; ++i) {
+        if (channel + i < e.k) {
+          r[i] = fmaf(r[i], e.residual_scale[channel + i], e.residual_shift[channel + i]);
         }
       }
+    }
+  }
+  float v[kPack<S>];
+#pragma unroll
+  for (int i = 0; i < kPack<S>; ++i) {
+    v[i] = activate(fmaf(sum[i], affine.scale[i], affine.shift[i]) + r[i]);
+  }
+  S* y = static_cast<S*>(e.y) + at;
+  if (e.vector) {
+    store_pack(y, v);
+  } else {
+    for (int i = 0; i < kPack<S>; ++i) {
+      if (channel + i < e.k) y[i] = from_float<S>(v[i]);
     }
   }
 }
@@ -147,8 +180,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       }
     }
   }
-  const ChannelAffine<kWidth> affine(p.epilogue.affine, channel, p.epilogue.k);
-  finish_pack<S>(p.epilogue, affine, sum, row, channel, p.epilogue.k);
+  finish_pack<S>(p.epilogue, sum, row, channel);
 }
 
 }  // namespace fr

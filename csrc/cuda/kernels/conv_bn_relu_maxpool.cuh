@@ -224,6 +224,8 @@ __global__ void __launch_bounds__(kStemThreads, 2)
     affine[threadIdx.x] = make_float2(a.scale[0], a.shift[0]);
   }
 
+  const Activate activate(p.activation);
+
   // The pixels of the thread's four rows; results of rows beyond the tile's pixels are not read.
   const Element* pixels[2][2];
 #pragma unroll
@@ -294,7 +296,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float v = fmaf(acc[i][j][2 * h + e], by[e].x, by[e].y);
-            pair.values[e] = from_float<T>(activate(p.activation, v));
+            pair.values[e] = from_float<T>(activate(v));
           }
           *reinterpret_cast<StemPair<T>*>(tile + row * Tile::kPitch + column) = pair;
         }

@@ -35,6 +35,12 @@ struct FilterPlace {
   }
 };
 
+// Where the thread's first chunk is in the first stage. Both operands' chunks are there, B's as far
+// behind A's as its rows are.
+FR_DEVICE SharedAddress first_chunk(unsigned char* ring, int thread) {
+  return opaque(shared_address(ring) + stage_offset(thread / kChunks, thread % kChunks));
+}
+
 template <class T, int kRows, int kThreads, bool kVector, bool kSecond>
 class ImageSource {
   static constexpr int kEach = kRows * kChunks / kThreads;  // chunks per thread
@@ -44,11 +50,14 @@ class ImageSource {
   static_assert(kVector || !kSecond);
 
  public:
-  FR_DEVICE ImageSource(const ConvParams& p, int first_row, int channel0, int k0, int thread)
+  // `to` is the thread's first chunk of A in the first stage.
+  FR_DEVICE ImageSource(const ConvParams& p, int first_row, int channel0, int k0, SharedAddress to,
+                        int thread)
       : p_(p),
         k_(k0 + thread % kChunks * kPack<T>),
         place_(k_, p.image.kw, p.group_c),
-        to_(stage_offset(thread / kChunks, thread % kChunks)) {
+        to_(to),
+        first_row_(first_row) {
     const ConvImage& m = p.image;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -65,18 +74,11 @@ class ImageSource {
         y_[i] = there ? y : kNowhere;
         x_[i] = x;
       }
-      if (kSecond) {
-        const ConvImage& s = p.second;
-        from2_[i] = static_cast<const T*>(s.x) +
-                    (static_cast<int64_t>(image) * s.h + oy * s.stride_h) * s.w * s.c +
-                    static_cast<int64_t>(ox) * s.stride_w * s.c;
-        there_[i] = there;
-      }
     }
   }
 
-  // Loads the next stage.
-  FR_DEVICE void bring(unsigned char* stage) {
+  // Loads what comes next into the stage at this distance from the first one.
+  FR_DEVICE void bring(int stage) {
     if (kVector) {
       bring_packs(stage);
     } else {
@@ -113,24 +115,44 @@ class ImageSource {
     return (row + at.kx * p_.image.dilation_w) * p_.image.c + at.c;
   }
 
-  FR_DEVICE void bring_packs(unsigned char* stage) {
-    const int depth1 = p_.depth - (kSecond ? p_.second.c : 0);
-    const int64_t offset = tap_offset(place_);
-    // Beyond the depth no tap is inside.
-    const uint64_t tap = k_ < depth1 ? uint64_t{1} << (place_.ky * p_.image.kw + place_.kx) : 0;
+  // From here on the thread reads the second map, whose one tap is inside for each pixel of y. Its
+  // pixels are computed here: the loop around has no registers for them.
+  FR_DEVICE void enter_second() {
+    const ConvImage& s = p_.second;
+    const int first = first_row_ + opaque(static_cast<int>(threadIdx.x)) / kChunks;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      bool valid = (taps_[i] & tap) != 0;
-      const T* from = from_[i] + offset;
-      if (kSecond && k_ >= depth1) {
-        valid = k_ < p_.depth && there_[i];
-        from = from2_[i] + (k_ - depth1);
-      }
-      cp_async_16(stage + to_ + i * kApart * kStageRowBytes, from, valid);
+      const int row = first + i * kApart;
+      const int image = row / (p_.out_h * p_.out_w), pixel = row % (p_.out_h * p_.out_w);
+      const int oy = pixel / p_.out_w, ox = pixel % p_.out_w;
+      from_[i] = static_cast<const T*>(s.x) +
+                 (static_cast<int64_t>(image) * s.h + oy * s.stride_h) * s.w * s.c +
+                 static_cast<int64_t>(ox) * s.stride_w * s.c;
+      taps_[i] = row < p_.rows ? 1 : 0;
+    }
+    in_second_ = true;
+  }
+
+  FR_DEVICE void bring_packs(int stage) {
+    const int depth1 = p_.depth - (kSecond ? p_.second.c : 0);
+    int64_t offset;
+    uint64_t tap;  // beyond the depth no tap is inside
+    if (kSecond && k_ >= depth1) {
+      if (!in_second_) enter_second();
+      offset = k_ - depth1;
+      tap = k_ < p_.depth ? 1 : 0;
+    } else {
+      offset = tap_offset(place_);
+      tap = k_ < depth1 ? uint64_t{1} << (place_.ky * p_.image.kw + place_.kx) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      cp_async_16(to_ + stage + i * kApart * kStageRowBytes, from_[i] + offset,
+                  (taps_[i] & tap) != 0);
     }
   }
 
-  FR_DEVICE void bring_elements(unsigned char* stage) {
+  FR_DEVICE void bring_elements(int stage) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       Pack<T> pack;
@@ -141,19 +163,19 @@ class ImageSource {
         if (k_ + e < p_.depth && inside(y, x)) pack.values[e] = from_[i][tap_offset(at)];
         at.advance(1, p_.image.kw, p_.group_c);
       }
-      *reinterpret_cast<uint4*>(stage + to_ + i * kApart * kStageRowBytes) = pack.bits;
+      store_shared_16(to_ + stage + i * kApart * kStageRowBytes, pack.bits);
     }
   }
 
   const ConvParams& p_;
   int k_;
   FilterPlace place_;
-  int to_;                // offset of the thread's first chunk in a stage
+  SharedAddress to_;
   const T* from_[kEach];  // the first tap of the window, which may be outside of the map
   uint64_t taps_[kVector ? kEach : 1];
   int y_[kVector ? 1 : kEach], x_[kVector ? 1 : kEach];
-  const T* from2_[kSecond ? kEach : 1];
-  bool there_[kSecond ? kEach : 1];
+  int first_row_;
+  bool in_second_ = false;
 };
 
 // Loads filters of `depth` elements, which are contiguous.
@@ -165,19 +187,21 @@ class FilterSource {
   static_assert(kRows * kChunks % kThreads == 0 && kApart % 8 == 0);
 
  public:
-  // `filters` is the number of filters from `first` on.
-  FR_DEVICE FilterSource(const T* first, int filters, int depth, int k0, int thread)
+  // `filters` is the number of filters from `first` on; `to` is the thread's first chunk of B in
+  // the first stage.
+  FR_DEVICE FilterSource(const T* first, int filters, int depth, int k0, SharedAddress to,
+                         int thread)
       : from_(first + static_cast<int64_t>(thread / kChunks) * depth),
         filters_(filters - thread / kChunks),
         depth_(depth),
         k_(k0 + thread % kChunks * kPack<T>),
-        to_(stage_offset(thread / kChunks, thread % kChunks)) {}
+        to_(to) {}
 
-  FR_DEVICE void bring(unsigned char* stage) {
+  FR_DEVICE void bring(int stage) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const T* from = from_ + static_cast<int64_t>(i * kApart) * depth_ + k_;
-      unsigned char* to = stage + to_ + i * kApart * kStageRowBytes;
+      const SharedAddress to = to_ + stage + i * kApart * kStageRowBytes;
       const bool valid = i * kApart < filters_;
       if (kVector) {
         cp_async_16(to, from, valid && k_ < depth_);
@@ -186,7 +210,7 @@ class FilterSource {
         for (int e = 0; e < kPack<T>; ++e) {
           if (valid && k_ + e < depth_) pack.values[e] = from[e];
         }
-        *reinterpret_cast<uint4*>(to) = pack.bits;
+        store_shared_16(to, pack.bits);
       }
     }
     k_ += kStep;
@@ -195,7 +219,8 @@ class FilterSource {
  private:
   const T* from_;  // the thread's first filter
   int filters_;    // number of filters from that one on
-  int depth_, k_, to_;
+  int depth_, k_;
+  SharedAddress to_;
 };
 
 }  // namespace fr

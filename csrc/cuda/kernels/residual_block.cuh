@@ -12,10 +12,15 @@
 // in ResNet's stage 1. Flops as in separate kernels: 2 m (j k + n j). w2 (32 or 128 KiB) stays in
 // L2.
 //
-// After the first product A's stages hold exactly h, and B's a part of w2 and later the slabs of
-// the epilogue. So shared memory is that of the convolution, 48 and 64 KiB, and so is the occupancy
-// designed for: three blocks of 128 threads or two of 256, which hide each other's loads of w2.
+// After the first product the parts of A in the ring's first stages hold exactly h, and the parts
+// of B a part of w2. With 64 middle channels h takes two stages, and the residual comes into the
+// other two stages' A together with w2; with 128 there is no room for it before w2 has been
+// multiplied, and it takes w2's place. So shared memory is that of the convolution, 48.5 and 65
+// KiB, and so is the occupancy designed for: three blocks of 128 threads or two of 256, which hide
+// each other's loads.
 #pragma once
+
+#include <type_traits>
 
 #include "conv_epilogue.cuh"
 
@@ -27,49 +32,67 @@ struct ResidualBlockParams {
   ConvEpilogue second;
 };
 
-// The offset of the 16 bytes that hold pack `pack` of a row, in a row-major matrix stored as
-// stages.
-template <int kBytesStage>
-FR_DEVICE int staged_offset(int row, int pack) {
-  return pack / kChunks * kBytesStage + stage_offset(row, pack % kChunks);
-}
-
 template <class T, class Precision>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     residual_block_kernel(const __grid_constant__ ResidualBlockParams p) {
   using S = typename Precision::Storage;
-  constexpr int kWidth = kPack<S>;
+  constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(S));
   constexpr int kMiddle = T::kN;
-  constexpr int kParts = kMiddle * static_cast<int>(sizeof(S)) / kStageRowBytes;  // stages of h
+  constexpr int kParts = kMiddle / kStep;  // stages of h
+  // Whether the residual has a place of its own.
+  constexpr bool kOwnPlace =
+      (T::kStages - kParts) * T::kBytesA >= T::kM * T::kN * static_cast<int>(sizeof(S));
+  using Staged = std::conditional_t<kOwnPlace, StagedTile<T, S, 0, T::kBytesA>,
+                                    StagedTile<T, S, T::kBytesA, T::kBytesB>>;
+  constexpr int kFirstStage = kOwnPlace ? kParts : 0;
   static_assert(sizeof(S) == 2 && kParts <= T::kStages);
-  static_assert(T::kWarpsM * T::kWarpsN * kSlabBytes<T> <= T::kStages * T::kBytesB);
+  static_assert(kFirstStage + Staged::kParts <= T::kStages);
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);
-  unsigned char* const shared_a = arena.take<unsigned char>(T::kStages * T::kBytesA);
-  unsigned char* const shared_b = arena.take<unsigned char>(T::kStages * T::kBytesB);
+  unsigned char* const ring = arena.take<unsigned char>(T::kRingBytes);
+  float2* const affine = arena.take<float2>(T::kN);
 
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const int warp_m = warp / T::kWarpsN, warp_n = warp % T::kWarpsN;
-  const int first_row = blockIdx.x * T::kM;
+  const int thread = threadIdx.x;
+  const WarpPlace<T> at(thread);
+  const int lane = at.lane, first_row = blockIdx.x * T::kM;
+  const typename Precision::Operands operands(ring + at.rows_a(), ring + at.rows_b(), lane);
+  const Activate activate(p.second.activation);
 
   typename T::Accumulators acc;
   clear<T>(acc);
+  const SharedAddress to = first_chunk(ring, thread);
   {
-    constexpr int kStep = kStageRowBytes / static_cast<int>(sizeof(S));
-    ImageSource<S, T::kM, T::kThreads, true, false> a(p.first, first_row, 0, 0, thread);
+    ImageSource<S, T::kM, T::kThreads, true, false> a(p.first, first_row, 0, 0, to, thread);
     FilterSource<S, T::kN, T::kThreads, true> b(static_cast<const S*>(p.first.weight), kMiddle,
-                                                p.first.depth, 0, thread);
-    accumulate<T, Precision>(acc, a, b, (p.first.depth + kStep - 1) / kStep, shared_a, shared_b);
+                                                p.first.depth, 0, to + T::kBytesA, thread);
+    NoTail nothing;
+    Pipeline<T, decltype(a), decltype(b), NoTail> pipeline(a, b, nothing,
+                                                           (p.first.depth + kStep - 1) / kStep);
+    pipeline.start();
+    fill_affine<T>(affine, p.first.epilogue.affine, 0, kMiddle);
+    pipeline.template run<Precision>(acc, operands);
   }
+  cp_async_wait<0>();
+  __syncthreads();
 
+  const int row0 = first_row + at.m * T::kWarpM;
+  const auto bring_residual = [&](int n) {
+    ResidualSource<T, Staged> residual(ring, p.second, first_row, n, p.first.rows, p.second.k);
+// Not unrolled, here and below: the addresses of all parts together would spill.
+#pragma unroll 1
+    for (int part = 0; part < Staged::kParts; ++part) {
+      residual.bring(part, (kFirstStage + part) * T::kStageBytes);
+    }
+    cp_async_commit();
+  };
   const auto bring_weight2 = [&](int n) {
     FilterSource<S, T::kN, T::kThreads, true> b(
         static_cast<const S*>(p.weight2) + static_cast<int64_t>(n) * kMiddle, p.second.k - n,
-        kMiddle, 0, thread);
-// Not unrolled, here and below: the addresses of all parts together would spill.
+        kMiddle, 0, to + T::kBytesA, thread);
 #pragma unroll 1
-    for (int part = 0; part < kParts; ++part) b.bring(shared_b + part * T::kBytesB);
+    for (int part = 0; part < kParts; ++part) b.bring(part * T::kStageBytes);
     cp_async_commit();
+    if (kOwnPlace) bring_residual(n);
   };
   bring_weight2(0);
 
@@ -77,52 +100,45 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   // four lanes are in 32 different banks.
 #pragma unroll
   for (int j = 0; j < T::kCols8; ++j) {
-    const int pack = warp_n * T::kCols8 + j;
+    const int pack = at.n * T::kCols8 + j;
     const int col = 8 * pack + Precision::column(0, lane);
-    const ChannelAffine<2> affine(p.first.epilogue.affine, col, kMiddle);
+    const float2 by[2] = {affine[col], affine[col + 1]};
 #pragma unroll
-    for (int i = 0; i < T::kRows16; ++i) {
+    for (int b = 0; b < 2 * T::kRows16; ++b) {
+      const int row = at.m * T::kWarpM + 8 * b + (lane >> 2);
+      Pair<S> pair;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_m * T::kWarpM + 16 * i + 8 * half + (lane >> 2);
-        S pair[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float sum = acc[i][j][2 * half + e];
-          pair[e] = from_float<S>(
-              activate(p.second.activation, fmaf(sum, affine.scale[e], affine.shift[e])));
-        }
-        S* const to = reinterpret_cast<S*>(shared_a + staged_offset<T::kBytesA>(row, pack)) +
-                      Precision::column(0, lane);
-        to[0] = pair[0];
-        to[1] = pair[1];
+      for (int e = 0; e < 2; ++e) {
+        const float sum = acc[b / 2][j][b % 2 * 2 + e];
+        pair.values[e] = from_float<S>(activate(fmaf(sum, by[e].x, by[e].y)));
       }
+      unsigned char* const chunk =
+          ring + pack / kChunks * T::kStageBytes + stage_offset(row, pack % kChunks);
+      *reinterpret_cast<Pair<S>*>(chunk + 4 * (lane & 3)) = pair;
     }
   }
 
-  ConvEpilogue second = p.second;
-  second.vector = true;  // a constant, so that the compiler removes the other branches
-  second.residual_scale = nullptr;
-  float* const slab = reinterpret_cast<float*>(shared_b + warp * kSlabBytes<T>);
-  const int warp_a = warp_m * T::kWarpM * kStageRowBytes;
-  const int warp_b = warp_n * T::kWarpN * kStageRowBytes;
   for (int n = 0; n < p.second.k; n += T::kN) {
     cp_async_wait<0>();
     __syncthreads();
+    fill_affine<T>(affine, p.second.affine, n, p.second.k);
     clear<T>(acc);
 #pragma unroll 1
     for (int part = 0; part < kParts; ++part) {
-      Precision::multiply(acc, shared_a + part * T::kBytesA + warp_a,
-                          shared_b + part * T::kBytesB + warp_b, lane);
+      Precision::multiply(acc, operands, part * T::kStageBytes);
     }
-    __syncthreads();  // the slabs reuse the memory of w2
-    const int row0 = first_row + warp_m * T::kWarpM;
-    const int channel = n + warp_n * T::kWarpN + lane % (T::kWarpN / kWidth) * kWidth;
-    const ChannelAffine<kWidth> affine(p.second.affine, channel, p.second.k);
-    for_each_pack<T, Precision>(acc, slab, [&](float (&v)[kWidth], int row, int) {
-      if (row0 + row >= p.first.rows || channel >= p.second.k) return;
-      finish_pack<S>(second, affine, v, row0 + row, channel, p.second.k);
-    });
+    __syncthreads();  // the residual reuses the memory of w2, and scale and shift are there
+    if (!kOwnPlace) {
+      bring_residual(n);
+      cp_async_wait<0>();
+      __syncwarp();
+    }
+    Moments<2 * T::kCols8> none;
+    finish_packs<Epilogue::kResidual, Precision, T>(
+        acc, Staged(ring, kFirstStage, at.warp), lane, affine + at.n * T::kWarpN, activate,
+        WarpMap<S>(static_cast<S*>(p.second.y), p.second.k, row0, n + at.n * T::kWarpN,
+                   p.first.rows, p.second.k),
+        none);
     __syncthreads();
     if (n + T::kN < p.second.k) bring_weight2(n + T::kN);
   }

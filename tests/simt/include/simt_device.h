@@ -106,6 +106,21 @@ class SharedArena {
   int buffers_ = 0;
 };
 
+using SharedAddress = unsigned char*;
+
+FR_DEVICE SharedAddress shared_address(void* p) { return static_cast<SharedAddress>(p); }
+FR_DEVICE SharedAddress flipped(SharedAddress address, uintptr_t bits) {
+  return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(address) ^ bits);
+}
+FR_DEVICE SharedAddress opaque(SharedAddress v) { return v; }
+FR_DEVICE int opaque(int v) { return v; }
+FR_DEVICE void store_shared_16(SharedAddress shared, uint4 v) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16) {
+    simt::fail("store_shared_16: the address is no multiple of 16");
+  }
+  *reinterpret_cast<uint4*>(shared) = v;
+}
+
 FR_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 ||
       (valid && reinterpret_cast<uintptr_t>(global) % 16)) {
