@@ -90,7 +90,9 @@ def call_key(
         metadata = tuple(
             [None if t is None else (t.dtype, t.shape, t.stride(), t.device) for t in tensors]
         )
-        key = (op, tuner.circumstances(), settings, metadata)
+        # 1, True and 1.0 are equal, and not all of them are what a setting may be.
+        kinds = tuple([type(v) for s in settings for v in (s if type(s) is tuple else (s,))])
+        key = (op, tuner.circumstances(), settings, kinds, metadata)
         hash(key)
     except (AttributeError, TypeError):
         return None
@@ -115,8 +117,9 @@ def remember_call(
         key: From :func:`call_key`.
         result: Shape of the result, ``(N, C, H, W)``.
         x: The feature map.
-        call: Kept until the tuner forgets its decisions.
+        call: Kept until the tuner forgets its decisions, or there are too many.
     """
     # A size of 1 is left out: there the strides of the result must be looked at.
     if key is not None and 1 not in result[1:] and tuner.may_time(x):
+        tuner.make_room(tuner.calls)
         tuner.calls[key] = call

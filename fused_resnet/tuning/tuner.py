@@ -62,6 +62,10 @@ _decided: dict[tuple[Any, ...], tuple[Mapping[str, Any], str]] = {}
 #: What callers keep for calls that they have asked about; dropped with the decisions.
 calls: dict[tuple[Any, ...], Any] = {}
 
+#: Entries of each of these two: images of ever-changing sizes must not fill the memory. A network
+#: needs one for each layer and shape, of about 1.5 KiB.
+MOST = 8192
+
 
 def mode() -> str:
     """``FUSED_RESNET_TUNE``: ``"0"``, ``"1"`` or ``"exhaustive"``.
@@ -130,6 +134,16 @@ def circumstances() -> tuple[int, bool]:
     return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
 
+def make_room(entries: dict[Any, Any]) -> None:
+    """Empty a full dictionary of decisions, which are made again as their calls come.
+
+    Args:
+        entries: One of this module's, that is to get another entry.
+    """
+    if len(entries) >= MOST:
+        entries.clear()
+
+
 def _is_map(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.dim() == 4
 
@@ -165,6 +179,7 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
     shipped = {} if times else _shipped(op, arguments)
     choice = fastest(times or shipped, default, candidates)
     if may_time(x):  # otherwise a later call can be timed
+        make_room(_decided)
         _decided[call] = (candidates, choice)
         if _log.isEnabledFor(logging.DEBUG):
             source = "its times" if times else "the shipped table" if shipped else "the default"

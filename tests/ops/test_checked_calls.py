@@ -59,6 +59,36 @@ def test_wrong_arguments_are_found_after_right_ones(changes, kind, message):
 
 @pytest.mark.parametrize(
     "changes",
+    [{"stride": 1.0}, {"stride": (1.0, 1.0)}, {"dilation": 1.0}, {"groups": 1.0}, {"eps": 1 + 0j}],
+    ids=str,
+)
+def test_an_equal_setting_of_another_type_is_checked(changes):
+    """Whether 1.0 is refused does not depend on a call with 1 before it."""
+    with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as alone:
+        ops.conv_bn_add_relu(**conv_arguments(**changes))
+    right = {"dilation": 1, "groups": 1, "eps": 1.0}
+    right["stride"] = (1, 1) if type(changes.get("stride")) is tuple else 1
+    ops.conv_bn_add_relu(**conv_arguments(**right))
+    with pytest.raises(alone.type):
+        ops.conv_bn_add_relu(**conv_arguments(**right | changes))
+
+
+def test_calls_of_ever_changing_shapes_are_forgotten(monkeypatch):
+    monkeypatch.setattr(tuner, "MOST", 3)
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    arguments = conv_arguments()
+    for rows in range(5, 12):
+        x = torch.randn(2, 4, rows, 5)
+        y = ops.conv_bn_add_relu(**{**arguments, "x": x})
+        with fr.use_backend("reference"):
+            expected = ops.conv_bn_add_relu(**{**arguments, "x": x})
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        assert 1 <= len(tuner.calls) <= 3
+        assert 1 <= len(tuner._decided) <= 3
+
+
+@pytest.mark.parametrize(
+    "changes",
     [{"eps": 1.0}, {"relu": False}, {"activation": "leaky_relu"}, {"stride": 2}, {"padding": 1}],
     ids=str,
 )
