@@ -21,7 +21,7 @@ MUTANTS = [
     Mutant(
         "calls with other settings need no checks",
         DISPATCH,
-        "settings, metadata)",
+        "settings, kinds, metadata)",
         "metadata)",
         CHECKED,
     ),
