@@ -47,6 +47,17 @@ def call_operator(operator: Callable[..., Any], arguments: tuple[Any, ...]) -> A
         return operator(*arguments)
 
 
+def overload_of(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The only overload of an operator, whose call is the cheaper one.
+
+    Args:
+        operator: Of :data:`.registry.OPERATORS`; Triton's are functions, and are returned as they
+            are.
+    """
+    overload: Callable[..., Any] = getattr(operator, "default", operator)
+    return overload
+
+
 class CheckedCall(NamedTuple):
     """What the checks of a call and the choice of its backend came to.
 

@@ -25,6 +25,7 @@ from .dispatch import (
     call_operator,
     checked_call,
     fastest_backend,
+    overload_of,
     remember_call,
 )
 from .memory_format import with_plain_strides
@@ -146,7 +147,7 @@ def bn_add_relu(
     else:
         operator = OPERATORS[backend].bn_add_relu
         y = call_operator(operator, arguments)[0]
-        remember_call(key, x.shape, x, CheckedCall(operator.default, settings))
+        remember_call(key, x.shape, x, CheckedCall(overload_of(operator), settings))
     return with_plain_strides(y)
 
 
@@ -246,7 +247,7 @@ def conv_bn_add_relu(
         backend = fastest_backend(op, backend, arguments)
         operator = OPERATORS[backend].conv_bn_add_relu
         y = call_operator(operator, arguments)
-        remember_call(key, shape, x, CheckedCall(operator.default, settings))
+        remember_call(key, shape, x, CheckedCall(overload_of(operator), settings))
         return with_plain_strides(y)
     # A contiguous map would be converted twice, to and from channels_last. The backend comes first:
     # under vmap, where it is the reference, no tensor tells its memory format.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_wrong_arguments import BAD, conv_arguments
@@ -9,6 +11,7 @@ from test_wrong_arguments import BAD, conv_arguments
 import fused_resnet as fr
 from fused_resnet import ops
 from fused_resnet.ops import checks
+from fused_resnet.ops.registry import OPERATORS
 from fused_resnet.tuning import tuner
 
 
@@ -47,6 +50,19 @@ def test_the_second_call_of_a_kind_is_not_checked(monkeypatch, op):
         assert checked(monkeypatch, lambda x=other: op(**{**arguments, "x": x}))
     tuner.forget()
     assert checked(monkeypatch, lambda: op(**arguments))
+
+
+@pytest.mark.parametrize("op", ["conv_bn_add_relu", "bn_add_relu"])
+def test_an_operator_may_be_a_function(monkeypatch, op):
+    """As those of Triton are."""
+    operator = getattr(OPERATORS["cpu"], op)
+    monkeypatch.setitem(OPERATORS, "cpu", SimpleNamespace(**{op: lambda *args: operator(*args)}))
+    arguments = conv_arguments(x=torch.randn(2, 6, 5, 5), conv_weight=torch.randn(6, 6, 3, 3))
+    if op == "bn_add_relu":
+        del arguments["conv_weight"]
+    first = getattr(ops, op)(**arguments)
+    assert not checked(monkeypatch, lambda: getattr(ops, op)(**arguments))
+    assert torch.equal(getattr(ops, op)(**arguments), first)
 
 
 @pytest.mark.parametrize(("changes", "kind", "message"), BAD, ids=[b[2] for b in BAD])
