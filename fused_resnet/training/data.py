@@ -175,16 +175,27 @@ def _archive(settings: Settings, path: Path) -> Data:
                 "val_images (or test_images), val_labels, or JPEG files as train_jpeg and "
                 "train_offsets"
             )
-        labels = found[f"{part}_labels"].reshape(-1).astype(np.int64)
+        labels = _labels(found[f"{part}_labels"].reshape(-1), f"{what}: {part}_labels")
         images = _pixels(found, part, what)
         if len(images) != len(labels):
             raise TrainingError(f"{what}: {len(images)} {part} images and {len(labels)} labels")
         arrays.append((images, labels))
     count = int(max(labels.max(initial=0) for _, labels in arrays)) + 1
+    most = sum(len(labels) for _, labels in arrays)
+    if count > max(most, 1):  # before so many names are made
+        raise TrainingError(f"{what}: {most} images and a label of {count - 1}")
     classes = [str(name) for name in found.get("classes", range(count))]
     if len(classes) < count:
         raise TrainingError(f"{what}: {len(classes)} names of classes and a label of {count - 1}")
     return _arrays(settings, arrays, classes, arrays[0][0].shape[1])
+
+
+def _labels(given: Any, what: str) -> Any:
+    """Labels of an archive as integers; the loss would fail on others, or round them."""
+    right = given.dtype.kind in "biuf"
+    if not right or not ((given >= 0) & (given < 2**31) & (given == np.floor(given))).all():
+        raise TrainingError(f"{what}: expected whole numbers from 0 on, below 2**31")
+    return given.astype(np.int64)
 
 
 def _pixels(found: dict[str, Any], part: str, what: str) -> Any:
@@ -200,13 +211,19 @@ def _pixels(found: dict[str, Any], part: str, what: str) -> Any:
                     decoded.append(np.asarray(picture.convert("RGB")))
             except Exception as error:  # Pillow's decoders raise anything on damaged data
                 raise TrainingError(f"{what}: {part} image {i} can't be read") from error
+        if len({picture.shape for picture in decoded}) != 1:
+            raise TrainingError(f"{what}: {part}_jpeg: expected images of one size")
         images = np.stack(decoded)
-    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
+    if images is None or images.dtype != np.uint8 or not _are_images(images.shape):
         got = "nothing" if images is None else f"{images.dtype} of shape {images.shape}"
         raise TrainingError(
             f"{what}: {part}_images: expected uint8 (N, H, W) or (N, H, W, 3), got {got}"
         )
     return images
+
+
+def _are_images(shape: tuple[int, ...]) -> bool:
+    return len(shape) >= 3 and shape[3:] in ((), (3,)) and 0 not in shape[1:]
 
 
 def _arrays(settings: Settings, arrays: list[Any], classes: list[str], size: int) -> Data:

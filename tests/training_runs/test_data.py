@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
@@ -151,6 +152,13 @@ def test_incomplete_folders(spoil, message: str, tmp_path: Path) -> None:
         ({"val_labels": np.zeros(14, int)}, "val has no image of class '1' and of 1 more"),
         ({"val_labels": np.zeros(3, int)}, "14 val images and 3 labels"),
         ({"train_images": np.zeros((40, 3))}, r"train_images: expected uint8 \(N, H, W\)"),
+        ({"train_images": np.zeros((40, 9, 9, 4), np.uint8)}, r"uint8 of shape \(40, 9, 9, 4\)"),
+        ({"train_images": np.zeros((40, 0, 9, 3), np.uint8)}, r"uint8 of shape \(40, 0, 9, 3\)"),
+        ({"train_labels": np.arange(40) % 4 - 1}, "train_labels: expected whole numbers from 0"),
+        ({"train_labels": np.full(40, 0.5)}, "train_labels: expected whole numbers from 0"),
+        ({"train_labels": np.full(40, np.nan)}, "train_labels: expected whole numbers from 0"),
+        ({"train_labels": np.array(["cat"] * 40)}, "train_labels: expected whole numbers from 0"),
+        ({"train_labels": np.full(40, 2**31 - 1)}, "54 images and a label of 2147483647"),
         ({"classes": np.array(["a"])}, "1 names of classes and a label of 2"),
     ],
 )
@@ -158,6 +166,25 @@ def test_wrong_archives(more, message: str, tmp_path: Path) -> None:
     file = tiny_data.archive(tmp_path / "a.npz", **more)
     with pytest.raises(TrainingError, match=message):
         data.load(tiny_data.settings(file, tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_jpeg_files_of_several_sizes_or_none(count: int, tmp_path: Path) -> None:
+    from PIL import Image
+
+    files = []
+    for i in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (8 + i, 8)).save(file, "JPEG")
+        files.append(file.getvalue())
+    np.savez(
+        tmp_path / "a.npz",
+        train_jpeg=np.frombuffer(b"".join(files), np.uint8),
+        train_offsets=np.cumsum([0, *map(len, files)]),
+        train_labels=np.zeros(count, int),
+    )
+    with pytest.raises(TrainingError, match="train_jpeg: expected images of one size"):
+        data.load(tiny_data.settings(tmp_path / "a.npz", tmp_path))
 
 
 def test_data_that_is_not_there(tmp_path: Path) -> None:
