@@ -150,6 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"bench: --size: expected at least 32, got {arguments.size}")
     if arguments.training:
         return run_training(arguments)
+    if arguments.trainable:
+        raise UsageError("bench: --trainable: needs --training")
     if arguments.layers:
         return view_layers(arguments)
     command = shlex.join(["fused-resnet", *arguments.typed])

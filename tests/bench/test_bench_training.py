@@ -51,6 +51,11 @@ def test_a_part_that_is_not_there(capsys):
     assert "--trainable: unknown part 'layer9'; expected of conv1, bn1" in capsys.readouterr().err
 
 
+def test_parts_without_training(capsys):
+    assert main(["bench", "cifar_resnet20", "--trainable", "layer3"]) == 2
+    assert "--trainable: needs --training" in capsys.readouterr().err
+
+
 def test_a_step_with_a_wrong_gradient_is_not_timed(problem):
     subject = training.build("eager", "cifar_resnet20", "float32", problem)
     step = subject.call
