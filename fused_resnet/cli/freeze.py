@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from typing import Any
 
 import torch
 
+from ..inference import preprocessing
 from ..inference.archive import write_frozen
 from ..models import sources
 from ..models.optional import MissingPackageError, library
-from ..models.weights import is_path, load_weights
+from ..models.weights import is_path, load_weights, metadata_of
 from . import _pictures
 from ._common import DTYPES, UsageError, network, one_of, printed_notes, writable
 
@@ -53,8 +55,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="a file with one class per line, to be stored (default: ImageNet's from torchvision "
-        "where the network is its and has 1000 classes)",
+        help="a file with one class per line, to be stored (default: those of the run of "
+        "fused-resnet train that wrote the weights; ImageNet's from torchvision where the network "
+        "is its and has 1000 classes)",
     )
     parser.set_defaults(run=run)
 
@@ -100,11 +103,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _metadata(arguments: argparse.Namespace, classes: int) -> tuple[list[str] | None, Any]:
-    """Labels and transform: torchvision's by its weights, timm's by its configuration."""
-    labels, transform = None, None
+    """Labels and transform: of a training run, torchvision by its weights, or timm by its cfg."""
+    labels, transform = _of_run(arguments.weights, classes)
     if arguments.labels:
         labels = _pictures.read_labels("freeze", arguments.labels, classes)
     source, _, name = arguments.model.rpartition(":")
+    if transform is not None:
+        return labels, transform
     if source == "timm":
         timm = library("timm")
         config = timm.get_pretrained_cfg(name).to_dict()
@@ -115,3 +120,21 @@ def _metadata(arguments: argparse.Namespace, classes: int) -> tuple[list[str] | 
         if labels is None and classes == len(enum.meta["categories"]):
             labels = list(enum.meta["categories"])
     return labels, transform
+
+
+def _of_run(weights: str, classes: int) -> tuple[list[str] | None, Any]:
+    """What ``fused-resnet train`` wrote beside its weights; None and None for other weights.
+
+    Raises:
+        ValueError: It does not belong to the weights, or can't be read.
+    """
+    said = metadata_of(weights)
+    if "preprocessing" not in said:
+        return None, None
+    try:
+        labels, fields = json.loads(said["classes"]), json.loads(said["preprocessing"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError("its metadata is not that of fused-resnet train") from error
+    if not isinstance(labels, list) or len(labels) != classes:
+        raise ValueError(f"its metadata does not name {classes} classes")
+    return [str(label) for label in labels], preprocessing.read(fields)

@@ -248,6 +248,24 @@ def _read_safetensors(path: Path) -> Any:
         raise _damaged(path) from error
 
 
+def metadata_of(source: Source) -> dict[str, str]:
+    """What a ``.safetensors`` file says of its weights; empty for any other source.
+
+    Args:
+        source: As in :func:`load_weights`.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not isinstance(source, str | os.PathLike) or Path(source).suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(source, "pt") as opened:
+            return dict(opened.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(Path(source)) from error
+
+
 def _damaged(path: Path) -> ValueError:
     return ValueError(
         f"weights file {str(path)!r}: truncated or not a file of weights; download or save it again"

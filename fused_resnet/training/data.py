@@ -91,6 +91,8 @@ class Data:
         size: Height and width of an image.
         mean: Of each channel, of values from 0 to 1.
         std: Standard deviation of each channel.
+        resize: What the shorter side of another image is resized to before its centre is cropped to
+            ``size``, as the validation images are.
     """
 
     train: Images
@@ -99,6 +101,7 @@ class Data:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: int
 
 
 def collate(items: Sequence[Any]) -> tuple[Tensor, Tensor] | Unreadable:
@@ -258,7 +261,7 @@ def _arrays(settings: Settings, arrays: list[Any], classes: list[str], size: int
                 settings.seed,
             )
         )
-    return Data(parts[0], parts[1], classes, size, tuple(mean), tuple(std))
+    return Data(parts[0], parts[1], classes, size, tuple(mean), tuple(std), size)
 
 
 @dataclass
@@ -277,7 +280,8 @@ def _folder(settings: Settings, path: Path) -> Data:
     torchvision = library("torchvision", "train")
     v2 = library("torchvision.transforms.v2", "train")
     size = settings.size or 224
-    plain = [v2.Resize(size * 256 // 224, antialias=True), v2.CenterCrop(size)]
+    resize = size * 256 // 224
+    plain = [v2.Resize(resize, antialias=True), v2.CenterCrop(size)]
     random = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     parts, classes = [], []
     for part, steps in (("train", random if settings.augment else plain), ("val", plain)):
@@ -301,7 +305,7 @@ def _folder(settings: Settings, path: Path) -> Data:
         Images(_FileReader(files), _FileName(files), len(files), transform, settings.seed)
         for files, transform in parts
     )
-    return Data(train, val, names, size, *IMAGENET)
+    return Data(train, val, names, size, *IMAGENET, resize)
 
 
 @dataclass

@@ -266,16 +266,18 @@ class Run:
     def _write_best(self) -> None:
         """The weights in plain layout, with what serving them needs to know."""
         judged = self.model if self.average is None else self.average.module
+        data = self.data
+        # As a frozen file has it.
+        prepared = {"resize": data.resize, "crop": data.size, "interpolation": "bilinear"}
+        prepared |= {"mean": data.mean, "std": data.std}
         metadata = {
             "network": self.settings.model,
-            "classes": json.dumps(self.data.classes),
-            "mean": json.dumps(self.data.mean),
-            "std": json.dumps(self.data.std),
-            "size": str(self.data.size),
+            "classes": json.dumps(data.classes),
+            "preprocessing": json.dumps(prepared),
         }
         state = {key: value.contiguous() for key, value in _plain(judged).items()}
-        data = library("safetensors.torch", "train").save(state, metadata)
-        checkpoint.write_bytes(self.out / "best.safetensors", data)
+        written = library("safetensors.torch", "train").save(state, metadata)
+        checkpoint.write_bytes(self.out / "best.safetensors", written)
 
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:

@@ -11,10 +11,13 @@ import pytest
 import tiny_data
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import fused_resnet as fr
 from fused_resnet import training
+from fused_resnet.cli import main
 from fused_resnet.models import sources
 from fused_resnet.models.weights import load_weights
 from fused_resnet.training import Settings, batches, checkpoint, data
@@ -94,17 +97,50 @@ def test_files_and_serving(archive: str, tmp_path: Path) -> None:
     assert training.from_mapping(described) == settings
     assert "torch" in (out / "recipe.yaml").read_text()
 
-    state = load_weights(out / "best.safetensors")
-    from fused_resnet.inference.archive import write_frozen
-
-    write_frozen(tmp_path / "served.pt", settings.model, state)
-    served = fr.load_frozen(tmp_path / "served.pt")
+    weights, file = str(out / "best.safetensors"), str(tmp_path / "served.safetensors")
+    assert main(["freeze", settings.model, "--weights", weights, "--out", file]) == 0
+    served = fr.load_frozen(file)
+    assert list(served.labels) == data.load(settings).classes
+    prepare = served.preprocessing
     images, labels = tiny_data.pixels("val")
-    x = normal(settings, torch.from_numpy(images).permute(0, 3, 1, 2)).float()
+    x = torch.stack([prepare(torch.from_numpy(image).permute(2, 0, 1)) for image in images])
+    expected = normal(settings, torch.from_numpy(images).permute(0, 3, 1, 2)).float()
+    torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
     with torch.inference_mode():
         right = (served(x).argmax(1) == torch.from_numpy(labels)).double().mean()
     assert right == result.best_accuracy
     assert result.best_accuracy == max(e["val_accuracy"] for e in lines)
+
+
+def test_files_are_served_as_they_were_validated(tmp_path: Path) -> None:
+    """Of a folder of photographs: the size of the run, and the resize before the crop."""
+    settings = tiny_data.settings(tiny_data.folder(tmp_path / "photos"), tmp_path / "run", size=32)
+    training.train(settings)
+    weights, file = str(tmp_path / "run" / "best.safetensors"), str(tmp_path / "served.safetensors")
+    assert main(["freeze", settings.model, "--weights", weights, "--out", file]) == 0
+    served, found = fr.load_frozen(file), data.load(settings)
+    assert list(served.labels) == found.classes
+    for index, path in enumerate(sorted((tmp_path / "photos" / "val").glob("*/*"))):
+        pixels, label = found.val[0, index]
+        with Image.open(path) as photo:
+            got = served.preprocessing(photo.convert("RGB"))
+        assert found.classes[label] == path.parent.name
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.mean, found.std))
+        torch.testing.assert_close(got, (pixels / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_metadata_that_is_not_of_the_weights(tmp_path: Path, capsys) -> None:
+    state = sources.plain_model("cifar_resnet20", None, 3).state_dict()
+    given = {"classes": '["a", "b", "c"]', "preprocessing": '{"resize": 8}'}
+    for change, message in (
+        ({"classes": '["a"]'}, "does not name 3 classes"),
+        ({"classes": "["}, "not that of fused-resnet train"),
+        ({}, "preprocessing is not resize, crop"),
+    ):
+        save_file(state, tmp_path / "w.safetensors", {**given, **change})
+        arguments = ["--weights", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "o")]
+        assert main(["freeze", "cifar_resnet20", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_unfused_is_pytorch_itself(archive: str, tmp_path: Path) -> None:
