@@ -146,12 +146,12 @@ class Run:
             self.sums.add(loss, logits, labels, done)
             save = s.save_every and done % s.save_every == 0 and self.step < self.steps_per_epoch
             if save or self._looks(done):
-                self.sums.check()
+                self.sums.check(self.last.exists())
                 self.seconds = time.perf_counter() - begun
                 self.reporter.step(self.epoch, self.step, self.seconds, lr, self.sums)
             if save:
                 self._save()
-        self.sums.check()
+        self.sums.check(self.last.exists())
         self.seconds = time.perf_counter() - begun
         self._end_of_epoch(lr)
 

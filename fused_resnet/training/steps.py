@@ -107,17 +107,22 @@ class Sums:
         loss, right, count = self.engine.summed(self.values.clone()).tolist()
         return (loss / count, right / count) if count else (float("nan"), float("nan"))
 
-    def check(self) -> None:
+    def check(self, kept: bool) -> None:
         """Stop if the loss of a step was not finite, in any process.
+
+        Args:
+            kept: Whether there is a checkpoint.
 
         Raises:
             DivergedError: It was; the message names the step.
         """
         step = max(self.engine.gathered(int(self.diverged)))
         if step >= 0:
+            checkpoint = "the last checkpoint is of before, and is kept"
             raise DivergedError(
-                f"the loss of step {step} is not finite: the last checkpoint is of before, and is "
-                "kept; a lower --lr or a longer --warmup may help"
+                f"the loss of step {step} is not finite: "
+                f"{checkpoint if kept else 'there is no checkpoint yet'}; a lower --lr or a longer "
+                "--warmup may help"
             )
 
 

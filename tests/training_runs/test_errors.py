@@ -44,12 +44,12 @@ def complaint(capsys: Capture, *arguments: str, code: int = 2) -> str:
 
 
 def test_a_loss_that_is_not_finite(archive: str, tmp_path: Path, capsys: Capture) -> None:
-    """A rate that overflows float32 in the second epoch; the checkpoint of the first is kept."""
+    """A rate that overflows float32 in the second step, before anything was saved."""
     options = f"--data {archive} --out {tmp_path} --epochs 2 --batch 8 --device cpu"
     schedule = "--schedule constant --lr 1e38 --warmup 1"
     line = complaint(capsys, "cifar_resnet20", *options.split(), *schedule.split(), code=1)
-    assert "the loss of step" in line
-    assert "is not finite" in line
+    assert "the loss of step 2 is not finite: there is no checkpoint yet" in line
+    assert not (tmp_path / "last").exists()
 
 
 def test_divergence_keeps_the_last_good_checkpoint(archive: str, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_divergence_keeps_the_last_good_checkpoint(archive: str, tmp_path: Path)
 
     settings = tiny_data.settings(archive, tmp_path)
     with (
-        pytest.raises(training.DivergedError, match="the loss of step 6 is not finite"),
+        pytest.raises(training.DivergedError, match="step 6 is not finite: the last checkpoint"),
         run.started(settings) as engine,
     ):
         Spoiled(settings, engine, run.Silent()).go()
