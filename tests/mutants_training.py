@@ -205,8 +205,29 @@ MUTANTS = [
     Mutant(
         "filters laid out as they came",
         KERNELS + "filters.h",
-        "to + column * f.rows + row",
-        "to + row * f.columns + column",
+        "transpose<A>(square);",
+        "",
+        "tests/training/test_filters.py",
+    ),
+    Mutant(
+        "the rest of a square of filters laid out as it came",
+        KERNELS + "filters.h",
+        "to + j * rows + i",
+        "to + i * columns + j",
+        "tests/training/test_filters.py",
+    ),
+    Mutant(
+        "a row of filters overwrites the next column's",
+        KERNELS + "filters.h",
+        "count == rows && at",
+        "at",
+        "tests/training/test_filters.py",
+    ),
+    Mutant(
+        "filters are read one element late",
+        KERNELS + "filters.h",
+        "return load(from + at);",
+        "return load(from + at + (count < kSide));",
         "tests/training/test_filters.py",
     ),
     Mutant(

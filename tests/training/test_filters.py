@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from cases import Conv
 from networks import image
 from test_convolutions import FEW
 from torch import Tensor
 from training_blocks import basic
-from training_cases import Backward, backward_of, geometry
+from training_cases import Backward, backward_of, coarse, convolve, geometry, vectors_of
 
 import fused_resnet as fr
 
@@ -42,6 +43,35 @@ def test_layouts(case, layout) -> None:
     assert found[2].stride() == torch.empty_like(w).stride()
     for ours, theirs in zip(found, results(operands, operands.w, args), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+# Squares of every instruction set, and what is left of them: in channels, in taps, in both,
+# and behind the last filter.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3), (5, 5), (7, 7)], ids=str)
+@pytest.mark.parametrize("channels", [3, 16, 24, 37])
+def test_filters_and_gradients_of_every_size(channels, kernel, dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    x = coarse(2, channels, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(5, channels, *kernel, generator=g).to(vectors_of(dtype))
+    args = geometry(Conv("", x.shape, 5, kernel, {"padding": (kernel[0] // 2, kernel[1] // 2)}))
+    dz = coarse(2, 5, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    ones = torch.ones(5, dtype=vectors_of(dtype))
+
+    def run(w: Tensor) -> tuple[Tensor, Tensor]:
+        z = OPS.conv_forward(x, None, None, w, *args.values(), False, False)[0]
+        wanted = (False, True, False, False)
+        found = OPS.conv_backward(
+            dz, None, ones, None, None, x, None, None, None, w, None, *args.values(), *wanted
+        )
+        return z, found[1]
+
+    z, dw = run(w)
+    expected, of_weight = run(w.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(z, expected)
+    assert torch.equal(dw, of_weight)
+    truth = convolve(x.double(), w.to(dtype).double(), None, **args)
+    assert (z - truth).norm() / truth.norm() < 1e-2  # filters in another order are not near
 
 
 @layouts
