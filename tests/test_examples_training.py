@@ -21,7 +21,7 @@ PRINTED = {
     "ddp": (r"the same parameters in every process: True", ["torchvision"]),
     "ema": (r"loss of the average: [\d.]+", []),
     "fine_tune": (
-        r"epoch 2: validation accuracy [\d.]+%\nbest accuracy",
+        r"base, epoch 2: accuracy [\d.]+%\n(.*\n)+run, epoch 2: accuracy [\d.]+%\nbest accuracy",
         ["torchvision", "yaml", "matplotlib", "safetensors"],
     ),
     "lightning_module": (r"2 steps", ["lightning"]),
