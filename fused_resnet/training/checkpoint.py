@@ -12,6 +12,7 @@ import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ from .errors import TrainingError
 
 #: The file's kind, and the version of its layout.
 KIND, FORMAT = "fused_resnet.checkpoint", 1
+
+#: What a run writes into it, and the types.
+CONTENT: dict[str, Any] = {
+    "settings": dict,
+    "classes": list,
+    "epoch": int,
+    "step": int,
+    "seconds": float,
+    "history": list,
+    "sums": list,
+    "generators": list,
+    "model": Mapping,
+    "optimizer": dict,
+    "scheduler": dict,
+    "scaler": dict,
+    "average": (Mapping, NoneType),
+}
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -69,18 +87,20 @@ def read(path: Path) -> dict[str, Any]:
     what = f"checkpoint {str(path)!r}"
     if not path.is_file():
         raise TrainingError(f"{what}: there is no such file, so there is nothing to resume")
+    damaged = f"{what}: damaged, or not a checkpoint of fused-resnet train"
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
             whole = archive.testzip() is None
         content = torch.load(path, map_location="cpu", weights_only=True) if whole else None
     except Exception as error:  # the readers raise anything on a damaged file
-        raise TrainingError(
-            f"{what}: damaged, or not a checkpoint of fused-resnet train"
-        ) from error
+        raise TrainingError(damaged) from error
     if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise TrainingError(f"{what}: damaged, or not a checkpoint of fused-resnet train")
+        raise TrainingError(damaged)
     if content.get("format") != FORMAT:
         raise TrainingError(
             f"{what}: has format {content.get('format')!r}; this version reads format {FORMAT}"
         )
+    for key, kind in CONTENT.items():
+        if not isinstance(content.get(key, ...), kind):
+            raise TrainingError(f"{damaged} (its {key})")
     return content

@@ -233,7 +233,14 @@ class Run:
         for key, value in self._identity().items():
             of_file = found["settings"].get(key)
             if of_file != value and not (key == "drops" and tuple(of_file) == value):
-                raise TrainingError(f"{what}: was made with {key} {of_file!r}, got {value!r}")
+                longer = (
+                    "; the schedule depends on it, so to train longer start a new run with "
+                    f"--weights {self.out / 'best.safetensors'}"
+                )
+                raise TrainingError(
+                    f"{what}: was made with {key} {of_file!r}, got {value!r}"
+                    + longer * (key == "epochs")
+                )
         world = len(found["generators"])
         if world != self.engine.world:
             raise TrainingError(
@@ -277,11 +284,23 @@ class Run:
         }
         state = {key: value.contiguous() for key, value in _plain(judged).items()}
         written = library("safetensors.torch", "train").save(state, metadata)
-        checkpoint.write_bytes(self.out / "best.safetensors", written)
+        checkpoint.write_bytes(self.out / "best.safetensors", _sorted_metadata(written))
 
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu() for key, value in model.state_dict().items()}
+
+
+def _sorted_metadata(file: bytes) -> bytes:
+    """A safetensors file with its metadata in order: equal weights are then equal bytes.
+
+    safetensors writes them in an order that differs from process to process.
+    """
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return file[:8] + text.ljust(end - 8) + file[end:]
 
 
 def resumed(out: str | Path) -> Settings:

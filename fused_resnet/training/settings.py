@@ -91,7 +91,7 @@ class Settings:
     size: int | None = _option(
         None,
         "height and width of the images (default: 224 for a folder, else the images' own)",
-        least=1,
+        least=8,
     )
     dtype: str = _option(
         "float32", "float32, bfloat16, float16 (autocast) or float64", choices=DTYPES

@@ -120,6 +120,9 @@ def test_checkpoints_of_something_else(
         (["--unfused"], "was made with unfused False, got True"),
     ):
         assert words in complaint(capsys, *train, *more, "--resume")
+    longer = complaint(capsys, *train, "--epochs", "2", "--resume")
+    assert "was made with epochs 1, got 2; the schedule depends on it" in longer
+    assert f"--weights {done / 'best.safetensors'}" in longer
     other = ["cifar_resnet32", *options.split(), "--resume"]
     assert "was made with model 'cifar_resnet20', got 'cifar_resnet32'" in complaint(capsys, *other)
 
@@ -131,7 +134,7 @@ def test_checkpoints_of_something_else(
     assert "there is no such file, so there is nothing to resume" in line
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "another file"])
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "another file", "a part"])
 def test_damaged_checkpoints(damage: str, done: Path, tmp_path: Path) -> None:
     content = bytearray((done / "last").read_bytes())
     if damage == "truncated":
@@ -139,7 +142,9 @@ def test_damaged_checkpoints(damage: str, done: Path, tmp_path: Path) -> None:
     elif damage == "one bit":
         content[len(content) // 2] ^= 1
     else:
-        torch.save({"a": 1}, tmp_path / "other")
+        found = checkpoint.read(done / "last")
+        part = {key: found[key] for key in ("kind", "format", "settings", "classes")}
+        torch.save({"a": 1} if damage == "another file" else part, tmp_path / "other")
         content = bytearray((tmp_path / "other").read_bytes())
     (tmp_path / "last").write_bytes(content)
     with pytest.raises(training.TrainingError, match="damaged, or not a checkpoint"):
@@ -154,6 +159,7 @@ def test_mistakes_of_the_command(archive: str, tmp_path: Path, capsys: Capture) 
         ([*data, *out], "expected MODEL"),
         (["resnet18", *out], "expected --data"),
         (["resnet18", *data, *out, "--batch", "0"], "batch: expected at least 1, got 0"),
+        ([*tiny, "--size", "1"], "size: expected at least 8, got 1"),
         (["resnet18", *data, *out, "--batch", "64"], "batch 64: more than the 40 training images"),
         ([*tiny, "--weights", "none.pth"], "none.pth': there is no such file"),
         ([*tiny, "--device", "cuda"], "device 'cuda': PyTorch finds no GPU"),

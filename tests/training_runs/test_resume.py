@@ -114,10 +114,9 @@ def test_the_same_bits(
         arguments = ["train", "--out", str(out), "--resume", "--workers", "1"]
     assert run("never", 0, arguments) == 0
     tiny_data.same_bits(checkpoint.read(out / "last"), checkpoint.read(expected / "last"))
-    # The order of the metadata in a safetensors file is not fixed, so its tensors are compared.
-    tiny_data.same_bits(
-        load_weights(out / "best.safetensors"), load_weights(expected / "best.safetensors")
-    )
+    weights = "best.safetensors"
+    assert (out / weights).read_bytes() == (expected / weights).read_bytes()
+    assert load_weights(out / weights)  # which the order of its metadata left whole
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
 
 
