@@ -20,8 +20,22 @@
 #include "cuda/probe.h"
 #endif
 
+namespace {
+
+// Whether the schema is that of an operator.
+bool is_of(std::string_view schema, std::string_view name) {
+  return schema.substr(0, name.size()) == name && schema.substr(name.size(), 1) == "(";
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(fused_resnet, m) {
   for (const char* schema : fr::kSchemas) m.def(schema);
+  for (const std::string name : fr::kAroundLibrary) {
+    for (const char* schema : fr::kSchemas) {
+      if (is_of(schema, name)) m.def((name + "_library" + (schema + name.size())).c_str());
+    }
+  }
   for (const char* schema : fr::kKeptProgramSchemas) m.def(schema);
 }
 

@@ -77,12 +77,10 @@ inline constexpr const char* kSchemas[] = {
     "run_program(Tensor x, Tensor[] tensors, int[] steps, int[] outputs) -> Tensor[]",
 
     // The primitives of a training step; fused_resnet/backends/reference_training.py has the
-    // meaning
-    // of each. Vectors per channel are float64 for float64 maps, else float32.
+    // meaning of each. Vectors per channel are float64 for float64 maps, else float32.
 
     // z = conv(p(x), weight) with p(x) = activation(x * x_scale + x_shift) where these are given,
-    // and the
-    // mean and the biased variance of each channel of z, or nothing.
+    // and the mean and the biased variance of each channel of z, or nothing.
     "conv_forward(Tensor x, Tensor? x_scale, Tensor? x_shift, Tensor weight, int[2] stride, "
     "int[2] padding, int[2] dilation, int groups, bool statistics, bool winograd, "
     "int activation=1) -> (Tensor, Tensor, Tensor)",
@@ -99,9 +97,8 @@ inline constexpr const char* kSchemas[] = {
     "block_end(Tensor z, Tensor scale, Tensor shift, Tensor? shortcut, Tensor? shortcut_scale, "
     "Tensor? shortcut_shift, int activation) -> Tensor",
 
-    // g, dy through the activation whose result is y, or nothing without y; its sums alone, times z
-    // - mean, and times shortcut -
-    // shortcut_mean.
+    // g, dy through the activation whose result is y, or nothing without y; its sums alone, times
+    // z - mean, and times shortcut - shortcut_mean.
     "block_end_backward(Tensor dy, Tensor? y, Tensor z, Tensor mean, Tensor? shortcut, "
     "Tensor? shortcut_mean, bool sums, int activation=1) -> (Tensor, Tensor, Tensor, Tensor)",
 
@@ -116,14 +113,17 @@ inline constexpr const char* kSchemas[] = {
     "Tensor? weight, float eps, SymInt count) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 
     // maxpool(activation(z * scale + shift)), and for each element of it where in its window the
-    // first
-    // largest lies, row-major, in a byte.
+    // first largest lies, row-major, in a byte.
     "stem_end(Tensor z, Tensor scale, Tensor shift, int[2] kernel, int[2] stride, int[2] padding, "
     "int activation=1) -> (Tensor, Tensor)",
     "stem_end_backward(Tensor dy, Tensor index, Tensor z, Tensor scale, Tensor shift, Tensor mean, "
     "int[2] kernel, int[2] stride, int[2] padding, bool sums, int activation=1) "
     "-> (Tensor, Tensor, Tensor)",
 };
+
+// Operators of the CPU alone that take what these take, and leave the convolution to PyTorch
+// between the same passes; their names end in "_library". The tuner chooses between the two.
+inline constexpr const char* kAroundLibrary[] = {"conv_forward", "conv_backward"};
 
 // run_program for a program that is kept in the library (program.h), by its number.
 inline constexpr const char* kKeptProgramSchemas[] = {

@@ -23,6 +23,35 @@ def calls_of(model: nn.Module, images: Tensor) -> list[tuple[tuner.Call, int]]:
     """
     with torch.no_grad(), tuner.recording() as calls:
         model(images)
+    return _counted(calls)
+
+
+def training_calls(
+    network: nn.Module, batch: int, size: int, dtype: torch.dtype, device: str = "cpu"
+) -> list[tuple[tuner.Call, int]]:
+    """The calls of a fused network's training step, forward and backward, in channels_last.
+
+    Args:
+        network: Any of ours.
+        batch: Number of images.
+        size: Height and width of the images.
+        dtype: float32, or a 16-bit type for autocast.
+        device: The device.
+    """
+    model = fuse(network).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    # Random ones: statistics of zeros would scale gradients until they overflow.
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = images.to(device, memory_format=torch.channels_last)
+    cast = torch.autocast(device, dtype, enabled=dtype is not torch.float32)
+    with tuner.recording() as calls:
+        with cast:
+            result = model(images)
+        result.float().sum().backward()
+    return _counted(calls)
+
+
+def _counted(calls: Sequence[tuner.Call]) -> list[tuple[tuner.Call, int]]:
+    """Calls without their repetitions, and how often each occurs."""
     counts: dict[str, int] = {}
     first: dict[str, tuner.Call] = {}
     for call in calls:
@@ -116,6 +145,8 @@ def describe(call: tuner.Call) -> str:
     words += ["max-pool"] if "pool_kernel" in arguments else []
     words += [] if arguments.get("relu", True) else ["no ReLU"]
     words += ["packed"] if "packed" in arguments and call.op != "residual_block" else []
+    words += ["forward"] if call.op == "conv_forward" else []
+    words += ["backward"] if call.op == "conv_backward" else []
     return ", ".join(words)
 
 

@@ -14,7 +14,7 @@ import torch
 from ..models import sources
 from ..tuning import cache as tuning_cache
 from ..tuning import processor, tuner
-from ._choices import network_calls, table_of
+from ._choices import network_calls, table_of, training_calls
 from ._common import UsageError, console, listed, network_or_file, one_of, positive
 
 #: Storage types for which the tuner chooses.
@@ -50,6 +50,12 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--size",
         type=positive,
         help="height and width of the images (default: 224; 32 for CIFAR's networks)",
+    )
+    parser.add_argument(
+        "--training",
+        action="store_true",
+        help="the convolutions of a training step, forward and backward, in place of inference; "
+        "16-bit types by autocast. On a CPU a training step times nothing by itself",
     )
     parser.add_argument(
         "--exhaustive", action="store_true", help="more rounds, like FUSED_RESNET_TUNE=exhaustive"
@@ -103,12 +109,15 @@ def run(arguments: argparse.Namespace) -> int:
     with _timing("exhaustive" if arguments.exhaustive else "1"):
         for batch in arguments.batch:
             model = sources.our_model(file.network, file.state or None)
-            calls = network_calls(model, batch, size, dtype, device)
+            calls = (training_calls if arguments.training else network_calls)(
+                model, batch, size, dtype, device
+            )
             if arguments.clear:
                 keys = [call.key for call, _ in calls]
                 tuning_cache.remove(tuner.machine_of(torch.device(device)), keys)
                 tuner.forget()
             title = f"{file.network}, batch {batch}, {arguments.dtype}, {device}"
+            title += ", training" if arguments.training else ""
             console().print(table_of(calls, title))
             known = tuning_cache.load(tuner.machine_of(torch.device(device)))
             missing += sum(call.key not in known for call, _ in calls)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..backends.availability import current_backend, resolve_backend
 from ..tuning import tuner
 from .registry import OPERATORS, primitives_of
+from .training_tuned_cpu import cpu_primitives
 
 #: The name of this choice among the backends of units.
 TUNED = "tuned"
@@ -71,6 +72,8 @@ def unit_primitives(backend: str) -> Any:
     Args:
         backend: One of :data:`UNIT_BACKENDS`, or :data:`TUNED`.
     """
+    if backend == "cpu":
+        return cpu_primitives()
     return _tuned() if backend == TUNED else primitives_of(backend)
 
 

@@ -26,7 +26,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +148,13 @@ def _is_map(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.dim() == 4
 
 
-def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> str:
+def choose(
+    op: str,
+    default: str,
+    candidates: Mapping[str, Any],
+    arguments: tuple[Any, ...],
+    measures: bool = True,
+) -> str:
     """The fastest candidate for a call.
 
     Args:
@@ -156,6 +162,7 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
         default: The candidate that runs without timings.
         candidates: Libraries that have the operator as an attribute, by the backend's name.
         arguments: Of the operator; the first is the feature map, whose device and dtype count.
+        measures: Whether a call without cached timings may be timed.
     """
     recorded = _recorded.get()
     if recorded is not None:
@@ -175,7 +182,7 @@ def choose(op: str, default: str, candidates: Mapping[str, Any], arguments: tupl
     if torch.jit.is_tracing() or x.numel() == 0:  # sizes are tensors; nothing to time
         return default
     deterministic = around[1]
-    times = {} if deterministic else timings(op, candidates, arguments)
+    times = {} if deterministic else timings(op, candidates, arguments, measures)
     shipped = {} if times else _shipped(op, arguments)
     choice = fastest(times or shipped, default, candidates)
     if may_time(x):  # otherwise a later call can be timed
@@ -239,13 +246,36 @@ def fastest(times: Mapping[str, float], default: str, candidates: Mapping[str, A
     return best
 
 
-def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) -> dict[str, float]:
+def knows(ops: Iterable[str], device: torch.device) -> bool:
+    """Whether any call of these operators was timed on a device, by this process or before.
+
+    Args:
+        ops: Their names.
+        device: The device.
+    """
+    heads = tuple(f"{op}(" for op in ops)
+    with _lock:
+        return any(key.startswith(heads) for key in _timings_on(machine_of(device)))
+
+
+def _timings_on(machine: str) -> dict[str, dict[str, float]]:
+    """All timings of a machine; the caller has the lock."""
+    known = _known.get(machine)
+    if known is None:
+        known = _known[machine] = cache.load(machine)
+    return known
+
+
+def timings(
+    op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...], measures: bool = True
+) -> dict[str, float]:
     """The timings of a call, from the cache or measured now if that is allowed.
 
     Args:
         op: Name of the operator.
         candidates: Libraries that have the operator as an attribute, by the backend's name.
         arguments: Of the operator; the first is the feature map.
+        measures: Whether it may be timed at all.
 
     Returns:
         Milliseconds of each candidate; empty if the call may not be timed.
@@ -253,14 +283,12 @@ def timings(op: str, candidates: Mapping[str, Any], arguments: tuple[Any, ...]) 
     x = arguments[0]
     machine, key = machine_of(x.device), key_of(op, arguments)
     with _lock:
-        known = _known.get(machine)
-        if known is None:
-            known = _known[machine] = cache.load(machine)
+        known = _timings_on(machine)
         times = known.get(key)
     if times is not None:
         return times
     how = mode()
-    if how == "0" or x.numel() == 0 or not may_time(x):
+    if not measures or how == "0" or x.numel() == 0 or not may_time(x):
         return {}
     times = measure(op, candidates, arguments, ROUNDS[how])
     _log.info("timed %s: %s", key, ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items()))

@@ -142,13 +142,15 @@ Result run_library(const Operands& o, bool need_input, bool need_weight) {
   return result;
 }
 
-FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Tensor& a,
-                              const OptionalTensor& b, const OptionalTensor& c, const Tensor& x,
-                              const OptionalTensor& x_scale, const OptionalTensor& x_shift,
-                              const OptionalTensor& x_mean, const Tensor& weight,
-                              const OptionalTensor& add, IntArrayRef stride, IntArrayRef padding,
-                              IntArrayRef dilation, int64_t groups, bool need_input,
-                              bool need_weight, bool sums, bool winograd, Activation activation) {
+// `library`: both gradients are PyTorch's, whatever the model of cost says.
+FourTensors run_conv_backward(bool library, const Tensor& g, const OptionalTensor& z,
+                              const Tensor& a, const OptionalTensor& b, const OptionalTensor& c,
+                              const Tensor& x, const OptionalTensor& x_scale,
+                              const OptionalTensor& x_shift, const OptionalTensor& x_mean,
+                              const Tensor& weight, const OptionalTensor& add, IntArrayRef stride,
+                              IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                              bool need_input, bool need_weight, bool sums, bool winograd,
+                              Activation activation) {
   const char* op = "conv_backward";
   Operands o;
   o.activation = activation;
@@ -178,8 +180,10 @@ FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Te
   if (add) o.add = map_operand(op, "add", *add, o.x.sizes(), o.x);
   sums = sums && need_input;
 
-  const BackwardPlan plan =
-      plan_backward(dtype_of(o.x.scalar_type()), s, need_input, need_weight, winograd);
+  BackwardPlan plan{};
+  if (!library) {
+    plan = plan_backward(dtype_of(o.x.scalar_type()), s, need_input, need_weight, winograd);
+  }
   const RowBlocks rows(rows_of(o.x), s.c);
   const bool apart = x_scale && activation != Activation::kReLU;  // all that the kernels have
   Operands plain;
@@ -222,10 +226,24 @@ FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Te
           sums ? partial.total(kSumGXc, o.vectors()) : empty({0}, o.vectors())};
 }
 
+template <bool kLibrary>
+FourTensors conv_backward_cpu(const Tensor& g, const OptionalTensor& z, const Tensor& a,
+                              const OptionalTensor& b, const OptionalTensor& c, const Tensor& x,
+                              const OptionalTensor& x_scale, const OptionalTensor& x_shift,
+                              const OptionalTensor& x_mean, const Tensor& weight,
+                              const OptionalTensor& add, IntArrayRef stride, IntArrayRef padding,
+                              IntArrayRef dilation, int64_t groups, bool need_input,
+                              bool need_weight, bool sums, bool winograd, Activation activation) {
+  return run_conv_backward(kLibrary, g, z, a, b, c, x, x_scale, x_shift, x_mean, weight, add,
+                           stride, padding, dilation, groups, need_input, need_weight, sums,
+                           winograd, activation);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
-  m.impl("conv_backward", FR_BOX(conv_backward_cpu));
+  m.impl("conv_backward", FR_BOX(conv_backward_cpu<false>));
+  m.impl("conv_backward_library", FR_BOX(conv_backward_cpu<true>));
 }
 
 }  // namespace fr

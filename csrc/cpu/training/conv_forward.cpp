@@ -51,7 +51,8 @@ ThreeTensors by_kernel(const TrainingConv& conv, TrainingForward args, const Ten
   return {z, mean, var};
 }
 
-ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
+// `library`: the convolution is PyTorch's, whatever the model of cost says.
+ThreeTensors run_conv_forward(bool library, const Tensor& x, const OptionalTensor& x_scale,
                               const OptionalTensor& x_shift, const Tensor& weight,
                               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                               int64_t groups, bool statistics, bool winograd,
@@ -69,7 +70,8 @@ ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
     map = normalized(map, scale, shift, activation);
     scale = shift = Tensor();
   }
-  if (const TrainingConv* conv = plan_forward(dtype_of(map.scalar_type()), s, winograd)) {
+  const DType dtype = dtype_of(map.scalar_type());
+  if (const TrainingConv* conv = library ? nullptr : plan_forward(dtype, s, winograd)) {
     TrainingForward args{};
     args.shape = s;
     args.x = map.const_data_ptr();
@@ -80,16 +82,27 @@ ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
   const Tensor input = scale.defined() ? normalized(map, scale, shift, activation) : map;
   const Tensor w = as_type(weight, map.scalar_type());
   const Tensor z =
-      is_direct_forward(dtype_of(map.scalar_type()), s)
+      !library && is_direct_forward(dtype, s)
           ? direct_convolution(op, input, w, {stride, padding, dilation, groups})
           : convolution(input, w, stride, padding, dilation, groups).contiguous(kChannelsLast);
   return statistics ? with_statistics(z) : without_statistics(z);
 }
 
+template <bool kLibrary>
+ThreeTensors conv_forward_cpu(const Tensor& x, const OptionalTensor& x_scale,
+                              const OptionalTensor& x_shift, const Tensor& weight,
+                              IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                              int64_t groups, bool statistics, bool winograd,
+                              Activation activation) {
+  return run_conv_forward(kLibrary, x, x_scale, x_shift, weight, stride, padding, dilation, groups,
+                          statistics, winograd, activation);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
-  m.impl("conv_forward", FR_BOX(conv_forward_cpu));
+  m.impl("conv_forward", FR_BOX(conv_forward_cpu<false>));
+  m.impl("conv_forward_library", FR_BOX(conv_forward_cpu<true>));
 }
 
 }  // namespace fr
