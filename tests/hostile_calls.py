@@ -268,6 +268,9 @@ def after_a_failed_allocation() -> Iterator[Call]:
     yield Call("a convolution again", lambda: again(conv, plain, {**plain, **far}), None)
 
 
+#: Of each child.
+THREADS = torch.get_num_threads()
+
 GROUPS: dict[str, Callable[[], Iterator[Call]]] = {
     f.__name__: f
     for f in (
@@ -292,6 +295,7 @@ def _answer(call: Call) -> str | None:
 def _child(calls: list[Call], first: int, to: int) -> None:
     """Makes the calls from ``first`` on: writes each one's number before it, its fault behind."""
     signal.alarm(SECONDS)
+    torch.set_num_threads(THREADS)
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
@@ -332,4 +336,5 @@ def _run(group: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # OpenMP's own threads would be missing in the children
     print(json.dumps({group: _run(group) for group in sys.argv[1:] or GROUPS}))
