@@ -215,6 +215,7 @@ MUTANTS = [
         "to + j * rows + i",
         "to + i * columns + j",
         "tests/training/test_filters.py",
+        isa="avx2",
     ),
     Mutant(
         "a row of filters overwrites the next column's",
