@@ -26,9 +26,9 @@ class Report:
     Attributes:
         fused: ``(module path, operation)`` of every group that runs as one operation.
         left: ``(module path, reason)`` of every module that is not fused but might have been.
-        blocks: ``(module path, reason)`` of every residual block in training mode; the reason is
-            empty where forward and backward of the whole block are one operation, else it says why
-            the block's groups run one by one.
+        blocks: ``(module path, reason)`` of every residual block in training mode, also with frozen
+            batch norms; the reason is empty where forward and backward of the whole block are one
+            operation, else it says why the block's groups run one by one.
         programs: ``(module path, number of steps)`` of every program of a frozen model, in the
             order of the modules that run them.
         graphs: Memory of each CUDA graph of a frozen model in bytes, by the shape and dtype of its

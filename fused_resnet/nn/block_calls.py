@@ -172,7 +172,7 @@ def _fits(
         weight = t.weight
         if weight.device != device or type(weight) not in _PLAIN:
             return False
-        if not cast and weight.dtype is not dtype:
+        if weight.dtype is not dtype and (not cast or weight.dtype is torch.float64):
             return False
         for vector in t[1:5]:
             if vector is not None and vector.dtype not in of_vectors:

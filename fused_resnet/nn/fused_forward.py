@@ -62,7 +62,7 @@ class FusedForward(nn.Module):
     def training_decision(self) -> Decision | None:
         """How the residual block that this module is runs in training; None for no block."""
         block = self.block_modules()
-        return None if block is None else block.training_decision()
+        return None if block is None else block.training_decision(self)
 
 
 #: :attr:`BlockModules.padding` of a shortcut that is the identity or a convolution.
@@ -101,9 +101,13 @@ class BlockModules(NamedTuple):
             owner, x, self.convs, self.norms, self.acts, self.members, self.shortcut, self.padding
         )
 
-    def training_decision(self) -> Decision | None:
-        """How the block runs in training; None where no batch statistics are wanted."""
-        if not any(map(uses_batch_statistics, self.norms)):
+    def training_decision(self, owner: nn.Module) -> Decision | None:
+        """How the block runs in training; None in inference.
+
+        Args:
+            owner: The block. In training its batch norms may be frozen.
+        """
+        if not (owner.training or any(map(uses_batch_statistics, self.norms))):
             return None
         return decide_residual_block(self.convs, self.norms, self.acts, self.members)
 

@@ -169,3 +169,22 @@ def test_other_calls_take_the_groups(context) -> None:
     else:
         expected, got = block(x[:0]), fused(x[:0])
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_report_lists_them() -> None:
+    model = frozen_norms(nn.Sequential(basic().float(), basic().float()))
+    model[1].conv1.register_forward_hook(lambda *_: None)
+    blocks = fr.report(fr.fuse(model)).blocks
+    assert blocks[0] == ("0", "")
+    assert blocks[1][0] == "1"
+    assert "hook" in blocks[1][1]
+    assert fr.report(fr.fuse(model.eval())).blocks == []
+
+
+def test_autocast_takes_no_float64_weight() -> None:
+    """PyTorch's does not cast it either: an error in both."""
+    block = frozen_norms(basic())
+    x = image(*X, dtype=torch.bfloat16)
+    for model in (block, fr.fuse(copy.deepcopy(block))):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises((RuntimeError, TypeError)):
+            model(x)
