@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..models.optional import install_line
 from ..models.sources import plain_model
 from .problem import read_problem
 from .subject import UnavailableError
@@ -63,9 +64,7 @@ def require(*packages: str) -> None:
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UnavailableError(
-                f"{package} is not installed; run: pip install 'fused_resnet[bench]'"
-            )
+            raise UnavailableError(f"{package} is not installed; run: {install_line('bench')}")
 
 
 def _onnx(network: nn.Module, images: Tensor, path: Path) -> None:

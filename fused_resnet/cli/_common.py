@@ -166,3 +166,8 @@ def printed_notes() -> Iterator[None]:
 def print_json(value: Any) -> None:
     """JSON on stdout, and nothing else."""
     print(json.dumps(value, indent=1))
+
+
+def threads_of(count: int) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count} thread{'s' * (count != 1)}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..bench import layers
 from ..bench.providers import OURS
-from ._common import progress
+from ._common import progress, threads_of
 
 
 def view(
@@ -56,8 +56,9 @@ def table_of(found: dict[str, Any], title: str) -> Table:
         found: A result of :func:`view`.
         title: Title of the table.
     """
+    threads = threads_of(found["threads"])
     table = Table(
-        title=f"{title}, batch {found['batch']}, {found['threads']} threads, {found['provider']}",
+        title=f"{title}, batch {found['batch']}, {threads}, {found['provider']}",
         title_justify="left",
         caption=(
             f"A forward takes {found['forward_ms']:.2f} ms. Peak {found['peak_gflops_per_s']:.0f} "

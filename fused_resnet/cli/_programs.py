@@ -8,6 +8,7 @@ from torch import nn
 
 from ..bench.providers import OURS
 from ..inference.explain import describe, explain, summary
+from ._common import threads_of
 
 
 def table_of(network: nn.Module, batch: int, size: int, dtype: torch.dtype, threads: int) -> Table:
@@ -23,7 +24,7 @@ def table_of(network: nn.Module, batch: int, size: int, dtype: torch.dtype, thre
     torch.set_num_threads(threads)
     programs = explain(*OURS["frozen"](network, torch.zeros(batch, 3, size, size, dtype=dtype)))
     table = Table(
-        title=f"the frozen network's programs, batch {batch}, {threads} threads",
+        title=f"the frozen network's programs, batch {batch}, {threads_of(threads)}",
         title_justify="left",
         caption=(
             f"{summary(programs)}. A micro-batch goes through several steps before the next one "

@@ -29,6 +29,7 @@ from ._common import (
     one_of,
     positive,
     progress,
+    threads_of,
     writable,
 )
 from ._layers import table_of as table_of_layers
@@ -172,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     title = (
         f"{arguments.model}, {arguments.size}x{arguments.size}, {arguments.dtype}, "
-        f"{arguments.threads} threads, {processor.name()}"
+        f"{threads_of(arguments.threads)}, {processor.name()}"
     )
     out = console()
     out.print(results.table(rows, title))
@@ -199,7 +200,7 @@ def run_training(arguments: argparse.Namespace) -> int:
         raise UsageError("bench: --layers: does not go with --trainable")
     out = console()
     title = f"training {_training.subject_of(arguments)}, {arguments.size}x{arguments.size}, "
-    title += f"{arguments.dtype}, {arguments.threads} threads, {processor.name()}"
+    title += f"{arguments.dtype}, {threads_of(arguments.threads)}, {processor.name()}"
     if arguments.layers:
         return _training_layers.run(arguments, title, out)
     providers = _training.providers_of(arguments.providers, DEFAULT_PROVIDERS)

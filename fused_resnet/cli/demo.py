@@ -17,7 +17,7 @@ from ..bench.results import table
 from ..models.optional import MissingPackageError
 from ..tuning import processor
 from . import _pictures, _trained
-from ._common import console, listed, one_of, positive
+from ._common import console, listed, one_of, positive, threads_of
 from .bench import complain, measure
 
 MODEL = "resnet50"
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     crops = _crops(picture, max(arguments.batch, CALIBRATION), enum)
     build = fr.build_info()
     out.print(
-        f"torchvision's ResNet-50 on {path}\n{processor.name()}, {build['threads']} threads, "
+        f"torchvision's ResNet-50 on {path}\n{processor.name()}, {threads_of(build['threads'])}, "
         f"{build['isa']}, torch {torch.__version__}",
         highlight=False,
     )

@@ -16,7 +16,7 @@ from ..inference.archive import load_frozen, read_frozen
 from ..inference.explain import explain, summary
 from ..models import sources
 from ..tuning import processor
-from ._common import UsageError, console
+from ._common import UsageError, console, threads_of
 from .bench import add_measurement, complain, measure
 
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     title = (
         f"{escape(str(arguments.file))}: {file.network}, {file.classes} classes, {size}x{size}, "
-        f"{dtype}, {arguments.threads} threads, {processor.name()}"
+        f"{dtype}, {threads_of(arguments.threads)}, {processor.name()}"
     )
     console().print(results.table(rows, title))
     for row in rows:

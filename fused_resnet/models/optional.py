@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 #: Modules of the extra ``models``; if nothing is said, all others belong to the extra ``bench``.
@@ -19,7 +21,19 @@ class MissingPackageError(RuntimeError):
 
     def __init__(self, package: str, extra: str | None = None) -> None:
         extra = extra or ("models" if package in _MODELS else "bench")
-        super().__init__(f"{package} is not installed; run: pip install 'fused_resnet[{extra}]'")
+        super().__init__(f"{package} is not installed; run: {install_line(extra)}")
+
+
+def install_line(extra: str) -> str:
+    """The command that installs an extra of this package.
+
+    Args:
+        extra: Its name.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if (root / "setup.py").exists():  # no registry need have what a clone was built into
+        return f"pip install --no-build-isolation -e '{os.path.relpath(root)}[{extra}]'"
+    return f"pip install 'fused_resnet[{extra}]'"
 
 
 def library(name: str, extra: str | None = None) -> Any:

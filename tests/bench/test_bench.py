@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fused_resnet.bench.peers import RUNTIMES
 from fused_resnet.bench.providers import NAMES
 from fused_resnet.bench.subject import Subject, UnavailableError
 from fused_resnet.models import sources
+from fused_resnet.models.optional import install_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -314,7 +316,7 @@ def test_a_missing_runtime_says_what_to_install(
     provider: str, problem: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UnavailableError, match=r"pip install 'fused_resnet\[bench\]'"):
+    with pytest.raises(UnavailableError, match=re.escape(install_line("bench"))):
         inference.build(provider, "resnet18", "float32", str(problem))
 
 

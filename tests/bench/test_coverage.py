@@ -13,7 +13,7 @@ from fused_resnet.bench import zoo
 from fused_resnet.bench.coverage import Coverage, count, total
 from fused_resnet.cli import main
 from fused_resnet.models import hub
-from fused_resnet.models.optional import MissingPackageError
+from fused_resnet.models.optional import MissingPackageError, install_line
 from fused_resnet.models.sources import UnknownNetworkError
 
 
@@ -114,7 +114,7 @@ def test_families_and_missing_libraries(
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert ["torchvision, small", "2", "72", "72", ""] in cells
     for name in ("timm", "transformers", "segmentation_models_pytorch"):
-        line = f"skipped: {name} is not installed; run: pip install 'fused_resnet[models]'"
+        line = f"skipped: {name} is not installed; run: {install_line('models')}"
         assert out.splitlines().count(line) == 1
 
 

@@ -20,6 +20,7 @@ from fused_resnet.bench import harness
 from fused_resnet.bench.networks import random_model
 from fused_resnet.bench.results import load
 from fused_resnet.cli import _trained, demo, main, verify
+from fused_resnet.models.optional import install_line
 from fused_resnet.verify import Row
 
 Capture = pytest.CaptureFixture[str]
@@ -116,7 +117,7 @@ def test_a_reader_who_leaves_early_is_no_error() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     line = complaint(capsys, "bench", "resnet18", "--size", "32", "--batch", "1")
-    assert "torchvision is not installed; run: pip install 'fused_resnet[bench]'" in line
+    assert f"torchvision is not installed; run: {install_line('bench')}" in line
 
 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
