@@ -49,8 +49,7 @@ inline constexpr const char* kSchemas[] = {
     // conv_bn_add_relu_packed with an affine step on the residual:
     // relu(conv(x, w) * scale + shift + residual * residual_scale + residual_shift). tile is an
     // index into the CUDA kernels' table of tiles, split_k the number of parts of the sum; -1
-    // leaves
-    // the choice to the host function.
+    // leaves the choice to the host function.
     "conv_bn_add_relu_planned(Tensor x, Tensor packed, Tensor scale, Tensor shift, "
     "Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, int[] weight_shape, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, int activation, int tile, "

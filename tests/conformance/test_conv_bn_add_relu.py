@@ -86,6 +86,7 @@ def test_non_finite_values_pass_through(backend, precision):
     operands.x[0, 3, 2, 2] = float("nan")
     operands.residual[0, 5, 5, 4] = float("inf")
     operands.residual[0, 6, 5, 4] = float("nan")
+    operands.residual[0, 7, 5, 4] = float("-inf")  # of which ReLU makes zero
     result, truth = operands.run(backend), operands.truth()
     assert torch.equal(result.isnan(), truth.isnan())
     assert torch.equal(result.isinf(), truth.isinf())

@@ -191,7 +191,7 @@ MUTANTS = [
         "csrc/cuda/element.cuh",
         "g * static_cast<float>(kLeakySlope) : 0.0f;",
         "0.0f : 0.0f;",
-        tests=_BACKWARD,
+        tests=f"{_TESTS}::test_backward_flags",
     ),
     Mutant(
         "bn: the gradient passes where y is zero",
