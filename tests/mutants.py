@@ -131,8 +131,22 @@ MUTANTS = [
     Mutant(
         "memory that never comes back",
         RESULTS,
-        "while (kept_ > limit)",
+        "while (kept_ > limit())",
         "while (!free_.empty())",
+        "tests/test_result_cache.py",
+    ),
+    Mutant(
+        "all pages of old memory in one place",
+        "csrc/cpu/memory.cpp",
+        "kHugePage, to.get() + at)",
+        "kHugePage, to.get())",
+        "tests/test_result_cache.py",
+    ),
+    Mutant(
+        "a page of old memory that is in use twice",
+        "csrc/cpu/memory.cpp",
+        "block = rest_of(std::move(block), kHugePage, left);",
+        "block = rest_of(std::move(block), 0, left);",
         "tests/test_result_cache.py",
     ),
     Mutant(

@@ -143,3 +143,38 @@ def test_large_results_leave_the_process():
         cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert int(run.stdout) >= 7 * 2**24
+
+
+# A result of 96 MiB takes the pages of three of 32 MiB, and of those that are 1 MiB longer.
+OTHER_SIZES = """
+import resource, torch
+from fused_resnet import _C
+from test_result_cache import block
+
+torch.set_num_threads(1)
+
+def image(rows):
+    x = torch.zeros(1, 16, rows, 256).contiguous(memory_format=torch.channels_last)
+    return x.add_(torch.arange(rows).view(1, 1, -1, 1))
+
+large, small, odd = image(6144), image(2048), image(2112)
+results = [block(small if i % 2 else odd) for i in range(8)]
+del results
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+result = block(large)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+assert torch.equal(result, torch.relu(large + 1))
+others = [block(small) for _ in range(3)]
+assert all(torch.equal(other, torch.relu(small + 1)) for other in others)
+assert torch.equal(result, torch.relu(large + 1))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems move no pages")
+def test_a_result_of_another_size_takes_the_pages_of_old_ones():
+    """The system clears no page for it: 48 huge ones, or 24,576 small ones."""
+    run = subprocess.run(
+        [sys.executable, "-c", OTHER_SIZES],
+        cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert int(run.stdout) < 24

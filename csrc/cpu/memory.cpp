@@ -45,10 +45,45 @@ Memory map(size_t bytes) {
 
 void unmap(char* memory, size_t bytes) { munmap(memory, bytes); }
 
+// Puts pages of a block at another address: they change their place in the process's tables, and
+// no byte moves. False where the system does not.
+bool move(char* from, size_t bytes, char* to) {
+  return mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED;
+}
+
+// What is left of a block.
+Memory rest_of(Memory block, size_t first, size_t bytes) {
+  char* const start = block.release();
+  return bytes > 0 ? Memory(start + first, FreeMemory{bytes}) : Memory();
+}
+
+// Huge pages as long as they fit, one by one, since a block may have come from several; and behind
+// them small pages of one block's end.
+void move_pages(std::vector<Memory>& old, const Memory& to) {
+  const size_t size = to.get_deleter().mapped, end = size % kHugePage;
+  size_t at = 0;
+  bool has_end = end == 0;
+  for (Memory& block : old) {
+    size_t left = block.get_deleter().mapped;
+    if (!has_end && left % kHugePage >= end) {
+      left -= end;
+      has_end = move(block.get() + left, end, to.get() + size - end);
+      if (!has_end) return;
+      block = rest_of(std::move(block), 0, left);
+    }
+    for (; at + kHugePage <= size && left >= kHugePage; at += kHugePage) {
+      if (!move(block.get(), kHugePage, to.get() + at)) return;
+      left -= kHugePage;
+      block = rest_of(std::move(block), kHugePage, left);
+    }
+  }
+}
+
 #else
 
 Memory map(size_t bytes) { return from_library(bytes); }
 void unmap(char*, size_t) {}
+void move_pages(std::vector<Memory>&, const Memory&) {}
 
 #endif
 
@@ -63,5 +98,11 @@ void FreeMemory::operator()(char* memory) const {
 }
 
 Memory allocate(size_t bytes) { return bytes < kLeastMapped ? from_library(bytes) : map(bytes); }
+
+Memory allocate_from(std::vector<Memory>& old, size_t bytes) {
+  Memory block = allocate(bytes);
+  if (block.get_deleter().mapped > 0) move_pages(old, block);
+  return block;
+}
 
 }  // namespace fr

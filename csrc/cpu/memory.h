@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <vector>
 
 namespace fr {
 
@@ -21,5 +22,10 @@ using Memory = std::unique_ptr<char, FreeMemory>;
 
 // Uninitialised, at the beginning of a cache line, as PyTorch's own; null for no bytes.
 Memory allocate(size_t bytes);
+
+// The same, where it can be out of the pages of blocks that are no longer needed: the system would
+// clear every other page first, which takes longer than a convolution takes to write it. What is
+// left of the blocks stays in `old`.
+Memory allocate_from(std::vector<Memory>& old, size_t bytes);
 
 }  // namespace fr

@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #ifdef __linux__
 #include <unistd.h>
@@ -38,6 +39,7 @@ struct Block {
 class ResultCache {
  public:
   Memory take(size_t bytes) {
+    std::vector<Memory> old;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       note(bytes);
@@ -48,17 +50,20 @@ class ResultCache {
         kept_ -= bytes;
         return data;
       }
-      trim();
+      trim(old);
     }
-    return allocate(bytes);
+    Memory data = allocate_from(old, bytes);
+    keep_rest(std::move(old));
+    return data;
   }
 
   void give(Block block) {
+    std::vector<Memory> old;  // freed behind the lock
     const std::lock_guard<std::mutex> lock(mutex_);
     in_use_ -= block.bytes;
     kept_ += block.bytes;
     free_.push_back(std::move(block));
-    trim();
+    trim(old);
   }
 
   void release() {
@@ -96,12 +101,28 @@ class ResultCache {
     most_ = std::max(most_, in_use_);
   }
 
-  void trim() {
-    const size_t most = std::max(most_, most_before_);
-    const size_t limit = std::min(most - std::min(most, in_use_), bound_);
-    while (kept_ > limit) {
+  // Moves what may not be kept to `old`.
+  void trim(std::vector<Memory>& old) {
+    while (kept_ > limit()) {
       kept_ -= free_.front().bytes;
+      old.push_back(std::move(free_.front().data));
       free_.pop_front();
+    }
+  }
+
+  size_t limit() const {
+    const size_t most = std::max(most_, most_before_);
+    return std::min(most - std::min(most, in_use_), bound_);
+  }
+
+  // What is left of blocks whose pages went into others gives its pages to the next.
+  void keep_rest(std::vector<Memory> old) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (Memory& rest : old) {
+      const size_t bytes = rest ? rest.get_deleter().mapped : 0;
+      if (bytes == 0 || kept_ + bytes > limit()) continue;
+      kept_ += bytes;
+      free_.push_front({std::move(rest), bytes});
     }
   }
 };

@@ -11,7 +11,8 @@
 // the most that was in use at one time lately (over the last thousand to two thousand results), so
 // that no process holds more than it needed anyway; and it is at most a quarter of the machine's
 // memory. A step of ResNet-50 at batch 16 and 224x224 keeps 1.1 GB for the next one.
-// release_results gives all of it back.
+// A map of a size that is not among what is kept is made of the pages of those that have to go for
+// it. release_results gives all of it back.
 //
 // Such a result can't grow in place (resize_): LibTorch's stable interface makes tensors in memory
 // of one's own, but takes no allocator.
