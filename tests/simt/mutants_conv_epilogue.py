@@ -182,7 +182,7 @@ MUTANTS = [
         CONV,
         "const float2* const columns = affine + at.n * T::kWarpN;",
         "const float2* const columns = affine + 0 * T::kWarpN;",
-        SHAPES,
+        PLANS,
     ),
     Mutant(
         "affine: every tile has the first one's channels",
