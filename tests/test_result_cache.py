@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,16 @@ def test_a_peak_is_forgotten(x):
     assert _C.kept_result_bytes() <= 8 * x.numel() * 4
 
 
+def number_from(program: str) -> int:
+    """What a program prints in a fresh process, with the package that is tested here."""
+    path = os.pathsep.join([str(Path(_C.__file__).parents[1]), str(Path(__file__).parent)])
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return int(run.stdout)
+
+
 # Every second of 16 results of 16 MiB goes. The C library would keep those among its own memory,
 # once a block of 16 MiB was freed to it, as torch.zeros' is here.
 LARGE_RESULTS = """
@@ -138,11 +149,7 @@ print(before - resident())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_large_results_leave_the_process():
-    run = subprocess.run(
-        [sys.executable, "-c", LARGE_RESULTS],
-        cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert int(run.stdout) >= 7 * 2**24
+    assert number_from(LARGE_RESULTS) >= 7 * 2**24
 
 
 # A result of 96 MiB takes the pages of three of 32 MiB, and of those that are 1 MiB longer.
@@ -173,8 +180,4 @@ assert torch.equal(result, torch.relu(large + 1))
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems move no pages")
 def test_a_result_of_another_size_takes_the_pages_of_old_ones():
     """The system clears no page for it: 48 huge ones, or 24,576 small ones."""
-    run = subprocess.run(
-        [sys.executable, "-c", OTHER_SIZES],
-        cwd=Path(__file__).parent, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert int(run.stdout) < 24
+    assert number_from(OTHER_SIZES) < 24
