@@ -203,6 +203,20 @@ MUTANTS = [
         CONVOLUTIONS,
     ),
     Mutant(
+        "every block of pixels stores its own weight gradient",
+        KERNELS + "direct_weight.h",
+        "store(first ? acc[i][v] : load(at) + acc[i][v], at);",
+        "store(acc[i][v], at);",
+        CONVOLUTIONS,
+    ),
+    Mutant(
+        "the first block of pixels adds to what was there",
+        KERNELS + "direct_weight.h",
+        "store(first ? acc[i][v] : load(at) + acc[i][v], at);",
+        "store(load(at) + acc[i][v], at);",
+        CONVOLUTIONS,
+    ),
+    Mutant(
         "filters laid out as they came",
         KERNELS + "filters.h",
         "transpose<A>(square);",

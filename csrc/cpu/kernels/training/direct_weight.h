@@ -4,7 +4,8 @@
 // input under one tap, two vectors of channels at a time, to [p][two vectors]; by pairs of terms
 // (direct_terms.h) [p / 2] and behind the channel the two pixels. A pair of panels
 // makes its part of dw in registers, 8 rows by two vectors (4 by two with 16 registers), which is
-// added to dw in memory once for each block: some hundred terms are added in registers.
+// added to dw in memory once for each block, or stored by the first one: some hundred terms are
+// added in registers.
 //
 // Work is cut by ranges of input channels, and where these are few by groups of pixels, each of
 // which makes a dw of its own, to be added in order.
@@ -66,22 +67,22 @@ FR_INLINE void add_products(Vec<typename M::A> (&acc)[kRows][kVecs], const Eleme
   }
 }
 
-// kRows rows of `to`, kVecs vectors each, += acc.
+// kRows rows of `to`, kVecs vectors each, += acc, or = acc where they are `first` written.
 template <int kRows, int kVecs, class A>
-FR_INLINE void add_to_rows(const Vec<A> (&acc)[kRows][kVecs], A* to, int64_t to_step) {
+FR_INLINE void add_to_rows(const Vec<A> (&acc)[kRows][kVecs], A* to, int64_t to_step, bool first) {
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
       A* const at = to + i * to_step + v * kLanes<A>;
-      store(load(at) + acc[i][v], at);
+      store(first ? acc[i][v] : load(at) + acc[i][v], at);
     }
 }
 
-// kRows rows of `to`, kVecs vectors each, += the sum over `count` words of pixels.
+// kRows rows of `to`, kVecs vectors each, += (or =) the sum over `count` words of pixels.
 template <int kRows, int kVecs, class M>
 FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Element<M>* cols,
-                             int64_t count, typename M::A* to, int64_t to_step) {
+                             int64_t count, typename M::A* to, int64_t to_step, bool first) {
   using A = typename M::A;
   Vec<A> acc[kRows][kVecs];
 #pragma GCC unroll 8
@@ -93,18 +94,18 @@ FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Ele
   for (int64_t left = count; left > 0; left -= kChain) {
     add_products<kRows, kVecs, M>(acc, rows, row_step, cols, min_of(left, kChain));
     if (count <= kChain) break;
-    const bool first = left == count, last = left <= kChain;
+    const bool begun = left < count, last = left <= kChain;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
-        if (!first) acc[i][v] += far[i][v];
+        if (begun) acc[i][v] += far[i][v];
         if (last) continue;
         far[i][v] = acc[i][v];
         acc[i][v] = Vec<A>{};
       }
   }
-  add_to_rows<kRows, kVecs, A>(acc, to, to_step);
+  add_to_rows<kRows, kVecs, A>(acc, to, to_step, first);
 }
 
 // A panel of kVecs vectors of input channels with all of dz, whose k-th column begins at
@@ -112,12 +113,13 @@ FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Ele
 template <int kVecs, class M>
 __attribute__((noinline)) void outer_products(const Element<M>* rows, int64_t panel_step,
                                               int64_t row_step, int64_t k, const Element<M>* cols,
-                                              int64_t count, typename M::A* to, int64_t to_step) {
+                                              int64_t count, typename M::A* to, int64_t to_step,
+                                              bool first) {
   constexpr int64_t lanes = kLanes<typename M::A>;
   for (int64_t i = 0; i < k; i += kOuterRows) {
     outer_product<kOuterRows, kVecs, M>(rows + i / lanes * panel_step + i % lanes * M::kTerms,
                                         row_step, cols, ceil_div(count, M::kTerms),
-                                        to + i * to_step, to_step);
+                                        to + i * to_step, to_step, first);
   }
 }
 
@@ -150,13 +152,10 @@ struct WeightBlock {
     c1 = min_of(c0 + plan.range, s.c);
   }
 
-  // Its own places of `dw`, set to zero.
+  // The part's places of `dw`.
   template <class A>
-  FR_INLINE A* clear(const ConvShape& s, void* dw) const {
-    A* const to = static_cast<A*>(dw) + part * s.k * s.depth();
-    for (int64_t row = 0; row < s.k * s.kh * s.kw; ++row)
-      for (int64_t c = c0; c < c1; ++c) to[row * s.c + c] = 0;
-    return to;
+  FR_INLINE A* of(const ConvShape& s, void* dw) const {
+    return static_cast<A*>(dw) + part * s.k * s.depth();
   }
 };
 
@@ -183,11 +182,12 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
   const ProductScratch<M> scratch(memory, 0);
   Element<M>* const dz = scratch.rows;
   Element<M>* const x = dz + rows * s.k;
-  A* const dw = block.clear<A>(s, f.dw);
+  A* const dw = block.of<A>(s, f.dw);
   with_gradient<T>(f, [&](const auto& gradient) {
     with_input<T>(f, [&](const auto& input) {
       for (int64_t p0 = block.p0; p0 < block.p1; p0 += rows) {
         const int64_t count = min_of(rows, block.p1 - p0);
+        const bool first = p0 == block.p0;
         for (int64_t i = 0; i < count; ++i) scratch.from[i] = p0 + i;
         for (int64_t k = 0; k < s.k; k += lanes)
           copy_words<1, M>(gradient, scratch.from, count, s.k, k, dz + k * rows);
@@ -197,10 +197,10 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
             A* const to = dw + tap * s.c + c;
             if (c + width <= block.c1) {
               copy_words<2, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<2, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step);
+              outer_products<2, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step, first);
             } else {
               copy_words<1, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<1, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step);
+              outer_products<1, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step, first);
             }
           }
         }
@@ -236,7 +236,7 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
   constexpr bool pairs = M::kTerms > 1;
   Element<M>* const panels = pairs ? x + rows * width : dz;
   const int64_t panel_step = pairs ? rows * lanes : lanes, row_step = pairs ? kWords<M> : step;
-  A* const dw = block.clear<A>(s, f.dw);
+  A* const dw = block.of<A>(s, f.dw);
   const Element<M>* weight = static_cast<const Element<M>*>(f.weight);
   const auto number_pixels = [&](int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) scratch.from[i] = first + i;
@@ -247,6 +247,7 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
         e.begin();
         for (int64_t p0 = block.p0; p0 < block.p1; p0 += rows) {
           const int64_t count = min_of(rows, block.p1 - p0), tiles = ceil_div(count, kTilePixels);
+          const bool first = p0 == block.p0;
           for (int64_t i = 0; i < count; ++i) scratch.at[i] = (p0 + i) * s.c;
           number_pixels(p0, count);
           copy_channels<M>(in, scratch.from, count, s.k, 0, s.k, dz, step);
@@ -267,10 +268,10 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
             product_columns<M>(count, dz, step, s.k, weight, c, end, next, e, scratch.at, false);
             if (end - c == width) {
               copy_words<2, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<2, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c);
+              outer_products<2, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c, first);
             } else {
               copy_words<1, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<1, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c);
+              outer_products<1, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c, first);
             }
           }
           e.fold();

@@ -99,7 +99,7 @@ __attribute__((noinline)) void add_term_products(const A* x, int64_t step, const
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A>{};
   add_products<kTermRows, kVecs, SingleTerms<A>>(sum, x, step, dz, count);
-  add_to_rows<kTermRows, kVecs, A>(sum, to, to_step);
+  add_to_rows<kTermRows, kVecs, A>(sum, to, to_step, false);
 }
 
 template <class T>
