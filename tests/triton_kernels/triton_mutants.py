@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import triton_mutants_plan
 import triton_mutants_training
 from mutant_of_triton import Mutant
 from pytest_process import warm
@@ -112,7 +113,7 @@ MUTANTS = [
     Mutant(
         "flat: the depth's end is not looked at",
         "_implicit_gemm.py",
-        "k_valid = k < depth",
+        "k_valid = k < KH * KW * TAP_C",
         "k_valid = k >= 0",
         CONV + "test_awkward_shapes[interpreter-float16-no-packs]",
     ),
@@ -223,6 +224,7 @@ MUTANTS = [
         "mask=(n >= 0)[None, :], other=0.0",
         BLOCK + "test_one_tile_on_chip[interpreter-float16-64]",
     ),
+    *triton_mutants_plan.MUTANTS,
     *triton_mutants_training.MUTANTS,
 ]
 

@@ -28,6 +28,7 @@ from ._conv_plan import (
     plan,
     precision_of,
     steps_of,
+    tap_channels,
 )
 from ._conv_shape import check_pair, conv_shape
 
@@ -241,7 +242,7 @@ class ConvCall:
         """The sizes among the arguments of ``accumulate``."""
         s = self.shape
         return {
-            "H": s.h, "W": s.w, "C": s.c, "KH": s.kh, "KW": s.kw,
+            "H": s.h, "W": s.w, "C": s.c, "KH": s.kh, "KW": s.kw, "TAP_C": tap_channels(s),
             "stride_h": s.stride[0], "stride_w": s.stride[1],
             "pad_h": s.padding[0], "pad_w": s.padding[1],
             "dil_h": s.dilation[0], "dil_w": s.dilation[1],

@@ -49,10 +49,11 @@ def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
     in_scale_ptr, in_shift_ptr,  # (C,) any float, or None
     partial_ptr,  # (splits, M, K) float32, or None: sums of a part of the depth, and no y
     statistics_ptr,  # (tiles of rows, 2, K) float32, or None: mean, M2
-    M, K, H, W, C, OH, OW, KH, KW,
+    M, K, H, W, C, OH, OW,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
     group_c, group_k, w_stride, H2, W2, C2, stride2_h, stride2_w,
     steps, steps_per_split, eps,
+    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,  # as tap_channels() has it
     ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr,
     MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, GROUP_M: tl.constexpr,
@@ -81,8 +82,8 @@ def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
         x_ptr, w_ptr, in_scale_ptr, in_shift_ptr,
         image, oy, ox, row_valid, first_row, first_filter, filter_valid,
         group * group_c, tl.minimum(begin, steps), tl.minimum(end, steps),
-        H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
-        IN_ACTIVATION, MODE, EVEN_C, PRECISION, X_DESCRIPTOR, W_DESCRIPTOR,
+        H, W, C, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
+        KH, KW, TAP_C, IN_ACTIVATION, MODE, EVEN_C, PRECISION, X_DESCRIPTOR, W_DESCRIPTOR,
         BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if second_ptr is not None:

@@ -105,6 +105,15 @@ def steps_of(s: ConvShape, config: ConvConfig) -> int:
     return s.kh * s.kw * cdiv(s.group_c, config.block_k)
 
 
+def tap_channels(s: ConvShape) -> int:
+    """The channels of a tap as a constant of the kernel, which divides by them; 0 for a single tap.
+
+    Each value compiles a kernel, so those who never divide, 1x1 convolutions, share one. Kernels
+    of 3x3 have as many as a network has widths: four in a ResNet.
+    """
+    return s.group_c if s.kh * s.kw > 1 else 0
+
+
 def parts_of(config: ConvConfig) -> int:
     """Column blocks of a tile's epilogue: of 32 columns for 128 rows, or of 64 for 64 rows."""
     return min(4, max(1, config.block_m * config.block_n // 4096))

@@ -55,13 +55,18 @@ def accumulate(  # type: ignore[no-untyped-def]
     image, oy, ox, row_valid,  # (BLOCK_M,): image and pixel of each row of the result
     first_row, first_filter, filter_valid,  # filter_valid: (BLOCK_N,)
     channel0, step_begin, step_end,
-    H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
+    H, W, C, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
+    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,  # as tap_channels() has it
     IN_ACTIVATION: tl.constexpr,
     MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of the depth's blocks step_begin to step_end; ``mode_of`` explains MODE."""
+    """Add the products of the depth's blocks step_begin to step_end; ``mode_of`` explains MODE.
+
+    A step finds its tap by division, and the divisors are constants: dividing by an argument takes
+    a reciprocal in floating point and its correction, in each step.
+    """
     y0 = oy * stride_h - pad_h
     x0 = ox * stride_w - pad_w
     if not X_DESCRIPTOR:
@@ -69,39 +74,40 @@ def accumulate(  # type: ignore[no-untyped-def]
     if not W_DESCRIPTOR:
         filters = first_filter + tl.arange(0, BLOCK_N)
         columns = w_ptr + (filters.to(tl.int64) * w_stride)[None, :]
-    blocks = tl.cdiv(group_c, BLOCK_K)
+    BLOCKS: tl.constexpr = (TAP_C + BLOCK_K - 1) // BLOCK_K
     for step in range(step_begin, step_end):
         if MODE == "flat":
-            depth = KH * KW * group_c
             k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            tap = k // group_c
-            c = k - tap * group_c
+            tap = k // TAP_C
+            c = k - tap * TAP_C
             ky = tap // KW
             kx = tap - ky * KW
             iy = y0[:, None] + (ky * dil_h)[None, :]
             ix = x0[:, None] + (kx * dil_w)[None, :]
             inside = (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
-            k_valid = k < depth
+            k_valid = k < KH * KW * TAP_C
             a_valid = inside & row_valid[:, None] & k_valid[None, :]
             a = tl.load(rows + (iy * W + ix) * C + c[None, :], mask=a_valid, other=0.0)
             k0 = step * BLOCK_K
         else:
-            if MODE == "pointwise":
-                tap = 0
+            if KH * KW == 1:
                 block = step
+                k0 = step * BLOCK_K
                 iy = y0
                 ix = x0
-                inside = row_valid
             else:
-                tap = step // blocks
-                block = step - tap * blocks
+                tap = step // BLOCKS
+                block = step - tap * BLOCKS
+                k0 = tap * TAP_C + block * BLOCK_K
                 ky = tap // KW
                 kx = tap - ky * KW
                 iy = y0 + ky * dil_h
                 ix = x0 + kx * dil_w
+            if MODE == "pointwise":
+                inside = row_valid
+            else:
                 inside = row_valid & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
             c = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            k0 = tap * group_c + block * BLOCK_K
             if EVEN_C:
                 a_valid = inside[:, None]
                 k_valid = c >= 0

@@ -76,9 +76,10 @@ def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
     w_ptr,  # (K, KH KW C)
     y_ptr,  # (N, PH, PW, K)
     conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
-    K, H, W, C, OH, OW, PH, PW, KH, KW,
+    K, H, W, OH, OW, PH, PW,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
     pool_pad_h, pool_pad_w, tiles_y, tiles_x, eps,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,  # constants, as they divide
     POOL_H: tl.constexpr, POOL_W: tl.constexpr,  # the window
     STEP_H: tl.constexpr, STEP_W: tl.constexpr,  # and its stride
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,  # pooled pixels of a program
@@ -104,7 +105,7 @@ def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         x_ptr, w_ptr, None, None, images, oy, ox, in_map, 0, tl.program_id(1) * BLOCK_N, n < K,
         0, 0, tl.cdiv(KH * KW * C, BLOCK_K),
-        H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, C, KH * KW * C,
+        H, W, C, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, C, KH * KW * C, KH, KW, C,
         0, "flat", False, PRECISION, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     scale, shift = channel_affine(
@@ -210,7 +211,7 @@ def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
         return y
     rows = (tile_h - 1) * pool.stride[0] + pool.kernel[0]
     sizes: dict[str, Any] = call.geometry()
-    del sizes["group_c"], sizes["w_stride"]
+    del sizes["group_c"], sizes["w_stride"], sizes["TAP_C"]
     affine: dict[str, Any] = call.epilogue()
     for name in ("residual_ptr", "residual_scale_ptr", "residual_shift_ptr"):
         del affine[name]

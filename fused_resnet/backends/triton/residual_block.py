@@ -72,8 +72,9 @@ def residual_block_kernel(  # type: ignore[no-untyped-def]
     w2_ptr,  # (K, MIDDLE)
     scale2_ptr, shift2_ptr,  # (K,) any float
     residual_ptr, y_ptr,  # (M, K)
-    M, K, H, W, C, OH, OW, KH, KW,
+    M, K, H, W, C, OH, OW,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride, steps,
+    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,  # as tap_channels() has it
     ACTIVATION: tl.constexpr, MODE: tl.constexpr, EVEN_C: tl.constexpr, MIDDLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +88,8 @@ def residual_block_kernel(  # type: ignore[no-untyped-def]
     acc = accumulate(
         tl.zeros((BLOCK_M, MIDDLE), tl.float32),
         x_ptr, w1_ptr, None, None, image, oy, ox, m < M, 0, 0, j < MIDDLE, 0, 0, steps,
-        H, W, C, KH, KW, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
-        0, MODE, EVEN_C, "half", False, False, BLOCK_M, MIDDLE, BLOCK_K,
+        H, W, C, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
+        KH, KW, TAP_C, 0, MODE, EVEN_C, "half", False, False, BLOCK_M, MIDDLE, BLOCK_K,
     )  # fmt: skip
     scale, shift = channel_affine(j, j < MIDDLE, None, scale1_ptr, shift1_ptr, None, None, 0.0)
     h = activate(acc * scale[None, :] + shift[None, :], ACTIVATION).to(y_ptr.dtype.element_ty)
