@@ -28,13 +28,27 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_resnet.backends.triton._device import Device
+
+#: A card of each architecture: A100, RTX 3090, RTX 4090, H100, B200 and RTX 5090. Multiprocessors,
+#: clock and bandwidth are their data sheets', sizes those of the CUDA C++ Programming Guide.
+DEVICES = {
+    80: Device(80, 108, 163 * 1024, 164 * 1024, 2048, 2039 / 1.410),
+    86: Device(86, 82, 99 * 1024, 100 * 1024, 1536, 936 / 1.695),
+    89: Device(89, 128, 99 * 1024, 100 * 1024, 1536, 1008 / 2.520),
+    90: Device(90, 132, 227 * 1024, 228 * 1024, 2048, 3350 / 1.980),
+    100: Device(100, 148, 227 * 1024, 228 * 1024, 2048, 8000 / 1.965),
+    120: Device(120, 170, 99 * 1024, 100 * 1024, 1536, 1792 / 2.407),
+}
+
+#: One of each kind of tensor cores, whose code the others' resembles.
 ARCHITECTURES = (80, 90, 100)
 
-#: Bytes of shared memory that a program may have.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
 #: The instruction by which each multiplies, as PTX calls it.
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TENSOR_CORES = dict.fromkeys(ARCHITECTURES, "mma.sync") | {
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+}
 
 _TYPES = {
     torch.float32: "fp32",
@@ -74,15 +88,22 @@ class Code:
     registers: int
     stack: int
     shared: int
+    warps: int
     instructions: dict[str, int]
+
+    @property
+    def resident(self) -> int:
+        """Number of such programs that a multiprocessor holds at a time."""
+        return DEVICES[self.arch].resident(self.warps, self.registers, self.shared)
 
     def problems(self) -> list[str]:
         """What the gate has against it."""
         found = []
         if self.stack:
             found.append(f"{self.stack} bytes of stack: registers spill")
-        if self.shared > SHARED[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory, of {SHARED[self.arch]}")
+        most = DEVICES[self.arch].shared
+        if self.shared > most:
+            found.append(f"{self.shared} bytes of shared memory, of {most}")
         return found
 
 
@@ -99,8 +120,8 @@ def recorded(run: Callable[[], Any], arch: int) -> list[Recorded]:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
         facts = {
             "architecture": arch,
-            "multiprocessors": 132,
-            "_shared_limit": SHARED[arch],
+            "multiprocessors": DEVICES[arch].processors,
+            "device_of": DEVICES[arch],
         }
         for module in [
             m for name, m in sys.modules.items() if name.startswith("fused_resnet.backends.triton")
@@ -156,6 +177,7 @@ def compiled(launch: Recorded, arch: int) -> Code:
         int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         kernel.metadata.shared,
+        launch.options["num_warps"],
         {w: n for w, n in counts.items() if n},
     )
 

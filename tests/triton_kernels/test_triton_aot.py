@@ -12,7 +12,7 @@ from typing import Any
 
 import ahead_of_time
 import pytest
-from ahead_of_time import ARCHITECTURES, TENSOR_CORES, Code, compiled, full, recorded
+from ahead_of_time import ARCHITECTURES, DEVICES, TENSOR_CORES, Code, compiled, full, recorded
 from precisions import PRECISIONS, Precision
 from rich.console import Console
 
@@ -39,6 +39,7 @@ class Case:
     tensor_cores: bool = True
     quick: bool = False
     architectures: tuple[int, ...] = ARCHITECTURES
+    config: Any = None  # of a convolution
 
     def __str__(self) -> str:
         return f"{self.what}-{self.precision}"
@@ -95,11 +96,16 @@ def convolution(
 
     def run() -> Any:
         # As the plan does: descriptors wherever the architecture has them.
-        descriptors = _conv_plan.architecture(x) >= 90
+        descriptors = _conv_plan.device_of(x).arch >= 90
         with precision.set():
             return call(config and config._replace(descriptors=descriptors))
 
     return run
+
+
+def tile(config: Any) -> str:
+    """A tile of the tables as a word: its sizes, and its stages, in which alone some differ."""
+    return "x".join(map(str, (*config[:3], config.stages)))
 
 
 def may(arch: int, precision: Precision, layer: str, config: Any) -> bool:
@@ -111,11 +117,11 @@ def may(arch: int, precision: Precision, layer: str, config: Any) -> bool:
 
     def run() -> None:
         shape = conv_shape("", x, (k, c, size, size), *pairs, 1)
-        found.extend(c[:3] for c in _conv_plan.candidates(shape, x))
+        found.extend(c[:5] for c in _conv_plan.candidates(shape, x))
 
     with precision.set():
         recorded(run, arch)
-    return config[:3] in found
+    return config[:5] in found
 
 
 def convolutions() -> Iterator[Case]:
@@ -128,7 +134,7 @@ def convolutions() -> Iterator[Case]:
     for precision, kind in KINDS.items():
         for i, config in enumerate(_conv_plan.CONFIGS[kind]):
             for layer in LAYERS:
-                architectures = tuple(a for a in ARCHITECTURES if may(a, precision, layer, config))
+                architectures = tuple(a for a in DEVICES if may(a, precision, layer, config))
                 kinds = ["plain"]
                 if precision is not FLOAT16 and layer == "3x3":
                     kinds += ["split", "prologue", "statistics", "all training", "second"]
@@ -141,12 +147,13 @@ def convolutions() -> Iterator[Case]:
                     kinds += ["split", "statistics"]
                 for what in kinds:
                     yield Case(
-                        f"{layer} {what} {'x'.join(map(str, config[:3]))}",
+                        f"{layer} {what} {tile(config)}",
                         precision,
                         convolution(precision, layer, config, what),
                         kind != "ieee",
                         (precision, layer, what, i) in quick,
                         architectures,
+                        config,
                     )
 
 
@@ -240,8 +247,8 @@ def architectures() -> Iterator[tuple[Case, tuple[int, ...]]]:
     chosen = [case for case in CASES if case.quick and case.architectures]
     for turn, case in enumerate(chosen):
         plain = case.what.startswith(("1x1 plain", "3x3 plain"))
-        only = case.architectures[turn % len(case.architectures)]
-        yield case, case.architectures if plain else (only,)
+        some = tuple(arch for arch in case.architectures if arch in ARCHITECTURES)
+        yield case, some if plain else (some[turn % len(some)],)
 
 
 QUICK = dict(architectures())
@@ -270,20 +277,32 @@ def test_the_gate(case: Case, arch: int) -> None:
         if launch.name in PRODUCTS:
             descriptors = any("DESCRIPTOR" in k and v for k, v in launch.arguments.items())
             assert bool(code.instructions.get("cp.async.bulk.tensor")) == descriptors, code
+        if case.config and launch.name == "conv_bn_add_relu_kernel":
+            prologue = launch.arguments["in_scale_ptr"] is not None
+            kind = KINDS[case.precision]
+            planned = _conv_plan.resident(case.config, DEVICES[arch], kind, prologue)
+            assert code.resident >= planned, f"{code}: {code.resident} a multiprocessor"
 
 
 def test_what_is_here_covers_the_tables() -> None:
     """No configuration that the plans may choose is missing above, on any architecture."""
     tiles: dict[tuple[str, str, int], set[str]] = {}
     for case in CASES:
-        kernel, tile = case.what.partition(" ")[0], case.what.rpartition(" ")[2]
+        kernel, name = case.what.partition(" ")[0], case.what.rpartition(" ")[2]
         kernel = kernel if kernel in ("stem", "bn") else "conv"
         for arch in case.architectures:
-            tiles.setdefault((kernel, KINDS[case.precision], arch), set()).add(tile)
+            tiles.setdefault((kernel, KINDS[case.precision], arch), set()).add(name)
+    for arch, device in DEVICES.items():
+        for kind, size in (("half", 2), ("tf32", 4), ("ieee", 4)):
+            fitting = {
+                tile(c)
+                for c in _conv_plan.CONFIGS[kind]
+                if c.since <= arch
+                and c.stages * (c.block_m + c.block_n) * c.block_k * size <= device.shared
+            }
+            assert fitting <= tiles["conv", kind, arch]
     for arch in ARCHITECTURES:
         for kind in _conv_plan.CONFIGS:
-            convs = {c[:3] for c in _conv_plan.CONFIGS[kind] if c.since <= arch}
-            assert {"x".join(map(str, tile)) for tile in convs} <= tiles["conv", kind, arch]
             stems = {"x".join(map(str, config[:3])) for config in STEM_CONFIGS[kind]}
             assert stems == tiles["stem", kind, arch]
         for kind in ("half", "ieee"):

@@ -33,10 +33,14 @@ def configured(interpreted, operands: Operands, config, affine: tuple = (None, N
         )
 
 
+def name(config) -> str:
+    return "x".join(map(str, (*config[:3], config.stages)))
+
+
 def tables() -> list:
     kinds = {FLOAT16: "half", BFLOAT16: "half", TF32: "tf32", FLOAT32: "ieee"}
     return [
-        pytest.param(precision, config, id=f"{precision}-{'x'.join(map(str, config[:3]))}")
+        pytest.param(precision, config, id=f"{precision}-{name(config)}")
         for precision, kind in kinds.items()
         if precision is not FLOAT16  # as bfloat16, whose rounding shows more
         for config in _conv_plan.CONFIGS[kind]
@@ -179,7 +183,7 @@ def test_a_second_convolution_in_the_same_sum(interpreted, precision, widths):
             precision.check(result, plain(lambda t: t), plain(precision.operand))
 
 
-@pytest.mark.parametrize("config", _conv_plan.CONFIGS["half"], ids=lambda c: str(c[:3]))
+@pytest.mark.parametrize("config", _conv_plan.CONFIGS["half"], ids=name)
 def test_statistics_of_every_tile(interpreted, config):
     operands = Operands(PLANNED, BFLOAT16)
     z, mean, var = interpreted.ops.conv_statistics(

@@ -1,31 +1,49 @@
-"""What the host decides before a launch of the convolution: which kernels are compiled."""
+"""What the host decides before a launch of the convolution: its kernel, and its tile."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
-from ahead_of_time import full, recorded
+import torch
+import triton
+from ahead_of_time import DEVICES, Recorded, full, recorded
 from precisions import BFLOAT16
 
 from fused_resnet.backends import triton as kernels
+from fused_resnet.backends.triton import _conv_plan as plan
+from fused_resnet.backends.triton import _device
 from fused_resnet.backends.triton._conv_plan import CONFIGS
+from fused_resnet.backends.triton._conv_shape import ConvShape
 
 
-def constants(c: int, kernel: int, groups: int = 1) -> dict[str, Any]:
-    """The compile-time arguments of a convolution of ``c`` channels, on an H100."""
+def launch(
+    c: int, kernel: int, groups: int = 1, arch: int = 90, config: Any = None, **prologue: Any
+) -> Recorded:
+    """The launch of a convolution of ``c`` channels on a card, by an H100's default."""
     dtype, pair = BFLOAT16.dtype, (kernel // 2, kernel // 2)
     x, w = full(256, c, 28, 28, dtype=dtype), full(256, c // groups, kernel, kernel, dtype=dtype)
     v, ones = full(256), (1, 1)
-    config = next(tile for tile in CONFIGS["half"] if tile[:3] == (64, 64, 64))
-    (launch,) = recorded(
+    (found,) = recorded(
         lambda: kernels.conv_bn_add_relu(
-            x, w, None, v, v, v, v, None, ones, pair, ones, groups, 1e-5, 1, config=config
+            x, w, None, v, v, v, v, None, ones, pair, ones, groups, 1e-5, 1, config=config,
+            **prologue,
         ),
-        90,
-    )
-    names = {p.name for p in launch.kernel.params if p.is_constexpr}
-    return {name: launch.arguments[name] for name in names}
+        arch,
+    )  # fmt: skip
+    return found
+
+
+def constants(c: int, kernel: int, groups: int = 1) -> dict[str, Any]:
+    """The compile-time arguments of one tile."""
+    config = next(tile for tile in CONFIGS["half"] if tile[:3] == (64, 64, 64))
+    found = launch(c, kernel, groups, config=config)
+    return {p.name: found.arguments[p.name] for p in found.kernel.params if p.is_constexpr}
+
+
+# Compilations
 
 
 @pytest.mark.parametrize("c", [128, 192, 512, 2048])
@@ -43,3 +61,156 @@ def test_each_width_of_a_3x3_has_a_kernel() -> None:
 
 def test_the_width_is_that_of_a_group() -> None:
     assert constants(512, 3, groups=8)["TAP_C"] == 64
+
+
+# The tile
+
+
+#: ResNet-50's convolutions in bfloat16 at batch 256 on an H100, which makes 132 * 2048 products and
+#: moves 3350 / 1.98 = 1692 bytes in a clock cycle: channels, filters, kernel, stride, map, whether
+#: there is a residual; thousands of cycles of products and of DRAM; tile, stages, programs of a
+#: multiprocessor.
+RESNET50 = [
+    ((64, 64, 1, 1, 56, False), 12, 121, (128, 64, 64, 4, 2)),
+    ((64, 64, 3, 1, 56, False), 109, 122, (128, 64, 64, 4, 2)),
+    ((64, 256, 1, 1, 56, True), 49, 547, (128, 128, 64, 3, 2)),
+    ((256, 64, 1, 1, 56, False), 49, 304, (128, 64, 64, 4, 2)),
+    ((256, 128, 1, 1, 56, False), 97, 364, (128, 128, 64, 3, 2)),
+    ((128, 128, 3, 2, 56, False), 109, 152, (128, 128, 64, 3, 2)),
+    ((128, 512, 1, 1, 28, True), 49, 273, (128, 128, 64, 3, 2)),
+    ((256, 512, 1, 2, 56, False), 97, 182, (128, 128, 64, 3, 2)),
+    ((512, 128, 1, 1, 28, False), 49, 152, (128, 128, 64, 3, 2)),
+    ((512, 256, 1, 1, 28, False), 97, 182, (128, 128, 64, 3, 2)),
+    ((256, 1024, 1, 1, 14, True), 49, 137, (128, 128, 64, 3, 2)),
+    # Bound by products and loads, of which the largest tile makes the most in a cycle.
+    ((256, 256, 3, 2, 28, False), 109, 77, (128, 256, 64, 3, 1)),
+    ((256, 256, 3, 1, 14, False), 109, 31, (128, 256, 64, 3, 1)),
+    ((1024, 512, 1, 1, 14, False), 97, 92, (128, 256, 64, 3, 1)),
+    ((1024, 2048, 1, 2, 14, False), 97, 48, (128, 256, 64, 3, 1)),
+    ((512, 2048, 1, 1, 7, True), 49, 70, (128, 256, 64, 3, 1)),
+    # 49 rows of tiles and 2 columns of the largest would leave 34 multiprocessors idle.
+    ((2048, 512, 1, 1, 7, False), 49, 39, (128, 128, 64, 3, 2)),
+]
+H100 = DEVICES[90]
+
+
+def shape_of(layer: tuple[int, int, int, int, int, bool], n: int = 256) -> ConvShape:
+    c, k, size, stride, hw, _ = layer
+    pairs = (stride, stride), (size // 2, size // 2), (1, 1)
+    return ConvShape(n, hw, hw, c, k, size, size, *pairs, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "computing", "moving", "chosen"), RESNET50, ids=[str(row[0][:5]) for row in RESNET50]
+)
+def test_resnet50_on_an_h100(layer, computing, moving, chosen) -> None:
+    c, k, size, stride, hw, residual = layer
+    rows = 256 * (hw // stride) ** 2
+    products = rows * size * size * c * k
+    # A strided 1x1 reads the pixels that it needs; a strided 3x3 reads all of them.
+    read = rows if size == 1 else 256 * hw * hw
+    moved = 2 * (read * c + k * c * size * size + rows * k * (2 if residual else 1))
+    assert round(products / (132 * 2048) / 1000) == computing
+    assert round(moved / (3350 / 1.98) / 1000) == moving
+    s = shape_of(layer)
+    assert plan.traffic(s, 2, 0, residual) == moved
+    config = plan.choose(s, "half", H100, 0, residual)
+    found = (*config[:3], config.stages, plan.resident(config, H100, "half"))
+    assert found == chosen
+    if moving > 1.5 * computing:
+        assert found[-1] >= 2
+
+
+def test_the_cost_of_a_layer_that_memory_bounds() -> None:
+    """64 to 256 channels by 1x1 with a residual, whose depth is one step: the arithmetic.
+
+    802,816 pixels are 6272 rows of tiles, 48 of them on the busiest of 132 multiprocessors. DRAM
+    takes 546.6 thousand cycles, 11.5 thousand for each of 48 tiles of 128 x 256, behind each of
+    which a program by itself fills and drains its pipeline for 2 thousand. Two programs with half
+    the tile hide that behind each other's loads.
+    """
+    s = shape_of((64, 256, 1, 1, 56, True))
+    moving = 2 * (802_816 * (64 + 256 + 256) + 64 * 256) / H100.bandwidth
+    wide, narrow = (
+        plan.ConvConfig(128, n, 64, 8, 3, registers=r) for n, r in ((256, 255), (128, 128))
+    )
+    assert [plan.resident(c, H100, "half") for c in (wide, narrow)] == [1, 2]
+    alone = moving * 132 / 6272 + 2000
+    assert plan.cost(s, wide, "half", H100, 0, True) == pytest.approx(48 * alone)
+    # 96 tiles of 128 x 128 on the busiest: 512 cycles of products and 256 of loads by 128 bytes.
+    computing = 96 * (128 * 128 * 64 / 2048 + 256 * 64 * 2 / 128)
+    together = moving + computing / 10 + 2000
+    assert plan.cost(s, narrow, "half", H100, 0, True) == pytest.approx(together)
+
+
+def test_a_faster_memory_changes_the_bound() -> None:
+    """An H200 is an H100 with 4.8 TB/s: its share of the time, where memory is the bound."""
+    h200 = H100._replace(bandwidth=4800 / 1.98)
+    layer = (256, 64, 1, 1, 56, False)
+    costs = [plan.cost(shape_of(layer), CONFIGS["half"][2], "half", d) for d in (H100, h200)]
+    assert costs[1] / costs[0] == pytest.approx(3350 / 4800, rel=0.05)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_layers_bound_by_memory_share_multiprocessors_everywhere(arch: int) -> None:
+    device, found = DEVICES[arch], 0
+    for layer, *_ in RESNET50:
+        s = shape_of(layer)
+        computing = s.rows * s.depth * s.k / (device.processors * device.products("half"))
+        if plan.traffic(s, 2, 0, layer[-1]) / device.bandwidth > 2 * computing:
+            config = plan.choose(s, "half", device, 0, layer[-1])
+            assert plan.resident(config, device, "half") >= 2, (layer, config)
+            found += 1
+    assert found >= 3
+
+
+def test_small_batches_fill_the_multiprocessors() -> None:
+    """At batch 1 the deep layers have fewer tiles than multiprocessors: small tiles, and splits."""
+    config = plan.choose(shape_of((512, 512, 3, 1, 7, False), 1), "half", H100)
+    assert config.block_m == 64
+    assert config.split_k > 1
+
+
+def test_programs_of_a_multiprocessor() -> None:
+    """By registers, of 65536; by threads, of 2048; by shared memory, of 228 KiB and 1 a program."""
+    assert H100.resident(8, 255, 1024) == 1
+    assert H100.resident(8, 128, 1024) == 2
+    assert H100.resident(4, 168, 1024) == 3
+    assert H100.resident(4, 169, 1024) == 2
+    assert H100.resident(8, 16, 1024) == 8
+    assert H100.resident(4, 128, 75 * 1024) == 3
+    assert H100.resident(4, 128, 76 * 1024) == 2
+    assert H100.resident(4, 128, 227 * 1024) == 1
+
+
+def test_registers_are_limited_where_operands_pass_by_them() -> None:
+    config = next(tile for tile in CONFIGS["half"] if tile[:3] == (128, 128, 64))
+    prologue = {"in_scale": full(256), "in_shift": full(256)}
+    assert launch(256, 3, config=config).options["maxnreg"] == 128
+    assert launch(256, 3, config=config, **prologue).options["maxnreg"] == 255
+    assert launch(256, 3, arch=80, config=config).options["maxnreg"] == 255
+
+
+@pytest.mark.parametrize(
+    ("memory", "bus", "clock", "bytes_a_cycle"),
+    [
+        (2_619_000, 5120, 1_980_000, 3350 / 1.980),  # H100: 3.35 TB/s
+        (1_593_000, 5120, 1_410_000, 2039 / 1.410),  # A100: 2,039 GB/s
+        (0, 5120, 1_410_000, 108 * 13.0),  # a driver that does not say
+    ],
+)
+def test_bandwidth_is_the_drivers(memory, bus, clock, bytes_a_cycle) -> None:
+    facts = {"mem_clock_rate": memory, "mem_bus_width": bus, "sm_clock_rate": clock}
+    facts["max_shared_mem"] = 166_912
+    utils = SimpleNamespace(get_device_properties=lambda index: facts)
+    driver = SimpleNamespace(active=SimpleNamespace(utils=utils))
+    properties = SimpleNamespace(
+        shared_memory_per_multiprocessor=167_936, max_threads_per_multi_processor=2048
+    )
+    with (
+        mock.patch.object(triton.runtime, "driver", driver),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+    ):
+        device = _device._gpu.__wrapped__(0, 80, 108)
+    assert device[:5] == (80, 108, 166_912, 167_936, 2048)
+    assert device.bandwidth == pytest.approx(bytes_a_cycle, rel=2e-3)

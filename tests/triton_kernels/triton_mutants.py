@@ -122,7 +122,7 @@ MUTANTS = [
         "_implicit_gemm.py",
         "k_valid = c < group_c",
         "k_valid = c >= 0",
-        CONV_TILES + "test_every_configuration[pointwise-bfloat16-128x128x64]",
+        CONV_TILES + "test_every_configuration[pointwise-bfloat16-128x128x64x3]",
     ),
     Mutant(
         "tf32 is cut off, not rounded",

@@ -27,10 +27,12 @@ from ._conv_plan import (
     parts_of,
     plan,
     precision_of,
+    registers_of,
     steps_of,
     tap_channels,
 )
 from ._conv_shape import check_pair, conv_shape
+from ._device import device_of
 
 
 class Affine(NamedTuple):
@@ -203,7 +205,15 @@ class ConvCall:
     def choose(self, may_split: bool) -> ConvConfig:
         """The configuration with the least estimated cost."""
         second = self.second.x.shape[1] if self.second else 0
-        return plan(self.shape, self.x, second=second, may_split=may_split)
+        residual = self.residual is not None
+        return plan(
+            self.shape,
+            self.x,
+            second=second,
+            residual=residual,
+            prologue=self.has_prologue,
+            may_split=may_split,
+        )
 
     def operands(self, config: ConvConfig) -> dict[str, Any]:
         """The kernel's arguments for input and filters, and how it traverses the depth."""
@@ -237,6 +247,11 @@ class ConvCall:
             "X_DESCRIPTOR": x_fits,
             "W_DESCRIPTOR": w_fits,
         }
+
+    @property
+    def has_prologue(self) -> bool:
+        """Whether a batch norm is applied to the input."""
+        return self.prologue[0] is not None
 
     def geometry(self) -> dict[str, Any]:
         """The sizes among the arguments of ``accumulate``."""
@@ -278,6 +293,7 @@ class ConvCall:
             c2, h2, w2 = second.shape[1:]
         steps = steps_of(s, config)
         all_steps = steps + (cdiv(c2, config.block_k) if self.second else 0)
+        registers = registers_of(config, device_of(y), precision_of(y), self.has_prologue)
         partial = None
         if config.split_k > 1:
             partial = torch.empty(
@@ -295,7 +311,7 @@ class ConvCall:
                 steps=steps, steps_per_split=cdiv(all_steps, config.split_k),
                 GROUP_M=GROUP_M, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                 BLOCK_K=config.block_k, PARTS=parts_of(config), num_warps=config.warps,
-                num_stages=config.stages, maxnreg=REGISTERS,
+                num_stages=config.stages, maxnreg=registers,
             )  # fmt: skip
             if partial is not None:
                 m, n, warps = FINISH_TILE

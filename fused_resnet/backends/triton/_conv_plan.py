@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...tuning.tf32 import conv_allows_tf32
-from ._common import architecture, cdiv, multiprocessors
+from ._common import REGISTERS, cdiv
 from ._conv_shape import ConvShape
+from ._device import Device, device_of
 
 
 class ConvConfig(NamedTuple):
@@ -26,6 +27,8 @@ class ConvConfig(NamedTuple):
         flat: Whether it may traverse (ky, kx, c) as one axis, which takes more registers.
         split_k: Number of programs among which the depth is split.
         descriptors: Whether tiles are loaded by tensor descriptors (TMA) where possible.
+        registers: The most registers of a thread, by which programs share a multiprocessor.
+        more_registers: Likewise where operands pass through registers: see :func:`by_registers`.
     """
 
     block_m: int
@@ -37,21 +40,26 @@ class ConvConfig(NamedTuple):
     flat: bool = False
     split_k: int = 1
     descriptors: bool = False
+    registers: int = REGISTERS
+    more_registers: int = REGISTERS
 
 
 #: By the precision of products. A step is 128 bytes deep, as swizzled shared memory and one wgmma
 #: of each warp group need; the tiles for few channels are 64 bytes deep. The large tiles do 64 to
 #: 85 flops per byte loaded, so they are bound by the tensor cores; those of 64 pixels give enough
-#: programs on small maps, and those of 16 filters are for narrow groups. Strict float32 runs on the
+#: programs on small maps, and those of 16 filters are for narrow groups. Where memory is the bound,
+#: a second program on the multiprocessor loads while the first computes or stores: limits on the
+#: registers make room for it, and a tile of three stages for a third. Strict float32 runs on the
 #: CUDA cores, whose operands are in registers: they have room for 64 x 64.
 CONFIGS: dict[str, list[ConvConfig]] = {
     "half": [
         ConvConfig(128, 256, 64, 8, 3, since=90),
-        ConvConfig(128, 128, 64, 8, 3),
+        ConvConfig(128, 128, 64, 8, 3, registers=128),
         ConvConfig(128, 64, 64, 4, 4),
+        ConvConfig(128, 64, 64, 4, 3, registers=168),
         ConvConfig(64, 128, 64, 4, 4),
         ConvConfig(64, 64, 64, 4, 4),
-        ConvConfig(128, 64, 32, 8, 4, flat=True),
+        ConvConfig(128, 64, 32, 8, 4, flat=True, registers=128, more_registers=128),
         ConvConfig(64, 64, 32, 4, 4, flat=True),
         ConvConfig(128, 16, 32, 8, 4, flat=True),
     ],
@@ -62,7 +70,7 @@ CONFIGS: dict[str, list[ConvConfig]] = {
         ConvConfig(128, 16, 32, 8, 3, flat=True),
     ],
     "ieee": [
-        ConvConfig(64, 64, 16, 8, 3),
+        ConvConfig(64, 64, 16, 8, 3, more_registers=128),
         ConvConfig(64, 32, 16, 4, 3, flat=True),
         ConvConfig(64, 16, 16, 4, 3, flat=True),
     ],
@@ -74,6 +82,17 @@ SPLITS, LEAST_STEPS = (1, 2, 4, 8, 16), 4
 
 #: Pixels, filters and warps of the kernel that adds the splits.
 FINISH_TILE = (32, 64, 4)
+
+#: Bytes of an element by the precision of products.
+SIZES = {"half": 2, "tf32": 4, "ieee": 4}
+
+#: Estimated bytes that a multiprocessor loads in a clock cycle from the L2 cache for its tensor
+#: cores, or from shared memory for its CUDA cores: the same from sm_80 to sm_120.
+LOADED = {"half": 128, "tf32": 128, "ieee": 32}
+
+#: Estimated clock cycles to fill a program's pipeline and to drain it through the epilogue, and of
+#: a second launch: round numbers, of which the order of magnitude matters.
+FIXED, LAUNCH = 2000, 3000
 
 #: Rows of tiles that run concurrently, so that they share filters and pixels in the L2 cache.
 GROUP_M = 8
@@ -119,66 +138,125 @@ def parts_of(config: ConvConfig) -> int:
     return min(4, max(1, config.block_m * config.block_n // 4096))
 
 
-def _shared_limit(x: Tensor) -> int:
-    if not x.is_cuda:
-        return 163 * 1024
-    properties = triton.runtime.driver.active.utils.get_device_properties(x.device.index)
-    return properties["max_shared_mem"]
+def by_registers(device: Device, precision: str, prologue: bool) -> bool:
+    """Whether operands pass through registers: to mma.sync, to be rounded, or for a prologue."""
+    return not device.from_shared or precision != "half" or prologue
 
 
-def cost(s: ConvShape, config: ConvConfig, precision: str, processors: int, second: int) -> float:
-    """Estimated clock cycles until the last multiprocessor is done.
+def registers_of(config: ConvConfig, device: Device, precision: str, prologue: bool) -> int:
+    """The most registers of a thread.
 
-    The constants are round numbers for GPUs since 2020, of which only the ratios matter: products
-    per cycle; bytes per cycle and multiprocessor; cycles to fill a pipeline and to drain it through
-    the epilogue; cycles of a second launch. A tile's share of the peak grows with its flops per
-    byte, and is lower where elements are gathered one by one.
+    Args:
+        config: The tile.
+        device: The GPU.
+        precision: Of the products, a key of :data:`CONFIGS`.
+        prologue: Whether a batch norm is applied to the input.
+    """
+    through = by_registers(device, precision, prologue)
+    return config.more_registers if through else config.registers
+
+
+def resident(config: ConvConfig, device: Device, precision: str, prologue: bool = False) -> int:
+    """Number of programs of a tile that a multiprocessor holds at a time, at least.
+
+    Args:
+        config: The tile.
+        device: The GPU.
+        precision: Of the products, a key of :data:`CONFIGS`.
+        prologue: Whether a batch norm is applied to the input.
+    """
+    stage = (config.block_m + config.block_n) * config.block_k * SIZES[precision]
+    # A stage of mma.sync's is in registers; what passes through them elsewhere is stored once more,
+    # and the scale and shift of a prologue are loaded with the stages.
+    buffers = config.stages - 1
+    if device.from_shared:
+        buffers += 1 + by_registers(device, precision, prologue)
+    shared = buffers * stage + prologue * config.stages * 2 * 4 * config.block_k
+    registers = registers_of(config, device, precision, prologue)
+    return device.resident(config.warps, registers, shared)
+
+
+def traffic(s: ConvShape, size: int, second: int, residual: bool) -> int:
+    """Bytes of DRAM that a convolution moves: of each map and of the filters once.
+
+    Args:
+        s: Sizes of the convolution.
+        size: Bytes of an element.
+        second: Input channels of a 1x1 convolution that is added; 0 for none.
+        residual: Whether a map is added.
+    """
+    pixels = min(s.n * s.h * s.w, s.rows * s.kh * s.kw)  # a stride may leave some out
+    maps = pixels * s.c + s.rows * (second + s.k * (2 if residual else 1))
+    return (maps + s.k * (s.depth + second)) * size
+
+
+def cost(
+    s: ConvShape,
+    config: ConvConfig,
+    precision: str,
+    device: Device,
+    second: int = 0,
+    residual: bool = False,
+    prologue: bool = False,
+) -> float:
+    """Estimated clock cycles until the last multiprocessor is done: a roofline.
+
+    A tile takes its products and its loads from the L2 cache, of which large tiles have fewer for
+    each product. A multiprocessor is busy for the longer of its tiles and its share of the DRAM's
+    bytes, and a tenth of the shorter, a guess at what one does not hide of the other. A program by
+    itself also waits while its pipeline fills, and computes nothing in its epilogue: others on the
+    same multiprocessor use that time. Where there are none, each tile pays for it.
 
     Args:
         s: Sizes of the convolution.
         config: The tile.
         precision: Of the products, a key of :data:`CONFIGS`.
-        processors: Number of multiprocessors.
+        device: The GPU.
         second: Input channels of a 1x1 convolution that is added; 0 for none.
+        residual: Whether a map is added.
+        prologue: Whether a batch norm is applied to the input.
     """
-    products = {"half": 1024, "tf32": 512, "ieee": 128}[precision]
-    bytes_a_cycle, fixed, launch = 10, 2000, 3000
+    size = SIZES[precision]
     m, n, k = config[:3]
-    intensity = m * n / (m + n)
-    share = (
-        intensity
-        / (intensity + 16)
-        * (1.0 if k * (4 if precision != "half" else 2) >= 128 else 0.9)
-    )
-    if mode_of(s, config) == "flat" and s.group_c % 8:
-        share /= 2
     steps = cdiv(steps_of(s, config) + cdiv(second, k), config.split_k)
-    tiles = cdiv(s.rows, m) * cdiv(s.group_k, n) * s.groups * config.split_k
-    # Two small tiles share a multiprocessor: one computes while the other starts or ends.
-    together = 2 if m * n <= 64 * 64 else 1
-    block = m * n * k * steps / (products * share)
-    cycles = cdiv(tiles, processors) * (block + fixed / together)
+    tiles = max(1, cdiv(s.rows, m) * cdiv(s.group_k, n) * s.groups * config.split_k)
+    step = m * n * k / device.products(precision) + (m + n) * k * size / LOADED[precision]
+    if k * size < 128:
+        step /= 0.9  # half of a row of swizzled shared memory
+    if mode_of(s, config) == "flat" and s.group_c % 8:
+        step *= 2  # elements are gathered one by one
+    tile = step * steps
+    moving = traffic(s, size, second, residual) / device.bandwidth
+
+    busiest = cdiv(tiles, device.processors)
+    computing = busiest * tile
+    together = max(computing, moving) + min(computing, moving) / 10 + FIXED
+    alone = max(tile, moving * min(tiles, device.processors) / tiles) + FIXED
+    rounds = cdiv(busiest, resident(config, device, precision, prologue))
+    cycles = max(together, rounds * alone)
     if config.split_k > 1:
-        cycles += launch + 8 * config.split_k * s.rows * s.k / (bytes_a_cycle * processors)
+        cycles += LAUNCH + 8 * config.split_k * s.rows * s.k / device.bandwidth
     return cycles
 
 
 def candidates(s: ConvShape, x: Tensor, *, may_split: bool = True) -> list[ConvConfig]:
     """All configurations that can run a convolution of maps like ``x``."""
-    precision, size, arch = precision_of(x), x.element_size(), architecture(x)
+    return _candidates(s, precision_of(x), device_of(x), may_split)
 
+
+def _candidates(s: ConvShape, precision: str, device: Device, may_split: bool) -> list[ConvConfig]:
     def fits(config: ConvConfig) -> bool:
         # Large tiles have no registers left to mask single channels.
         whole = s.group_c % 8 == 0 and s.group_k % 8 == 0 and s.group_c >= config.block_k
-        stage = (config.block_m + config.block_n) * config.block_k * size
+        stage = (config.block_m + config.block_n) * config.block_k * SIZES[precision]
         return (
-            arch >= config.since
+            device.arch >= config.since
             and (whole or config.flat)
-            and config.stages * stage <= _shared_limit(x)
+            and config.stages * stage <= device.shared
         )
 
     return [
-        config._replace(split_k=split, descriptors=arch >= 90)
+        config._replace(split_k=split, descriptors=device.arch >= 90)
         for config in CONFIGS[precision]
         if fits(config)
         for split in SPLITS
@@ -186,17 +264,50 @@ def candidates(s: ConvShape, x: Tensor, *, may_split: bool = True) -> list[ConvC
     ]
 
 
-def plan(s: ConvShape, x: Tensor, *, second: int = 0, may_split: bool = True) -> ConvConfig:
+def plan(
+    s: ConvShape,
+    x: Tensor,
+    *,
+    second: int = 0,
+    residual: bool = False,
+    prologue: bool = False,
+    may_split: bool = True,
+) -> ConvConfig:
     """The candidate with the least estimated cost.
 
     Args:
         s: Sizes of the convolution.
         x: Its input.
         second: Input channels of a 1x1 convolution that is added; 0 for none.
+        residual: Whether a map is added.
+        prologue: Whether a batch norm is applied to the input.
         may_split: Whether split-K is allowed.
     """
-    precision, processors = precision_of(x), multiprocessors(x)
+    return choose(s, precision_of(x), device_of(x), second, residual, prologue, may_split)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    s: ConvShape,
+    precision: str,
+    device: Device,
+    second: int = 0,
+    residual: bool = False,
+    prologue: bool = False,
+    may_split: bool = True,
+) -> ConvConfig:
+    """:func:`plan` for maps on a GPU that need not be there, remembered.
+
+    Args:
+        s: Sizes of the convolution.
+        precision: Of the products, a key of :data:`CONFIGS`.
+        device: The GPU.
+        second: Input channels of a 1x1 convolution that is added; 0 for none.
+        residual: Whether a map is added.
+        prologue: Whether a batch norm is applied to the input.
+        may_split: Whether split-K is allowed.
+    """
     return min(
-        candidates(s, x, may_split=may_split),
-        key=lambda config: cost(s, config, precision, processors, second),
+        _candidates(s, precision, device, may_split),
+        key=lambda config: cost(s, config, precision, device, second, residual, prologue),
     )
