@@ -65,7 +65,7 @@ def accumulate(  # type: ignore[no-untyped-def]
     """Add the products of the depth's blocks step_begin to step_end; ``mode_of`` explains MODE.
 
     A step finds its tap by division, and the divisors are constants: dividing by an argument takes
-    a reciprocal in floating point and its correction, in each step.
+    a reciprocal in floating point, and its correction in each step.
     """
     y0 = oy * stride_h - pad_h
     x0 = ox * stride_w - pad_w
