@@ -28,7 +28,7 @@ struct StemInstance {
   int64_t shared_bytes(const StemParams& p) const {
     const auto buffer = [](int64_t size) { return round_up(size, 128); };
     const int64_t pad = 16 / bytes;
-    return buffer(static_cast<int64_t>(p.patch_rows) * p.patch_pitch * bytes) +
+    return buffer(static_cast<int64_t>(p.patch_size) * bytes) +
            buffer(kStemChannels * (p.depth + pad) * bytes) +
            buffer(p.depth / depth * static_cast<int64_t>(sizeof(StemPlace))) +
            buffer(kStemChannels * static_cast<int64_t>(sizeof(float2))) +
@@ -36,28 +36,57 @@ struct StemInstance {
   }
 };
 
-// Whether pixels begin at even offsets and a pair of k is two neighbouring elements.
-bool paired(const StemParams& p) {
-  return p.image.stride_w * p.image.c % 2 == 0 && (p.image.dilation_w == 1 || p.image.c % 2 == 0);
+// Whether pixels are apart by even distances and a pair of k is two neighbouring elements.
+bool paired(const ConvShape& s) {
+  return s.stride_w * s.c % 2 == 0 && (s.dilation_w == 1 || s.c % 2 == 0);
 }
+
+int64_t modulo(int64_t a, int64_t b) { return (a % b + b) % b; }
 
 // Sizes beyond what fits are cut to a size that does not fit either, lest they overflow.
 int cut(int64_t size) { return static_cast<int>(std::min(size, kMostSharedBytes + 1)); }
 
-void set_tile(StemParams* p, int tile_h, int tile_w) {
+// The patch of a tile. With chunks of 16 bytes its rows have their skew ahead of them, which is the
+// same in all rows if those of x are whole chunks, and up to a chunk behind them, lest the last
+// chunk of a row be the first one of the next.
+void set_patch(StemParams* p, const StemInstance& instance) {
   const ConvImage& m = p->image;
+  const int64_t cols =
+      cut(int64_t{p->conv_cols - 1} * m.stride_w + int64_t{m.kw - 1} * m.dilation_w + 1);
+  const int64_t width = round_up(p->lead + cols * m.c, instance.depth);
+  const int64_t elements = 16 / instance.bytes, row = int64_t{m.w} * m.c;
+  p->patch_rows =
+      cut(int64_t{p->conv_rows - 1} * m.stride_h + int64_t{m.kh - 1} * m.dilation_h + 1);
+  p->patch_width = cut(width);
+  // The words of pairs are aligned in all rows, or in none.
+  p->chunks = !p->pairs || row % 2 == 0;
+  if (!p->chunks) {
+    p->patch_pitch = p->patch_width;
+    p->patch_size = cut(int64_t{p->patch_rows} * p->patch_pitch);
+    return;
+  }
+  int64_t skew = elements - 1;
+  if (row % elements == 0) {
+    const int64_t x = int64_t{-p->pool.pad_w} * m.stride_w - m.pad_w;
+    const int64_t apart = int64_t{p->tile_w} * p->pool.stride_w * m.stride_w;
+    skew = 0;
+    for (int i = 0; i < std::min<int64_t>(p->tiles_x, elements); ++i) {
+      skew = std::max(skew, modulo((x + i * apart) * m.c - p->lead, elements));
+    }
+  }
+  const int64_t least = skew + width;
+  p->patch_pitch = cut(least + modulo(row - least, elements));
+  p->patch_size = cut(int64_t{p->patch_rows} * p->patch_pitch + skew);
+}
+
+void set_tile(StemParams* p, const StemInstance& instance, int tile_h, int tile_w) {
   p->tile_h = tile_h;
   p->tile_w = tile_w;
   p->conv_rows = cut(int64_t{tile_h - 1} * p->pool.stride_h + p->pool.kernel_h);
   p->conv_cols = cut(int64_t{tile_w - 1} * p->pool.stride_w + p->pool.kernel_w);
-  p->patch_rows =
-      cut(int64_t{p->conv_rows - 1} * m.stride_h + int64_t{m.kh - 1} * m.dilation_h + 1);
-  const int64_t patch_cols =
-      cut(int64_t{p->conv_cols - 1} * m.stride_w + int64_t{m.kw - 1} * m.dilation_w + 1);
-  // One more than its content, for the word that the last element shares with the padding.
-  p->patch_pitch = cut(round_up(patch_cols * m.c + 1, 2));
   p->tiles_y = static_cast<int>(ceil_div(p->out_h, tile_h));
   p->tiles_x = static_cast<int>(ceil_div(p->out_w, tile_w));
+  set_patch(p, instance);
 }
 
 template <class Precision, class Gather>
@@ -73,8 +102,8 @@ cudaError_t launch_stem(const StemParams& p, ConvPrecision precision, int multip
 template <class Precision>
 cudaError_t launch_halves(const StemParams& p, ConvPrecision precision, int multiprocessors,
                           cudaStream_t stream) {
-  return paired(p) ? launch_stem<Precision, StemPairs>(p, precision, multiprocessors, stream)
-                   : launch_stem<Precision, StemHalves>(p, precision, multiprocessors, stream);
+  return p.pairs ? launch_stem<Precision, StemPairs>(p, precision, multiprocessors, stream)
+                 : launch_stem<Precision, StemHalves>(p, precision, multiprocessors, stream);
 }
 
 }  // namespace
@@ -85,7 +114,10 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, ConvPrecision precisi
   const int64_t out_h = pooled(s.out_h(), pool.kernel_h, pool.stride_h, pool.pad_h);
   const int64_t out_w = pooled(s.out_w(), pool.kernel_w, pool.stride_w, pool.pad_w);
   const StemInstance instance(precision);
-  const int64_t row_depth = round_up(s.kw * s.c, instance.depth);
+  const bool pairs = instance.depth == 2 && paired(s);
+  // Whether the pixels begin at odd offsets in x.
+  const int64_t lead = pairs ? s.pad_w * s.c % 2 : 0;
+  const int64_t row_depth = round_up(lead + s.kw * s.c, instance.depth);
   const int64_t depth = round_up(s.kh * row_depth, 8 * instance.depth);
   // Offsets within an image and within the filters are 32-bit integers.
   const bool fits =
@@ -104,6 +136,8 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, ConvPrecision precisi
   p->conv_w = as_int(s.out_w());
   p->out_h = as_int(out_h);
   p->out_w = as_int(out_w);
+  p->pairs = pairs;
+  p->lead = as_int(lead);
   p->row_depth = as_int(row_depth);
   p->depth = as_int(depth);
 
@@ -112,9 +146,9 @@ bool plan_stem(const ConvShape& s, const PoolWindow& pool, ConvPrecision precisi
   int64_t best_tiles = kMost, best_pixels = 0;
   for (int h = 1; h <= std::min<int64_t>(out_h, instance.rows); ++h) {
     for (int w = 1; w <= out_w; ++w) {
-      set_tile(p, h, w);
+      set_tile(p, instance, h, w);
       const int64_t pixels = int64_t{p->conv_rows} * p->conv_cols;
-      const int64_t patch = int64_t{p->patch_rows} * p->patch_pitch * instance.bytes;
+      const int64_t patch = int64_t{p->patch_size} * instance.bytes;
       if (pixels > instance.rows || patch > kMostSharedBytes) break;
       const int64_t tiles = int64_t{p->tiles_y} * p->tiles_x;
       const bool better = tiles < best_tiles || (tiles == best_tiles && pixels < best_pixels);

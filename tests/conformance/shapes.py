@@ -35,7 +35,8 @@ PLANNED = Conv("planned", (1, 72, 11, 13), 136, args={"padding": 1})
 
 RESNET = {"stride": 2, "padding": 3}
 
-#: Pixels at even places and at odd ones take different ways through the kernel.
+#: Pixels at even places and at odd ones take different ways through CUDA's kernel, and so do rows
+#: of whole chunks of 16 bytes, other even rows, and odd ones.
 STEMS = [
     Conv("resnet", (1, 3, 64, 64), 64, (7, 7), RESNET),
     Conv("odd", (2, 3, 45, 37), 64, (7, 7), RESNET),
@@ -51,6 +52,7 @@ STEMS = [
     Conv("oblong", (1, 3, 11, 26), 24, (3, 5), {"stride": (1, 3), "padding": (0, 2)}),
     Conv("one-pixel", (3, 3, 1, 1), 16, (7, 7), RESNET),
     Conv("1x1", (1, 8, 9, 7), 16, (1, 1)),
+    Conv("even-rows-of-no-chunks", (1, 3, 19, 22), 16, (7, 7), RESNET),
 ]
 #: Windows that overlap, that leave gaps, oblong ones, and a single pixel.
 POOLS = [

@@ -115,8 +115,10 @@ def test_non_finite_values_in_float32(backend, precision, case, value):
 
 
 @pytest.mark.variants
-def test_views_give_what_their_copies_give(backend):
-    stem = Operands(STEMS[2], FLOAT16, bias=False)
+@rows({"case": [STEMS[2], STEMS[0], STEMS[4]]})
+def test_views_give_what_their_copies_give(backend, case):
+    """At addresses that aren't multiples of 16 too, where rows of x come by chunks or don't."""
+    stem = Operands(case, FLOAT16, bias=False)
     n, c, h, w = stem.case.x
     x = normal(n + 1, c + 2, h + 1, 2 * w, dtype=torch.float16)[1:, 1:-1, 1:, ::2]
     # One element past a multiple of 16 bytes.

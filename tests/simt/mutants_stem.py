@@ -44,8 +44,8 @@ MUTANTS = [
     Mutant(
         "stem: filters are padded with the next row's weights",
         KERNEL,
-        "const bool inside = channel0 + row < p.k && ky < p.image.kh && at < width;",
-        "const bool inside = channel0 + row < p.k && ky < p.image.kh;",
+        "ky < p.image.kh && at >= 0 && at < width;",
+        "ky < p.image.kh && at >= 0;",
         tests=_STEM,
         variants=("asan",),
     ),
@@ -66,18 +66,18 @@ MUTANTS = [
     Mutant(
         "stem: a row below the map is read",
         KERNEL,
-        "y0 + r >= 0 && y0 + r < p.image.h;",
-        "y0 + r >= 0 && y0 + r <= p.image.h;",
+        "y >= 0 && y < p.image.h;\n    const Element* const row = static_cast",
+        "y >= 0 && y <= p.image.h;\n    const Element* const row = static_cast",
         tests=_STEM,
         variants=("plain", "asan"),
     ),
     Mutant(
         "stem: two registers of A's fragment are exchanged",
         KERNEL,
-        "a[i][1] = Gather::gather(pixels[i][1], low);\n"
-        "        a[i][2] = Gather::gather(pixels[i][0], high);",
-        "a[i][2] = Gather::gather(pixels[i][1], low);\n"
-        "        a[i][1] = Gather::gather(pixels[i][0], high);",
+        "a[i][1] = Gather::gather(first + pixels[i][1], low);\n"
+        "        a[i][2] = Gather::gather(first + pixels[i][0], high);",
+        "a[i][2] = Gather::gather(first + pixels[i][1], low);\n"
+        "        a[i][1] = Gather::gather(first + pixels[i][0], high);",
         tests=_STEM,
     ),
     Mutant(

@@ -237,7 +237,7 @@ def wrong_instructions(instance: Instance) -> list[str]:
     if is_conv:
         by_packs = re.search(r", (true|false), (?:true|false), \w+>$", instance.name)
         wanted["LDGSTS"] = by_packs is not None and by_packs[1] == "true"
-    if instance.base == "residual_block_kernel":
+    if instance.base in ("residual_block_kernel", "conv_bn_relu_maxpool_kernel"):
         wanted["LDGSTS"] = True
     for name, there in wanted.items():
         if (instance.count(name) > 0) != there:

@@ -49,6 +49,7 @@ class StemCall {
     const Tensor y = device_empty({shape_.n, shape_.k, params_.out_h, params_.out_w}, x_.options(),
                                   kChannelsLast);
     params_.image.x = operands_.keep(x_.contiguous(kChannelsLast)).const_data_ptr();
+    params_.chunks = params_.chunks && reinterpret_cast<uintptr_t>(params_.image.x) % 16 == 0;
     params_.weight = operands_.keep(weight).const_data_ptr();
     params_.affine = affine;
     params_.activation = activation;
