@@ -28,7 +28,7 @@ struct StemInstance {
   int64_t shared_bytes(const StemParams& p) const {
     const auto buffer = [](int64_t size) { return round_up(size, 128); };
     const int64_t pad = 16 / bytes;
-    return buffer(static_cast<int64_t>(p.patch_size) * bytes) +
+    return 2 * buffer(static_cast<int64_t>(p.patch_size) * bytes) +
            buffer(kStemChannels * (p.depth + pad) * bytes) +
            buffer(p.depth / depth * static_cast<int64_t>(sizeof(StemPlace))) +
            buffer(kStemChannels * static_cast<int64_t>(sizeof(float2))) +

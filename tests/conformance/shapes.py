@@ -36,7 +36,7 @@ PLANNED = Conv("planned", (1, 72, 11, 13), 136, args={"padding": 1})
 RESNET = {"stride": 2, "padding": 3}
 
 #: Pixels at even places and at odd ones take different ways through CUDA's kernel, and so do rows
-#: of whole chunks of 16 bytes, other even rows, and odd ones.
+#: of whole chunks of 16 bytes, other even rows, and odd ones. A block takes several tiles in turn.
 STEMS = [
     Conv("resnet", (1, 3, 64, 64), 64, (7, 7), RESNET),
     Conv("odd", (2, 3, 45, 37), 64, (7, 7), RESNET),
@@ -53,6 +53,7 @@ STEMS = [
     Conv("one-pixel", (3, 3, 1, 1), 16, (7, 7), RESNET),
     Conv("1x1", (1, 8, 9, 7), 16, (1, 1)),
     Conv("even-rows-of-no-chunks", (1, 3, 19, 22), 16, (7, 7), RESNET),
+    Conv("tiles-in-turn", (50, 3, 8, 8), 8, (3, 3), {"stride": 2, "padding": 1}),
 ]
 #: Windows that overlap, that leave gaps, oblong ones, and a single pixel.
 POOLS = [

@@ -20,8 +20,8 @@ EPS = 1e-5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = PRECISIONS[:2]
 
-#: The two ways of the stem's pixels, and more channels than a block has.
-SMALL_STEMS = [STEMS[2], STEMS[4], STEMS[3]]
+#: The two ways of the stem's pixels, more channels than a block has, and rows that come by chunks.
+SMALL_STEMS = [STEMS[2], STEMS[4], STEMS[3], STEMS[12]]
 
 
 class Call(NamedTuple):

@@ -13,6 +13,11 @@
 // for the padding. Filters are loaded once for all tiles of a block: a grid is one wave, and its
 // blocks stride over the tiles.
 //
+// There are two patches. The copies into one are in flight while the tile ahead of it is pooled and
+// the tile between them is multiplied. Of a tile's two barriers one lies between its multiplication
+// and its results, the other between its results and their pooling: a warp that has pooled its part
+// multiplies the next tile while others still pool.
+//
 // Copies are asynchronous and of chunks of 16 bytes, aligned on both sides. So a patch's first
 // element is as far from a multiple of 16 bytes as it is in x (its skew), and the pitch differs by
 // such a multiple from that of x, which makes it so for all rows. A chunk across the end of a row
@@ -32,8 +37,8 @@
 // tiles have half the rows, with two warps of 32 rows x 32 columns next to each other, because of
 // the limit of shared memory.
 //
-// Occupancy designed for: two blocks of 256 threads, 128 registers; for ResNet's stem 66 KiB of
-// shared memory in 16 bits, 84 KiB in tf32 (one block where a multiprocessor has 164 KiB or less).
+// Occupancy designed for: two blocks of 256 threads, 128 registers; for ResNet's stem 75 KiB of
+// shared memory in 16 bits, 93 KiB in tf32 (one block where a multiprocessor has 164 KiB or less).
 // While one block waits for memory, the other multiplies.
 #pragma once
 
@@ -219,13 +224,16 @@ FR_DEVICE void stem_bring_chunks(const StemParams& p, Element* patch, const Stem
   }
 }
 
-// Starts to load a patch.
+// Starts to load the patch of tile t, if there is one.
 template <class Element>
-FR_DEVICE void stem_bring_patch(const StemParams& p, Element* patch, const StemTilePlace& of) {
-  if (p.chunks) {
-    stem_bring_chunks(p, patch, of);
-  } else {
-    stem_bring_elements(p, patch, of);
+FR_DEVICE void stem_bring_patch(const StemParams& p, Element* patch, int t) {
+  if (t < p.tiles) {
+    const StemTilePlace of(p, t);
+    if (p.chunks) {
+      stem_bring_chunks(p, patch, of);
+    } else {
+      stem_bring_elements(p, patch, of);
+    }
   }
   cp_async_commit();
 }
@@ -287,7 +295,8 @@ __global__ void __launch_bounds__(kStemThreads, 2)
   FR_DYNAMIC_SHARED(shared);
   SharedArena arena(shared);
   const int words = p.depth / Gather::kDepth, filter_pitch = p.depth + Tile::kPad;
-  Element* const patch = arena.take<Element>(p.patch_size);
+  Element* patch = arena.take<Element>(p.patch_size);
+  Element* next_patch = arena.take<Element>(p.patch_size);
   Element* const filters = arena.take<Element>(kStemChannels * filter_pitch);
   StemPlace* const places = arena.take<StemPlace>(words);
   float2* const affine = arena.take<float2>(kStemChannels);
@@ -297,6 +306,10 @@ __global__ void __launch_bounds__(kStemThreads, 2)
   const int row0 = warp / Tile::kWarpsN * 32;
   const int column0 = warp % Tile::kWarpsN * Tile::kCols8 * 8;
   const int channel0 = blockIdx.y * kStemChannels;
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    stem_bring_patch(p, i == 0 ? patch : next_patch, blockIdx.x + i * gridDim.x);
+  }
   stem_bring_filters(p, filters, channel0);
   for (int i = threadIdx.x; i < words; i += kStemThreads) {
     const int k = i * Gather::kDepth, ky = k / p.row_depth;
@@ -322,12 +335,11 @@ __global__ void __launch_bounds__(kStemThreads, 2)
     }
   }
 
+  cp_async_wait<1>();
+  __syncthreads();
   for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
     const StemTilePlace place(p, t);
     const Element* const first = patch + place.template skew<Element>(p);
-    stem_bring_patch(p, patch, place);
-    cp_async_wait<0>();
-    __syncthreads();
 
     float acc[2][Tile::kCols8][4];
 #pragma unroll
@@ -366,6 +378,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
       }
     }
 
+    __syncthreads();  // the tile ahead is pooled, and this one's patch is free
 #pragma unroll
     for (int j = 0; j < Tile::kCols8; ++j) {
       const int column = column0 + 8 * j + (lane & 3) * 2;
@@ -385,8 +398,13 @@ __global__ void __launch_bounds__(kStemThreads, 2)
         }
       }
     }
-    __syncthreads();
+    cp_async_wait<0>();
+    __syncthreads();  // the tile is there, and the next one's patch
+    stem_bring_patch(p, patch, t + 2 * gridDim.x);
     stem_pool<T>(p, tile, place, channel0);
+    Element* const free = patch;
+    patch = next_patch;
+    next_patch = free;
   }
 }
 
