@@ -37,6 +37,7 @@ STEMS = [
     Conv("resnet", (2, 3, 64, 64), 64, (7, 7), STEM),
     Conv("odd", (1, 3, 45, 37), 24, (7, 7), STEM),
     Conv("whole", (2, 3, 224, 224), 64, (7, 7), STEM),
+    Conv("tiles-in-turn", (32, 3, 224, 224), 64, (7, 7), STEM),
     Conv("deep-stem", (1, 32, 19, 19), 33, (3, 3), {"stride": 1, "padding": 1}),
 ]
 POOLS = [

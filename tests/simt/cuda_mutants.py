@@ -6,12 +6,14 @@ import mutants_bn
 import mutants_conv
 import mutants_conv_epilogue
 import mutants_stem
+import mutants_stem_patch
 
 MUTANTS = [
     *mutants_conv.MUTANTS,
     *mutants_conv_epilogue.MUTANTS,
     *mutants_bn.MUTANTS,
     *mutants_stem.MUTANTS,
+    *mutants_stem_patch.MUTANTS,
 ]
 
 #: Planted in every `make test`: a bug in each operation and for each build of the simulator, in

@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant(
         "stem: pools before the tile is there",
         KERNEL,
-        "    __syncthreads();  // the tile is there, and the next one's patch\n",
+        "    __syncthreads();  // the tile and the next patch are there, and this one is free\n",
         "",
         tests=_STEM,
         variants=("race",),

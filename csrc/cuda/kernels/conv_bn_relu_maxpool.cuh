@@ -78,12 +78,13 @@ FR_DEVICE uint32_t stem_element(const StemParams& p, int ky, int at) {
 
 // How the words of fragments are composed of kDepth elements of a map: place() computes the offset
 // of a word relative to a pixel, gather() loads it. `at` counts the elements of a padded row.
+// kTurns of the loop over the depth are unrolled, which saves instructions for pairs alone.
 
 // Two elements that are an aligned word: its offset and a mask of its bits. A pixel is where its
 // row's padding would be, if that leads.
 struct StemPairs {
   using Element = uint16_t;
-  static constexpr int kDepth = 2;
+  static constexpr int kDepth = 2, kTurns = 2;
 
   FR_DEVICE static StemPlace place(const StemParams& p, int ky, int at) {
     const uint32_t first = stem_element(p, ky, at - p.lead);
@@ -100,7 +101,7 @@ struct StemPairs {
 // Two elements at any offsets.
 struct StemHalves {
   using Element = uint16_t;
-  static constexpr int kDepth = 2;
+  static constexpr int kDepth = 2, kTurns = 1;
 
   FR_DEVICE static StemPlace place(const StemParams& p, int ky, int at) {
     return {stem_element(p, ky, at), stem_element(p, ky, at + 1)};
@@ -115,7 +116,7 @@ struct StemHalves {
 // One element of 32 bits.
 struct StemWords {
   using Element = uint32_t;
-  static constexpr int kDepth = 1;
+  static constexpr int kDepth = 1, kTurns = 1;
 
   FR_DEVICE static StemPlace place(const StemParams& p, int ky, int at) {
     return {stem_element(p, ky, at), 0};
@@ -350,8 +351,8 @@ __global__ void __launch_bounds__(kStemThreads, 2)
         for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
       }
     }
-// If unrolled, it would need more registers than there are.
-#pragma unroll 1
+// Unrolled as nvcc likes, four times on sm_120, it would need more registers than there are.
+#pragma unroll Gather::kTurns
     for (int word = 0; word < words; word += 8) {
       const StemPlace low = places[word + (lane & 3)], high = places[word + 4 + (lane & 3)];
       uint32_t a[2][4];
@@ -378,7 +379,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
       }
     }
 
-    __syncthreads();  // the tile ahead is pooled, and this one's patch is free
+    __syncthreads();  // the tile ahead is pooled
 #pragma unroll
     for (int j = 0; j < Tile::kCols8; ++j) {
       const int column = column0 + 8 * j + (lane & 3) * 2;
@@ -399,7 +400,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
       }
     }
     cp_async_wait<0>();
-    __syncthreads();  // the tile is there, and the next one's patch
+    __syncthreads();  // the tile and the next patch are there, and this one is free
     stem_bring_patch(p, patch, t + 2 * gridDim.x);
     stem_pool<T>(p, tile, place, channel0);
     Element* const free = patch;
