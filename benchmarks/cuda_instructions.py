@@ -4,12 +4,13 @@
 those of this checkout with nvcc and writes benchmarks/results/cuda-instructions.json. No card is
 needed, and nothing in the file is a time on one: it has what the compiler made, for each instance
 of each kernel its registers, and its instructions ahead of the main loop, in one turn of it, and
-behind it, which is the epilogue.
+behind it, which is the epilogue. ``--sources conv_bn_relu_maxpool`` counts one file's kernels.
 
-The main loop is the shortest loop with the most tensor-core (or, in strict float32, FFMA)
-instructions. Ahead and behind are meant in the order of the code. A loop counts with what few of
-its turns execute: the fetch of the residual (the last turns), the step into the map of a shortcut
-(once).
+The main loop is the shortest loop with at least half of the tensor-core (or, in strict float32,
+FFMA) instructions of the loop with the most: the stem's is within the one over its tiles, and may be
+unrolled, with a rest of its turns behind it. Ahead and behind are meant in the order of the code:
+the stem's loads of an image may be on either side. A loop counts with what few of its turns execute:
+the fetch of the residual (the last turns), the step into the map of a shortcut (once).
 """
 
 from __future__ import annotations
@@ -75,17 +76,18 @@ def parts(lines: list[str]) -> dict[str, int]:
         target = re.search(r"BRA.*`\((\.L\S+)\)", line)
         begin = labels.get(target[1], at) if target else at
         if begin < at:
-            loops.append((-kinds[begin:at].count(product), at - begin, begin, at + 1))
+            loops.append((at - begin, kinds[begin:at].count(product), begin, at + 1))
     count = sum(map(is_code, lines))
-    if not loops or min(loops)[0] == 0:
+    most = max((products for _, products, _, _ in loops), default=0)
+    if most == 0:
         return {"instructions": count}
-    products, _, begin, end = min(loops)
+    _, products, begin, end = min(loop for loop in loops if 2 * loop[1] >= most)
     ahead, loop = (sum(map(is_code, part)) for part in (lines[:begin], lines[begin:end]))
     return {
         "instructions": count,
         "ahead": ahead,
         "loop": loop,
-        "products_in_loop": -products,
+        "products_in_loop": products,
         "behind": count - ahead - loop,
     }
 
@@ -103,13 +105,13 @@ def usage(cubin: Path) -> dict[str, int]:
     return found
 
 
-def measured(root: Path) -> dict[str, Any]:
+def measured(root: Path, sources: list[str]) -> dict[str, Any]:
     """What nvcc makes of the kernels in the checkout at ``root``."""
     rows = []
     seconds = -resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with tempfile.TemporaryDirectory() as scratch:
         made = {}
-        for source in SOURCES:
+        for source in sources:
             for architecture in ARCHITECTURES:
                 cubin = made[source, architecture] = Path(scratch, f"{source}.{architecture}.cubin")
                 command = ["nvcc", *FLAGS, f"-arch={architecture}", "-cubin", "-o", str(cubin)]
@@ -138,14 +140,18 @@ def document(command: str, results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", required=True, help="a git revision")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         archive = ["git", "archive", arguments.before, "csrc"]
         tree = subprocess.run(archive, cwd=ROOT, capture_output=True, check=True).stdout
         subprocess.run(["tar", "-x", "-C", scratch], input=tree, check=True)
-        results = {"before": measured(Path(scratch)), "after": measured(ROOT)}
+        roots = {"before": Path(scratch), "after": ROOT}
+        results = {name: measured(root, arguments.sources) for name, root in roots.items()}
     command = f"python benchmarks/cuda_instructions.py --before {arguments.before}"
+    if arguments.sources != SOURCES:
+        command += f" --sources {' '.join(arguments.sources)}"
     arguments.out.write_text(document(command, results))
     return 0
 
