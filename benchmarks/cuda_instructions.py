@@ -7,10 +7,10 @@ of each kernel its registers, and its instructions ahead of the main loop, in on
 behind it, which is the epilogue. ``--sources conv_bn_relu_maxpool`` counts one file's kernels.
 
 The main loop is the shortest loop with at least half of the tensor-core (or, in strict float32,
-FFMA) instructions of the loop with the most: the stem's is within the one over its tiles, and may be
-unrolled, with a rest of its turns behind it. Ahead and behind are meant in the order of the code:
-the stem's loads of an image may be on either side. A loop counts with what few of its turns execute:
-the fetch of the residual (the last turns), the step into the map of a shortcut (once).
+FFMA) instructions of the loop with the most: the stem's is within the one over its tiles, and may
+be unrolled, with a rest of its turns behind it. Ahead and behind are meant in the order of the
+code: the stem's loads of an image may be on either side. A loop counts with what few of its turns
+execute: the fetch of the residual (the last turns), the step into the map of a shortcut (once).
 """
 
 from __future__ import annotations

@@ -129,14 +129,6 @@ MUTANTS = [
         variants=("plain", "race"),
     ),
     Mutant(
-        "stem: only the first tile's skew has a place",
-        PLAN,
-        "(x + i * apart) * m.c",
-        "x * m.c",
-        tests=_STEM,
-        variants=("plain", "race"),
-    ),
-    Mutant(
         "stem: chunks are copied from addresses that are no multiples of 16",
         HOST,
         "params_.chunks && reinterpret_cast<uintptr_t>(params_.image.x) % 16 == 0;",

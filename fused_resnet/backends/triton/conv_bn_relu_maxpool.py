@@ -10,13 +10,12 @@ twice (11 x 11 / (10 x 10), 21% more). The depth is traversed as one axis (ky, k
 ``_implicit_gemm.py``), since blocks of 3 channels cannot be loaded as tiles: x is gathered, from
 the L1 cache for most taps.
 
-Loads of x are asynchronous in float32 alone: cp.async copies 4 bytes at least, and two neighbours of
-the gathered 16-bit elements are not known to be one aligned word, so that the code for 16 bits is the
-same with any number of stages. Nor is the next tile loaded ahead. A loop over tiles around all of
-this, flattened or not, was compiled ahead of time for sm_80 and sm_90: 16 bits still have no
-asynchronous load, and a thread needs 200 to 255 registers in place of 140 to 178; tf32 needs 255 in
-place of 153 to 200, and on sm_80 spills unless flattened. A tile of x cannot stay in shared memory
-between steps either, as ``tl.gather`` stores its source anew each time.
+Loads of x are asynchronous in tf32 alone: cp.async copies 4 bytes at least, and two neighbours of
+the gathered 16-bit elements are not known to be one aligned word; the code for 16 bits is the same
+with two to four stages. Nor is the next tile loaded ahead. A loop over tiles around all of this,
+flattened or not, was compiled ahead of time for sm_80 and sm_90: 16 bits still have no asynchronous
+load, and a thread needs 200 to 255 registers in place of 140 to 178; tf32 needs 255 in place of 153
+to 200, and on sm_80 spills unless flattened.
 
 The rounded results are pooled along rows and then along columns, in kernel_w and kernel_h steps of
 ``tl.gather`` through shared memory: 6 instead of the 9 of a direct 3 x 3 window. Pixels outside of
