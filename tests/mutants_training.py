@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant(
         "a weight gradient keeps only a block's last pixels",
         KERNELS + "direct_weight.h",
-        "store(load(at) + acc[i][v], at);",
+        "store(first ? acc[i][v] : load(at) + acc[i][v], at);",
         "store(acc[i][v], at);",
         CONVOLUTIONS,
     ),
@@ -106,7 +106,7 @@ MUTANTS = [
     Mutant(
         "the direct weight gradient forgets the first chain of pixels",
         KERNELS + "direct_weight.h",
-        "if (!first) acc[i][v] += far[i][v];",
+        "if (begun) acc[i][v] += far[i][v];",
         "",
         CONVOLUTIONS,
     ),
@@ -200,13 +200,6 @@ MUTANTS = [
         HOST + "conv_backward.cpp",
         "if (o.add.defined()) {",
         "if (false) {",
-        CONVOLUTIONS,
-    ),
-    Mutant(
-        "every block of pixels stores its own weight gradient",
-        KERNELS + "direct_weight.h",
-        "store(first ? acc[i][v] : load(at) + acc[i][v], at);",
-        "store(acc[i][v], at);",
         CONVOLUTIONS,
     ),
     Mutant(
