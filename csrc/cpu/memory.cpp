@@ -46,9 +46,14 @@ Memory map(size_t bytes) {
 void unmap(char* memory, size_t bytes) { munmap(memory, bytes); }
 
 // Puts pages of a block at another address: they change their place in the process's tables, and
-// no byte moves. False where the system does not.
+// no byte moves. False where the system does not, as where a process has too many mappings; what
+// was at the address may be gone then, and is mapped again.
 bool move(char* from, size_t bytes, char* to) {
-  return mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED;
+  if (mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED) return true;
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+  FR_CHECK(mmap(to, bytes, PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED,
+           "fused_resnet: can't allocate memory: ", bytes, " bytes");
+  return false;
 }
 
 // What is left of a block.
