@@ -89,8 +89,9 @@ class Planting:
     @property
     def key(self) -> str:
         """Of the bug, of the text of its file and of those of its tests."""
-        names = [name.partition("::")[0] for name in self.mutant.tests.split()]
-        texts = [(ROOT / name).read_bytes() for name in (self.file, *names)]
+        named = (ROOT / name.partition("::")[0] for name in self.mutant.tests.split())
+        files = [ROOT / self.file, *filter(Path.is_file, named)]  # an id may have spaces
+        texts = [file.read_bytes() for file in files]
         parts = [repr(self.mutant).encode(), *texts]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
