@@ -17,6 +17,9 @@ from stem_operands import EPS, Operands, check, one_kernel
 FLAG = (True, False)
 #: One whose convolution's columns lie at even places, one with odd ones.
 EVEN_AND_ODD = [STEMS[2], STEMS[4]]
+#: And one whose kernel's rows, of an odd length, are padded at their end; those of the others that
+#: need it are padded at their front.
+PADDED_ROWS = [*EVEN_AND_ODD, STEMS[8]]
 
 
 @pytest.mark.variants
@@ -91,7 +94,7 @@ def test_packed_equals_live(backend, precision, case, activation):
 
 @pytest.mark.variants
 @half_precisions
-@rows({"case": EVEN_AND_ODD}, value=[float("nan"), float("inf"), float("-inf")])
+@rows({"case": PADDED_ROWS}, value=[float("nan"), float("inf"), float("-inf")])
 def test_non_finite_values_reach_what_they_should(backend, precision, case, value):
     """And no other: neither through what pads a kernel's row nor from the neighbouring pixels."""
     stem = Operands(case, precision, bias=False)
