@@ -168,7 +168,7 @@ MUTANTS = [
         "_weight_gradient.py",
         "for _ in range(0, splits)",
         "for _ in range(1, splits)",
-        BACKWARD + "test_each_gradient_alone_and_any_memory_format",
+        BACKWARD + "test_both_gradients",
     ),
     Mutant(
         "weight gradient: rows and columns of taps change places",
