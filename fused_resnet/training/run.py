@@ -233,14 +233,11 @@ class Run:
         for key, value in self._identity().items():
             of_file = found["settings"].get(key)
             if of_file != value and not (key == "drops" and tuple(of_file) == value):
-                longer = (
-                    "; the schedule depends on it, so to train longer start a new run with "
-                    f"--weights {self.out / 'best.safetensors'}"
-                )
-                raise TrainingError(
-                    f"{what}: was made with {key} {of_file!r}, got {value!r}"
-                    + longer * (key == "epochs")
-                )
+                line = f"{what}: was made with {key} {of_file!r}, got {value!r}"
+                if key == "epochs":
+                    line += "; the schedule depends on it, so to train longer start a new run with "
+                    line += f"--weights {self.out / 'best.safetensors'}"
+                raise TrainingError(line)
         world = len(found["generators"])
         if world != self.engine.world:
             raise TrainingError(
