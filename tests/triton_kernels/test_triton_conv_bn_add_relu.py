@@ -82,13 +82,20 @@ def test_split_of_awkward_shapes(interpreted, precision, case):
         precision.check(result, operands.eager(), operands.truth())
 
 
+def plan_of(shape, x: torch.Tensor):
+    """What the host would choose for a convolution of ``x``."""
+    from fused_resnet.backends.triton._device import device_of
+
+    return _conv_plan.choose(shape, _conv_plan.precision_of(x), device_of(x))
+
+
 def plan(operands: Operands):
     """What the host would choose."""
     from fused_resnet.backends.triton._conv_shape import conv_shape
 
     shape = conv_shape("", operands.x, operands.weight.shape, *geometry(operands.case))
     with operands.precision.set():
-        return _conv_plan.plan(shape, operands.x)
+        return plan_of(shape, operands.x)
 
 
 @half_precisions
@@ -114,7 +121,7 @@ def check_plan(x: tuple, k: int):
 
     like = torch.empty(x, dtype=torch.float16, device="meta")
     shape = conv_shape("", like, (k, x[1], 3, 3), (1, 1), (1, 1), (1, 1), 1)
-    return _conv_plan.plan(shape, like)
+    return plan_of(shape, like)
 
 
 # Options

@@ -23,9 +23,9 @@ from ._conv_plan import (
     FINISH_TILE,
     GROUP_M,
     ConvConfig,
+    choose,
     mode_of,
     parts_of,
-    plan,
     precision_of,
     registers_of,
     steps_of,
@@ -205,15 +205,9 @@ class ConvCall:
     def choose(self, may_split: bool) -> ConvConfig:
         """The configuration with the least estimated cost."""
         second = self.second.x.shape[1] if self.second else 0
+        precision, device = precision_of(self.x), device_of(self.x)
         residual = self.residual is not None
-        return plan(
-            self.shape,
-            self.x,
-            second=second,
-            residual=residual,
-            prologue=self.has_prologue,
-            may_split=may_split,
-        )
+        return choose(self.shape, precision, device, second, residual, self.has_prologue, may_split)
 
     def operands(self, config: ConvConfig) -> dict[str, Any]:
         """The kernel's arguments for input and filters, and how it traverses the depth."""

@@ -264,28 +264,6 @@ def _candidates(s: ConvShape, precision: str, device: Device, may_split: bool) -
     ]
 
 
-def plan(
-    s: ConvShape,
-    x: Tensor,
-    *,
-    second: int = 0,
-    residual: bool = False,
-    prologue: bool = False,
-    may_split: bool = True,
-) -> ConvConfig:
-    """The candidate with the least estimated cost.
-
-    Args:
-        s: Sizes of the convolution.
-        x: Its input.
-        second: Input channels of a 1x1 convolution that is added; 0 for none.
-        residual: Whether a map is added.
-        prologue: Whether a batch norm is applied to the input.
-        may_split: Whether split-K is allowed.
-    """
-    return choose(s, precision_of(x), device_of(x), second, residual, prologue, may_split)
-
-
 @functools.lru_cache(maxsize=4096)
 def choose(
     s: ConvShape,
@@ -296,12 +274,12 @@ def choose(
     prologue: bool = False,
     may_split: bool = True,
 ) -> ConvConfig:
-    """:func:`plan` for maps on a GPU that need not be there, remembered.
+    """The candidate with the least estimated cost; remembered.
 
     Args:
         s: Sizes of the convolution.
         precision: Of the products, a key of :data:`CONFIGS`.
-        device: The GPU.
+        device: The GPU, which need not be there.
         second: Input channels of a 1x1 convolution that is added; 0 for none.
         residual: Whether a map is added.
         prologue: Whether a batch norm is applied to the input.
