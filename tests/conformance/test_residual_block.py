@@ -49,8 +49,9 @@ def test_the_middle_stays_on_chip(backend, precision, middle, stride):
 @half_precisions
 @pytest.mark.parametrize("middle", [64, 128])
 def test_one_tile_on_chip(backend, precision, middle):
-    """The last part of the output's channels is not a whole tile."""
-    block = Block(precision, 72, [middle, middle, 72], 1, shortcut=False)
+    """Two parts of the output's channels, of which the last is not a whole tile."""
+    width = middle + 8
+    block = Block(precision, width, [middle, middle, width], 1, shortcut=False)
     kernels = check(backend, block, block.input(1, 3, 3))
     assert_kernels(backend, kernels, [CONV, ON_CHIP])
 

@@ -280,14 +280,6 @@ MUTANTS = [
         RACE,
     ),
     Mutant(
-        "on chip: filters brought while y is read",
-        BLOCK,
-        "    __syncthreads();\n    if (n + T::kN < p.second.k)",
-        "    if (n + T::kN < p.second.k)",
-        ON_CHIP,
-        RACE,
-    ),
-    Mutant(
         "on chip: the second product begins before its filters have come",
         BLOCK,
         "    cp_async_wait<0>();\n    __syncthreads();\n    fill_affine",

@@ -60,7 +60,10 @@ FR_DEVICE void fill_affine(float2* table, const ConvAffine& affine, int first, i
 // which are all banks, rows four apart differ in the last bit of their chunks.
 template <class T, class U, int kFirst, int kBytes>
 class StagedTile {
+ public:
   static constexpr int kRowBytes = T::kWarpN * static_cast<int>(sizeof(U));
+
+ private:
   static constexpr int kBandBytes = 8 * kRowBytes;
   static constexpr int kApart = T::kWarpsM * T::kWarpsN * kBandBytes;  // bands of a warp
   static constexpr int kRowChunks = kRowBytes / 16;

@@ -139,7 +139,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         WarpMap<S>(static_cast<S*>(p.second.y), p.second.k, row0, n + at.n * T::kWarpN,
                    p.first.rows, p.second.k),
         none);
-    __syncthreads();
+    // What comes next comes to where nobody reads, or to where this warp's own residual was.
+    static_assert(kOwnPlace || Staged::kRowBytes == kStageRowBytes);
+    __syncwarp();
     if (n + T::kN < p.second.k) bring_weight2(n + T::kN);
   }
 }
