@@ -86,7 +86,8 @@ def freeze(
         ``train()``, ``requires_grad_()``, conversions, hooks on its inner modules and every other
         change inside it raise a RuntimeError that says what to do instead. Hooks on the frozen
         model itself run, and so do those that the model's modules had before.
-        ``load_state_dict`` copies tensors in place, with ``assign=True`` too.
+        ``load_state_dict`` copies tensors in place, with ``assign=True`` too. What is set on a
+        tensor itself cannot be refused: ``parameter.requires_grad = True`` has no effect.
 
     Raises:
         TypeError: ``model`` is not a module; ``dtype`` is not one of these.
