@@ -69,6 +69,13 @@ MUTANTS = [
         CONVOLUTIONS,
     ),
     Mutant(
+        "a row of a tile is another one",
+        KERNELS + "direct_product.h",
+        "return first + step3_;",
+        "return first + step1_;",
+        CONVOLUTIONS,
+    ),
+    Mutant(
         "a thread takes a block that another has",
         HOST + "blocks.h",
         "first < count; first = next.fetch_add(grain)",

@@ -63,6 +63,48 @@ FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, in
 
 constexpr int64_t kAheadBytes = 32;  // of what the next block reads, asked for at each step
 
+// Where a tile's rows are. An address may add one register times 1, 2 or 4 to another, so five
+// registers reach fourteen rows; the compiler would keep one for each row, and has too few.
+template <class T>
+class RowAddresses {
+ public:
+  FR_INLINE RowAddresses(const T* first, int64_t step)
+      : first_(first), eighth_(first + 7 * step), step1_(step), step3_(3 * step), step5_(5 * step) {
+    // Hides that these are multiples, or the compiler takes them apart again.
+    asm("" : "+r"(eighth_), "+r"(step3_), "+r"(step5_));
+  }
+
+  // Row i, a constant after unrolling.
+  FR_INLINE const T* row(int i) const {
+    const T* const first = i < 7 ? first_ : eighth_;
+    switch (i % 7) {
+      case 0:
+        return first;
+      case 1:
+        return first + step1_;
+      case 2:
+        return first + 2 * step1_;
+      case 3:
+        return first + step3_;
+      case 4:
+        return first + 4 * step1_;
+      case 5:
+        return first + step5_;
+      default:
+        return first + 2 * step3_;
+    }
+  }
+
+  FR_INLINE void advance(int64_t elements) {
+    first_ += elements;
+    eighth_ += elements;
+  }
+
+ private:
+  const T *first_, *eighth_;
+  int64_t step1_, step3_, step5_;
+};
+
 // kRows pixels by kVecs vectors: x in rows `step` apart, w a panel. The pixels' vectors begin at
 // elements at[i] + q of the result.
 template <int kRows, int kVecs, class M, class E>
@@ -81,9 +123,10 @@ __attribute__((noinline)) void product_tile(const Element<M>* x, int64_t step, i
     for (int i = 0; i < kRows; ++i) acc[v][i] = Vec<A>{};
   // What is summed so far, where the depth is more than one chain of additions.
   Vec<A> far[kVecs][kRows];
+  RowAddresses<Element<M>> rows(x, step);
   for (int64_t left = steps; left > 0; left -= kChain) {
     const int64_t length = min_of(left, kChain);
-    for (int64_t d = 0; d < length; ++d, x += M::kTerms, w += kVecs * kWords<M>) {
+    for (int64_t d = 0; d < length; ++d, rows.advance(M::kTerms), w += kVecs * kWords<M>) {
       __builtin_prefetch(ahead.first, 0, 2);
       __builtin_prefetch(ahead.second, 0, 2);
       ahead.first += kAheadBytes;
@@ -93,7 +136,7 @@ __attribute__((noinline)) void product_tile(const Element<M>* x, int64_t step, i
       for (int v = 0; v < kVecs; ++v) weight[v] = M::words(w + v * kWords<M>);
 #pragma GCC unroll 14
       for (int i = 0; i < kRows; ++i) {
-        const typename M::Word value = M::spread(x + i * step);
+        const typename M::Word value = M::spread(rows.row(i));
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) acc[v][i] = M::add(acc[v][i], value, weight[v]);
       }
