@@ -21,7 +21,8 @@ namespace fr {
 namespace FR_ISA {
 
 constexpr int kTilePixels = FR_VECTOR_BYTES == 64 ? 14 : 6;
-constexpr int64_t kOperandBytes = 512 * 1024;  // of one block's rows in the L2 cache
+// Of one block's rows. The L2 cache has what the next rows are made of beside them.
+constexpr int64_t kOperandBytes = 256 * 1024;
 constexpr int64_t kMostRows = kSumRows / kTilePixels * kTilePixels;  // of one block
 
 template <class A>
@@ -211,8 +212,9 @@ struct ProductPlan {
   // More blocks for more threads, unless each of them reads a weight that fits no L2 cache.
   ProductPlan(int64_t pixels, int64_t depth, int64_t weight_bytes, int64_t element) {
     const int64_t wanted = weight_bytes > (1 << 20) ? 8 : 16;
-    rows = min_of(ceil_div(ceil_div(pixels, wanted), kTilePixels) * kTilePixels, kMostRows);
-    rows = max_of(rows, 2 * kTilePixels);
+    // A multiple of that, so that none is left over when threads have taken as many each.
+    const int64_t blocks = wanted * max_of(ceil_div(pixels, wanted * kMostRows), 1);
+    rows = max_of(ceil_div(ceil_div(pixels, blocks), kTilePixels), 2) * kTilePixels;
     const int64_t fit = kOperandBytes / (row_elements(depth, element) * element);
     chunk = min_of(max_of(fit / kTilePixels * kTilePixels, 2 * kTilePixels), rows);
   }
