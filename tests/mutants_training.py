@@ -76,6 +76,13 @@ MUTANTS = [
         CONVOLUTIONS,
     ),
     Mutant(
+        "the weight gradient's later results lie on the first ones",
+        KERNELS + "direct_weight.h",
+        "dw + block.k0 * to_step + tap * s.c + c",
+        "dw + tap * s.c + c",
+        CONVOLUTIONS,
+    ),
+    Mutant(
         "a thread takes a block that another has",
         HOST + "blocks.h",
         "first < count; first = next.fetch_add(grain)",

@@ -18,6 +18,8 @@ TRAINED = [
     # More than a panel of 32 and less than two; a block's last tile has one row.
     Conv("1x1-blocks", (1, 32, 25, 25), 80, (1, 1)),
     Conv("1x1-deep", (2, 1024, 5, 7), 16, (1, 1)),
+    # Results in two ranges of the weight gradient's blocks, the second one short.
+    Conv("1x1-many-results", (2, 32, 9, 7), 592, (1, 1)),
     # The last row and column of the input belong to no output pixel, or do.
     Conv("1x1-stride2-even", (2, 48, 14, 12), 64, (1, 1), {"stride": 2}),
     Conv("1x1-stride2-odd", (2, 64, 15, 13), 48, (1, 1), {"stride": 2}),

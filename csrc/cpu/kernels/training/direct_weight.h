@@ -21,6 +21,10 @@ constexpr int kOuterRows = FR_VECTOR_BYTES == 64 ? 8 : 4;
 // as many multiplications of each of its elements as the range has channels and the kernel taps.
 FR_INLINE int64_t range_channels(const ConvShape& s) { return s.kh * s.kw == 1 ? 256 : 64; }
 
+// Output channels of a block. The copies of their dz are read once for each two vectors of the
+// input, from the L2 cache.
+constexpr int64_t kRangeOutputs = 512;
+
 // Pixels that are summed in registers: their two vectors of the input stay in the L1 cache beside a
 // panel of dz while all of dz's panels pass by.
 constexpr int64_t kOuterPixels = 224 / kTilePixels * kTilePixels;
@@ -124,16 +128,18 @@ __attribute__((noinline)) void outer_products(const Element<M>* rows, int64_t pa
 }
 
 struct WeightPlan {
-  int64_t ranges, parts;  // of channels, and of pixels
-  int64_t range, part;    // how many each has
+  int64_t ranges, output_ranges, parts;  // of input and output channels, and of pixels
+  int64_t range, part;                   // how many each has
 
   explicit WeightPlan(const ConvShape& s) {
     const int64_t pixels = s.n * s.out_h() * s.out_w(), numel = s.k * s.depth();
     range = min_of(range_channels(s), s.c);
+    output_ranges = ceil_div(s.k, kRangeOutputs);
     ranges = ceil_div(s.c, range);
     // Sixteen blocks, unless to add the parts would take longer than a few reads of the maps.
     const int64_t most = pixels * (s.k + s.c) / 2 / numel;
-    parts = max_of(min_of(min_of(ceil_div(16, ranges), ceil_div(pixels, kSumRows)), most), 1);
+    parts = max_of(
+        min_of(min_of(ceil_div(16, ranges * output_ranges), ceil_div(pixels, kSumRows)), most), 1);
     part = ceil_div(pixels, parts);
     parts = max_of(ceil_div(pixels, max_of(part, 1)), 1);
   }
@@ -141,15 +147,18 @@ struct WeightPlan {
 
 // The pixels and the channels of a block of work.
 struct WeightBlock {
-  int64_t part, p0, p1, c0, c1;
+  int64_t part, p0, p1, k0, k1, c0, c1;
 
   WeightBlock(const ConvShape& s, int64_t block) {
     const WeightPlan plan(s);
-    part = block / plan.ranges;
-    p0 = part * plan.part;
-    p1 = min_of(p0 + plan.part, s.n * s.out_h() * s.out_w());
     c0 = block % plan.ranges * plan.range;
     c1 = min_of(c0 + plan.range, s.c);
+    block /= plan.ranges;
+    k0 = block % plan.output_ranges * kRangeOutputs;
+    k1 = min_of(k0 + kRangeOutputs, s.k);
+    part = block / plan.output_ranges;
+    p0 = part * plan.part;
+    p1 = min_of(p0 + plan.part, s.n * s.out_h() * s.out_w());
   }
 
   // The part's places of `dw`.
@@ -161,14 +170,15 @@ struct WeightBlock {
 
 inline int64_t direct_weight_blocks(const ConvShape& s) {
   const WeightPlan plan(s);
-  return plan.ranges * plan.parts;
+  return plan.ranges * plan.output_ranges * plan.parts;
 }
 
 inline int64_t direct_weight_parts(const ConvShape& s) { return WeightPlan(s).parts; }
 
 template <class M>
 int64_t direct_weight_scratch(const ConvShape& s) {
-  return ProductScratch<M>::bytes(0, kOuterPixels, s.k + kPanelWidth<typename M::A>);
+  return ProductScratch<M>::bytes(0, kOuterPixels,
+                                  min_of(s.k, kRangeOutputs) + kPanelWidth<typename M::A>);
 }
 
 template <class T, class M>
@@ -178,10 +188,10 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
   const ConvShape& s = f.shape;
   const WeightBlock block(s, number);
   const Grid grid = forward_grid(s);
-  const int64_t rows = kOuterPixels, to_step = s.depth();
+  const int64_t rows = kOuterPixels, to_step = s.depth(), outputs = block.k1 - block.k0;
   const ProductScratch<M> scratch(memory, 0);
   Element<M>* const dz = scratch.rows;
-  Element<M>* const x = dz + rows * s.k;
+  Element<M>* const x = dz + rows * outputs;
   A* const dw = block.of<A>(s, f.dw);
   with_gradient<T>(f, [&](const auto& gradient) {
     with_input<T>(f, [&](const auto& input) {
@@ -189,18 +199,20 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
         const int64_t count = min_of(rows, block.p1 - p0);
         const bool first = p0 == block.p0;
         for (int64_t i = 0; i < count; ++i) scratch.from[i] = p0 + i;
-        for (int64_t k = 0; k < s.k; k += lanes)
-          copy_words<1, M>(gradient, scratch.from, count, s.k, k, dz + k * rows);
+        for (int64_t k = block.k0; k < block.k1; k += lanes)
+          copy_words<1, M>(gradient, scratch.from, count, s.k, k, dz + (k - block.k0) * rows);
         for (int64_t tap = 0; tap < grid.taps(); ++tap) {
           grid.sources(tap / s.kw, tap % s.kw, p0, count, scratch.from);
           for (int64_t c = block.c0; c < block.c1; c += width) {
-            A* const to = dw + tap * s.c + c;
+            A* const to = dw + block.k0 * to_step + tap * s.c + c;
             if (c + width <= block.c1) {
               copy_words<2, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<2, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step, first);
+              outer_products<2, M>(dz, rows * lanes, kWords<M>, outputs, x, count, to, to_step,
+                                   first);
             } else {
               copy_words<1, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<1, M>(dz, rows * lanes, kWords<M>, s.k, x, count, to, to_step, first);
+              outer_products<1, M>(dz, rows * lanes, kWords<M>, outputs, x, count, to, to_step,
+                                   first);
             }
           }
         }
