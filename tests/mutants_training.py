@@ -83,10 +83,17 @@ MUTANTS = [
         CONVOLUTIONS,
     ),
     Mutant(
-        "a thread takes a block that another has",
-        HOST + "blocks.h",
-        "first < count; first = next.fetch_add(grain)",
-        "first < count; first = next.fetch_add(2 * grain)",
+        "every second chunk of a share is left out",
+        "csrc/cpu/thread_team.h",
+        "next.fetch_add(step, std::memory_order_relaxed)",
+        "next.fetch_add(2 * step, std::memory_order_relaxed)",
+        CONVOLUTIONS,
+    ),
+    Mutant(
+        "a thread leaves the others' shares",
+        "csrc/cpu/thread_team.h",
+        "other < std::min(threads, kShares)",
+        "other < std::min(threads, int64_t{0})",
         CONVOLUTIONS,
     ),
     Mutant(

@@ -71,17 +71,27 @@ class Barrier {
 // Which iterations of a loop are taken. Each thread has a share of them, from which it takes a
 // chunk at a time; when it has none left it takes chunks of the others, so that a thread that is
 // delayed holds up the team by one chunk and not by its whole share. Shares come first, so that a
-// thread mostly reads what it wrote in the loop before.
+// thread mostly reads what it wrote in the loop before, and what it asks the memory for ahead is
+// what it reads next.
 class Claims {
  public:
   explicit Claims(int64_t threads) : threads_(threads), next_(2 * threads) {}
 
-  // The first of `step` untaken iterations of a share, counted from its beginning.
-  int64_t take(int64_t loop, int64_t owner, int64_t step) {
-    return of(loop, owner).fetch_add(step, std::memory_order_relaxed);
-  }
-  bool any_left(int64_t loop, int64_t owner, int64_t share) {
-    return of(loop, owner).load(std::memory_order_relaxed) < share;
+  // Calls body(begin, end) for chunks of `step` iterations of a loop of `count` until all are
+  // taken, first of those that are thread `rank`'s of `threads`.
+  template <class Body>
+  void take_all(int64_t loop, int64_t count, int64_t step, int64_t rank, int64_t threads,
+                const Body& body) {
+    const int64_t share = (count + threads - 1) / threads;
+    for (int64_t other = 0; other < std::min(threads, kShares); ++other) {
+      const int64_t owner = (rank + other) % threads;
+      const int64_t begin = owner * share, size = std::min(share, count - begin);
+      std::atomic<int64_t>& next = of(loop, owner);
+      while (next.load(std::memory_order_relaxed) < size) {
+        const int64_t first = next.fetch_add(step, std::memory_order_relaxed);
+        if (first < size) body(begin + first, begin + std::min(first + step, size));
+      }
+    }
   }
   // Of the loop after `loop`, to be called by the owner in `loop`: nobody is in the loop before
   // `loop` any more, whose memory it has, and the next barrier orders this before its use.
@@ -90,6 +100,9 @@ class Claims {
   }
 
  private:
+  // Threads whose shares a thread looks at, its own included.
+  static constexpr int64_t kShares = 8;
+
   struct alignas(64) Counter {
     std::atomic<int64_t> next{0};
   };
@@ -134,9 +147,6 @@ class ThreadTeam {
   // Chunks of a share: more of them balance better, and cost bodies that carry something from one
   // iteration to the next.
   static constexpr int64_t kChunks = 8;
-  // Threads whose shares a thread looks at, its own included.
-  static constexpr int64_t kShares = 8;
-
   template <class Body>
   void take_shares(int64_t loop, int64_t count, int64_t grain, int64_t threads, const Body& body) {
     const int64_t share = (count + threads - 1) / threads;
@@ -146,14 +156,7 @@ class ThreadTeam {
       if (begin < count) body(begin, std::min(begin + share, count));
       return;
     }
-    for (int64_t other = 0; other < std::min(threads, kShares); ++other) {
-      const int64_t owner = (rank_ + other) % threads;
-      const int64_t begin = owner * share, size = std::min(share, count - begin);
-      while (claims_.any_left(loop, owner, size)) {
-        const int64_t first = claims_.take(loop, owner, step);
-        if (first < size) body(begin + first, begin + std::min(first + step, size));
-      }
-    }
+    claims_.take_all(loop, count, step, rank_, threads, body);
   }
 
   const int64_t rank_, size_;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -10,6 +9,7 @@
 #include "../../tensor.h"
 #include "../isa.h"
 #include "../scratch.h"
+#include "../thread_team.h"
 
 namespace fr {
 
@@ -30,18 +30,19 @@ struct RowBlocks {
 };
 
 // Calls run(block, scratch) for all blocks, from several threads. A thread takes the next `grain`
-// blocks whenever it has finished its last, as blocks take unequal time and a thread may be
-// delayed.
+// blocks of its share whenever it has finished its last, and then of the others' shares, as blocks
+// take unequal time and a thread may be delayed.
 template <class Run>
 void for_blocks(int64_t count, int64_t grain, int64_t scratch_bytes, const Run& run) {
-  std::atomic<int64_t> next{0};
   const int64_t threads = std::min(get_num_threads(), (count + grain - 1) / grain);
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  Claims claims(threads);
+  parallel_for(0, threads, 1, [&](int64_t first_rank, int64_t last_rank) {
     Scratch memory;
     char* const scratch = memory.at_least(std::max<int64_t>(scratch_bytes, 1));
-    for (int64_t first = next.fetch_add(grain); first < count; first = next.fetch_add(grain)) {
-      const int64_t last = std::min(first + grain, count);
-      for (int64_t block = first; block < last; ++block) run(block, scratch);
+    for (int64_t rank = first_rank; rank < last_rank; ++rank) {
+      claims.take_all(0, count, grain, rank, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) run(block, scratch);
+      });
     }
   });
 }
