@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_forward_passes(const Tensor& x, const Opti
                           .stored(ScalarType::Float);
   const Tensor y = empty_map(x.sizes(), x.options());
   BlockEnd args{};
+  args.rows = rows_of(x);
   args.channels = x.size(1);
   args.z = x.const_data_ptr();
   args.scale = affine.get();
@@ -72,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_backward_passes(
   const RowBlocks blocks(rows_of(x), channels);
   PartialSums partial(blocks.count(), kBlockEndRows, channels);
   BlockEndBackward sums{};
+  sums.rows = rows_of(x);
   sums.channels = channels;
   sums.dy = grad.const_data_ptr();
   sums.y = data_or_null(y);

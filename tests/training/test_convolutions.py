@@ -8,6 +8,9 @@ from cases import Conv
 from covering import cover
 from tolerances import DTYPES, assert_as_exact_as_pytorch, error
 from training_cases import (
+    LARGE_GRADIENTS,
+    LARGE_MAPS,
+    LARGE_RESULT,
     TRAINED,
     Backward,
     affine,
@@ -103,6 +106,20 @@ def test_with_winograd(dtype, case):
     terms = result.g_x.double() * (operands.x.double() - operands.bn.mean.double()[:, None, None])
     assert_sums(result.sum_g, result.g_x, result.g_x.double().sum((0, 2, 3)))
     assert_sums(result.sum_g_xc, terms, terms.sum((0, 2, 3)))
+
+
+def test_a_large_result():
+    test_forward(torch.float32, LARGE_RESULT, prologue=True)
+
+
+@pytest.mark.parametrize("kind", ["prologue", "add", "frozen"])
+@pytest.mark.parametrize("case", LARGE_GRADIENTS, ids=str)
+def test_large_gradients(case, kind):
+    test_backward(torch.float32, case, kind)
+
+
+def test_large_maps_with_winograd():
+    test_with_winograd(case=LARGE_MAPS, dtype=torch.float32)
 
 
 @few

@@ -83,6 +83,17 @@ def test_block_end_backward(dtype, shape, fmt, shortcut, relu):
     assert all(t.numel() == 0 for t in only_g[1:])
 
 
+#: Stored past the caches, as lines are whole; not so.
+LARGE = {"whole-lines": (1, 64, 288, 289), "parts-of-lines": (1, 24, 472, 471)}
+large = pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+
+
+@large
+def test_large_ends_of_blocks(shape):
+    test_block_end(torch.float32, shape, torch.channels_last, "projected", relu=True)
+    test_block_end_backward(torch.float32, shape, torch.channels_last, shortcut=True, relu=True)
+
+
 def test_nan_passes_a_block_end():
     """As through PyTorch's ReLU, and its gradient behind it."""
     z, dy = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
@@ -170,6 +181,11 @@ def test_stem_end_backward(dtype, shape, pool):
     g2, *none = OPS.stem_end_backward(dy, index, z, *bn, *pairs(pool), False)
     assert torch.equal(g2, g)
     assert all(t.numel() == 0 for t in none)
+
+
+@large
+def test_large_ends_of_stems(shape):
+    test_stem_end_backward(torch.float32, shape, (3, 2, 1))
 
 
 def test_nan_wins_a_pool():

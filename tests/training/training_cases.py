@@ -39,6 +39,14 @@ TRAINED = [
     Conv("3x3-panels", (1, 48, 13, 11), 80, args={"padding": 1}),
 ]
 
+#: Whose results are stored past the caches, whose gradients are, and one of both.
+LARGE_RESULT = Conv("1x1", (1, 16, 288, 289), 64, (1, 1))
+LARGE_GRADIENTS = [
+    Conv("1x1", (1, 64, 288, 289), 16, (1, 1)),
+    Conv("1x1-stride2", (1, 64, 288, 289), 16, (1, 1), {"stride": 2}),
+]
+LARGE_MAPS = Conv("3x3", (1, 64, 288, 289), 64, args={"padding": 1})
+
 
 def geometry(case: Conv) -> dict[str, Any]:
     """The operator's arguments behind the tensors."""

@@ -28,15 +28,11 @@ Tensor block_end_cpu(const Tensor& z, const Tensor& scale, const Tensor& shift,
     s_shift = vector_operand(op, "shortcut_shift", *shortcut_shift, c, map);
   }
   const Tensor y = empty_map(z.sizes(), map.options());
-  const BlockEnd args{c,
-                      map.const_data_ptr(),
-                      k.const_data_ptr(),
-                      b.const_data_ptr(),
-                      data_or_null(s),
-                      data_or_null(s_scale),
-                      data_or_null(s_shift),
-                      y.mutable_data_ptr(),
-                      activation};
+  const BlockEnd args{rows_of(map),          c,
+                      map.const_data_ptr(),  k.const_data_ptr(),
+                      b.const_data_ptr(),    data_or_null(s),
+                      data_or_null(s_scale), data_or_null(s_shift),
+                      y.mutable_data_ptr(),  activation};
   const auto kernel = training_kernels_of(map).block_end;
   for_rows(map, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return y;
@@ -66,7 +62,8 @@ FourTensors block_end_backward_cpu(const Tensor& dy, const OptionalTensor& y, co
   const auto type = accumulator(map.scalar_type());
   const RowBlocks blocks(rows_of(map), c);
   PartialSums partial(sums ? blocks.count() : 0, kBlockEndRows, c);
-  const BlockEndBackward args{c,
+  const BlockEndBackward args{rows_of(map),
+                              c,
                               gradient.const_data_ptr(),
                               data_or_null(output),
                               activation,

@@ -91,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> stem_end_backward_cpu(const Tensor& dy, const
   const int64_t blocks = g.numel() > 0 ? (rows + each - 1) / each : 0;
   PartialSums partial(sums ? blocks : 0, kGradientRows, pool.c);
   const StemEndBackward args{pool,
+                             rows * pool.w,
                              activation,
                              gradient.const_data_ptr(),
                              places.const_data_ptr<uint8_t>(),

@@ -12,6 +12,7 @@
 
 #include "../vec.h"
 #include "table.h"
+#include "written_map.h"
 
 namespace fr {
 namespace FR_ISA {
@@ -191,25 +192,25 @@ struct BlockSums {
 template <class T>
 struct Store {
   using A = Acc<T>;
-  T* y;
+  WrittenMap<T> y;
   struct Channel {};
   FR_INLINE void begin() const {}
   FR_INLINE Channel channel(int64_t) const { return {}; }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
-  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(y + i, 1); }
-  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { store_flushing(v, y + i); }
+  FR_INLINE void ask(int64_t i) const { y.ask(i); }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { y.put(v, i); }
   FR_INLINE void put_zeros(int64_t i, int64_t count) const {
-    __builtin_memset(y + i, 0, static_cast<size_t>(count) * sizeof(T));
+    __builtin_memset(y.at(i), 0, static_cast<size_t>(count) * sizeof(T));
   }
   FR_INLINE void done(const Channel&, int64_t) const {}
-  FR_INLINE void fold() const {}
+  FR_INLINE void fold() const { y.finish(); }
 };
 
 // Sums of v - pivot and of its square: with a pivot near the mean the second does not cancel.
 template <class T>
 struct StoreStatistics {
   using A = Acc<T>;
-  T* y;
+  WrittenMap<T> y;
   BlockSums<A, kStatisticsRows> sums;
   struct Channel {
     Vec<A> pivot, sum, squares;
@@ -219,10 +220,10 @@ struct StoreStatistics {
     return {load(sums.near + kPivot * sums.channels + c), Vec<A>{}, Vec<A>{}};
   }
   FR_INLINE void pivot(Vec<A> v, Channel& k) const { k.pivot = v; }
-  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(y + i, 1); }
+  FR_INLINE void ask(int64_t i) const { y.ask(i); }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
-    store_flushing(v, y + i);
-    const Vec<A> d = (sizeof(T) == sizeof(A) ? v : load(y + i)) - k.pivot;  // of what is stored
+    y.put(v, i);
+    const Vec<A> d = (sizeof(T) == sizeof(A) ? v : load(y.at(i))) - k.pivot;  // of what is stored
     k.sum += d;
     k.squares += d * d;
   }
@@ -233,14 +234,17 @@ struct StoreStatistics {
     store(load(sum) + k.sum, sum);
     store(load(squares) + k.squares, squares);
   }
-  FR_INLINE void fold() const { sums.fold(true); }
+  FR_INLINE void fold() const {
+    y.finish();
+    sums.fold(true);
+  }
 };
 
 // The gradient behind the ReLU of the convolution before.
 template <class T>
 struct StoreMasked {
   using A = Acc<T>;
-  T* g;
+  WrittenMap<T> g;
   const T* x;
   const A *scale, *shift;
   struct Channel {
@@ -250,24 +254,24 @@ struct StoreMasked {
   FR_INLINE Channel channel(int64_t c) const { return {load(scale + c), load(shift + c)}; }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
   FR_INLINE void ask(int64_t i) const {
-    __builtin_prefetch(g + i, 1);
+    g.ask(i);
     __builtin_prefetch(x + i);
   }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
-    store_flushing(bn_relu_mask(v, load(x + i), k.scale, k.shift), g + i);
+    g.put(bn_relu_mask(v, load(x + i), k.scale, k.shift), i);
   }
   FR_INLINE void put_zeros(int64_t i, int64_t count) const {
-    __builtin_memset(g + i, 0, static_cast<size_t>(count) * sizeof(T));
+    __builtin_memset(g.at(i), 0, static_cast<size_t>(count) * sizeof(T));
   }
   FR_INLINE void done(const Channel&, int64_t) const {}
-  FR_INLINE void fold() const {}
+  FR_INLINE void fold() const { g.finish(); }
 };
 
 // That, and the sums that its batch norm needs.
 template <class T>
 struct StoreMaskedSums {
   using A = Acc<T>;
-  T* g;
+  WrittenMap<T> g;
   const T* x;
   const A *scale, *shift, *mean;
   BlockSums<A, kGradientRows> sums;
@@ -280,19 +284,19 @@ struct StoreMaskedSums {
   }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
   FR_INLINE void ask(int64_t i) const {
-    __builtin_prefetch(g + i, 1);
+    g.ask(i);
     __builtin_prefetch(x + i);
   }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
     const Vec<A> at = load(x + i);
     Vec<A> d = bn_relu_mask(v, at, k.scale, k.shift);
-    store_flushing(d, g + i);
-    if (sizeof(T) != sizeof(A)) d = load(g + i);  // of what is stored
+    g.put(d, i);
+    if (sizeof(T) != sizeof(A)) d = load(g.at(i));  // of what is stored
     k.sum += d;
     k.sum_xc += d * (at - k.mean);
   }
   FR_INLINE void put_zeros(int64_t i, int64_t count) const {
-    __builtin_memset(g + i, 0, static_cast<size_t>(count) * sizeof(T));
+    __builtin_memset(g.at(i), 0, static_cast<size_t>(count) * sizeof(T));
   }
   FR_INLINE void done(const Channel& k, int64_t c) const {
     A *sum = sums.near + kSumG * sums.channels + c,
@@ -300,41 +304,43 @@ struct StoreMaskedSums {
     store(load(sum) + k.sum, sum);
     store(load(sum_xc) + k.sum_xc, sum_xc);
   }
-  FR_INLINE void fold() const { sums.fold(false); }
+  FR_INLINE void fold() const {
+    g.finish();
+    sums.fold(false);
+  }
 };
 
 // The shortcut's gradient is added: the gradient of a block's input.
 template <class T>
 struct StoreSum {
   using A = Acc<T>;
-  T* g;
+  WrittenMap<T> g;
   const T* add;
   struct Channel {};
   FR_INLINE void begin() const {}
   FR_INLINE Channel channel(int64_t) const { return {}; }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
   FR_INLINE void ask(int64_t i) const {
-    __builtin_prefetch(g + i, 1);
+    g.ask(i);
     __builtin_prefetch(add + i);
   }
-  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const {
-    store_flushing(v + load(add + i), g + i);
-  }
+  FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { g.put(v + load(add + i), i); }
   FR_INLINE void put_zeros(int64_t i, int64_t count) const {
     Channel all;
     for (int64_t c = 0; c < count; c += kLanes<A>) put(Vec<A>{}, i + c, all);
   }
   FR_INLINE void done(const Channel&, int64_t) const {}
-  FR_INLINE void fold() const {}
+  FR_INLINE void fold() const { g.finish(); }
 };
 
 // Calls run(epilogue) with the forward's; `near` is room for BlockSums<Acc<T>, kStatisticsRows>.
 template <class T, class Run>
 FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, ChannelRange made,
                            Run run) {
-  T* z = static_cast<T*>(f.z);
+  const ConvShape& s = f.shape;
+  const int64_t k = s.k;
+  const WrittenMap<T> z(f.z, s.n * s.out_h() * s.out_w(), k);
   if (f.sums) {
-    const int64_t k = f.shape.k;
     run(StoreStatistics<T>{
         z, {static_cast<Acc<T>*>(near), f.sums + block * kStatisticsRows * k, k, made}});
   } else {
@@ -352,10 +358,11 @@ template <class T, class Run>
 FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near,
                                    ChannelRange made, Run run) {
   using A = Acc<T>;
-  T* g = static_cast<T*>(f.g_x);
+  const ConvShape& s = f.shape;
+  const int64_t c = s.c;
+  const WrittenMap<T> g(f.g_x, s.n * s.h * s.w, c);
   const T* x = static_cast<const T*>(f.x);
   const A *scale = static_cast<const A*>(f.x_scale), *shift = static_cast<const A*>(f.x_shift);
-  const int64_t c = f.shape.c;
   if (f.sums) {
     run(StoreMaskedSums<T>{g,
                            x,

@@ -42,7 +42,7 @@ FR_INLINE void end_block(const BlockEnd& f, int64_t begin, int64_t end, Activate
   const A *scale = static_cast<const A*>(f.scale), *shift = static_cast<const A*>(f.shift);
   const A *scale2 = static_cast<const A*>(f.shortcut_scale),
           *shift2 = static_cast<const A*>(f.shortcut_shift);
-  T* y = static_cast<T*>(f.y);
+  const WrittenMap<T> y(f.y, f.rows, f.channels);
   const int64_t step = f.channels;
   const auto run = [&](auto shortcut_of) {
     for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t c) {
@@ -50,9 +50,10 @@ FR_INLINE void end_block(const BlockEnd& f, int64_t begin, int64_t end, Activate
       const auto added = shortcut_of(lanes, c);
       for (int r = 0; r < rows.value; ++r) {
         const int64_t i = first + r * step;
-        lanes.put(activated(lanes.get(z + i) * k + b + added(i)), y + i);
+        y.put(lanes, activated(lanes.get(z + i) * k + b + added(i)), i);
       }
     });
+    y.finish();
   };
   if (shortcut == nullptr) {
     run([](auto, int64_t) { return [](int64_t) { return Vec<A>{}; }; });
@@ -79,18 +80,20 @@ FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int6
   const T *dy = static_cast<const T*>(f.dy), *y = static_cast<const T*>(f.y);
   const T *z = static_cast<const T*>(f.z), *shortcut = static_cast<const T*>(f.shortcut);
   const A *mean = static_cast<const A*>(f.mean), *mean2 = static_cast<const A*>(f.shortcut_mean);
-  T* g = static_cast<T*>(f.g);
+  const WrittenMap<T> g(f.g, f.rows, f.channels);
+  const bool stored = f.g != nullptr;
   const int64_t step = f.channels;
   const auto masked = [=](auto lanes, int64_t i) {
     const Vec<A> v = lanes.get(dy + i);
     const Vec<A> d = y ? gradient(v, lanes.get(y + i)) : v;
-    if (g) lanes.put(d, g + i);
+    if (stored) g.put(lanes, d, i);
     return d;
   };
   if (f.sums == nullptr) {
     for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t) {
       for (int r = 0; r < rows.value; ++r) masked(lanes, first + r * step);
     });
+    g.finish();
     return;
   }
   const BlockSums<A, kBlockEndRows> sums{static_cast<A*>(scratch),
@@ -110,6 +113,7 @@ FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int6
     add_to(lanes, sum_with(z, mean), sum_g_xc + c);
     if (shortcut) add_to(lanes, sum_with(shortcut, mean2), sum_g_shortcut_xc + c);
   });
+  g.finish();
   sums.fold(false);
 }
 

@@ -106,7 +106,7 @@ FR_INLINE void stem_end_backward_row(const StemEndBackward& f, int64_t row, Lane
   const int64_t images_windows = row / p.h * out_h;
   const T *dy = static_cast<const T*>(f.dy) + c, *z = static_cast<const T*>(f.z) + c;
   const uint8_t* index = f.index + c;
-  T* g = static_cast<T*>(f.g) + c;
+  const WrittenMap<T> g(f.g, f.pixels, p.c);
   Vec<A> scale[kVecs], shift[kVecs], mean[kVecs], total_g[kVecs], total_g_xc[kVecs];
   for (int v = 0; v < kVecs; ++v) {
     scale[v] = lanes.get(static_cast<const A*>(f.scale) + c + v * step);
@@ -137,11 +137,12 @@ FR_INLINE void stem_end_backward_row(const StemEndBackward& f, int64_t row, Lane
     for (int v = 0; v < kVecs; ++v) {
       const Vec<A> at = lanes.get(z + to + v * step);
       d[v] = rounded<T>(gradient(d[v], at * scale[v] + shift[v]));
-      lanes.put(d[v], g + to + v * step);
+      g.put(lanes, d[v], to + c + v * step);
       total_g[v] += d[v];
       total_g_xc[v] += d[v] * (at - mean[v]);
     }
   }
+  g.finish();
   if (sum_g == nullptr) return;
   for (int v = 0; v < kVecs; ++v) {
     A *of_g = sum_g + c + v * step, *of_g_xc = sum_g_xc + c + v * step;

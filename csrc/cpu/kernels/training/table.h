@@ -24,7 +24,7 @@ enum GradientRow { kSumG, kSumGXc, kGradientRows, kSumGShortcutXc = kGradientRow
 // y = activation(z * scale + shift + s), s the shortcut, or shortcut * shortcut_scale +
 // shortcut_shift.
 struct BlockEnd {
-  int64_t channels;
+  int64_t rows, channels;
   const void *z, *scale, *shift;
   const void* shortcut;                         // null: none
   const void *shortcut_scale, *shortcut_shift;  // null: the shortcut as it is
@@ -35,7 +35,7 @@ struct BlockEnd {
 // g = dy through the activation, and its sums, alone and times z - mean and shortcut -
 // shortcut_mean.
 struct BlockEndBackward {
-  int64_t channels;
+  int64_t rows, channels;
   const void* dy;
   const void* y;  // null: no activation
   Activation activation;
@@ -80,6 +80,7 @@ struct StemEnd {
 
 struct StemEndBackward {
   PoolForward pool;
+  int64_t pixels;  // of the whole map
   Activation activation;
   const void* dy;
   const uint8_t* index;
