@@ -58,7 +58,7 @@ MUTANTS = [
         "pixels that no tap reaches lose the shortcut's gradient",
         KERNELS + "fusion.h",
         "put(Vec<A>{}, i + c, all);",
-        "store(Vec<A>{}, g + i + c);",
+        "g.put(Vec<A>{}, i + c);",
         CONVOLUTIONS,
     ),
     Mutant(
