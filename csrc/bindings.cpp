@@ -173,7 +173,7 @@ PYBIND11_MODULE(_C, m) {
   fr::isa_in_use();  // a wrong FUSED_RESNET_ISA is an error at import, not at the first call
   m.def("build_info", &build_info, "How the extension was built, and the instruction set in use.");
   m.def("schemas", &fr::schemas, "Every operator's schema.");
-  m.def("cuda_device_problem", &fr::why_not_on_cuda_device,
+  m.def("cuda_device_problem", &fr::cuda_device_problem,
         "Empty if this build runs on that CUDA device, else the reason why it does not.");
   m.def(
       "packed_conv_weight_numel",

@@ -76,11 +76,11 @@ const char* torch_version_needed() { return "2.11"; }
 #ifdef FR_WITH_CUDA
 std::string cuda_version() { return cuda_toolkit_version(); }
 std::vector<std::string> cuda_architectures() { return cuda_archs(); }
-std::string why_not_on_cuda_device(int device) { return cuda_device_problem(device); }
+std::string cuda_device_problem(int device) { return probe_device(device); }
 #else
 std::string cuda_version() { return ""; }
 std::vector<std::string> cuda_architectures() { return {}; }
-std::string why_not_on_cuda_device(int) { return "built without CUDA"; }
+std::string cuda_device_problem(int) { return "built without CUDA"; }
 #endif
 
 std::string isa_in_use() { return kernels().isa; }

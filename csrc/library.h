@@ -21,7 +21,7 @@ const char* torch_version_needed();
 std::string cuda_version();
 std::vector<std::string> cuda_architectures();
 // Empty if this build runs on that device, else the reason why it does not.
-std::string why_not_on_cuda_device(int device);
+std::string cuda_device_problem(int device);
 
 std::string isa_in_use();
 std::vector<std::string> isas_of_this_machine();

@@ -30,8 +30,8 @@ MUTANTS = [
     Mutant(
         "a part starts an image late",
         RUN,
-        "n0 = batch * part / r.parts,",
-        "n0 = batch * part / r.parts + (part > 0),",
+        "n0 = batch * part / r.micro_batches,",
+        "n0 = batch * part / r.micro_batches + (part > 0),",
         PROGRAM,
     ),
     Mutant(

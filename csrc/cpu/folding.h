@@ -75,7 +75,7 @@ inline std::vector<double> bn_scale(const OptionalTensor& weight, const Tensor& 
   return scale;
 }
 
-struct Folded {
+struct FoldedBatchNorm {
   std::vector<double> scale, shift;
 
   // Both as elements of this dtype, one behind the other. No tensors: to allocate two of them would
@@ -90,8 +90,9 @@ struct Folded {
 };
 
 // scale * conv + shift = weight * (conv + conv_bias - mean) / sqrt(var + eps) + bias.
-inline Folded fold(const OptionalTensor& conv_bias, const OptionalTensor& weight,
-                   const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
+inline FoldedBatchNorm fold(const OptionalTensor& conv_bias, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                            double eps) {
   const int64_t size = mean.size(0);
   std::vector<double> scale = bn_scale(weight, var, eps);
   const std::vector<double> before = numbers(conv_bias, size, 0), center = numbers(mean, size, 0);

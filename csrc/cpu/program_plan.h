@@ -15,9 +15,9 @@ std::vector<int64_t> last_reads(const CheckedProgram& program);
 // The steps [first, end), which a micro-batch goes through before the next one begins.
 struct Run {
   int64_t first, end;
-  int64_t parts;  // micro-batches, whose sizes differ by one image at most
+  int64_t micro_batches;  // their sizes differ by one image at most
 
-  int64_t most_images(int64_t batch) const { return (batch + parts - 1) / parts; }
+  int64_t most_images(int64_t batch) const { return (batch + micro_batches - 1) / micro_batches; }
 };
 
 // Cuts a program into runs, for the cache's sake only: no result depends on them.

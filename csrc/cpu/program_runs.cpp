@@ -78,10 +78,10 @@ std::vector<Run> choose_runs(const CheckedProgram& program, int64_t threads) {
       most = std::max(most, live[end - 1]);
       weights += static_cast<double>(program.steps[static_cast<size_t>(end - 1)].weight_bytes);
       const int64_t fit = std::max(static_cast<int64_t>(kMicroBatchBytes / most), least);
-      const int64_t parts = (batch + fit - 1) / fit;
-      const double cost = begun + (weights > kNearWeights ? parts : 1) * weights +
-                          static_cast<double>(parts * (end - first)) * kStepBytes;
-      if (cost < best[end].cost) best[end] = {cost, {first, end, parts}};
+      const int64_t micro_batches = (batch + fit - 1) / fit;
+      const double cost = begun + (weights > kNearWeights ? micro_batches : 1) * weights +
+                          static_cast<double>(micro_batches * (end - first)) * kStepBytes;
+      if (cost < best[end].cost) best[end] = {cost, {first, end, micro_batches}};
     }
   }
 

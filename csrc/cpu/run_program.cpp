@@ -30,8 +30,9 @@ class Execution {
   void run(ThreadTeam& team) const {
     const int64_t batch = plan_.program.values[0].n;
     for (const Run& r : plan_.runs) {
-      for (int64_t part = 0; part < r.parts; ++part) {
-        const int64_t n0 = batch * part / r.parts, n1 = batch * (part + 1) / r.parts;
+      for (int64_t part = 0; part < r.micro_batches; ++part) {
+        const int64_t n0 = batch * part / r.micro_batches,
+                      n1 = batch * (part + 1) / r.micro_batches;
         for (int64_t i = r.first; i < r.end; ++i) run_step(team, i, n0, n1 - n0);
       }
     }

@@ -20,7 +20,7 @@ std::vector<std::string> cuda_archs() {
   return archs;
 }
 
-std::string cuda_device_problem(int device) {
+std::string probe_device(int device) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);

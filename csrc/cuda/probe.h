@@ -13,6 +13,6 @@ std::string cuda_toolkit_version();
 std::vector<std::string> cuda_archs();
 
 // Empty if code in this build runs on the device; else the reason why it does not.
-std::string cuda_device_problem(int device);
+std::string probe_device(int device);
 
 }  // namespace fr

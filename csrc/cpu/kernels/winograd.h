@@ -337,9 +337,9 @@ int64_t winograd_scratch_bytes(const ConvShape& s, int64_t tiles) {
 
 // Prefetches the packed weights that are transformed next, taps of `length` elements, into the L2
 // cache during the products. Without it a tenth of ResNet-18's time at batch 1 was spent waiting.
-template <class Packed>
+template <class Weight>
 struct WeightAhead {
-  const Packed* tap;
+  const Weight* tap;
   int64_t step, length;
   int64_t taps = 9, at = 0;
 
@@ -351,18 +351,18 @@ struct WeightAhead {
       --taps;
     }
     if (taps <= 0) return nullptr;
-    const Packed* from = tap + at;
-    at += lines * kLineBytes / static_cast<int64_t>(sizeof(Packed));
+    const Weight* from = tap + at;
+    at += lines * kLineBytes / static_cast<int64_t>(sizeof(Weight));
     return from;
   }
 };
 
 // Computes one group of tiles for all panels. If `held`, the weights are transformed already.
-template <int kOut, class T, class Packed>
+template <int kOut, class T, class Weight>
 void winograd_group(const ConvForward& f, const WinogradBlock& b, const WinogradScratch& l,
                     bool held, float* input, float* product, float* weight) {
   const ConvShape& s = f.shape;
-  const Packed* const all = static_cast<const Packed*>(f.packed);
+  const Weight* const all = static_cast<const Weight*>(f.packed);
   const int64_t tiles = b.tile1 - b.tile0, parts = ceil_div(tiles, kMaxTile);
   winograd_input<kOut>(s, static_cast<const T*>(f.x), b.tile0, b.tile1, l, input);
   // The weights that are transformed after channel c of panel q.
@@ -371,9 +371,9 @@ void winograd_group(const ConvForward& f, const WinogradBlock& b, const Winograd
       ++q;
       c = 0;
     }
-    if (held || q == b.panel1) return WeightAhead<Packed>{nullptr, 0, 0, 0};
+    if (held || q == b.panel1) return WeightAhead<Weight>{nullptr, 0, 0, 0};
     const int64_t width = packed_width(s, q, all);
-    return WeightAhead<Packed>{all + packed_offset(s, q, all) + c * width, s.c * width,
+    return WeightAhead<Weight>{all + packed_offset(s, q, all) + c * width, s.c * width,
                                min_of(s.c - c, kWinogradDepth) * width, 9};
   };
   for (int64_t q = b.panel0; q < b.panel1; ++q) {
@@ -384,7 +384,7 @@ void winograd_group(const ConvForward& f, const WinogradBlock& b, const Winograd
       const int64_t c1 = min_of(c0 + kWinogradDepth, s.c);
       const float* chunk = input + c0 / kWinogradDepth * l.chunk;
       if (!held) winograd_weight<kOut>(s, all + packed_offset(s, q, all), panel, c0, c1, l, w);
-      WeightAhead<Packed> next = ahead_of(q, c1);
+      WeightAhead<Weight> next = ahead_of(q, c1);
       for (int64_t point = 0; point < kPoints<kOut>; ++point) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t t0 = tiles * part / parts, t1 = tiles * (part + 1) / parts;
@@ -400,11 +400,11 @@ void winograd_group(const ConvForward& f, const WinogradBlock& b, const Winograd
   }
 }
 
-// Input and output channels are multiples of the vector. Packed is the type of the packed weight.
-template <int kOut, class T, class Packed>
+// Input and output channels are multiples of the vector. Weight is the type of the packed weight.
+template <int kOut, class T, class Weight>
 void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   const ConvShape& s = f.shape;
-  const Packed* const all = static_cast<const Packed*>(f.packed);
+  const Weight* const all = static_cast<const Weight*>(f.packed);
   const bool held = winograd_keeps_weight<kOut>(s);
   const int64_t tiles = b.tile1 - b.tile0, groups = winograd_groups<kOut>(s, tiles);
   const WinogradScratch l = winograd_scratch<kOut>(s, ceil_div(tiles, groups));
@@ -418,14 +418,14 @@ void winograd(const ConvForward& f, const WinogradBlock& b, void* scratch) {
   for (int64_t g = 0; g < groups; ++g) {
     const WinogradBlock group{b.tile0 + tiles * g / groups, b.tile0 + tiles * (g + 1) / groups,
                               b.panel0, b.panel1};
-    winograd_group<kOut, T, Packed>(f, group, l, held, input, product, weight);
+    winograd_group<kOut, T, Weight>(f, group, l, held, input, product, weight);
   }
 }
 
-template <int kOut, class T, class Packed>
+template <int kOut, class T, class Weight>
 constexpr WinogradKernels winograd_of() {
   return {kOut, kPoints<kOut>, kLanes<float>, winograd_scratch_bytes<kOut>,
-          winograd<kOut, T, Packed>};
+          winograd<kOut, T, Weight>};
 }
 
 }  // namespace FR_ISA

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> bn_coefficients_cpu(const Tensor& mean, const Tensor&
                                                const OptionalTensor& weight,
                                                const OptionalTensor& bias, double eps) {
   check_vectors("bn_coefficients", mean, {{"var", var}, {"weight", weight}, {"bias", bias}});
-  const Folded f = fold(std::nullopt, weight, bias, mean, var, eps);
+  const FoldedBatchNorm f = fold(std::nullopt, weight, bias, mean, var, eps);
   return {as_tensor(f.scale, mean.scalar_type()), as_tensor(f.shift, mean.scalar_type())};
 }
 
