@@ -51,12 +51,12 @@ int64_t block_size(int64_t count, int64_t most, int64_t threads) {
 }
 
 // Numbers of images, output rows, output columns and panels in a block.
-struct Plan {
+struct BlockSize {
   int64_t images, rows, cols, panels;
 };
 
 struct Blocks {
-  Plan size;
+  BlockSize size;
   int64_t n, rows, cols, panels;  // totals
 
   int64_t count() const {
@@ -143,7 +143,7 @@ bool winograd_fits(const WinogradKernels& k, const ConvShape& s) {
          s.k % k.lanes == 0;
 }
 
-struct WinogradPlan {
+struct WinogradBlocks {
   int64_t tiles, panels;  // of one block
   double cost;            // of all, on all threads
 };
@@ -156,15 +156,15 @@ struct WinogradPlan {
 // with P points. The terms of a block are the products and the transforms of input, output and
 // weight; the coefficients are measured, as the transforms are bound by the cache. More blocks of
 // tiles transform the weights more often, more blocks of panels the input.
-WinogradPlan plan_winograd(const WinogradKernels& kernels, const ConvShape& s, int64_t panel,
-                           int64_t threads) {
+WinogradBlocks plan_winograd(const WinogradKernels& kernels, const ConvShape& s, int64_t panel,
+                             int64_t threads) {
   const int64_t tiles = winograd_tiles(kernels, s), panels = ceil_div(s.k, panel);
   const int64_t tile_bytes = kernels.points * s.c * static_cast<int64_t>(sizeof(float));
   const int64_t least = ceil_div(tiles, std::max<int64_t>(kWinogradBytes / tile_bytes, 1));
-  WinogradPlan best{0, 0, 0};
+  WinogradBlocks best{0, 0, 0};
   for (int64_t blocks = least; blocks < least + threads && blocks <= tiles; ++blocks) {
     for (const int64_t shares : {int64_t{1}, std::min(ceil_div(threads, blocks), panels)}) {
-      WinogradPlan plan{ceil_div(tiles, blocks), ceil_div(panels, shares), 0};
+      WinogradBlocks plan{ceil_div(tiles, blocks), ceil_div(panels, shares), 0};
       const double t = static_cast<double>(plan.tiles), c = static_cast<double>(s.c);
       const double k = static_cast<double>(std::min(plan.panels * panel, s.k));
       const int64_t count = ceil_div(tiles, plan.tiles) * ceil_div(panels, plan.panels);
@@ -200,7 +200,7 @@ void run_winograd(ThreadTeam& team, const WinogradKernels& kernels, const ConvFo
                   int64_t panel) {
   const ConvShape& s = f.shape;
   const int64_t tiles = winograd_tiles(kernels, s), panels = ceil_div(s.k, panel);
-  const WinogradPlan plan = plan_winograd(kernels, s, panel, team.size());
+  const WinogradBlocks plan = plan_winograd(kernels, s, panel, team.size());
   const int64_t shares = ceil_div(panels, plan.panels);
   team.parallel_for(ceil_div(tiles, plan.tiles) * shares, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;

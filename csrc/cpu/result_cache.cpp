@@ -31,7 +31,7 @@ size_t quarter_of_memory() {
 #endif
 }
 
-struct Block {
+struct MemoryBlock {
   Memory data;
   size_t bytes;
 };
@@ -57,7 +57,7 @@ class ResultCache {
     return data;
   }
 
-  void give(Block block) {
+  void give(MemoryBlock block) {
     std::vector<Memory> old;  // freed behind the lock
     const std::lock_guard<std::mutex> lock(mutex_);
     in_use_ -= block.bytes;
@@ -67,7 +67,7 @@ class ResultCache {
   }
 
   void release() {
-    std::deque<Block> blocks;  // freed behind the lock
+    std::deque<MemoryBlock> blocks;  // freed behind the lock
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks.swap(free_);
     kept_ = 0;
@@ -85,7 +85,7 @@ class ResultCache {
 
  private:
   std::mutex mutex_;
-  std::deque<Block> free_;  // the longest unused first
+  std::deque<MemoryBlock> free_;  // the longest unused first
   size_t kept_ = 0, in_use_ = 0;
   size_t most_ = 0, most_before_ = 0;  // in use at one time, in this window and the one before
   int64_t results_ = 0;                // in this window
@@ -129,7 +129,7 @@ class ResultCache {
 
 // Called when the last tensor goes that uses a block's memory.
 void let_go(void*, void* context) {
-  const std::unique_ptr<Block> block(static_cast<Block*>(context));
+  const std::unique_ptr<MemoryBlock> block(static_cast<MemoryBlock*>(context));
   ResultCache::instance().give(std::move(*block));
 }
 
@@ -139,7 +139,8 @@ Tensor empty_map(IntArrayRef sizes, IntArrayRef strides, const Options& options)
   auto bytes = static_cast<size_t>(element_size(options.type));
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < kLeastKept) return empty_strided(sizes, strides, options);
-  auto block = std::make_unique<Block>(Block{ResultCache::instance().take(bytes), bytes});
+  auto block =
+      std::make_unique<MemoryBlock>(MemoryBlock{ResultCache::instance().take(bytes), bytes});
   char* const data = block->data.get();
   return from_memory(data, sizes, strides, options.type, &let_go, block.release());
 }

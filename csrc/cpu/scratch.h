@@ -34,7 +34,7 @@ class Scratch {
   // At least `bytes` bytes, whose contents are undefined.
   char* at_least(int64_t bytes) {
     if (held_.bytes < bytes) {
-      held_ = Block();  // before the allocation, so that both blocks never exist at once
+      held_ = MemoryBlock();  // before the allocation, so that both blocks never exist at once
       Memory data = allocate(static_cast<size_t>(bytes));
       held_ = {std::move(data), bytes};  // only now, as the allocation may throw
     }
@@ -42,15 +42,15 @@ class Scratch {
   }
 
  private:
-  struct Block {
+  struct MemoryBlock {
     Memory data;
     int64_t bytes = 0;
   };
-  Block held_;
+  MemoryBlock held_;
 
   // A stack: nested calls return their blocks in reverse order, so each finds its own again.
-  static std::vector<Block>& kept() {
-    thread_local std::vector<Block> blocks;
+  static std::vector<MemoryBlock>& kept() {
+    thread_local std::vector<MemoryBlock> blocks;
     return blocks;
   }
 };
