@@ -1,4 +1,4 @@
-// The activations behind a sum, for hosts and kernels of all devices. The numbers are those of
+// The activations that follow a sum, for hosts and kernels of all devices. The numbers are those of
 // fused_resnet/backends/activation.py; CONTRIBUTING says what adding one takes.
 #pragma once
 

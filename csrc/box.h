@@ -1,5 +1,5 @@
-// Makes of a function the kernel that LibTorch's stable interface registers: one that takes its
-// arguments from an array of 64-bit values, and leaves its results there.
+// Turns a function into the kernel that LibTorch's stable interface registers: one that takes its
+// arguments from an array of 64-bit values and stores its results there.
 #pragma once
 
 #include <string>

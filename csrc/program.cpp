@@ -25,7 +25,7 @@ class Programs {
   }
 
   void remove(int64_t number) {
-    std::shared_ptr<const Program> removed;  // destroyed behind the lock
+    std::shared_ptr<const Program> removed;  // destroyed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = programs_.find(number);
     if (found == programs_.end()) return;
@@ -61,7 +61,7 @@ std::shared_ptr<const KeptPlan> Program::plan() const {
 
 void Program::keep(std::shared_ptr<const KeptPlan> plan) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  plan_.swap(plan);  // the one before is destroyed behind the lock
+  plan_.swap(plan);  // the previous one is destroyed after the lock is released
 }
 
 std::shared_ptr<const Program> kept_program(int64_t number) {

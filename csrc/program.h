@@ -71,7 +71,7 @@ class Program {
   IntArrayRef steps() const { return steps_; }
   IntArrayRef outputs() const { return outputs_; }
 
-  // The plan of an earlier call, for whatever x that was; null: none. Any thread may ask and keep.
+  // The plan of an earlier call, whatever its x was; null: none. Thread-safe.
   std::shared_ptr<const KeptPlan> plan() const;
   void keep(std::shared_ptr<const KeptPlan> plan) const;
 
@@ -82,8 +82,8 @@ class Program {
   mutable std::shared_ptr<const KeptPlan> plan_;
 };
 
-// Programs by number, since LibTorch's stable interface passes no object of another's class. Any
-// thread may ask.
+// Programs by number, since LibTorch's stable interface passes no objects of other classes.
+// Thread-safe.
 std::shared_ptr<const Program> kept_program(int64_t number);
 void release_program(int64_t number);
 

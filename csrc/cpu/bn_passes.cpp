@@ -60,7 +60,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_backward_passes(
     bool need_residual) {
   const int64_t channels = x.size(1);
   const Tensor dx = empty_map(x.sizes(), x.options());
-  // The gradient in front of the activation is the residual's; else it lies where that of x will.
+  // The gradient of the activation's argument is the residual's; where that is not needed, it is
+  // stored where the gradient of x will be.
   Tensor dresidual = empty({0}, x.options()), g = grad;
   if (y.defined()) {
     g = need_residual ? empty_map(x.sizes(), x.options()) : dx;

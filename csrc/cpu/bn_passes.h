@@ -1,5 +1,5 @@
 // Batch norm, residual and ReLU of channels-last maps by the passes of a training step: float32
-// arithmetic and sums, which a core makes as fast as the memory brings the maps. bn_add_relu.cpp
+// arithmetic and sums, which a core computes as fast as memory delivers the maps. bn_add_relu.cpp
 // has the other layouts and dtypes.
 #pragma once
 

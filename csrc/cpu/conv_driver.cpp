@@ -28,8 +28,8 @@ constexpr int64_t kActivatedElements = 32 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The activation that a convolution's kernel applies. Each that the kernels had of their own would
-// be another instance of every microkernel; any but ReLU is a pass over the result instead.
+// The activation that a convolution's kernel applies. Each further one would add an instance of
+// every microkernel, so any but ReLU is a pass over the result instead.
 Activation in_kernel(Activation activation) {
   return activation == Activation::kReLU ? activation : Activation::kNone;
 }
@@ -286,7 +286,7 @@ void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, cons
       p.x_first = row0;
       p.y = static_cast<char*>(y) + n * pool.out_h() * pool.out_w() * pool.c * element;
       pool_rows(p);
-      // Behind the pool, where there is less: activations do not change an order.
+      // After the pool, which leaves fewer elements: activations preserve their order.
       const int64_t line = pool.out_w() * pool.c;
       if (f.activation != part.activation)
         k.activate(f.activation, p.y, p.row0 * line, p.row1 * line);

@@ -14,7 +14,7 @@ struct ConvAlgorithm {
 };
 
 // The faster one for a batch. `winograd`: whether Winograd's algorithm may be chosen. The bits of a
-// result depend on the algorithm: parts of a batch must be computed by that of the whole.
+// result depend on the algorithm: the parts of a batch must use the algorithm of the whole batch.
 ConvAlgorithm conv_algorithm(DType dtype, const ConvShape& shape, bool winograd);
 
 // One parallel loop of the team, which all of its threads call. Operands are channels-last,

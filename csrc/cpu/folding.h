@@ -78,8 +78,8 @@ inline std::vector<double> bn_scale(const OptionalTensor& weight, const Tensor& 
 struct FoldedBatchNorm {
   std::vector<double> scale, shift;
 
-  // Both as elements of this dtype, one behind the other. No tensors: to allocate two of them would
-  // take a tenth of the call of an operator on a small map.
+  // Both as elements of this dtype, the shift after the scale. No tensors: allocating two of them
+  // would take a tenth of an operator's call on a small map.
   std::unique_ptr<char[]> stored(ScalarType type) const {
     const size_t bytes = scale.size() * static_cast<size_t>(element_size(type));
     std::unique_ptr<char[]> memory(new char[2 * bytes]);

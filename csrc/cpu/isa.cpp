@@ -13,7 +13,7 @@ namespace fr {
 namespace {
 
 // A table that was not compiled is named in the discarded branch of an `if constexpr` alone, so the
-// linker does not ask for it.
+// linker does not need it.
 
 [[maybe_unused]] KernelTable table_with(void (*replace)(KernelTable&), KernelTable table,
                                         const char* isa) {

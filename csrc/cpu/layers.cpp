@@ -17,7 +17,8 @@ constexpr int64_t kPooledRowsAtOnce = 8;
 constexpr int64_t kAveragedChannels = 256;
 constexpr int64_t kAddedElements = 4096;
 
-// Bytes of a linear layer's input that stay in the L2 cache while all rows of the weight go past.
+// Bytes of a linear layer's input that stay in the L2 cache while iterating over all rows of the
+// weight.
 constexpr int64_t kLinearBytes = 256 * 1024;
 // Rows of its weight that a thread takes at a time: a multiple of those of every microkernel.
 constexpr int64_t kLinearRowsAtOnce = 8;

@@ -23,12 +23,13 @@ Memory from_library(size_t bytes) {
   return Memory(static_cast<char*>(memory));
 }
 
-// AddressSanitizer sees behind the end of the C library's blocks alone.
+// AddressSanitizer detects accesses past the end only for the C library's blocks.
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 
 constexpr size_t rounded_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// Begins at a huge page: what does is backed by huge pages as far as they fit, and no further.
+// Begins at a multiple of a huge page: such a mapping is backed by huge pages as far as they fit,
+// and no further.
 Memory map(size_t bytes) {
   const size_t size = rounded_up(bytes, 4096), reserved = size + kHugePage;
   void* const found =
@@ -36,18 +37,18 @@ Memory map(size_t bytes) {
   FR_CHECK(found != MAP_FAILED, "fused_resnet: can't allocate memory: ", bytes, " bytes");
   char* const start = static_cast<char*>(found);
   const auto address = reinterpret_cast<uintptr_t>(start);
-  const size_t before = rounded_up(address, kHugePage) - address, behind = kHugePage - before;
+  const size_t before = rounded_up(address, kHugePage) - address, after = kHugePage - before;
   if (before > 0) munmap(start, before);
-  if (behind > 0) munmap(start + before + size, behind);
-  madvise(start + before, size, MADV_HUGEPAGE);  // a wish: without them it works as well
+  if (after > 0) munmap(start + before + size, after);
+  madvise(start + before, size, MADV_HUGEPAGE);  // a hint; correctness does not depend on it
   return Memory(start + before, FreeMemory{size});
 }
 
 void unmap(char* memory, size_t bytes) { munmap(memory, bytes); }
 
-// Puts pages of a block at another address: they change their place in the process's tables, and
-// no byte moves. False where the system does not, as where a process has too many mappings; what
-// was at the address may be gone then, and is mapped again.
+// Moves pages of a block to another address: only the process's page tables change, and no bytes
+// are copied. Returns false if the system refuses, as when a process has too many mappings; what
+// was mapped at the address may be gone then, so it is mapped again.
 bool move(char* from, size_t bytes, char* to) {
   if (mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED) return true;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
@@ -62,8 +63,8 @@ Memory rest_of(Memory block, size_t first, size_t bytes) {
   return bytes > 0 ? Memory(start + first, FreeMemory{bytes}) : Memory();
 }
 
-// Huge pages as long as they fit, one by one, since a block may have come from several; and behind
-// them small pages of one block's end.
+// Moves huge pages as long as they fit, one by one, since a block may have come from several; and
+// to the end of `to` the small pages at one block's end.
 void move_pages(std::vector<Memory>& old, const Memory& to) {
   const size_t size = to.get_deleter().mapped, end = size % kHugePage;
   size_t at = 0;

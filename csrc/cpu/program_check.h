@@ -22,7 +22,7 @@ struct MapSizes {
   }
 };
 
-// A step. Of the members behind the activation those of its operation are set.
+// A step. Of the members after the activation, only those of its operation are set.
 struct Step {
   Operation operation;
   int64_t input, residual;  // values; no residual: -1

@@ -76,8 +76,9 @@ class Arena {
     }
   }
 
-  // The residual whose memory the value may take; 0: none. The step reads each element of the
-  // residual, and nobody else does, before it writes that of the result.
+  // The residual whose memory the value may take; 0: none. The thread that writes an element of the
+  // result is the only one in the step that reads that element of the residual, and it reads it
+  // first.
   int64_t replaced(size_t value, const Buffer& own) const {
     const Step& step = program_.steps[value - 1];
     const int64_t residual = step.residual;
@@ -118,10 +119,10 @@ class Arena {
       FR_CHECK_VALUE(!__builtin_add_overflow(end, size(i), &end),
                      "run_program: the maps have more than 2^63 bytes");
       bytes_ = std::max(bytes_, end);
-      const auto behind = std::find_if(placed.begin(), placed.end(), [&](size_t other) {
+      const auto after = std::find_if(placed.begin(), placed.end(), [&](size_t other) {
         return buffers_[other].offset > b.offset;
       });
-      placed.insert(behind, i);
+      placed.insert(after, i);
     }
   }
 

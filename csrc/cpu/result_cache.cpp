@@ -16,10 +16,10 @@
 namespace fr {
 namespace {
 
-// Smaller blocks the C library keeps by itself.
+// The C library keeps smaller blocks by itself.
 constexpr size_t kLeastKept = 64 * 1024;
 
-// Results over which the most that was in use is looked for, once and once more.
+// The peak of use is taken over a window of this many results and the window before it.
 constexpr int64_t kWindow = 1024;
 
 size_t quarter_of_memory() {
@@ -58,7 +58,7 @@ class ResultCache {
   }
 
   void give(MemoryBlock block) {
-    std::vector<Memory> old;  // freed behind the lock
+    std::vector<Memory> old;  // freed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     in_use_ -= block.bytes;
     kept_ += block.bytes;
@@ -67,7 +67,7 @@ class ResultCache {
   }
 
   void release() {
-    std::deque<MemoryBlock> blocks;  // freed behind the lock
+    std::deque<MemoryBlock> blocks;  // freed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks.swap(free_);
     kept_ = 0;
@@ -115,7 +115,7 @@ class ResultCache {
     return std::min(most - std::min(most, in_use_), bound_);
   }
 
-  // What is left of blocks whose pages went into others gives its pages to the next.
+  // Keeps what is left of blocks that gave pages to another one, as the first to be evicted.
   void keep_rest(std::vector<Memory> old) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (Memory& rest : old) {
@@ -127,7 +127,7 @@ class ResultCache {
   }
 };
 
-// Called when the last tensor goes that uses a block's memory.
+// Called when the last tensor that uses a block's memory is gone.
 void let_go(void*, void* context) {
   const std::unique_ptr<MemoryBlock> block(static_cast<MemoryBlock*>(context));
   ResultCache::instance().give(std::move(*block));

@@ -69,10 +69,10 @@ class Barrier {
 };
 
 // Which iterations of a loop are taken. Each thread has a share of them, from which it takes a
-// chunk at a time; when it has none left it takes chunks of the others, so that a thread that is
-// delayed holds up the team by one chunk and not by its whole share. Shares come first, so that a
-// thread mostly reads what it wrote in the loop before, and what it asks the memory for ahead is
-// what it reads next.
+// chunk at a time; when its share is used up it takes chunks of the others', so that a thread that
+// is delayed holds up the team by one chunk and not by its whole share. Shares come first, so that
+// a thread mostly reads what it wrote in the previous loop, and what it prefetches is what it reads
+// next.
 class Claims {
  public:
   explicit Claims(int64_t threads) : threads_(threads), next_(2 * threads) {}
@@ -93,8 +93,8 @@ class Claims {
       }
     }
   }
-  // Of the loop after `loop`, to be called by the owner in `loop`: nobody is in the loop before
-  // `loop` any more, whose memory it has, and the next barrier orders this before its use.
+  // Resets the counter of loop + 1. Its owner calls this in `loop`: no thread still runs loop - 1,
+  // whose counter loop + 1 reuses, and the next barrier orders the reset before its use.
   void prepare_next(int64_t loop, int64_t owner) {
     of(loop + 1, owner).store(0, std::memory_order_relaxed);
   }
@@ -122,7 +122,7 @@ class ThreadTeam {
   int64_t size() const { return size_; }
 
   // Calls body(begin, end) for ranges that together are [0, count), each on one of the threads,
-  // after all threads have finished the loop before. A range has at least `grain` iterations, the
+  // after all threads have finished the previous loop. A range has at least `grain` iterations, the
   // last one excepted, and which thread has it differs from call to call. Once a thread has raised
   // an exception the team's loops do nothing but wait.
   template <class Body>
@@ -151,7 +151,7 @@ class ThreadTeam {
   void take_shares(int64_t loop, int64_t count, int64_t grain, int64_t threads, const Body& body) {
     const int64_t share = (count + threads - 1) / threads;
     const int64_t step = std::max(grain, share / kChunks);
-    if (share <= step) {  // small loops: asking the others' counters takes 0.3 us and more
+    if (share <= step) {  // small loops: reading the others' counters takes 0.3 us or more
       const int64_t begin = rank_ * share;
       if (begin < count) body(begin, std::min(begin + share, count));
       return;

@@ -70,11 +70,11 @@ bool finishes_by_packs(const ConvParams& p, ConvPrecision precision, bool aligne
   return aligned && p.group_k % (16 / element_bytes(precision)) == 0;
 }
 
-// A sum of two convolutions is split for the last tile alone.
+// Only the last tile can split a sum of two convolutions.
 bool splits(const ConvParams& p, int tile) { return p.second.c == 0 || tile == kConvTiles - 1; }
 
-// What no instance is for: with statistics neither of these two is used, and a second convolution
-// is the residual.
+// Combinations without an instance: with statistics neither of these two is used, and a second
+// convolution takes the place of the residual.
 bool is_excluded(const ConvParams& p, const ConvPlan& plan) {
   const ConvEpilogue& e = p.epilogue;
   const bool second = p.second.c > 0;

@@ -27,8 +27,8 @@ ConvParams conv_params(const ConvShape& shape);
 // filters begin at multiples of 16 bytes.
 bool conv_by_packs(const ConvParams& params, ConvPrecision precision, bool aligned);
 
-// The first tile that can be used, as well as all behind it: the last one unless both x and y come
-// in packs of 16 bytes, and no residual has an affine step.
+// The first tile that can be used, as can all after it: the last one unless both x and y come in
+// packs of 16 bytes, and no residual has an affine step.
 int first_conv_tile(const ConvParams& params, ConvPrecision precision, bool aligned);
 
 // The tile and split with the lowest cost by a model; `multiprocessors` of the device.

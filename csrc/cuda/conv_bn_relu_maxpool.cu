@@ -43,12 +43,12 @@ bool paired(const ConvShape& s) {
 
 int64_t modulo(int64_t a, int64_t b) { return (a % b + b) % b; }
 
-// Sizes beyond what fits are cut to a size that does not fit either, lest they overflow.
+// Sizes that do not fit are clamped to one that does not fit either, so that they do not overflow.
 int cut(int64_t size) { return static_cast<int>(std::min(size, kMostSharedBytes + 1)); }
 
-// The patch of a tile. With chunks of 16 bytes its rows have their skew ahead of them, which is the
-// same in all rows if those of x are whole chunks, and up to a chunk behind them, lest the last
-// chunk of a row be the first one of the next.
+// The patch of a tile. With chunks of 16 bytes its rows are preceded by their skew, which is the
+// same in all rows if those of x are whole chunks, and followed by up to a chunk, so that the last
+// chunk of a row is not the first one of the next.
 void set_patch(StemParams* p, const StemInstance& instance) {
   const ConvImage& m = p->image;
   const int64_t cols =

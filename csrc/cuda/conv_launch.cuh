@@ -36,8 +36,8 @@ cudaError_t launch_tile(const ConvLaunch& call, cudaStream_t stream) {
   }
 }
 
-// The smallest tile alone has what seldom comes: x or y whose channels do not come in packs, and
-// two convolutions in one sum that is split.
+// Only the smallest tile has the rare cases: x or y whose channels do not come in packs, and two
+// convolutions in one sum that is split.
 template <class T, class Precision>
 cudaError_t launch_smallest(const ConvLaunch& call, cudaStream_t stream) {
   constexpr Epilogue kAny = Epilogue::kElements;

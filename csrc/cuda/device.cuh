@@ -47,9 +47,9 @@ FR_DEVICE SharedAddress shared_address(const void* p) {
 // The address that differs in these bits.
 FR_DEVICE SharedAddress flipped(SharedAddress address, int bits) { return address ^ bits; }
 
-// The same number, of which the compiler knows nothing: it can compute neither this nor what
-// follows from it again elsewhere. Ahead of a loop that keeps an address in a register, where nvcc
-// would rather compute it in each turn; inside a branch it does not take registers outside of it.
+// The same number, opaque to the compiler, which can then recompute neither it nor what is derived
+// from it elsewhere. For use before a loop that keeps an address in a register, where nvcc would
+// rather compute it in each iteration; inside a branch it takes no registers outside of it.
 FR_DEVICE SharedAddress opaque(SharedAddress v) {
   asm volatile("" : "+r"(v));
   return v;

@@ -65,7 +65,7 @@ struct Activate {
                                             : 0.0f),
         least(a == Activation::kReLU ? 0.0f : -INFINITY) {}
 
-  // fmaxf makes 0 of the NaN that ReLU's slope makes of -infinity.
+  // For -infinity ReLU's slope of 0 gives NaN, which fmaxf replaces by 0.
   FR_DEVICE float operator()(float v) const { return v < 0.0f ? fmaxf(v * slope, least) : v; }
 };
 

@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant(
         "stem: results are written while others still pool",
         KERNEL,
-        "    __syncthreads();  // the tile ahead is pooled\n",
+        "    __syncthreads();  // the previous tile is pooled\n",
         "",
         tests=_STEM,
         variants=("race",),

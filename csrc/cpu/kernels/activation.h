@@ -13,7 +13,7 @@ FR_INLINE V floor_vector(V floor, V v) {
 }
 
 // ReLU and none without a branch: max(floor, v), where the floor is 0 for ReLU and minus infinity
-// for none. They are all that the convolutions' kernels know; behind those, `activate` applies
+// for none. The convolutions' kernels have only these two; after them, `activate` applies the
 // others to a result that is still in the cache.
 template <class A>
 FR_INLINE Vec<A> activation_floor(Activation activation) {

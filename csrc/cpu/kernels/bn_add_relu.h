@@ -12,7 +12,7 @@
 // chunks in a fixed order in float64 (Chan, Golub and LeVeque, 1979). Deterministic for any number
 // of threads.
 //
-// Backward. With dz the gradient behind ReLU (zero where y <= 0) and xc = x - mean:
+// Backward. With dz the gradient of ReLU's argument (zero where y <= 0) and xc = x - mean:
 //   dbias = sum dz,  dweight = sum dz * xc / std,
 //   dx = scale * (dz - sum dz / m - xc * sum(dz * xc) / (m * var)) = a * dz + b * xc + c per
 //   channel.
@@ -107,7 +107,8 @@ void bn_forward(const BnForward& f, int64_t begin, int64_t end) {
 }
 
 // Sums down the columns of rows [begin, end), `lanes` channels at a time, of what `vector` and
-// `scalar` make of the element at a place. Four rows at once keep four chains of additions going.
+// `scalar` compute from the element at a place. Four rows at once keep four chains of additions
+// going.
 template <class VectorTerm, class ScalarTerm, class Emit>
 FR_INLINE void sum_columns(int64_t begin, int64_t end, int64_t cols, VectorTerm vector,
                            ScalarTerm scalar, Emit emit) {

@@ -13,8 +13,8 @@
 // vectors, 2 for weights, 1 to broadcast a pixel), 6 x 16 on AVX2, 6 x 8 on SSE2. Per step along
 // the depth, 14 broadcasts and 2 loads feed 28 multiply-adds, so two loads a cycle keep two FMA
 // units busy. The widths of ResNet's maps, 112 to 7, are multiples of 14 or divide it. 6 divides
-// none of them, but six pointers fit the registers: there a tile goes on in the next row, and a 7x7
-// map is nine tiles rather than fourteen.
+// none of them, but six pointers fit the registers: there a tile continues in the next row, and a
+// 7x7 map is nine tiles rather than fourteen.
 //
 // Weights are packed in panels, see panels.h: the microkernel reads one front to back, and
 // meanwhile fetches a share of the panel that comes next.

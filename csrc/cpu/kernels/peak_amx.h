@@ -1,4 +1,4 @@
-// peak.h's yardstick for bfloat16, by AMX.
+// The peak benchmark of peak.h for bfloat16, by AMX.
 #pragma once
 
 #include "tiles.h"

@@ -2,7 +2,7 @@
 //
 // AMX has 8 tiles, registers of up to 16 rows of up to 64 bytes, whose sizes are set at run time.
 // GCC 12's intrinsics do not declare the memory that an instruction reads, so a preceding store may
-// be moved behind it; and their tile numbers must be literals, where these are template arguments.
+// be moved after it; and their tile numbers must be literals, where these are template arguments.
 //
 // With FR_EMULATE_TILES the functions are plain C++, for tests on machines without AMX.
 #pragma once

@@ -80,7 +80,7 @@ FourTensors block_end_backward_cpu(const Tensor& dy, const OptionalTensor& y, co
     });
   }
   if (!sums) {
-    // Results of an operator are not one tensor, empty ones neither.
+    // An operator must not return one tensor twice, not even an empty one.
     return {g, empty({0}, type), empty({0}, type), empty({0}, type)};
   }
   return {g, partial.total(kSumG, type), partial.total(kSumGXc, type),

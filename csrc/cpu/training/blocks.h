@@ -1,4 +1,5 @@
-// How the passes are cut into blocks, how blocks are spread over threads, and how their sums meet.
+// How the passes are cut into blocks, how blocks are distributed over threads, and how their sums
+// are merged.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +18,8 @@ namespace fr {
 struct RowBlocks {
   int64_t rows, each;
 
-  // So many that a block's partial sums are few beside what it reads, and that a row's terms may be
-  // added in float32.
+  // Enough rows that a block's partial sums are few compared to what it reads, and few enough that
+  // their terms may be added in float32.
   RowBlocks(int64_t rows, int64_t channels)
       : rows(rows),
         each(std::clamp<int64_t>(64 * 1024 / std::max<int64_t>(channels, 1), 64, kSumRows)) {}
@@ -29,9 +30,9 @@ struct RowBlocks {
   int64_t size(int64_t block) const { return end(block) - begin(block); }
 };
 
-// Calls run(block, scratch) for all blocks, from several threads. A thread takes the next `grain`
-// blocks of its share whenever it has finished its last, and then of the others' shares, as blocks
-// take unequal time and a thread may be delayed.
+// Calls run(block, scratch) for all blocks, from several threads. A thread takes `grain` blocks of
+// its share at a time, and then blocks of the others' shares, since blocks take unequal time and a
+// thread may be delayed.
 template <class Run>
 void for_blocks(int64_t count, int64_t grain, int64_t scratch_bytes, const Run& run) {
   const int64_t threads = std::min(get_num_threads(), (count + grain - 1) / grain);
@@ -47,7 +48,7 @@ void for_blocks(int64_t count, int64_t grain, int64_t scratch_bytes, const Run& 
   });
 }
 
-// Sums of blocks, [block][row][channel] in float64, and what they come to.
+// Sums of blocks, [block][row][channel] in float64, and their totals.
 class PartialSums {
  public:
   PartialSums(int64_t blocks, int64_t rows, int64_t channels)

@@ -1,5 +1,5 @@
-// What batch norm makes of its sums, per channel and in float64: the forward's scale and shift, the
-// running statistics, and the affine gradient.
+// What batch norm computes from its sums, per channel and in float64: the forward's scale and
+// shift, the running statistics, and the affine gradient.
 
 #include "../../box.h"
 #include "operands.h"

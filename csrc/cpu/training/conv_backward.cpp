@@ -1,4 +1,4 @@
-// The gradients of z = conv(p(x), weight) from that of the batch norm behind it.
+// The gradients of z = conv(p(x), weight) from that of the batch norm that follows it.
 
 #include "../../box.h"
 #include "conv_plan.h"
@@ -55,8 +55,8 @@ Operands without_activation(const Operands& o, bool need_weight) {
   return plain;
 }
 
-// Behind a data gradient that lacks them: the mask and its sums, or the shortcut's gradient, in
-// place.
+// Applied after a data gradient that lacks them: the mask and its sums, or the shortcut's gradient,
+// in place.
 void finish_data_gradient(const Operands& o, const Tensor& g_x, double* sums) {
   if (o.add.defined()) {
     const auto add = kernels().of[dtype_of(g_x.scalar_type())].add_relu;
@@ -88,7 +88,7 @@ Tensor empty_gradient(const Tensor& w) {
 }
 
 // dw in the weight's own type, which may be wider than the maps', and strides. A single part is
-// written where it stays.
+// written directly to the result.
 template <class Kernel>
 Tensor run_weight_gradient(const Operands& o, const Kernel& kernel, TrainingBackward args) {
   const Tensor& w = o.weight;
@@ -117,7 +117,7 @@ struct Result {
   Tensor g_x, dw;
 };
 
-// What no kernel makes, by PyTorch's convolution.
+// The gradients that no kernel computes, by PyTorch's convolution.
 Result run_library(const Operands& o, bool need_input, bool need_weight) {
   const Tensor dz = gradient_map(o);
   const Tensor input = need_weight && o.x_scale.defined()
@@ -221,7 +221,7 @@ FourTensors run_conv_backward(bool library, const Tensor& g, const OptionalTenso
     if (library_input) g_x = rest.g_x;
   }
   if (need_input && !finished) finish_data_gradient(o, g_x, sums ? partial.data() : nullptr);
-  // Results of an operator are not one tensor, empty ones neither.
+  // An operator must not return one tensor twice, not even an empty one.
   return {g_x, dw, sums ? partial.total(kSumG, o.vectors()) : empty({0}, o.vectors()),
           sums ? partial.total(kSumGXc, o.vectors()) : empty({0}, o.vectors())};
 }

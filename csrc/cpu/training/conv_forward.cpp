@@ -28,7 +28,7 @@ ThreeTensors with_statistics(const Tensor& z) {
 }
 
 ThreeTensors without_statistics(const Tensor& z) {
-  // Results of an operator are not one tensor, empty ones neither.
+  // An operator must not return one tensor twice, not even an empty one.
   const auto type = accumulator(z.scalar_type());
   return {z, empty({0}, type), empty({0}, type)};
 }

@@ -40,9 +40,9 @@ bool has_fast_data_gradient(const ConvShape& s) {
   return is_pointwise(s) || !is_strided(s) || s.c >= 128;
 }
 
-// Whether to read dz once for both gradients pays, where there is a kernel for that: for 1x1 in
-// blocks of pixels that are not too short beside the weight. dz is made anew for each 256 channels
-// of the input, which costs 5% with 2048.
+// Whether reading dz once for both gradients pays off, where there is a kernel for it: for 1x1 in
+// blocks of pixels that are not too short compared to the weight. dz is recomputed for each 256
+// channels of the input, which costs 5% with 2048.
 bool in_one_pass(const ConvShape& s) {
   return is_pointwise(s) && !is_strided(s) && s.k <= 512 && s.c <= 1024;
 }

@@ -9,8 +9,9 @@
 
 namespace fr {
 
-// A weight laid out for a kernel, for as long as the call. In the maps' memory: what Winograd's
-// algorithm reads of 512 channels takes 38 MB, which the maps leave free at that time.
+// A weight laid out for a kernel, for the duration of the call. Its memory is from the result
+// cache: what Winograd's algorithm reads of 512 channels takes 38 MB, which the maps leave free at
+// that time.
 class PackedWeight {
  public:
   using Bytes = int64_t (*)(const ConvShape&);

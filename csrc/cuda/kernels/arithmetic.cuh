@@ -21,7 +21,7 @@ FR_DEVICE int stage_offset(int row, int chunk) {
 
 // The permutation repeats every eight rows, and the addresses of the upper half of a row's chunks
 // differ from those of the lower half in one bit, as stages begin at multiples of 64 bytes. So one
-// address per lane and operand, computed once ahead of the loop over the depth, serves all of its
+// address per lane and operand, computed once before the loop over the depth, serves all of its
 // loads, with immediate constants.
 constexpr int kUpperHalf = 32;
 

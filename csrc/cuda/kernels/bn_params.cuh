@@ -74,7 +74,7 @@ struct BnBackwardReduceParams {
   const void* y;  // null: no activation
   Activation activation;
   const float* mean;
-  void* dz;         // receives the gradient in front of the activation, unless null
+  void* dz;         // receives the gradient of the activation's argument, unless null
   float* partials;  // [slabs][2][channels][2]: sums of dz and of dz * (x - mean), high and low part
 };
 

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   if constexpr (kEpilogue == Epilogue::kElements) {
     finish_elements<Precision, T>(acc, p, at.lane, columns, row0, channel0, end, statistics);
   } else {
-    // More stages than have become free: the last step's too.
+    // The tail needs more stages than have become free, so it takes the last step's too.
     if constexpr (Staged::kParts > T::kStages - 1) {
       __syncthreads();
       const int last = stage == 0 ? T::kStages - 1 : stage - 1;

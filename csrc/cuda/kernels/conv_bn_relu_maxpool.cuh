@@ -13,10 +13,10 @@
 // for the padding. Filters are loaded once for all tiles of a block: a grid is one wave, and its
 // blocks stride over the tiles.
 //
-// There are two patches. The copies into one are in flight while the tile ahead of it is pooled and
-// the tile between them is multiplied. Of a tile's two barriers one lies between its multiplication
-// and its results, the other between its results and their pooling: a warp that has pooled its part
-// multiplies the next tile while others still pool.
+// There are two patches: while a tile is pooled and the next one is multiplied, the copies of the
+// patch of the one after that are in flight. Of a tile's two barriers one lies between its
+// multiplication and its results, the other between its results and their pooling: a warp that has
+// pooled its part multiplies the next tile while others still pool.
 //
 // Copies are asynchronous and of chunks of 16 bytes, aligned on both sides. So a patch's first
 // element is as far from a multiple of 16 bytes as it is in x (its skew), and the pitch differs by
@@ -211,7 +211,7 @@ FR_DEVICE void stem_bring_chunks(const StemParams& p, Element* patch, const Stem
     const int y = of.y + r, begin = begin0 + r * p.patch_pitch, skew = begin & (kElements - 1);
     const bool inside = y >= 0 && y < p.image.h;
     const Element* const row = map + static_cast<int64_t>(y) * end;
-    // From the row's first element on; behind its last one lies the next row's first chunk.
+    // From the row's first element on; its last one is followed by the next row's first chunk.
     int at = static_cast<int>(threadIdx.x % kStemRowLanes) * kElements - skew;
     for (; at < p.patch_width; at += kStemRowLanes * kElements) {
       const int first = of.from + at;
@@ -351,7 +351,8 @@ __global__ void __launch_bounds__(kStemThreads, 2)
         for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
       }
     }
-// Unrolled as nvcc likes, four times on sm_120, it would need more registers than there are.
+// With nvcc's own choice of unrolling, four times on sm_120, it would need more registers than
+// there are.
 #pragma unroll Gather::kTurns
     for (int word = 0; word < words; word += 8) {
       const StemPlace low = places[word + (lane & 3)], high = places[word + 4 + (lane & 3)];
@@ -379,7 +380,7 @@ __global__ void __launch_bounds__(kStemThreads, 2)
       }
     }
 
-    __syncthreads();  // the tile ahead is pooled
+    __syncthreads();  // the previous tile is pooled
 #pragma unroll
     for (int j = 0; j < Tile::kCols8; ++j) {
       const int column = column0 + 8 * j + (lane & 3) * 2;

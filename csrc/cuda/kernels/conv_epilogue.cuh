@@ -1,10 +1,10 @@
 // From accumulators to memory: the affine step, the residual, the activation and one rounding.
 //
-// A lane's accumulators are pairs of neighbouring columns in rows eight apart. The results take
-// their way through stages of shared memory that the pipeline has no use for any more: the residual
-// comes into them while the last steps are multiplied, each lane replaces its pairs of it by those
-// of y, and y leaves in packs of 16 bytes, whole sectors per row. A warp does that with its own
-// part of the tile, without a barrier for the block.
+// A lane's accumulators are pairs of neighbouring columns in rows eight apart. The results are
+// staged through shared memory that the pipeline has finished with: the residual is copied there
+// while the last steps are multiplied, each lane replaces its pairs of the residual by those of y,
+// and y is stored in packs of 16 bytes, whole sectors per row. A warp does that with its own part
+// of the tile, without a barrier for the block.
 #pragma once
 
 #include "conv_tile.cuh"
@@ -42,7 +42,7 @@ struct ChannelAffine {
   }
 };
 
-// Computes the block's table of scale and shift, a channel per thread. It can be read behind the
+// Computes the block's table of scale and shift, a channel per thread. It can be read after the
 // block's next barrier.
 template <class T>
 FR_DEVICE void fill_affine(float2* table, const ConvAffine& affine, int first, int end) {
@@ -147,7 +147,7 @@ class ResidualSource {
       : ring_(ring), e_(e), row0_(row0), channel0_(channel0), rows_(rows), end_(end) {}
 
   // Starts the copies of a part into the stage at this distance from the first one. What they need
-  // is computed here: the loop around has no register for it.
+  // is computed here: the surrounding loop has no register for it.
   FR_DEVICE void bring(int part, int stage) {
     const WarpPlace<T> at(opaque(static_cast<int>(threadIdx.x)));
     const WarpMap<const S> from(static_cast<const S*>(e_.residual), e_.k, row0_ + at.m * T::kWarpM,
@@ -242,7 +242,7 @@ FR_DEVICE void finish_elements(const typename T::Accumulators& acc, const ConvPa
   for (int c = 0; c < 2 * T::kCols8; ++c) {
     const int column = c / 2 * 8 + Precision::column(c % 2, lane), channel = channel0 + column;
     if (channel >= end) continue;
-    // A part without steps has no barrier behind which the table could be read.
+    // A part without steps has no barrier after which the table could be read.
     const float2 by = p.partial ? make_float2(1.0f, 0.0f) : affine[column];
 #pragma unroll
     for (int b = 0; b < 2 * T::kRows16; ++b) {

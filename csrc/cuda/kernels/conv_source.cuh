@@ -35,8 +35,8 @@ struct FilterPlace {
   }
 };
 
-// Where the thread's first chunk is in the first stage. Both operands' chunks are there, B's as far
-// behind A's as its rows are.
+// Where the thread's first chunk is in the first stage. B's chunk is as far after A's as B's rows
+// are after A's.
 FR_DEVICE SharedAddress first_chunk(unsigned char* ring, int thread) {
   return opaque(shared_address(ring) + stage_offset(thread / kChunks, thread % kChunks));
 }
@@ -116,7 +116,7 @@ class ImageSource {
   }
 
   // From here on the thread reads the second map, whose one tap is inside for each pixel of y. Its
-  // pixels are computed here: the loop around has no registers for them.
+  // pixels are computed here: the surrounding loop has no registers for them.
   FR_DEVICE void enter_second() {
     const ConvImage& s = p_.second;
     const int first = first_row_ + opaque(static_cast<int>(threadIdx.x)) / kChunks;

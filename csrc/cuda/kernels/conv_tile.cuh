@@ -6,7 +6,7 @@
 namespace fr {
 
 // kM x kN results by kWarpsM x kWarpsN warps, with kStages stages of 64 bytes of depth each, A's
-// rows and behind them B's. kBlocks is the intended number of blocks per multiprocessor.
+// rows followed by B's. kBlocks is the intended number of blocks per multiprocessor.
 template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
 struct Tile {
   static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
@@ -47,7 +47,7 @@ FR_DEVICE void clear(typename T::Accumulators& acc) {
   }
 }
 
-// What the pipeline fetches behind its last stages, if anything: nothing.
+// What the pipeline fetches after its last stages: here, nothing.
 struct NoTail {
   static constexpr int kParts = 0;
   template <class... Ignored>

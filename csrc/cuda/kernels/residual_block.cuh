@@ -13,7 +13,7 @@
 // L2.
 //
 // After the first product the parts of A in the ring's first stages hold exactly h, and the parts
-// of B a part of w2. With 64 middle channels h takes two stages, and the residual comes into the
+// of B a part of w2. With 64 middle channels h takes two stages, and the residual is copied to the
 // other two stages' A together with w2; with 128 there is no room for it before w2 has been
 // multiplied, and it takes w2's place. So shared memory is that of the convolution, 48.5 and 65
 // KiB, and so is the occupancy designed for: three blocks of 128 threads or two of 256, which hide
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         WarpMap<S>(static_cast<S*>(p.second.y), p.second.k, row0, n + at.n * T::kWarpN,
                    p.first.rows, p.second.k),
         none);
-    // What comes next comes to where nobody reads, or to where this warp's own residual was.
+    // The next copies go to memory that no warp reads any more, or to where this warp's own
+    // residual was.
     static_assert(kOwnPlace || Staged::kRowBytes == kStageRowBytes);
     __syncwarp();
     if (n + T::kN < p.second.k) bring_weight2(n + T::kN);

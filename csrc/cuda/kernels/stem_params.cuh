@@ -26,7 +26,7 @@ struct StemParams {
   int tile_h, tile_w;
   int conv_rows, conv_cols;
   bool pairs;                   // whether words are pairs of neighbouring elements
-  int lead;                     // elements ahead of a kernel row that pair its first one
+  int lead;                     // elements before a kernel row that pair its first one
   int patch_rows, patch_width;  // with the elements that only pair others
   int patch_pitch, patch_size;  // elements from row to row, and of all
   int row_depth;                // lead + kw * c, made even

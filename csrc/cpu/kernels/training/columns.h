@@ -1,4 +1,5 @@
-// Walks over channels-last rows: vectors of channels, and behind them what is less than a vector.
+// Walks over channels-last rows: whole vectors of channels, followed by the remainder that is less
+// than a vector.
 #pragma once
 
 #include "../vec.h"

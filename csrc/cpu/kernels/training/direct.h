@@ -5,7 +5,7 @@
 // A weight is packed in panels of two vectors of result channels (one, for the last, where they do
 // not come out even): forward [k / panel][kh][kw][c][panel], data gradient for each class of pixels
 // [c / panel][taps][k][panel]. Where a step multiplies a pair of terms (direct_terms.h), the two
-// lie side by side behind the panel's channel.
+// are adjacent, in an innermost dimension after the panel's channel.
 #pragma once
 
 #include "direct_product.h"
@@ -25,7 +25,7 @@ int64_t direct_packed_bytes(const ConvShape& s) {
   return s.k * s.depth() * kBytes<M>;
 }
 
-// Vectors of result channels of the smaller side; both packings have at least so many.
+// Panels of result channels of the side that has fewer; both packings have at least this many.
 template <class A>
 int64_t direct_pack_units(const ConvShape& s) {
   return min_of(ceil_div(s.k, kPanelWidth<A>), ceil_div(s.c, kPanelWidth<A>));

@@ -1,10 +1,10 @@
-// Where the pixels of a direct convolution lie: those that one product makes, and under each tap
-// the pixel of the operand that it reads.
+// The positions of a direct convolution's pixels: those that one product computes, and the pixel of
+// the operand that each tap reads.
 //
-// The forward makes all pixels of z in order. The data gradient of stride s makes them in s * s
-// classes by their row and column modulo s: only the taps that reach a class have terms in it, and
-// within it the operand is walked with stride 1. So none of the products has a zero in it that the
-// stride would have put there.
+// The forward computes all pixels of z in order. The data gradient of stride s computes its pixels
+// in s * s classes by their row and column modulo s: only the taps that reach a class contribute to
+// it, and within a class the operand is read with stride 1. So no product includes the zeros that
+// the stride would insert.
 #pragma once
 
 #include "../vec.h"

@@ -2,14 +2,14 @@
 // direct_terms.h.
 //
 // Pixels of the operand are copied through the prologue to rows in the L2 cache, tap by tap and
-// channel by channel, a vector longer than they need be, so that a tile's rows do not all fall on
-// the same sets of the L1 cache where the depth is a power of two. The weight lies in panels
-// [depth][two vectors]. A tile of 14 pixels by two vectors (6 by two with 16 registers) stays in
-// registers from its first term to the epilogue: 28 multiply-adds for 16 loads, of which the 14
-// broadcasts are operands of the multiply-adds.
+// channel by channel, a vector longer than needed, so that a tile's rows do not all map to the same
+// sets of the L1 cache where the depth is a power of two. The weight lies in panels [depth][two
+// vectors]. A tile of 14 pixels by two vectors (6 by two with 16 registers) stays in registers from
+// its first term to the epilogue: 28 multiply-adds for 16 loads, of which the 14 broadcasts are
+// operands of the multiply-adds.
 //
-// While a block multiplies, it asks the memory for the next block's operand; else one waits for the
-// other.
+// While a block multiplies, it prefetches the next block's operand; otherwise arithmetic and memory
+// would wait for each other.
 #pragma once
 
 #include "../panels.h"
@@ -21,7 +21,7 @@ namespace fr {
 namespace FR_ISA {
 
 constexpr int kTilePixels = FR_VECTOR_BYTES == 64 ? 14 : 6;
-// Of one block's rows. The L2 cache has what the next rows are made of beside them.
+// Bytes of one block's rows. The L2 cache also holds what the next rows are made from.
 constexpr int64_t kOperandBytes = 256 * 1024;
 constexpr int64_t kMostRows = kSumRows / kTilePixels * kTilePixels;  // of one block
 
@@ -52,7 +52,7 @@ FR_INLINE void copy_vectors(const P& in, const int64_t* from, int64_t count, int
   }
 }
 
-// That for channels [c, end).
+// The same for channels [c, end).
 template <class M, class P>
 FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, int64_t channels,
                              int64_t c, int64_t end, Element<M>* to, int64_t step) {
@@ -62,7 +62,7 @@ FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, in
   if (c < end) copy_vectors<1, M>(in, from, count, channels, c, to, step);
 }
 
-constexpr int64_t kAheadBytes = 32;  // of what the next block reads, asked for at each step
+constexpr int64_t kAheadBytes = 32;  // of what the next block reads, prefetched at each step
 
 // Where a tile's rows are. An address may add one register times 1, 2 or 4 to another, so five
 // registers reach fourteen rows; the compiler would keep one for each row, and has too few.
@@ -71,7 +71,8 @@ class RowAddresses {
  public:
   FR_INLINE RowAddresses(const T* first, int64_t step)
       : first_(first), eighth_(first + 7 * step), step1_(step), step3_(3 * step), step5_(5 * step) {
-    // Hides that these are multiples, or the compiler takes them apart again.
+    // Hides that these are multiples, from which the compiler would make a register for each row
+    // again.
     asm("" : "+r"(eighth_), "+r"(step3_), "+r"(step5_));
   }
 
@@ -122,7 +123,7 @@ __attribute__((noinline)) void product_tile(const Element<M>* x, int64_t step, i
   for (int v = 0; v < kVecs; ++v)
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) acc[v][i] = Vec<A>{};
-  // What is summed so far, where the depth is more than one chain of additions.
+  // The sum so far, where the depth is more than one chain of additions.
   Vec<A> far[kVecs][kRows];
   RowAddresses<Element<M>> rows(x, step);
   for (int64_t left = steps; left > 0; left -= kChain) {
@@ -212,7 +213,7 @@ struct ProductPlan {
   // More blocks for more threads, unless each of them reads a weight that fits no L2 cache.
   ProductPlan(int64_t pixels, int64_t depth, int64_t weight_bytes, int64_t element) {
     const int64_t wanted = weight_bytes > (1 << 20) ? 8 : 16;
-    // A multiple of that, so that none is left over when threads have taken as many each.
+    // A multiple of that, so that threads can take equal numbers of blocks.
     const int64_t blocks = wanted * max_of(ceil_div(pixels, wanted * kMostRows), 1);
     rows = max_of(ceil_div(ceil_div(pixels, blocks), kTilePixels), 2) * kTilePixels;
     const int64_t fit = kOperandBytes / (row_elements(depth, element) * element);
@@ -279,8 +280,8 @@ FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid,
   e.fold();
 }
 
-// That where no tap reaches the grid's pixels, as between those of a 1x1 of stride 2: zeros, a
-// pixel at a time.
+// The same where no tap reaches the grid's pixels, as between those of a 1x1 of stride 2: stores
+// zeros, a pixel at a time.
 template <class M, class E>
 FR_INLINE void empty_block(const Grid& grid, int64_t columns, int64_t begin, int64_t end,
                            int64_t chunk, const ProductScratch<M>& scratch, const E& e) {

@@ -1,14 +1,14 @@
 // The weight gradient as a plain sum: dw[k][tap][c] = sum over pixels of dz[p][k] p(x)[p + tap][c].
 //
 // A block of pixels of dz is copied through its prologue to panels [k / lanes][p][lanes], and the
-// input under one tap, two vectors of channels at a time, to [p][two vectors]; by pairs of terms
-// (direct_terms.h) [p / 2] and behind the channel the two pixels. A pair of panels
-// makes its part of dw in registers, 8 rows by two vectors (4 by two with 16 registers), which is
-// added to dw in memory once for each block, or stored by the first one: some hundred terms are
-// added in registers.
+// input under one tap, two vectors of channels at a time, to [p][two vectors]; for pairs of terms
+// (direct_terms.h) p becomes p / 2, and the two pixels are innermost, after the channel. A pair of
+// panels makes its part of dw in registers, 8 rows by two vectors (4 by two with 16 registers),
+// which is added to dw in memory once for each block, or stored by the first one: some hundred
+// terms are added in registers.
 //
 // Work is cut by ranges of input channels, and where these are few by groups of pixels, each of
-// which makes a dw of its own, to be added in order.
+// which computes a dw of its own; these are added in order.
 #pragma once
 
 #include "direct_product.h"
@@ -17,16 +17,16 @@ namespace fr {
 namespace FR_ISA {
 
 constexpr int kOuterRows = FR_VECTOR_BYTES == 64 ? 8 : 4;
-// Input channels that a block makes the gradient of. dz is copied anew for each such range, beside
-// as many multiplications of each of its elements as the range has channels and the kernel taps.
+// Input channels of a block. dz is copied again for each such range, beside one multiplication of
+// each of its elements for every channel of the range and tap of the kernel.
 FR_INLINE int64_t range_channels(const ConvShape& s) { return s.kh * s.kw == 1 ? 256 : 64; }
 
 // Output channels of a block. The copies of their dz are read once for each two vectors of the
 // input, from the L2 cache.
 constexpr int64_t kRangeOutputs = 512;
 
-// Pixels that are summed in registers: their two vectors of the input stay in the L1 cache beside a
-// panel of dz while all of dz's panels pass by.
+// Pixels that are summed in registers: their two vectors of the input stay in the L1 cache, beside
+// one panel of dz, while iterating over all panels of dz.
 constexpr int64_t kOuterPixels = 224 / kTilePixels * kTilePixels;
 
 // The operand's pixels `from` (-1: padding), kVecs vectors of channels from c, to [pixels / kTerms]
@@ -53,7 +53,7 @@ FR_INLINE void copy_words(const P& in, const int64_t* from, int64_t count, int64
 }
 
 // acc += the sum over `count` words of pixels, one chain of additions, of a row of kRows words
-// (`row_step` elements apart) times one of kVecs vectors. Leaves rows and cols behind the last.
+// (`row_step` elements apart) times one of kVecs vectors. Leaves rows and cols past the last word.
 template <int kRows, int kVecs, class M>
 FR_INLINE void add_products(Vec<typename M::A> (&acc)[kRows][kVecs], const Element<M>*& rows,
                             int64_t row_step, const Element<M>*& cols, int64_t count) {
@@ -71,7 +71,7 @@ FR_INLINE void add_products(Vec<typename M::A> (&acc)[kRows][kVecs], const Eleme
   }
 }
 
-// kRows rows of `to`, kVecs vectors each, += acc, or = acc where they are `first` written.
+// kRows rows of `to`, kVecs vectors each, += acc, or = acc if this is their `first` write.
 template <int kRows, int kVecs, class A>
 FR_INLINE void add_to_rows(const Vec<A> (&acc)[kRows][kVecs], A* to, int64_t to_step, bool first) {
 #pragma GCC unroll 8
@@ -93,7 +93,7 @@ FR_INLINE void outer_product(const Element<M>* rows, int64_t row_step, const Ele
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec<A>{};
-  // What is summed so far, where the pixels are more than one chain of additions.
+  // The sum so far, where the pixels are more than one chain of additions.
   Vec<A> far[kRows][kVecs];
   for (int64_t left = count; left > 0; left -= kChain) {
     add_products<kRows, kVecs, M>(acc, rows, row_step, cols, min_of(left, kChain));
@@ -136,7 +136,7 @@ struct WeightPlan {
     range = min_of(range_channels(s), s.c);
     output_ranges = ceil_div(s.k, kRangeOutputs);
     ranges = ceil_div(s.c, range);
-    // Sixteen blocks, unless to add the parts would take longer than a few reads of the maps.
+    // Sixteen blocks, unless adding the parts would take longer than reading the maps a few times.
     const int64_t most = pixels * (s.k + s.c) / 2 / numel;
     parts = max_of(
         min_of(min_of(ceil_div(16, ranges * output_ranges), ceil_div(pixels, kSumRows)), most), 1);
@@ -161,7 +161,7 @@ struct WeightBlock {
     p1 = min_of(p0 + plan.part, s.n * s.out_h() * s.out_w());
   }
 
-  // The part's places of `dw`.
+  // The part's own copy of `dw`.
   template <class A>
   FR_INLINE A* of(const ConvShape& s, void* dw) const {
     return static_cast<A*>(dw) + part * s.k * s.depth();
@@ -223,9 +223,10 @@ void direct_weight_gradient(const TrainingBackward& f, int64_t number, void* mem
 
 // --- Both gradients of a 1x1 of stride 1 in one pass. --------------------------------------------
 //
-// A chunk of dz is made once, in rows as the data gradient wants them, and each two vectors of the
-// input are read once: for the mask and the sums, and from the cache for the weight gradient.
-// Single terms serve both; pairs along the channels are copied to panels of pairs along the pixels.
+// A chunk of dz is computed once, in rows as the data gradient needs them. Every two vectors of the
+// input are read from memory once, for the mask and the sums, and then from the cache for the
+// weight gradient. Single terms serve both; pairs along the channels are copied to panels of pairs
+// along the pixels.
 
 template <class M>
 int64_t direct_both_scratch(const ConvShape& s) {

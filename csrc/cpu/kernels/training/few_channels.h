@@ -1,12 +1,12 @@
-// The weight gradient where the input has few channels, as the images that a network begins with.
+// The weight gradient where the input has few channels, as in a network's input images.
 //
 // Under one row of the kernel, a pixel's terms lie side by side in the input: kw * c of them, 21
 // for a 7x7 of three channels, and those of the next pixel stride * c elements further on. So a row
-// of the input is copied once, between its zeros, and read where it lies: a tile adds up the
+// of the input is copied once, with its padding of zeros, and read in place: a tile adds up the
 // products of 7 terms and two vectors of dz's channels (one with 16 registers) along a row of
 // pixels.
 //
-// Work is cut by rows of the result. Each block makes a dw of its own, to be added in order.
+// Work is cut by rows of the result. Each block computes a dw of its own; these are added in order.
 #pragma once
 
 #include "direct_weight.h"
@@ -30,7 +30,7 @@ bool few_channels_fit(const ConvShape& s) {
   return few && s.k % kLanes<A> == 0 && s.dilation_h == 1 && s.dilation_w == 1;
 }
 
-// Sixteen blocks of rows, if there are so many.
+// Sixteen blocks of rows, if there are that many rows.
 struct RowPlan {
   int64_t rows, each, parts;
 

@@ -1,9 +1,9 @@
-// Filters from the order in which a parameter has them to that of the kernels, and gradients back.
+// Converts filters from a parameter's order to that of the kernels, and gradients back.
 //
 // Either order is a small matrix for each filter, of channels and taps, and the other one is its
 // transpose. Bytes: each element read once and written once; a filter stays in the L1 cache.
-// Squares are transposed in registers: element by element a network's weights take longer than its
-// convolutions on small images.
+// Squares are transposed in registers: element by element, a network's weights would take longer
+// than its convolutions on small images.
 #pragma once
 
 #include "../conv_bn_add_relu.h"
@@ -21,7 +21,8 @@ void convert_elements(const From* from, int64_t numel, To* to) {
   for (; i < numel; ++i) from_acc(to_acc(from[i]), to + i);
 }
 
-// The matrix of one filter. `readable` is the number of elements behind `from` in all filters.
+// The matrix of one filter. `readable` is the number of elements from `from` to the end of the last
+// filter.
 template <class From, class To>
 struct FilterTranspose {
   using A = Acc<From>;
@@ -59,7 +60,7 @@ struct FilterTranspose {
     for (int64_t j = 0; j < wide; ++j) store_row(square[j], (column + j) * rows + row, high);
   }
 
-  // What is behind the row's end is read with it where there is anything.
+  // Reads past the row's end where there are elements to read.
   FR_INLINE Vec<A> load_row(int64_t at, int64_t count) const {
     if (count == kSide || at + kSide <= readable) return load(from + at);
     Vec<A> row{};
@@ -67,8 +68,8 @@ struct FilterTranspose {
     return row;
   }
 
-  // What is written behind the end of a row that is the only one of its column is overwritten by
-  // the columns that follow.
+  // If a row is the only one of its column, what is written past its end is overwritten by the
+  // columns that follow.
   FR_INLINE void store_row(Vec<A> row, int64_t at, int64_t count) const {
     if (count == kSide || (count == rows && at + kSide <= rows * columns)) {
       store(row, to + at);

@@ -1,13 +1,13 @@
-// What is fused before and behind the training convolutions, for maps of storage type T.
+// What is fused before and after the training convolutions, for maps of storage type T.
 //
 // A prologue makes an operand while it is loaded, so that it is never stored: batch norm and ReLU
-// of the convolution before, or the affine gradient of batch norm. An epilogue sees the result in
+// of the previous convolution, or the affine gradient of batch norm. An epilogue sees the result in
 // registers: statistics of what is stored, or the ReLU mask and the two sums of batch norm's
 // backward.
 //
-// A kernel takes `channel(c)` once for a vector of channels c.., and with it any number of pixels,
-// each by the element i at which its vector begins. Everything is whole vectors: kernels are for
-// channels that are multiples of them.
+// A kernel calls `channel(c)` once for the vector of channels that begins at c, and uses the result
+// for any number of pixels, each given by the element i at which its vector begins. All vectors are
+// whole: kernels require numbers of channels that are multiples of the vector.
 #pragma once
 
 #include "../vec.h"
@@ -26,7 +26,7 @@ FR_INLINE V bn_relu(V x, V scale, V shift) {
   return V{} > v ? V{} : v;
 }
 
-// v where that ReLU was open: the same multiply-add decides, and NaN passes.
+// v where that ReLU's argument was positive, by the same multiply-add; NaN passes.
 template <class V>
 FR_INLINE V bn_relu_mask(V v, V x, V scale, V shift) {
   return x * scale + shift <= 0 ? V{} : v;
@@ -39,7 +39,7 @@ FR_INLINE V bn_gradient_of(V g, V z, V a, V b, V c) {
 
 // --- Prologues. ----------------------------------------------------------------------------------
 
-// What a prologue reads from an element on, for a product that asks the memory for it meanwhile.
+// The addresses that a prologue reads from an element on, for a product that prefetches them.
 struct Ahead {
   const char *first, *second;
 };
@@ -55,7 +55,7 @@ struct Plain {
   struct Channel {};
   FR_INLINE Channel channel(int64_t) const { return {}; }
   FR_INLINE Vec<A> get(int64_t i, const Channel&) const { return load(x + i); }
-  // Asks the processor for the cache line of element i.
+  // Prefetches the cache line of element i.
   FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
   FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
 };
@@ -143,8 +143,8 @@ struct ChannelRange {
   int64_t begin, end;
 };
 
-// kRows sums per channel of `made`. Added in A over kSumRows pixels at most, as `fold` is called so
-// often, and in float64 from there.
+// kRows sums per channel of `made`. Added in A over kSumRows pixels at most, since `fold` is called
+// that often, and in float64 beyond that.
 template <class A, int kRows>
 struct BlockSums {
   A* near;        // [kRows][channels], in scratch
@@ -184,7 +184,7 @@ struct BlockSums {
 // pivot(v, channel)          once a block and vector of channels, with any value near its mean
 // put(v, i, channel)         for a pixel
 // put_zeros(i, count)        for all channels of a pixel, instead of channel, put and done
-// done(channel, c)           when `channel` goes
+// done(channel, c)           after the last use of `channel`
 // fold()                     after kSumRows pixels at most, and at the end of a block
 //
 // `v` is what is to be stored; `i` the element of the result where its vector begins.
@@ -240,7 +240,7 @@ struct StoreStatistics {
   }
 };
 
-// The gradient behind the ReLU of the convolution before.
+// The gradient through the ReLU of the previous convolution.
 template <class T>
 struct StoreMasked {
   using A = Acc<T>;
@@ -267,7 +267,7 @@ struct StoreMasked {
   FR_INLINE void fold() const { g.finish(); }
 };
 
-// That, and the sums that its batch norm needs.
+// The same, and the sums that its batch norm needs.
 template <class T>
 struct StoreMaskedSums {
   using A = Acc<T>;

@@ -18,7 +18,7 @@
 namespace fr {
 namespace FR_ISA {
 
-// The sum over some rows of what `term` makes of the r-th.
+// The sum over some rows of what `term` computes for the r-th.
 template <class V, int kCount, class Term>
 FR_INLINE V sum_rows(Constant<kCount>, Term term) {
   if constexpr (kCount == 4) {

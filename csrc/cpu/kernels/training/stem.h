@@ -1,10 +1,10 @@
 // The end of the stem: y = maxpool(activation(z * scale + shift)), and its backward.
 //
-// The normalised map is not stored: each window makes it anew from z, in the cache, and rounds it
-// to the map's type, so that ties are those of a map that was. Where in its window the first
-// largest lies is kept in a byte, row-major over the kernel. The backward gathers: each element
-// looks at the windows over it, so no two write to one place. A NaN is the largest, the last of
-// several, as PyTorch's max_pool2d has it.
+// The normalised map is not stored: each window recomputes it from z, in the cache, and rounds it
+// to the map's type, so that ties are those of a stored map. The position of the first largest
+// element in its window is kept in a byte, row-major over the kernel. The backward gathers: each
+// element looks at the windows that cover it, so no two threads write to one place. A NaN is the
+// largest, and the last of several counts, as in PyTorch's max_pool2d.
 #pragma once
 
 #include "../activation.h"
@@ -43,7 +43,7 @@ FR_INLINE void store_bytes(Part lanes, LaneIndex<A> v, uint8_t* p) {
   for (int64_t i = 0; i < lanes.count; ++i) p[i] = all[i];
 }
 
-// v as T has it.
+// v rounded to T.
 template <class T>
 FR_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
   if (sizeof(T) == sizeof(Acc<T>)) return v;
@@ -89,7 +89,7 @@ FR_INLINE void end_stem(const StemEnd& f, int64_t begin, int64_t end, Activated 
   }
 }
 
-// Vectors of channels that the windows over a pixel are found once for.
+// Vectors of channels for which the windows over a pixel are found once.
 constexpr int kStemVecs = FR_VECTOR_BYTES == 64 ? 4 : 2;
 
 // A row of the map, kVecs vectors of channels from c. Sums go to `sum_g` and `sum_g_xc` if not

@@ -4,15 +4,15 @@
 // Maps are channels-last, of the table's storage type T. Vectors per channel and the packed weights
 // are of the arithmetic type A: double for double, else float.
 //
-// Work is cut into blocks whose extent depends on the shape alone, and each block leaves its sums
-// in a place of its own, so a result has the same bits on any number of threads.
+// Work is cut into blocks whose extent depends on the shape alone, and each block stores its sums
+// separately, so a result has the same bits on any number of threads.
 #pragma once
 
 #include "../table.h"
 
 namespace fr {
 
-// Rows of float32 terms that are added in float32 at most, before they go on in float64.
+// The most rows whose terms are added in float32 before the sum continues in float64.
 constexpr int64_t kSumRows = 512;
 
 // What the sums of a block consist of, one double per channel each.
@@ -145,7 +145,7 @@ struct BlockKernel {
 
 // One algorithm. A weight comes in T, channels-last memory, that is [k][kh][kw][c / groups].
 struct TrainingConv {
-  bool (*fits)(const ConvShape&);  // null: the algorithm is not here
+  bool (*fits)(const ConvShape&);  // null: not available
   int64_t (*packed_bytes)(const ConvShape&);
   int64_t (*pack_units)(const ConvShape&);  // which several threads may share
   void (*pack_forward)(const ConvShape&, const void* weight, int64_t begin, int64_t end,

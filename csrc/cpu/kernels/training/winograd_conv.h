@@ -65,9 +65,9 @@ struct WinogradPlan {
   }
 };
 
-// Where a thread's scratch has what, in floats: [chunk of channels][point][tile][depth] of the
+// The layout of a thread's scratch, in floats: [chunk of channels][point][tile][depth] of the
 // input, [point][channel][width] of a panel's weights and [point][tile][width] of its products.
-// What one product reads lies in one piece, which the processor fetches ahead.
+// What one product reads is contiguous, so that the hardware prefetcher follows it.
 struct WinogradLayout {
   int64_t tile, input_point, chunk, weight_point, product_point;  // steps
   int64_t input, weight, product;                                 // sizes; weight: of a panel
@@ -107,8 +107,8 @@ void keep_filters(const ConvShape& s, const WinogradFilter<T>& w, int64_t panel0
 }
 
 // [kTile x panel] at `to`, set or added to, by [kTile][depth], a row every `step`, times
-// [depth][panel]. Asks for a line of what the next product reads of each operand at every step: the
-// operands come from the L2 cache, and waiting for them would take a third of the time.
+// [depth][panel]. At every step prefetches a line of what the next product reads of each operand:
+// the operands come from the L2 cache, and waiting for them would take a third of the time.
 template <int kTile, int kVectors>
 void tile_product(const float* x, int64_t step, int64_t depth, const float* w, const float* next_x,
                   const float* next_w, const char* stream, int64_t stream_step, bool first,

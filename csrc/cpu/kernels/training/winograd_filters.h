@@ -1,8 +1,8 @@
 // Weights of a training convolution, transformed for Winograd's F(4x4, 3x3): U = G w G^T.
 //
 // The parameter is read as it is, [k][3][3][c], for both directions. The data gradient makes input
-// channels, which lie side by side: a vector of them is a load. The forward makes output channels,
-// which are far apart: squares of as many rows as a vector has lanes are turned over in registers
+// channels, which are contiguous: a vector of them is one load. The forward makes output channels,
+// which are far apart: squares of as many rows as a vector has lanes are transposed in registers
 // first (transpose.h), into a buffer that stays in the L1 cache. That costs a third of a transform;
 // a transposed copy of the parameter would be written to memory and read again.
 //
@@ -67,15 +67,15 @@ void transform_filters(const WinogradFilter<T>& w, int64_t c0, int64_t c1, int64
   }
 }
 
-// The lines of the parameter that transform_filters reads, piece by piece: a piece is what lies
-// side by side of one tap.
+// The lines of the parameter that transform_filters reads, piece by piece: a piece is a contiguous
+// run of elements of one tap.
 template <class T>
 struct FilterLines {
   const WinogradFilter<T>& w;
   int64_t c0, depth, k0, width;
   int64_t at = 0;
 
-  // Asks for the next `count` pieces.
+  // Prefetches the next `count` pieces.
   FR_INLINE void ask(int64_t count) {
     const bool dense = w.made == 1;
     const int64_t rows = dense ? depth : width;

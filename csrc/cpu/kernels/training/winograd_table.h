@@ -58,13 +58,12 @@ void winograd_pack_backward(const ConvShape& s, const void* weight, int64_t begi
                 winograd_pack_units(s), packed);
 }
 
-// --- Forward and data gradient.
-// --------------------------------------------------------------------
+// --- Forward and data gradient. ------------------------------------------------------------------
 
 inline int64_t winograd_blocks(const ConvShape& s) { return WinogradPlan::of(s).blocks(s); }
 inline int64_t winograd_splits(const ConvShape& s) { return ceil_div(s.k, kPanel<float>); }
 
-// Behind the layout: an epilogue's sums of all channels.
+// The layout, followed by an epilogue's sums of all channels.
 template <int kRows>
 int64_t winograd_scratch_bytes(const ConvShape& s) {
   const WinogradPlan plan = WinogradPlan::of(s);
@@ -78,7 +77,8 @@ FR_INLINE int64_t map_bytes(const ConvShape& s, int64_t channels) {
   return s.n * s.h * s.w * channels * static_cast<int64_t>(sizeof(T));
 }
 
-// What a window reads before a group's own rows has been read by the groups before; two rows more.
+// A group's windows overlap rows that earlier groups have read, so the prefetch starts two rows
+// further on.
 template <class T>
 FR_INLINE int64_t lead_bytes(const ConvShape& s, int64_t channels) {
   return 2 * s.w * channels * static_cast<int64_t>(sizeof(T));
@@ -160,8 +160,7 @@ inline int64_t winograd_pixels(const ConvShape& s, int64_t block) {
   return count_pixels(s, block * plan.block, plan.end(s, block));
 }
 
-// --- Weight gradient.
-// ------------------------------------------------------------------------------
+// --- Weight gradient. ----------------------------------------------------------------------------
 
 inline int64_t winograd_parts(const ConvShape& s) { return WgradPlan::of(s).parts(s); }
 inline int64_t winograd_part_splits(const ConvShape& s) { return ceil_div(s.k, WgradPlan::kRows); }

@@ -9,10 +9,10 @@
 // cache, to a ninth of what 36 points would be. So the 36-point sum, 38 MB at 512 channels, never
 // exists.
 //
-// Order. 64 output channels' panels of dz stay in the L2 cache (590 KB at 64 tiles) while all
-// panels of x pass by; their rows of dw are one piece of memory. The other way round a pair's share
-// of dw is on 72 pages that are visited again for each panel of x: waiting for the page tables took
-// three times as long as the products of a block of 16 tiles.
+// Order. The panels of dz of 64 output channels stay in the L2 cache (590 KB at 64 tiles) while
+// iterating over all panels of x; their rows of dw are contiguous. In the opposite order a pair's
+// share of dw is on 72 pages that are visited again for each panel of x: waiting for page-table
+// walks took three times as long as the products of a block of 16 tiles.
 //
 // A pair owns its share of dw and goes through a part's blocks in order; blocks and parts are cut
 // by shape: the order of the sum does not depend on threads. Few channels have few pairs, so there
@@ -74,8 +74,8 @@ struct WgradLayout {
 };
 
 // [kRows x kVectors] of the sum over tiles of a row of kRows floats, kPairRows apart, times
-// kVectors vectors. Asks for a line of what the next product reads at every step, and for one of
-// the stream.
+// kVectors vectors. At every step prefetches a line of what the next product reads, and one of the
+// stream.
 template <int kRows, int kVectors>
 void pair_product(const float* rows, const float* cols, int64_t tiles, const float* next,
                   const char* stream, int64_t stream_step, float* to) {
@@ -136,8 +136,8 @@ inline void transform_pair(const float* u, int64_t u_point, int64_t width, int64
   }
 }
 
-// One pair: a panel of x with one of the gradient. next_g: the gradient's panel that is read after.
-// Asks for the lines of dw meanwhile.
+// One pair: a panel of x with one of the gradient. next_g: the gradient's panel that is read next.
+// Prefetches the lines of dw meanwhile.
 template <int kVectors>
 void multiply_pair(const WgradLayout& l, const float* x, const float* g, const float* next_g,
                    int64_t tiles, int64_t channels, bool first, TileWalk& walk, float* u,

@@ -1,5 +1,5 @@
-// The windows of a training convolution by Winograd's F(4x4, 3x3): what leads from a map's pixels
-// to the 36 points of its tiles, and back.
+// The windows of a training convolution by Winograd's F(4x4, 3x3): the transforms from a map's
+// pixels to the 36 points of its tiles, and back.
 //
 //   input        B^T x B          6 x 6 pixels to 36 points, the padding's zeros included
 //   gradient     A dz A^T         4 x 4 pixels to 36 points: the output transform's adjoint
@@ -7,13 +7,13 @@
 //
 // A window is transformed for a vector of channels at a time: in channels-last memory that is one
 // load for each pixel. A prologue (fusion.h) makes each pixel's vector while it is loaded, so that
-// the normalised map, or batch norm's gradient, is stored nowhere. Zeros of the padding are put
-// behind the prologue.
+// the normalised map, or batch norm's gradient, is never stored. The padding's zeros are inserted
+// after the prologue.
 //
 // Cost of an input window: 36 loads, 36 stores and 12 lines of 12 operations. 36 vectors do not fit
-// in 32 registers, so the lines of the first axis are put aside in the L1 cache. Points are an odd
-// number of cache lines apart: if they were a power of two apart, the stores of a window would meet
-// in a few sets of the cache.
+// in 32 registers, so the lines of the first axis are buffered in the L1 cache. Points are an odd
+// number of cache lines apart: if they were a power of two apart, the stores of a window would map
+// to a few sets of the cache.
 //
 // Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015; the adjoint
 // follows by transposing each step.
@@ -72,7 +72,8 @@ FR_INLINE void transform_weight_gradient(const Floats (&u)[6], Floats (&o)[3]) {
   o[2] = (1.0f / 6) * (s2 - s1) + u[5];
 }
 
-// What a window is transformed by: its side in pixels, how far before its tile it begins, a line.
+// The transform of a window: its side in pixels, how far before its tile it begins, and the
+// transform of one line.
 struct InputTransform {
   static constexpr int kSide = kWindowSide, kBefore = 1;
   static FR_INLINE void line(const Floats (&d)[6], Floats (&o)[6]) { transform_input(d, o); }
