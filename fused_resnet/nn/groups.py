@@ -121,7 +121,7 @@ def decide_norm(bn: nn.Module, act: nn.Module | None, adds: bool = False) -> Dec
     if inner is None:
         return Decision("bn_add_relu", "", activation_of(act))
     if adds or act is not None:
-        return Decision("", "an activation inside the batch norm, and one behind it")
+        return Decision("", "an activation inside the batch norm, and another after it")
     return Decision("bn_add_relu", "", activation_of(inner))
 
 
@@ -166,8 +166,8 @@ def decide_residual_block(
 
     Args:
         convs: The block's own convolutions in order, and then the shortcut's, if it has one.
-        norms: The normalisation behind each convolution.
-        acts: The activation behind each of the block's own convolutions, the last one's behind the
+        norms: The normalisation after each convolution.
+        acts: The activation after each of the block's own convolutions, the last one's after the
             addition; None where it is inside the normalisation.
         others: Further modules that the block calls.
 
@@ -186,7 +186,7 @@ def decide_residual_block(
         if reason:
             return Decision("", reason)
         inner = inner_activation(norm)
-        last = i >= len(acts) - 1  # the last one's activation is behind the addition
+        last = i >= len(acts) - 1  # the last one's activation is after the addition
         act = acts[i] if i < len(acts) else None
         if inner is not None and (last or act is not None):
             return Decision("", "an activation inside the batch norm in front of the addition")
@@ -289,4 +289,4 @@ def _sequence_groups(names: Sequence[str], members: Sequence[nn.Module]) -> Iter
 
 def _unfused_norm_reason(members: Sequence[nn.Module], at: int) -> str:
     before = conv_reason(members[at - 1]) if at else "it is the first of its sequence"
-    return norm_reason(members[at]) or f"no ReLU behind it, and before it: {before}"
+    return norm_reason(members[at]) or f"no ReLU after it, and before it: {before}"

@@ -61,7 +61,7 @@ def test_every_batch_norm_is_counted_once_and_has_a_reason() -> None:
     assert sorted(counts.left.items(), key=lambda item: item[0].lower()) == [
         ("Doubled is not a plain BatchNorm2d", 1),
         ("forward uses print", 2),
-        ("no convolution before it, and no ReLU or addition behind it", 1),
+        ("no convolution before it, and no ReLU or addition after it", 1),
     ]
 
 

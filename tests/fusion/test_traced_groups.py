@@ -123,9 +123,7 @@ def test_other_expressions_give_the_same_results(form: str) -> None:
 def test_conv_relu_bn_is_not_fused() -> None:
     fused = check(ready(written("self.bn(self.act(self.conv(x)))")))
     assert fused_as(fused) == {}
-    assert unfused_in(fused) == {
-        "bn": "no convolution before it, and no ReLU or addition behind it"
-    }
+    assert unfused_in(fused) == {"bn": "no convolution before it, and no ReLU or addition after it"}
     fused = check(ready(written("self.bn(F.max_pool2d(self.conv(x), 2))")))
     assert fused_as(fused) == {}
 

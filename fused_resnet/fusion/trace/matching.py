@@ -31,7 +31,7 @@ from .patterns import (
 )
 
 #: The reason of a batch norm that has nothing to be fused with.
-NOTHING_AROUND = "no convolution before it, and no ReLU or addition behind it"
+NOTHING_AROUND = "no convolution before it, and no ReLU or addition after it"
 
 
 @dataclass
