@@ -106,7 +106,7 @@ def run(
         command = [*program, "--tool", tool, "--error-exitcode", "99"]
         command += [sys.executable, str(PROGRAM), "device", backend]
         done = commands.run(command, variables, deadline - time.monotonic())
-        return verdict(done, tool, backend)
+        return result_of(done, tool, backend)
 
     with ThreadPoolExecutor(len(cells)) as pool:
         try:
@@ -117,7 +117,7 @@ def run(
             raise
 
 
-def verdict(done: commands.Done, tool: str, backend: str) -> dict[str, Any]:
+def result_of(done: commands.Done, tool: str, backend: str) -> dict[str, Any]:
     """The row of a tool.
 
     Args:
@@ -138,5 +138,5 @@ def verdict(done: commands.Done, tool: str, backend: str) -> dict[str, Any]:
     elif done.status == "cut":
         row["reason"] = f"its time was over after {len(calls)} calls, without a finding"
     else:
-        row |= {"status": "failed", "reason": f"no verdict: {done.last_line}", "log": lines[-40:]}
+        row |= {"status": "failed", "reason": f"no result: {done.last_line}", "log": lines[-40:]}
     return row

@@ -64,14 +64,16 @@ def read_weights(command: str, name: str, weights: str) -> dict[str, Tensor]:
         raise UsageError(f"{command}: --weights {weights}: {str(error).splitlines()[0]}") from None
 
 
-def network_with(command: str, name: str, state: dict[str, Tensor], given: str) -> nn.Module:
+def network_with(
+    command: str, name: str, state: dict[str, Tensor], weights_source: str
+) -> nn.Module:
     """The network of its own library, with weights.
 
     Args:
         command: The subcommand, for error messages.
         name: The network.
         state: Its ``state_dict``.
-        given: Where the weights are from, for error messages.
+        weights_source: Where the weights are from, for error messages.
 
     Raises:
         UsageError: The weights do not fit the network.
@@ -79,7 +81,7 @@ def network_with(command: str, name: str, state: dict[str, Tensor], given: str) 
     try:
         return sources.plain_model(name, state)
     except ValueError as error:
-        raise UsageError(f"{command}: {given}: {error}") from None
+        raise UsageError(f"{command}: {weights_source}: {error}") from None
 
 
 def trained_model(command: str, name: str, weights: str) -> nn.Module:

@@ -43,7 +43,7 @@ def add(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
             parser.add_argument(flag, action="store_true", **common)
 
 
-def given(arguments: argparse.Namespace) -> dict[str, Any]:
+def explicit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that were typed.
 
     Args:

@@ -61,7 +61,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train what is not trained yet, draw, print."""
     torch.set_num_threads(processor.threads())
-    given = {"epochs": 164, **_settings.given(arguments)}
+    given = {"epochs": 164, **_settings.explicit_settings(arguments)}
     out = Path(arguments.out)
     document = {
         **environment.describe(),

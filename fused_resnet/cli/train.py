@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(arguments: argparse.Namespace) -> training.Settings:
     """Settings from the recipe and the options, or for ``--resume`` alone from the run itself."""
-    typed = _settings.given(arguments)
+    typed = _settings.explicit_settings(arguments)
     recipe = training.read_recipe(arguments.recipe) if arguments.recipe else {}
     if typed.get("resume") and "model" not in {**recipe, **typed}:
         return dataclasses.replace(training.resumed(arguments.out), **typed)

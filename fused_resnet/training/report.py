@@ -106,7 +106,7 @@ class Lines(Silent):
             loss, accuracy = _local(sums)
             numbers = (
                 f"{step * self.settings.batch / seconds:.0f} images/s, loss {loss:.4f}, accuracy "
-                f"{accuracy:.2%}, lr {lr:.4g}, {self._left(epoch * self.steps + step)} left"
+                f"{accuracy:.2%}, lr {lr:.4g}, {self._time_left(epoch * self.steps + step)} left"
             )
             self.show(f"epoch {epoch + 1}/{self.settings.epochs}", step, numbers)
 
@@ -128,7 +128,7 @@ class Lines(Silent):
             f"{entry['train_accuracy']:.2%}; validation loss {entry['val_loss']:.4f}, accuracy "
             f"{entry['val_accuracy']:.2%}{' (best)' if best else ''}; "
             f"{entry['images_per_s']:.0f} images/s, lr {entry['lr']:.4g}, "
-            f"{self._left(entry['step'])} left"
+            f"{self._time_left(entry['step'])} left"
         )
 
     def note(self, text: str) -> None:
@@ -136,7 +136,7 @@ class Lines(Silent):
         self.stream.write(f"{text}\n")
         self.stream.flush()
 
-    def _left(self, done: int) -> str:
+    def _time_left(self, done: int) -> str:
         total = self.settings.epochs * self.steps
         seconds = (time.monotonic() - self.begun) / max(1, done - self.before)
         rest = round(seconds * (total - done))

@@ -196,10 +196,10 @@ def test_commands_are_ended_with_what_they_started() -> None:
         (None, "x: 1\n", "cut"),
     ],
 )
-def test_the_verdict_of_a_sanitizer(code: int | None, output: str, status: str) -> None:
+def test_the_result_of_a_sanitizer(code: int | None, output: str, status: str) -> None:
     ended = {None: "cut", 0: "ok"}.get(code, "failed")
     done = commands.Done(("tool",), ended, 1.0, "========= COMPUTE-SANITIZER\n" + output)
-    row = sanitizer.verdict(done, "memcheck", "cuda")
+    row = sanitizer.result_of(done, "memcheck", "cuda")
     assert row["status"] == status
     assert status == "ok" or row["reason"]
 

@@ -41,13 +41,13 @@ def of_rank(rank: int, file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     x = image(5, 8, 6, 5)
     for momentum in (0.1, None):
-        check_against_the_joined_batch(rank, x, momentum)
+        check_against_the_combined_batch(rank, x, momentum)
     check_one_exchange_a_layer(x[PARTS[rank]])
     check_second_derivative(x[PARTS[rank]])
     dist.destroy_process_group()
 
 
-def check_against_the_joined_batch(rank: int, x: torch.Tensor, momentum: float | None) -> None:
+def check_against_the_combined_batch(rank: int, x: torch.Tensor, momentum: float | None) -> None:
     whole, mine = network(momentum), PARTS[rank]
     part = converted(network(momentum), x.device)
     assert {path for path, why in fr.report(part).blocks if not why} == {"0", "1", "2"}

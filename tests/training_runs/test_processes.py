@@ -1,4 +1,4 @@
-"""Two processes of gloo, started by torchrun, train as one process does on the joined batch."""
+"""Two processes of gloo, started by torchrun, train as one process does on the combined batch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def of_rank(rank: int, file: str) -> None:
 
 @pytest.mark.thorough
 def test_batch_norm_of_all_processes(tmp_path: Path) -> None:
-    """Output, gradients and running statistics are those of the joined batch."""
+    """Output, gradients and running statistics are those of the combined batch."""
     mp.spawn(of_rank, (str(tmp_path / "rendezvous"),), nprocs=2)
 
 
