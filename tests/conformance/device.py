@@ -36,7 +36,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class Device:
-    """Stands for :class:`simt.conftest.Simt` where a test asks for it."""
+    """Stands for :class:`simt.driver.Simt` where a test asks for it."""
 
     default_seed = 0
 
