@@ -92,7 +92,7 @@ class Pending(NamedTuple):
 
 
 @dataclass
-class Lowered:
+class LoweredGraph:
     """A graph, of which parts are programs.
 
     Attributes:
@@ -108,7 +108,7 @@ class Lowered:
     remaining: list[fx.Node]
 
 
-def lower(module: nn.Module, graph: fx.Graph) -> Lowered:
+def lower(module: nn.Module, graph: fx.Graph) -> LoweredGraph:
     """Find the programs of a graph.
 
     Args:
@@ -159,13 +159,13 @@ class _Lowering:
             if node.op != "placeholder":
                 self.remaining.append(node)
 
-    def finish(self) -> Lowered:
+    def finish(self) -> LoweredGraph:
         """What was found, once all nodes were visited."""
         if any(segment.steps and segment.dtype is None for segment in self.segments.values()):
             raise Untraceable("it has steps without a convolution")
         values = {n: v for n, v in self.state.items() if isinstance(v, Value)}
         segments = {n: s for n, s in self.segments.items() if s.results}
-        return Lowered(segments, values, self.same, self.remaining)
+        return LoweredGraph(segments, values, self.same, self.remaining)
 
     def _origin(self, node: fx.Node) -> fx.Node:
         return self.same.get(node, node)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ..fusion.trace.errors import Untraceable
 from ..ops.program_steps import Step
 from .frozen_trace import FrozenGraph
-from .lowering import Lowered, lower
+from .lowering import LoweredGraph, lower
 from .program import Program
 
 
@@ -150,7 +150,7 @@ def plan_of(module: nn.Module, traced: FrozenGraph) -> Plan | None:
 
 
 class _Planner:
-    def __init__(self, traced: FrozenGraph, lowered: Lowered) -> None:
+    def __init__(self, traced: FrozenGraph, lowered: LoweredGraph) -> None:
         self.traced, self.lowered = traced, lowered
         self.slots: dict[fx.Node, int] = {}
         self.items: list[Run | Call] = []
