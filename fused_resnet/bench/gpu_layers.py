@@ -16,7 +16,7 @@ import fused_resnet as fr
 from ..backends import reference
 from ..backends.availability import use_backend
 from ..roofline import Kernel, card_of, kernels
-from ..roofline.layers import Block, Conv, Pool
+from ..roofline.layers import BlockShape, Conv, Pool
 from . import gpu_cells
 from .calibration import calibrate, randomise
 from .clock import Clock
@@ -110,7 +110,7 @@ def _problem(
 ) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     layer = kernel.layer
-    if isinstance(layer, Block):
+    if isinstance(layer, BlockShape):
         return _block_problem(model, layer, batch, dtype, generator)
     assert isinstance(layer, (Conv, Pool))
     return _step_problem(kernel.steps[0], layer, batch, dtype, generator)
@@ -227,7 +227,7 @@ def _network(name: str) -> nn.Module:
 
 
 def _block_problem(
-    model: str, block: Block, batch: int, dtype: torch.dtype, g: torch.Generator
+    model: str, block: BlockShape, batch: int, dtype: torch.dtype, g: torch.Generator
 ) -> Problem:
     """A basic block or bottleneck of a network."""
     first, last = block.convs[0], block.convs[-1]
@@ -277,7 +277,7 @@ def _block_problem(
     return build
 
 
-def _module_operands(module: nn.Module, block: Block, conv: Conv) -> Operands:
+def _module_operands(module: nn.Module, block: BlockShape, conv: Conv) -> Operands:
     """A convolution's weight and its batch norm, from the block that contains them."""
     name = conv.path.removeprefix(f"{block.path}.")
     norm = "downsample.1" if "downsample" in name else name.replace("conv", "bn")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .cards import Card
-from .layers import Block, Conv, Network, Pool, network
+from .layers import BlockShape, Conv, Network, Pool, network
 
 #: Bytes of an element in memory, by precision.
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "tf32": 4, "float32": 4}
@@ -42,7 +42,7 @@ class Kernel:
 
     path: str
     steps: tuple[str, ...]
-    layer: Conv | Pool | Block | str
+    layer: Conv | Pool | BlockShape | str
     read: int
     written: int
     flops: int = 0
@@ -140,7 +140,7 @@ def _network(net: Network, counter: _Counter, whole: tuple[int, ...] | None) -> 
     yield counter.linear(net)
 
 
-def _layers(block: Block, counter: _Counter, fused: bool) -> Iterator[Kernel]:
+def _layers(block: BlockShape, counter: _Counter, fused: bool) -> Iterator[Kernel]:
     for conv in block.convs[:-1]:
         yield from counter.group(conv, fused)
     # Fused, the last convolution adds the shortcut, which therefore comes before it.
@@ -165,7 +165,7 @@ class _Counter:
         self,
         path: str,
         steps: tuple[str, ...],
-        layer: Conv | Pool | Block | str,
+        layer: Conv | Pool | BlockShape | str,
         read: int,
         written: int,
         weight: int = 0,
@@ -199,7 +199,7 @@ class _Counter:
         if relu:
             yield self._pointwise(f"{owner}.relu".lstrip("."), "relu", conv)
 
-    def add(self, block: Block) -> Iterator[Kernel]:
+    def add(self, block: BlockShape) -> Iterator[Kernel]:
         """The addition of the shortcut, and its ReLU."""
         yield self._pointwise(block.path, "add", block.convs[-1], inputs=2)
         yield self._pointwise(f"{block.path}.relu", "relu", block.convs[-1])
@@ -218,7 +218,7 @@ class _Counter:
         steps = ("conv", "bn", "relu", "maxpool")
         return self._kernel(conv.path, steps, conv, conv.read, written, conv.weight, conv.flops)
 
-    def block(self, block: Block) -> Kernel:
+    def block(self, block: BlockShape) -> Kernel:
         """A fused block: it moves its input, all its weights and its result."""
         first, last = block.convs[0], block.convs[-1]
         return self._kernel(

@@ -101,7 +101,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockShape:
     """A basic block or a bottleneck.
 
     Attributes:
@@ -151,7 +151,7 @@ class Network:
 
     stem: Conv
     pool: Pool
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockShape, ...]
     features: int
     classes: int
 
@@ -180,7 +180,7 @@ def network(name: str, size: int = 224) -> Network:
     pool = Pool(
         "maxpool", stem.filters, window.kernel_size, window.stride, window.padding, stem.out
     )
-    blocks: list[Block] = []
+    blocks: list[BlockShape] = []
     at = pool.out
     for stage in range(1, 5):
         for index, module in enumerate(model.get_submodule(f"layer{stage}").children()):
@@ -189,7 +189,7 @@ def network(name: str, size: int = 224) -> Network:
     return Network(stem, pool, tuple(blocks), model.fc.in_features, model.fc.out_features)
 
 
-def _block(path: str, stage: int, module: Any, size: int) -> Block:
+def _block(path: str, stage: int, module: Any, size: int) -> BlockShape:
     convs: list[Conv] = []
     at = size
     for name in ("conv1", "conv2", "conv3"):
@@ -198,7 +198,7 @@ def _block(path: str, stage: int, module: Any, size: int) -> Block:
             at = convs[-1].out
     shortcut = module.downsample
     downsample = None if shortcut is None else _conv(f"{path}.downsample.0", shortcut[0], size)
-    return Block(path, stage, tuple(convs), downsample)
+    return BlockShape(path, stage, tuple(convs), downsample)
 
 
 def _conv(path: str, conv: nn.Conv2d, size: int) -> Conv:

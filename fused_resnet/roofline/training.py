@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .kernels import ITEMSIZE
-from .layers import Block, Conv, Network, network
+from .layers import BlockShape, Conv, Network, network
 
 #: ``"unfused"``: PyTorch's operators. ``"batch norm"``: PyTorch's convolutions, and batch norm with
 #: addition and ReLU as one operation, as this package's single operations are. ``"primitives"``:
@@ -141,7 +141,7 @@ class _Counter:
 
     # Convolutions by themselves, with batch norm, addition and ReLU as operations
 
-    def _separate(self, block: Block) -> Iterator[Pass]:
+    def _separate(self, block: BlockShape) -> Iterator[Pass]:
         x = block.convs[0].channels * block.convs[0].size ** 2
         last = block.convs[-1]
         for conv in block.all_convs:
@@ -184,7 +184,7 @@ class _Counter:
 
     # The primitives
 
-    def _unit(self, block: Block) -> Iterator[Pass]:
+    def _unit(self, block: BlockShape) -> Iterator[Pass]:
         y = block.convs[-1].written
         for conv in block.all_convs:
             yield self._pass(conv.path, "conv_forward", False, conv.read, conv.written, conv.weight)

@@ -25,7 +25,7 @@ class Conv(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCase:
     """One block; the name says what it covers.
 
     Attributes:
@@ -63,14 +63,14 @@ class Block:
 
 
 CASES = (
-    Block("basic", (2, 64, 8, 7), (64, 64)),
-    Block("basic/2, shortcut", (1, 24, 9, 8), (40, 40), 2, shortcut=True, concatenated=True),
-    Block("bottleneck of 64, on chip on a GPU", (1, 128, 7, 6), (64, 64, 128)),
-    Block("bottleneck of 64, shortcut", (1, 32, 7, 6), (64, 64, 128), shortcut=True),
-    Block(
+    BlockCase("basic", (2, 64, 8, 7), (64, 64)),
+    BlockCase("basic/2, shortcut", (1, 24, 9, 8), (40, 40), 2, shortcut=True, concatenated=True),
+    BlockCase("bottleneck of 64, on chip on a GPU", (1, 128, 7, 6), (64, 64, 128)),
+    BlockCase("bottleneck of 64, shortcut", (1, 32, 7, 6), (64, 64, 128), shortcut=True),
+    BlockCase(
         "bottleneck/2, shortcut", (1, 24, 7, 6), (16, 24, 40), 2, shortcut=True, concatenated=True
     ),
-    Block("bottleneck of odd channels", (1, 21, 7, 6), (17, 19, 21)),
+    BlockCase("bottleneck of odd channels", (1, 21, 7, 6), (17, 19, 21)),
 )
 
 
@@ -82,7 +82,7 @@ def subjects() -> Iterator[Subject]:
         )
 
 
-def _inputs(block: Block, draw: Draw) -> Inputs:
+def _inputs(block: BlockCase, draw: Draw) -> Inputs:
     inputs = {"x": draw.feature_map(*block.x, mean=0.3)}
     for conv in block.convs():
         inputs[f"{conv.prefix}.weight"] = draw.conv_weight(*conv.weight)
@@ -96,7 +96,7 @@ def _batch_norm(conv: Conv, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Ten
     return weight, bias, mean, var
 
 
-def _unfused(block: Block, **inputs: Tensor) -> Tensor:
+def _unfused(block: BlockCase, **inputs: Tensor) -> Tensor:
     """The block as an unfused model computes it."""
 
     def run(conv: Conv, h: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -119,7 +119,7 @@ def _unfused(block: Block, **inputs: Tensor) -> Tensor:
     return run(convs[-1], h, residual, relu=True)
 
 
-def _fused(block: Block, **inputs: Tensor) -> Tensor:
+def _fused(block: BlockCase, **inputs: Tensor) -> Tensor:
     """Fold and pack like ``freeze``, then call the operation."""
     x, convs = inputs["x"], list(block.convs())
     packed = [ops.pack_conv_weight(inputs[f"{conv.prefix}.weight"]) for conv in convs]

@@ -187,16 +187,16 @@ def _stem_configs(backend: str, precision: str) -> list[Any]:
     return [None, *CONFIGS[key]]
 
 
-Block = tuple[Layer, Layer, Layer, "Layer | None"]
+BlockLayers = tuple[Layer, Layer, Layer, "Layer | None"]
 
 
-def _blocks(tiny: bool) -> list[Block]:
+def _blocks(tiny: bool) -> list[BlockLayers]:
     """Bottlenecks without and with a projection: of each stage, or one small one of each."""
     if tiny:
         first, middle = Layer(64, 16, 1, 1, 4, False, True), Layer(16, 16, 3, 1, 4, False, True)
         last = Layer(16, 64, 1, 1, 4, True, True)
         return [(first, middle, last, None)]
-    found: list[Block] = []
+    found: list[BlockLayers] = []
     for layer in layers(False):
         if layer.kernel != 3:
             continue
@@ -213,7 +213,9 @@ def _blocks(tiny: bool) -> list[Block]:
     return found
 
 
-def _block(target: Target, backend: str, precision: str, about: Row, block: Block) -> Iterator[Row]:
+def _block(
+    target: Target, backend: str, precision: str, about: Row, block: BlockLayers
+) -> Iterator[Row]:
     g, dtype = target.generator(), DTYPES[precision]
     members = [layer for layer in block if layer is not None]
     with torch.no_grad(), tf32_set_to(precision == "tf32"), target.operators(backend) as operators:
