@@ -29,7 +29,35 @@ def bn_add_relu(
     relu: bool = True,
     activation: ActivationLike = None,
 ) -> Tensor:
-    """``relu(batch_norm(x) [+ residual])``, with the arguments of ``ops``."""
+    r"""Batch norm, an optional residual and ReLU, as three calls of PyTorch.
+
+    .. math:: y = \max(0,\; \gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta + r)
+
+    In inference :math:`\mu` and :math:`\sigma^2` are the running statistics; in training they are
+    the mean and the biased variance of the batch.
+
+    Args:
+        x: Input, ``(N, C, H, W)``, any floating-point dtype.
+        bn_weight: Scale :math:`\gamma`, ``(C,)``, dtype of ``x`` or float32; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(C,)``, dtype of ``x`` or float32; None means 0.
+        running_mean: Running mean, ``(C,)``, updated in place when training; None when no running
+            statistics are kept.
+        running_var: Running (unbiased) variance, ``(C,)``, updated in place when training; None
+            when no running statistics are kept.
+        residual: :math:`r`, shape and dtype of ``x``; None means 0.
+        training: Normalise with the statistics of the batch and update the running ones.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+        relu: Whether to apply ReLU to the sum.
+        activation: What is applied to the sum, ``"none"``, ``"relu"`` or ``"leaky_relu"`` (slope
+            0.01); None for what ``relu`` says.
+
+    Returns:
+        ``(N, C, H, W)``, dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: No such activation, or ``relu=False`` beside one.
+    """
     y = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
@@ -56,7 +84,38 @@ def conv_bn_add_relu(
     relu: bool = True,
     activation: ActivationLike = None,
 ) -> Tensor:
-    """``relu(batch_norm(conv2d(x, w)) [+ residual])``, with the arguments of ``ops``."""
+    r"""Convolution, batch norm, an optional residual and ReLU, as four calls of PyTorch.
+
+    .. math:: y = \max(0,\; \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta + r)
+
+    Args:
+        x: Input, ``(N, C, H, W)``, any floating-point dtype.
+        conv_weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        bn_weight: Scale :math:`\gamma`, ``(K,)``, dtype of ``x`` or float32; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(K,)``, dtype of ``x`` or float32; None means 0.
+        running_mean: Running mean, ``(K,)``, updated in place when training; None when no running
+            statistics are kept.
+        running_var: Running (unbiased) variance, ``(K,)``, updated in place when training; None
+            when no running statistics are kept.
+        residual: :math:`r`, shape and dtype of the result; None means 0.
+        conv_bias: Bias of the convolution :math:`b`, ``(K,)``; None means 0.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side, an int or ``(height, width)``.
+        dilation: Distance between the filter's taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
+        training: Normalise with the statistics of the batch and update the running ones.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+        relu: Whether to apply ReLU to the sum.
+        activation: What is applied to the sum, ``"none"``, ``"relu"`` or ``"leaky_relu"`` (slope
+            0.01); None for what ``relu`` says.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``.
+
+    Raises:
+        ValueError: No such activation, or ``relu=False`` beside one.
+    """
     z = F.conv2d(x, conv_weight, conv_bias, stride, padding, dilation, groups)
     return bn_add_relu(
         z,
@@ -94,7 +153,41 @@ def conv_bn_relu_maxpool(
     pool_padding: IntOrPair = 1,
     activation: ActivationLike = None,
 ) -> Tensor:
-    """``max_pool2d(relu(batch_norm(conv2d(x, w))))``, with the arguments of ``ops``."""
+    r"""The stem of a ResNet: convolution, batch norm, ReLU and max-pool, as four calls of PyTorch.
+
+    .. math:: y = \mathrm{maxpool}(\max(0,\;
+        \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta))
+
+    Args:
+        x: Input, ``(N, C, H, W)``, any floating-point dtype.
+        conv_weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        bn_weight: Scale :math:`\gamma`, ``(K,)``, dtype of ``x`` or float32; None means 1.
+        bn_bias: Shift :math:`\beta`, ``(K,)``, dtype of ``x`` or float32; None means 0.
+        running_mean: Running mean, ``(K,)``, updated in place when training; None when no running
+            statistics are kept.
+        running_var: Running (unbiased) variance, ``(K,)``, updated in place when training; None
+            when no running statistics are kept.
+        conv_bias: Bias of the convolution :math:`b`, ``(K,)``; None means 0.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side of ``x``, an int or ``(height, width)``.
+        dilation: Distance between the filter's taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
+        training: Normalise with the statistics of the batch and update the running ones.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+        pool_kernel: Window of the max-pool, an int or ``(height, width)``.
+        pool_stride: Stride of the max-pool, an int or ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side, an int or
+            ``(height, width)``; at most half the window.
+        activation: What is applied in front of the pool, ``"none"``, ``"relu"`` or
+            ``"leaky_relu"`` (slope 0.01); None for ReLU.
+
+    Returns:
+        ``(N, K, PH, PW)``, dtype of ``x``.
+
+    Raises:
+        ValueError: No such activation.
+    """
     y = conv_bn_add_relu(
         x,
         conv_weight,
@@ -129,9 +222,32 @@ def conv_affine_add_relu(
     relu: bool = True,
     activation: ActivationLike = None,
 ) -> Tensor:
-    """``relu(conv2d(x, w) * scale + shift + residual)``, computed in the dtype of ``scale``.
+    r"""Convolution with a folded batch norm, an optional residual and ReLU.
 
-    The formula of ``ops.conv_bn_add_relu_packed``, with the weight in PyTorch's layout.
+    .. math:: y = \max(0,\; \mathrm{scale} \cdot (w * x) + \mathrm{shift} + r)
+
+    The formula of ``ops.conv_bn_add_relu_packed``, with the weight in PyTorch's layout. All of it
+    is computed in the dtype of ``scale``, and the result is rounded to that of ``x``.
+
+    Args:
+        x: Input, ``(N, C, H, W)``, any floating-point dtype.
+        weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, any floating-point dtype.
+        scale: Scale of each output channel, ``(K,)``; its dtype is that of the arithmetic.
+        shift: Shift of each output channel, ``(K,)``, dtype of ``scale``.
+        residual: :math:`r`, shape and dtype of the result; None means 0.
+        stride: Stride of the convolution, an int or ``(height, width)``.
+        padding: Zeros on each side, an int or ``(height, width)``.
+        dilation: Distance between the filter's taps, an int or ``(height, width)``.
+        groups: Number of independent groups of channels.
+        relu: Whether to apply ReLU to the sum.
+        activation: What is applied to the sum, ``"none"``, ``"relu"`` or ``"leaky_relu"`` (slope
+            0.01); None for what ``relu`` says.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``.
+
+    Raises:
+        ValueError: No such activation, or ``relu=False`` beside one.
     """
     y = F.conv2d(x.to(scale.dtype), weight.to(scale.dtype), None, stride, padding, dilation, groups)
     y = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
