@@ -36,7 +36,8 @@ class Entry:
 
     Attributes:
         name: Its name in the table.
-        target: ``module:function`` that builds it; see :class:`fused_resnet.bench.subject.Subject`.
+        target: ``module:function`` that builds the provider and returns a
+            :class:`fused_resnet.bench.subject.Subject`.
         case: Keyword arguments of that function, representable in JSON.
         limit: The largest relative error at which it is timed.
     """

@@ -97,10 +97,11 @@ def write_problem(
         name: Network, as :func:`fused_resnet.models.sources.parse` returns it.
         batch: Number of images.
         size: Their height and width.
-        trainable: See :func:`train_only`.
+        trainable: Names of the network's children that learn; the rest of it and all batch norms
+            are frozen. Empty trains all of it.
 
     Raises:
-        ValueError: See :func:`train_only`.
+        ValueError: The network has no child of a name in ``trainable``.
     """
     generator = torch.Generator().manual_seed(batch)
     images = torch.randn(batch, 3, size, size, generator=generator)

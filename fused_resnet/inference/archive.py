@@ -156,7 +156,10 @@ def write_frozen(
         dtype: The dtype of the frozen network's maps: float32, float64, bfloat16 or float16.
         winograd: Whether 3x3 convolutions may run by Winograd's algorithm.
         labels: Names of the classes, in the order of the logits; None for none.
-        transform: As in :func:`save_frozen`.
+        transform: How images are prepared: torchvision's ``weights.transforms()``, a ``Compose`` of
+            ``Resize``, ``CenterCrop`` and ``Normalize``, timm's ``resolve_data_config(...)``, or a
+            dictionary with ``resize``, ``crop``, ``interpolation``, ``mean`` and ``std``; None for
+            none.
 
     Returns:
         The contents of the file.

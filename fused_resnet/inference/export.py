@@ -34,7 +34,7 @@ def run_program(
         x: The program's input, ``(N, C, H, W)``.
         tensors: Of all steps; convolutions' weights are ``(K, C / groups, kh, kw)``, in the dtype
             of ``x`` or a wider one.
-        steps: As :func:`.encode` returns them.
+        steps: The program's steps as integers, :data:`.program_steps.LENGTH` for each step.
         outputs: The values that are returned, in order.
     """
     return torch.ops.fused_resnet_export.run_program(x, list(tensors), list(steps), list(outputs))

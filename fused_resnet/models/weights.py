@@ -252,7 +252,8 @@ def metadata_of(source: Source) -> dict[str, str]:
     """What a ``.safetensors`` file says of its weights; empty for any other source.
 
     Args:
-        source: As in :func:`load_weights`.
+        source: A path to a file of weights, the name of a torchvision enum, the enum itself, or a
+            dict of tensors.
 
     Raises:
         ValueError: The file is damaged.

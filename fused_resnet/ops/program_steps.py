@@ -92,7 +92,7 @@ def decode(numbers: Sequence[int]) -> list[Step]:
     """The steps of the operator's argument.
 
     Args:
-        numbers: As :func:`encode` returns them.
+        numbers: The steps as integers, :data:`LENGTH` for each step.
     """
     return [_step(numbers[at : at + LENGTH]) for at in range(0, len(numbers), LENGTH)]
 

@@ -58,19 +58,42 @@ class Silent:
     """Reports nothing."""
 
     def begin(self, settings: Settings, done: int, steps: int) -> None:
-        """See :class:`Reporter`."""
+        """Ignore that the run starts or goes on.
+
+        Args:
+            settings: Settings of the run.
+            done: Steps that are done.
+            steps: Steps of an epoch.
+        """
 
     def step(self, epoch: int, step: int, seconds: float, lr: float, sums: Sums) -> None:
-        """See :class:`Reporter`."""
+        """Ignore that some steps of an epoch are done.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            step: Steps of it that are done.
+            seconds: Time that these steps took, in seconds.
+            lr: The learning rate.
+            sums: Loss and right answers of the epoch so far.
+        """
 
     def epoch(self, entry: dict[str, Any], best: bool) -> None:
-        """See :class:`Reporter`."""
+        """Ignore that an epoch is done.
+
+        Args:
+            entry: Entry of the epoch in the run's history.
+            best: Whether the epoch is the best so far.
+        """
 
     def note(self, text: str) -> None:
-        """See :class:`Reporter`."""
+        """Ignore a remark.
+
+        Args:
+            text: A sentence.
+        """
 
     def close(self) -> None:
-        """See :class:`Reporter`."""
+        """Ignore that the run is over."""
 
 
 class Lines(Silent):

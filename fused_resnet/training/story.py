@@ -76,7 +76,7 @@ def run(
         The history of each network.
 
     Raises:
-        TrainingError: As :func:`fused_resnet.training.train`.
+        TrainingError: A run can't start or go on; the message is one line.
     """
     histories: dict[Network, list[dict[str, Any]]] = {}
     for (kind, depth), settings in _settings(base, networks):

@@ -28,7 +28,8 @@ class ConvConfig(NamedTuple):
         split_k: Number of programs among which the depth is split.
         descriptors: Whether tiles are loaded by tensor descriptors (TMA) where possible.
         registers: The most registers of a thread, by which programs share a multiprocessor.
-        more_registers: Likewise where operands pass through registers: see :func:`by_registers`.
+        more_registers: The most registers of a thread where operands pass through registers: to
+            mma.sync, to be rounded, or for a prologue.
     """
 
     block_m: int
