@@ -33,7 +33,7 @@ def _not_built(folder: Path) -> str:
     """Why there is no extension in the package's folder.
 
     Args:
-        folder: Of the package.
+        folder: Folder of the package.
     """
     others = sorted(path.name for path in folder.glob("_C.*.so"))
     if others:
@@ -68,8 +68,8 @@ def explain(error: str, version: str, cuda: str | None) -> str:
     """What an error of the dynamic loader means.
 
     Args:
-        error: Its text.
-        version: Of the installed torch.
+        error: Text of the error.
+        version: Version of the installed torch.
         cuda: The CUDA version of the installed torch; None for a build without CUDA.
     """
     error = error.splitlines()[0] if error else "unknown error"

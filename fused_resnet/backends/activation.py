@@ -62,7 +62,7 @@ def activate(y: Tensor, activation: int) -> Tensor:
 
     Args:
         y: Any shape.
-        activation: Which.
+        activation: Activation that is applied, a number of :class:`Activation`.
     """
     if activation == Activation.RELU:
         return F.relu(y)
@@ -74,7 +74,7 @@ def activate_(y: Tensor, activation: int) -> Tensor:
 
     Args:
         y: Any shape, written to.
-        activation: Which.
+        activation: Activation that is applied, a number of :class:`Activation`.
     """
     if activation == Activation.RELU:
         return y.relu_()
@@ -90,7 +90,7 @@ def gradient(grad: Tensor, y: Tensor, activation: int) -> Tensor:
     Args:
         grad: Gradient of the result.
         y: The result, or the argument.
-        activation: Which.
+        activation: Activation whose gradient is computed, a number of :class:`Activation`.
     """
     if activation == Activation.RELU:
         return grad.masked_fill(y <= 0, 0)

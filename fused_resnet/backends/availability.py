@@ -163,7 +163,7 @@ def resolve_backend(op: str, x: torch.Tensor) -> str:
 
     Args:
         op: Name of the operation, for the choice and for messages.
-        x: Its input, whose device and dtype count.
+        x: Input of the operation, whose device and dtype count.
 
     Returns:
         One of :data:`NAMES`.

@@ -27,7 +27,7 @@ def fold(
         mean: Running mean :math:`\mu`, ``(K,)``.
         var: Running variance :math:`\sigma^2`, ``(K,)``.
         eps: Added to the variance.
-        dtype: Of the arithmetic and of the result.
+        dtype: Dtype of the arithmetic and of the result.
 
     Returns:
         Scale and shift, ``(K,)`` each.

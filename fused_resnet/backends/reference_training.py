@@ -58,7 +58,7 @@ def conv_forward(
         groups: Number of independent groups of channels.
         statistics: Whether mean and variance are wanted.
         winograd: Not used: which algorithm computes the sums is a backend's choice.
-        activation: Of :math:`p`, here with ReLU.
+        activation: Activation that :math:`p` applies; the formula has ReLU.
 
     Returns:
         :math:`z`, ``(N, K, OH, OW)``; its mean and its biased variance, ``(K,)``, empty when they
@@ -93,7 +93,8 @@ def block_end(
         shortcut_scale: ``(K,)``: then :math:`s` is the shortcut times this plus its shift, the
             batch norm of a projection; None means the shortcut as it is.
         shortcut_shift: ``(K,)``, there when ``shortcut_scale`` is.
-        activation: Which; none leaves the maximum out.
+        activation: Activation that is applied to the sum; the formula has ReLU, and none leaves the
+            maximum out.
 
     Returns:
         :math:`y`, shape of ``z``.
@@ -129,7 +130,7 @@ def block_end_backward(
         shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no such sum.
         shortcut_mean: :math:`\mu_s`, ``(K,)``, there when ``shortcut`` is.
         sums: Whether the sums are wanted.
-        activation: Which, with ``y``.
+        activation: Activation of the forward; not used without ``y``.
 
     Returns:
         :math:`g` (empty without ``y``) and the three sums over ``(N, H, W)``, ``(K,)`` each, empty
@@ -197,7 +198,7 @@ def conv_backward(
         need_weight: Whether :math:`dw` is wanted.
         sums: Whether the sums are wanted; only with ``x_scale``.
         winograd: Not used: which algorithm computes the sums is a backend's choice.
-        activation: Of :math:`p`, here with ReLU.
+        activation: Activation that :math:`p` applies; the formula has ReLU.
 
     Returns:
         :math:`g_x`, :math:`dw` in the strides of ``weight``, :math:`\sum g_x` and
@@ -340,7 +341,7 @@ def stem_end(
         kernel: Window of the pool, ``(height, width)``, at most 255 places.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
-        activation: In the place of ReLU.
+        activation: Activation in front of the pool; the formula has ReLU.
 
     Returns:
         :math:`y`, ``(N, K, PH, PW)``, and as ``uint8`` the place of the first largest value in its
@@ -379,7 +380,7 @@ def stem_end_backward(
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
         sums: Whether the sums are wanted.
-        activation: In the place of ReLU.
+        activation: Activation in front of the pool; the formula has ReLU.
 
     Returns:
         :math:`g`, shape of ``z``; :math:`\sum g` and :math:`\sum g (z - \mu)`, ``(K,)`` each, empty

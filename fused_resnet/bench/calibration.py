@@ -57,7 +57,7 @@ def calibrate(model: nn.Module, *batches: Tensor) -> None:
 
     Args:
         model: Any network with batch norms.
-        batches: Its inputs; the statistics are averaged over them.
+        batches: Inputs of the network; the statistics are averaged over them.
     """
     norms = list(batch_norms(model))
     momenta = [bn.momentum for bn in norms]

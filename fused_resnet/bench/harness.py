@@ -35,7 +35,7 @@ class Entry:
     """One provider of a comparison.
 
     Attributes:
-        name: Its name in the table.
+        name: Name of the provider in the table.
         target: ``module:function`` that builds the provider and returns a
             :class:`fused_resnet.bench.subject.Subject`.
         case: Keyword arguments of that function, representable in JSON.
@@ -130,7 +130,7 @@ class Worker:
 
         Args:
             do: Name of the request; :mod:`fused_resnet.bench.worker` lists them.
-            arguments: Its arguments, representable in JSON.
+            arguments: Arguments of the call, representable in JSON.
 
         Raises:
             WorkerError: The worker answered with a failure, died, or did not answer in time.

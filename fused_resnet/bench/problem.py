@@ -38,7 +38,7 @@ def random_problem(
     Args:
         name: A network's name from :func:`fused_resnet.models.sources.parse`.
         batch: Number of images.
-        size: Their height and width.
+        size: Height and width of the images.
         state: The network's own ``state_dict``; None for random weights.
     """
     generator = torch.Generator().manual_seed(batch)

@@ -111,7 +111,7 @@ def quantile(values: Iterable[float], q: float) -> float:
     """The q-quantile, interpolated linearly between the two nearest values.
 
     Args:
-        values: At least one number.
+        values: Numbers, at least one.
         q: Between 0 and 1.
     """
     ordered = sorted(values)
@@ -223,7 +223,7 @@ def save(path: Path, content: Any) -> None:
 
     Args:
         path: The file.
-        content: What to write.
+        content: Content to write.
     """
     text = json.dumps(content, indent=1) + "\n"
     with replacing(path) as part:

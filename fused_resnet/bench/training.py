@@ -66,7 +66,8 @@ def train_only(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
     Args:
         model: The network, which is changed.
-        names: Of its children that learn; none for all of it, with the batch norms of training.
+        names: Names of its children that learn; none for all of it, with the batch norms of
+            training.
 
     Raises:
         ValueError: It has no child of that name.
@@ -96,9 +97,9 @@ def write_problem(
         folder: An existing, empty folder.
         name: Network, as :func:`fused_resnet.models.sources.parse` returns it.
         batch: Number of images.
-        size: Their height and width.
-        trainable: Names of the network's children that learn; the rest of it and all batch norms
-            are frozen. Empty trains all of it.
+        size: Height and width of the images.
+        trainable: Names of the network's children that learn; the rest of the network and all batch
+            norms are frozen. Empty trains the whole network.
 
     Raises:
         ValueError: The network has no child of a name in ``trainable``.
@@ -127,7 +128,7 @@ class Step:
     """A training step that can be called again and again.
 
     Args:
-        model: In training mode.
+        model: Network in training mode.
         images: ``(N, 3, H, W)``, float32 or float64.
         labels: ``(N,)``, int64.
         autocast: Dtype for :class:`torch.autocast`; None for none.
@@ -216,10 +217,10 @@ def entries(providers: Sequence[str], model: str, dtype: str, folder: Path) -> l
     """One entry a provider, for :func:`fused_resnet.bench.harness.compare`.
 
     Args:
-        providers: Of :data:`NAMES`.
+        providers: Names of the providers, each one of :data:`NAMES`.
         model: Network, as :func:`fused_resnet.models.sources.parse` returns it.
         dtype: ``float32`` or ``float64``; ``bfloat16`` and ``float16`` by autocast.
-        folder: What :func:`write_problem` filled.
+        folder: Folder that :func:`write_problem` filled.
     """
     return [
         Entry(

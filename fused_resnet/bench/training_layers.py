@@ -104,7 +104,7 @@ def measure(layer: Layer, dtype: torch.dtype) -> dict[str, dict[str, float]]:
 
     Args:
         layer: The convolution.
-        dtype: Of the maps and the weight.
+        dtype: Dtype of the maps and the weight.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -162,6 +162,6 @@ def peak(dtype: torch.dtype) -> float:
     """Multiply-adds that all threads together make in a second, in GFLOP/s, measured.
 
     Args:
-        dtype: Of the maps; half precision is held against the peak of its products.
+        dtype: Dtype of the maps; half precision is held against the peak of its products.
     """
     return _C.peak_flops(dtype) / 1e9

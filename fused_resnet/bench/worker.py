@@ -119,7 +119,7 @@ def call(target: str, case: dict[str, Any]) -> Any:
 
     Args:
         target: ``module:function``.
-        case: Its keyword arguments.
+        case: Keyword arguments of the function.
     """
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)(**case)
@@ -129,8 +129,8 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     """Answer requests until the input ends.
 
     Args:
-        requests: JSON lines.
-        answers: Where the JSON lines of the answers go.
+        requests: Stream that the requests are read from, a line of JSON for each.
+        answers: Stream that the answers are written to, a line of JSON for each.
     """
     worker = _Worker()
     handlers: dict[str, Callable[..., dict[str, Any]]] = {

@@ -68,7 +68,7 @@ def network_calls(
     On the CPU a frozen network has none, because its weights are packed for one backend.
 
     Args:
-        network: In eval mode.
+        network: Network in eval mode.
         batch: Number of images.
         size: Height and width of the images.
         dtype: Storage type.

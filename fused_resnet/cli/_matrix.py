@@ -22,7 +22,8 @@ def measure(dtypes: Sequence[torch.dtype], runners: Runners | None = None) -> li
 
     Args:
         dtypes: Storage types.
-        runners: By backend, what runs its kernels; None for the devices of this machine.
+        runners: What runs the kernels of each backend, by the backend's name; None for the devices
+            of this machine.
     """
     with progress() as bar:
         task = bar.add_task("verify", total=len(LINES) * len(dtypes) * len(NAMES))

@@ -45,8 +45,8 @@ class Output(Console):
         """Print as :class:`rich.console.Console` does.
 
         Args:
-            objects: What to print.
-            options: Those of ``Console.print``.
+            objects: Objects to print.
+            options: Options of ``Console.print``.
         """
         before = self.width
         for table in objects:
@@ -87,7 +87,7 @@ class Lines(Progress):
 
         Args:
             task_id: The task.
-            changes: Those of ``Progress.update``.
+            changes: Changes to the task, as keyword arguments of ``Progress.update``.
         """
         super().update(task_id, **changes)
         now = time.monotonic()

@@ -72,8 +72,8 @@ def network_with(
     Args:
         command: The subcommand, for error messages.
         name: The network.
-        state: Its ``state_dict``.
-        weights_source: Where the weights are from, for error messages.
+        state: The network's ``state_dict``.
+        weights_source: Source of the weights, for error messages.
 
     Raises:
         UsageError: The weights do not fit the network.

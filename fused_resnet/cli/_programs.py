@@ -15,7 +15,7 @@ def table_of(network: nn.Module, batch: int, size: int, dtype: torch.dtype, thre
     """What the frozen network runs for one batch.
 
     Args:
-        network: In eval mode; its dtype and memory format may change.
+        network: Network in eval mode; its dtype and memory format may change.
         batch: Number of images.
         size: Height and width of the images.
         dtype: Storage type.

@@ -14,8 +14,8 @@ def add(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add an option for each setting; one that is not given leaves no attribute.
 
     Args:
-        parser: Of the subcommand.
-        names: Of the settings.
+        parser: Parser of the subcommand.
+        names: Names of the settings.
     """
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     for name in names:
@@ -47,7 +47,7 @@ def explicit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that were typed.
 
     Args:
-        arguments: Of the subcommand.
+        arguments: Parsed command-line arguments of the subcommand.
     """
     typed = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(Settings)}
     return {name: value for name, value in typed.items() if value is not None}

@@ -48,7 +48,7 @@ def cached(entry: Any) -> Path:
     """Where torch.hub keeps the file of an entry.
 
     Args:
-        entry: Of torchvision's enum.
+        entry: Entry of torchvision's enum of weights.
     """
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(entry.url).path).name
 

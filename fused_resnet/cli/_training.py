@@ -21,8 +21,8 @@ def providers_of(names: Sequence[str], default: Sequence[str]) -> list[str]:
     """The providers of training that the option ``--providers`` names.
 
     Args:
-        names: What was parsed for inference, whose names are a superset of those here.
-        default: What inference runs if nothing was asked for.
+        names: Names that were parsed for inference, whose names are a superset of those here.
+        default: Providers that inference runs if nothing was asked for.
 
     Raises:
         UsageError: A provider that can't train.
@@ -42,8 +42,8 @@ def measure(arguments: argparse.Namespace, providers: Sequence[str]) -> list[res
     """Rows of one network at each batch, with a progress bar.
 
     Args:
-        arguments: Of ``fused-resnet bench``.
-        providers: Of :data:`fused_resnet.bench.training.NAMES`.
+        arguments: Parsed command-line arguments of ``fused-resnet bench``.
+        providers: Names of the providers, each one of :data:`fused_resnet.bench.training.NAMES`.
     """
     rows: list[results.Row] = []
     for batch in arguments.batch:
@@ -87,7 +87,7 @@ def subject_of(arguments: argparse.Namespace) -> str:
     """What is trained: the network, and the parts of it that learn if not all do.
 
     Args:
-        arguments: Of ``fused-resnet bench``.
+        arguments: Parsed command-line arguments of ``fused-resnet bench``.
     """
     only = " and ".join(arguments.trainable)
     return f"{arguments.model}, only {only}" if only else str(arguments.model)
@@ -97,8 +97,8 @@ def table_of(rows: Sequence[results.Row], title: str) -> Table:
     """The rows for a terminal.
 
     Args:
-        rows: From :func:`measure`.
-        title: Of the table.
+        rows: Rows of the table, from :func:`measure`.
+        title: Title of the table.
     """
     table = Table(
         title=title,

@@ -19,9 +19,9 @@ def run(arguments: argparse.Namespace, title: str, out: Console) -> int:
     """Measure, show and write.
 
     Args:
-        arguments: Of ``fused-resnet bench``.
-        title: Of the tables.
-        out: Where they are printed.
+        arguments: Parsed command-line arguments of ``fused-resnet bench``.
+        title: Title of the tables.
+        out: Console that the tables are printed to.
     """
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)

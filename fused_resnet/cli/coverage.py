@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         family: Title of its family.
-        network: Its name.
+        network: Name of the network.
         counts: The counts.
     """
 

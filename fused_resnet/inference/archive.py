@@ -71,7 +71,7 @@ class FrozenFile(NamedTuple):
         version: The version of the package that wrote it.
         state: The network's ``state_dict``, in the dtype of the trained network.
         labels: Names of the classes, in the order of the logits; None if unknown.
-        preprocessing: From an image to the network's input; None if unknown.
+        preprocessing: Preparation of an image for the network; None if unknown.
     """
 
     network: str
@@ -152,7 +152,7 @@ def write_frozen(
         path: The file, in an existing folder; an older file is replaced.
         network: A name that ``fused-resnet bench`` takes: ``resnet50``, ``timm:resnet50``,
             ``hf:microsoft/resnet-50``, ``cifar_resnet56``.
-        state: Its ``state_dict``, from which the number of classes is taken.
+        state: The network's ``state_dict``, from which the number of classes is taken.
         dtype: The dtype of the frozen network's maps: float32, float64, bfloat16 or float16.
         winograd: Whether 3x3 convolutions may run by Winograd's algorithm.
         labels: Names of the classes, in the order of the logits; None for none.
@@ -421,8 +421,8 @@ def _check_fit(network: str, classes: int, empty: dict[str, Tensor]) -> None:
     """Build the network on the meta device, where its size costs nothing, and compare.
 
     Args:
-        network: As the file names it.
-        classes: As the file says.
+        network: Name of the network in the file.
+        classes: Number of classes in the file.
         empty: Tensors on the meta device, by key.
     """
     network = sources.parse(network)

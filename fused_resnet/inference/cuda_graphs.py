@@ -58,8 +58,8 @@ class Recorded(NamedTuple):
     """The state of a model at a capture.
 
     Attributes:
-        generation: How often its tensors were replaced.
-        tensors: Its tensors.
+        generation: Number of times that the model's tensors were replaced.
+        tensors: Tensors of the model.
         addresses: The tensors' data pointers, which a graph contains.
     """
 

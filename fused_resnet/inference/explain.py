@@ -19,14 +19,14 @@ class ExplainedStep(NamedTuple):
     """One step of a program, for one batch.
 
     Attributes:
-        path: Of its convolution or fully connected layer in the model; empty for none.
+        path: Path of its convolution or fully connected layer in the model; empty for none.
         step: The step.
         x: Shape of its input.
         result: Shape of its result.
-        algorithm: Of its convolution; empty for none.
-        images: Of a micro-batch.
-        flops: Of its convolution or matrix product, a multiply-add counted as two.
-        weight_bytes: Of its weight.
+        algorithm: Algorithm of its convolution; empty for none.
+        images: Number of images in a micro-batch.
+        flops: Flops of its convolution or matrix product, a multiply-add counted as two.
+        weight_bytes: Bytes of its weight.
     """
 
     path: str
@@ -43,8 +43,8 @@ class ExplainedProgram(NamedTuple):
     """A program, for one batch.
 
     Attributes:
-        path: Of the module that runs it; empty for the model itself.
-        steps: In order.
+        path: Path of the module that runs it; empty for the model itself.
+        steps: Steps of the program, in the order in which they run.
     """
 
     path: str
@@ -62,7 +62,7 @@ def explain(model: nn.Module, images: Tensor) -> list[ExplainedProgram]:
 
     Args:
         model: A frozen model, or one with frozen parts, on the CPU. It is called once.
-        images: Its input.
+        images: Input of the model.
     """
     explainer = Explainer(model)
     found: dict[tuple[BoundProgram, tuple[int, ...]], ExplainedProgram] = {}
@@ -96,7 +96,7 @@ class Explainer:
 
         Args:
             program: A program of the model.
-            x: Its input.
+            x: Input of the program.
         """
         owner, numbers = self._owners[program], program.numbers
         shapes: list[Any] = [x.shape]
@@ -165,7 +165,7 @@ def geometry(
 
     Args:
         x: Shape of its input.
-        channels: Of its result.
+        channels: Channels of its result.
         kernel: ``(height, width)``.
         stride: ``(height, width)``.
         groups: Number of independent groups of channels.

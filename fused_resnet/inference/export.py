@@ -32,8 +32,8 @@ def run_program(
 
     Args:
         x: The program's input, ``(N, C, H, W)``.
-        tensors: Of all steps; convolutions' weights are ``(K, C / groups, kh, kw)``, in the dtype
-            of ``x`` or a wider one.
+        tensors: Tensors of all steps; convolutions' weights are ``(K, C / groups, kh, kw)``, in the
+            dtype of ``x`` or a wider one.
         steps: The program's steps as integers, :data:`.program_steps.LENGTH` for each step.
         outputs: The values that are returned, in order.
     """

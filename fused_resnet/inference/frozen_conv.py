@@ -36,8 +36,8 @@ class FrozenConv(Frozen, PackedConv):
 
     Args:
         conv: A fused group's convolution.
-        bn: Its batch norm, with running statistics.
-        dtype: Of the feature maps; None for the convolution's own.
+        bn: The batch norm behind the convolution, with running statistics.
+        dtype: Dtype of the feature maps; None for the convolution's own.
         winograd: Whether Winograd's algorithm may run.
     """
 

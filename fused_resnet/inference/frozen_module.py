@@ -35,7 +35,7 @@ def refuse(what: str, instead: str = _TRAIN) -> NoReturn:
 
     Args:
         what: The change.
-        instead: What to do in its place.
+        instead: Advice on what to do in its place.
 
     Raises:
         RuntimeError: Always.
@@ -49,7 +49,8 @@ class Derived:
     Copies and pickles begin without any of it.
 
     Attributes:
-        values: By module and purpose; emptied when a tensor of the model is replaced.
+        values: Derived values by module and purpose; emptied when a tensor of the model is
+            replaced.
         generation: Number of times that it was emptied.
     """
 
@@ -73,8 +74,8 @@ class SealedDict(dict[str, Any]):
     refused. Its copies and pickles are plain dictionaries.
 
     Args:
-        members: By name.
-        derived: Cleared when a tensor is replaced.
+        members: Children, parameters or buffers, by name.
+        derived: Values derived from the model's tensors; cleared when a tensor is replaced.
     """
 
     def __init__(self, members: Mapping[str, Any], derived: Derived) -> None:

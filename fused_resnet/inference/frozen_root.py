@@ -17,7 +17,7 @@ class FrozenRoot(Frozen):
     """Mixin for the outermost module: converts dtype and memory format of inputs and results.
 
     Attributes:
-        frozen_dtype: Of the feature maps; None for that of each input.
+        frozen_dtype: Dtype of the feature maps; None for that of each input.
         cuda_graphs: The model's CUDA graphs.
     """
 

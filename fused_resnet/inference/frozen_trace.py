@@ -22,8 +22,8 @@ class FrozenGraph:
     """The graph of one module.
 
     Attributes:
-        path: Of the module, relative to the traced one.
-        graph: Its calls, by paths relative to the module.
+        path: Path of the module, relative to the traced one.
+        graph: Graph of its calls, by paths relative to the module.
         tensors: Names of its arguments that are tensors, in order; they come first.
         defaults: The values that all other arguments are assumed to have, by name.
         conditions: Nodes on whose truth the code branched, and the outcome.

@@ -21,7 +21,7 @@ def identify(model: nn.Module, network: str | None) -> tuple[str, dict[str, Tens
     Args:
         model: A network of torchvision, timm, transformers or this package, fused or not, maybe
             compiled or within ``DataParallel``.
-        network: Its name if it is known; None to find it.
+        network: Name of the network if it is known; None to find it.
 
     Returns:
         The name, for :func:`fused_resnet.models.sources.parse`, and the ``state_dict``.

@@ -23,8 +23,8 @@ def is_layer(module: nn.Module, node: fx.Node, cls: type[nn.Module]) -> bool:
     """Whether a node calls one of PyTorch's layers, without hooks, on a single value.
 
     Args:
-        module: To which paths are relative.
-        node: Of its graph.
+        module: Module to which paths are relative.
+        node: Node of the module's graph.
         cls: The class of the layer.
     """
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:

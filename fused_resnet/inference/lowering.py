@@ -49,13 +49,14 @@ class Segment:
     """The steps that depend on one node alone.
 
     Attributes:
-        steps: In order.
+        steps: The steps, in the order in which they run.
         modules: The path of each step's module; empty for none.
-        results: By the index of a value that is read outside, the node that it stands for.
-        channels: Of each value, where they are known.
+        results: The node that a value stands for, by the value's index, for each value that is read
+            outside.
+        channels: Channels of each value, where they are known.
         sizes: How the height and width of each value follow from those of the input.
         tensors: Number of tensors of its steps.
-        dtype: Of the maps; None while no convolution says so.
+        dtype: Dtype of the maps; None while no convolution says so.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -77,10 +78,10 @@ class Pending(NamedTuple):
     """A convolution whose result nobody has read yet.
 
     Attributes:
-        step: Without its tensors' index.
-        path: Of its module.
-        source: Its input.
-        residual: What is added to it; None for nothing.
+        step: Step of the convolution, without its tensors' index.
+        path: Path of the convolution's module.
+        source: Input of the convolution.
+        residual: Value that is added to its result; None for none.
         depth: Number of convolutions between the program's input and its result.
     """
 
@@ -98,7 +99,8 @@ class LoweredGraph:
     Attributes:
         segments: The programs, by the node on which each depends.
         value_of: The value that stands for a node.
-        same: Of a node that returns its input, the node that made it.
+        same: The node that made the input of a node that returns its input unchanged, by the
+            latter.
         remaining: The nodes that are called as they are, in order.
     """
 
@@ -113,7 +115,7 @@ def lower(module: nn.Module, graph: fx.Graph) -> LoweredGraph:
 
     Args:
         module: The frozen module; paths in the graph are relative to it.
-        graph: Of its forward.
+        graph: Graph of the module's forward.
 
     Raises:
         Untraceable: Something that is overwritten in place is read later.

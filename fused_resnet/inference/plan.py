@@ -25,7 +25,7 @@ class Slot(NamedTuple):
     """Stands for a value in the arguments of a call and in the result of a plan.
 
     Attributes:
-        number: Of the value.
+        number: Number of the value.
     """
 
     number: int
@@ -35,7 +35,7 @@ class Run(NamedTuple):
     """A program.
 
     Attributes:
-        program: Its index.
+        program: Index of the program.
         input: The slot of its input.
         outputs: The slots of its outputs.
     """
@@ -71,13 +71,13 @@ class Plan:
         names: Names of the arguments that are tensors; they come first.
         defaults: The values that its other arguments must have, by name.
         programs: The programs.
-        items: What runs, in order.
+        items: Programs and calls, in the order in which they run.
         result: The result, with slots.
         conditions: Slots of conditions on shapes, and the truth values that they must have.
         size: Number of slots; the first ones are the tensors.
         dim: Number of dimensions that the first tensor must have; 0 for any.
         single: Whether the forward is one program with one result.
-        channels: That the first tensor must have; 0 for any.
+        channels: Channels that the first tensor must have; 0 for any.
     """
 
     names: tuple[str, ...]
@@ -138,7 +138,7 @@ def plan_of(module: nn.Module, traced: FrozenGraph) -> Plan | None:
 
     Args:
         module: The module.
-        traced: Its graph.
+        traced: Graph of the forward.
 
     Raises:
         Untraceable: What is called cannot be written down.
@@ -258,7 +258,7 @@ def function_of(home: tuple[str, str]) -> Callable[..., Any]:
     """The function that :func:`_home_of` named.
 
     Args:
-        home: Its module and its name.
+        home: Module and name of the function.
     """
     found: Callable[..., Any] = getattr(importlib.import_module(home[0]), home[1])
     return found

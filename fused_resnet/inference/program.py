@@ -21,10 +21,10 @@ class Program(NamedTuple):
     """Steps that depend on one map alone; without tensors, so that copies and pickles can have it.
 
     Attributes:
-        steps: In order; value 0 is the map.
+        steps: Steps in the order in which they run; value 0 is the map.
         modules: The path of each step's convolution or fully connected layer; empty for none.
         outputs: The values that are read outside, in order.
-        channels: Of the map; 0 for any.
+        channels: Channels of the map; 0 for any.
     """
 
     steps: tuple[Step, ...]
@@ -53,7 +53,7 @@ class BoundProgram(Steps):
         """The tensors of a step: packed weight, scale and shift; weight and bias; or none.
 
         Args:
-            index: Of the step.
+            index: Index of the step.
             plain: Take a convolution's weight in PyTorch's layout.
         """
         module = self.modules[index]

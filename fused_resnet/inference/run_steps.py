@@ -28,7 +28,7 @@ class Steps:
     """Steps and their tensors.
 
     Args:
-        steps: In order.
+        steps: Steps in the order in which they run.
         outputs: The values that are returned, in order.
     """
 
@@ -40,7 +40,7 @@ class Steps:
         """The tensors of a step: packed weight, scale and shift; weight and bias; or none.
 
         Args:
-            index: Of the step.
+            index: Index of the step.
         """
         raise NotImplementedError
 
@@ -81,7 +81,7 @@ def run_steps(
 
     Args:
         program: The program.
-        x: Its input.
+        x: Input of the program.
         backend: The result of :func:`.resolve_backend` for ``residual_block``.
         known: Keeps the operands of blocks; None to keep nothing.
     """
@@ -118,7 +118,7 @@ def run_step(step: Step, operands: Sequence[Tensor], values: dict[int, Tensor]) 
 
     Args:
         step: The step.
-        operands: Its tensors.
+        operands: Tensors of the step.
         values: The program's input and the values so far.
     """
     x = values[step.input]

@@ -39,7 +39,7 @@ def blocks_of(steps: Sequence[Step]) -> dict[int, BlockSteps]:
     """The blocks of a program, by the index of each of their steps.
 
     Args:
-        steps: Of the program.
+        steps: Steps of the program.
     """
     uses = Counter(v for step in steps for v in (step.input, step.residual) if v >= 0)
     found: dict[int, BlockSteps] = {}
@@ -112,7 +112,7 @@ def block_operands(
 
     Args:
         block: The block.
-        steps: Of its program.
+        steps: Steps of the program that the block is part of.
         convs: Packed weight, scale and shift of each convolution, in the order of ``block.convs``.
         concatenates: Whether the last convolution's and the shortcut's weight become one.
     """
@@ -140,7 +140,7 @@ def concatenate(last: Sequence[Tensor], shortcut: Sequence[Tensor]) -> tuple[Ten
 
     Args:
         last: Packed weight, scale and shift of the block's last convolution.
-        shortcut: Those of the shortcut's.
+        shortcut: Packed weight, scale and shift of the shortcut's convolution.
 
     Returns:
         The concatenated weight, flat, and the sum of the shifts, ``(K,)``.

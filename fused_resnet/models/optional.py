@@ -28,7 +28,7 @@ def install_line(extra: str) -> str:
     """The command that installs an extra of this package.
 
     Args:
-        extra: Its name.
+        extra: Name of the extra.
     """
     root = Path(__file__).resolve().parents[2]
     if (root / "setup.py").exists():  # no registry need have what a clone was built into
@@ -40,7 +40,7 @@ def library(name: str, extra: str | None = None) -> Any:
     """Import an optional package.
 
     Args:
-        name: Of the package's module.
+        name: Name of the package's module.
         extra: The extra of this package that installs it; None for ``models`` or ``bench``.
 
     Raises:

@@ -91,7 +91,7 @@ def size_of(name: str) -> int:
     """Height and width of the images that a network is made for.
 
     Args:
-        name: From :func:`parse`.
+        name: Name of the network, as :func:`parse` returns it.
     """
     return 32 if name in CIFAR else 224
 
@@ -103,7 +103,7 @@ def torchvision_model(
 
     Args:
         name: One of :data:`MODELS`.
-        state: Its state dict; None for the initial parameters.
+        state: State dict of the network; None for the initial parameters.
         classes: Number of classes; None for that of ``state``, or 1000 without one.
 
     Raises:
@@ -128,8 +128,8 @@ def plain_model(
     """The network as its own library builds it, in eval mode.
 
     Args:
-        name: From :func:`parse`.
-        state: Its state dict; None for the initial parameters.
+        name: Name of the network, as :func:`parse` returns it.
+        state: State dict of the network; None for the initial parameters.
         classes: Number of classes; None for that of ``state``, or the default number without one.
 
     Raises:
@@ -190,8 +190,8 @@ def our_model(
     """The network to fuse: this package's CIFAR network, else :func:`plain_model`.
 
     Args:
-        name: From :func:`parse`.
-        state: Its state dict; None for the initial parameters.
+        name: Name of the network, as :func:`parse` returns it.
+        state: State dict of the network; None for the initial parameters.
         classes: Number of classes; None for that of ``state``, or the default number without one.
 
     Raises:

@@ -119,7 +119,7 @@ def check_numbers(state: Mapping[str, Tensor], what: str) -> None:
 
     Args:
         state: Tensors by key.
-        what: Their source, for the message.
+        what: Source of the tensors, for the error message.
 
     Raises:
         ValueError: A tensor is on the meta device, sparse, quantised, complex, or of integers and

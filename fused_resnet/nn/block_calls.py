@@ -49,15 +49,16 @@ def run_residual_block(
 
     Args:
         owner: The block; has the settings of :func:`fused_resnet.fuse`.
-        x: Its input.
-        convs: Its own convolutions in order, and then the shortcut's, if that is a projection.
+        x: Input of the block.
+        convs: The block's own convolutions in order, and then the shortcut's, if that is a
+            projection.
         norms: The normalisation behind each convolution.
         acts: The activation behind each of its own convolutions; None where it is inside the
             normalisation.
         others: Further modules that the block calls.
         shortcut: One of :data:`fused_resnet.ops.training_spec.SHORTCUTS`; a block with one
             convolution more than activations has a projection whatever is said here.
-        zeros: Of the shortcut ``"zeros"``: channels on each side, and the stride.
+        zeros: Channels of zeros on each side, and the stride, of the shortcut ``"zeros"``.
 
     Returns:
         None in inference, and where the block's groups must run one by one.

@@ -79,8 +79,9 @@ class BlockModules(NamedTuple):
         acts: The activation after each batch norm of the main branch, for the last one after the
             addition; None where the batch norm contains it.
         members: All modules that this description depends on.
-        padding: Of a shortcut without parameters: channels of zeros on each side, and its stride.
-        shortcut: Of a block without a projection: ``"identity"``, ``"zeros"``, or ``"none"``.
+        padding: Channels of zeros on each side, and the stride, of a shortcut without parameters.
+        shortcut: Kind of the shortcut of a block without a projection: ``"identity"``, ``"zeros"``,
+            or ``"none"``.
     """
 
     convs: Sequence[nn.Module]
@@ -95,7 +96,7 @@ class BlockModules(NamedTuple):
 
         Args:
             owner: The block.
-            x: Its input.
+            x: Input of the block.
         """
         return run_residual_block(
             owner, x, self.convs, self.norms, self.acts, self.members, self.shortcut, self.padding

@@ -160,7 +160,7 @@ def bn_add_relu(
         bn: Any batch norm; its class and hooks are not checked, since the module itself calls this.
         x: Input, ``(N, C, H, W)``.
         residual: Tensor of ``x``'s shape and dtype; None for none.
-        activation: Which.
+        activation: The activation that is applied to the sum.
     """
     return _bn_add_relu(bn, x, residual, activation)
 

@@ -36,7 +36,7 @@ class Decision(NamedTuple):
         operation: The operation of :mod:`fused_resnet.ops` that computes it; empty when the modules
             are called one by one.
         reason: Why the sequence, or the convolution before a ``bn_add_relu``, is not fused.
-        activation: That the operation applies.
+        activation: Activation that the operation applies.
         length: Number of modules that the operation replaces.
     """
 
@@ -57,7 +57,7 @@ class Group:
         bn: The batch norm; empty when it is not part of the group. ``conv`` and ``bn`` may also be
             paths of submodules further down.
         pool: The max-pool, when it is part of the group.
-        activation: That the operation applies.
+        activation: Activation that the operation applies.
         foldable: Whether the batch norm may be folded into the convolution, because no other group
             calls either of them.
     """
@@ -250,7 +250,7 @@ def called_activation_group(act: nn.Module | None, name: str) -> Group | None:
 
     Args:
         act: The activation; None for none.
-        name: Its attribute or path.
+        name: Attribute or path of the activation.
     """
     reason = "" if act is None else activation_reason(act)
     return Group("", reason, name) if reason else None
@@ -260,7 +260,7 @@ def sequence_groups(modules: Mapping[str, nn.Module]) -> list[Group]:
     """The groups of modules that are called one after another, and the batch norms in none.
 
     Args:
-        modules: By the attribute of their owner, in the order of their calls.
+        modules: The modules by the attribute of their owner, in the order of their calls.
     """
     return list(_sequence_groups(list(modules), list(modules.values())))
 

@@ -34,7 +34,7 @@ def activation_module(activation: Activation) -> nn.Module:
     """A new module, in place, that applies an activation.
 
     Args:
-        activation: Which.
+        activation: Activation that the module applies.
     """
     if activation is Activation.RELU:
         return nn.ReLU(inplace=True)

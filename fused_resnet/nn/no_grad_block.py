@@ -35,10 +35,11 @@ def run_no_grad_block(
     Args:
         x: ``(N, C, H, W)``, which fits the tensors.
         layers: The convolutions and batch norms of the main branch, and then the projection's.
-        tensors: Of each layer; the statistics are the running ones.
+        tensors: Tensors of each layer; the statistics are the running ones.
         length: Number of layers of the main branch; the shortcut is the identity where there are
             no more.
-        activation: Behind each layer of the main branch; the last one's is behind the addition.
+        activation: Activation behind each layer of the main branch; the last one's is behind the
+            addition.
         winograd: Whether Winograd's algorithm may run.
 
     Returns:

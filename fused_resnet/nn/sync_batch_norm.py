@@ -135,7 +135,7 @@ def converted(model: nn.Module, device: torch.device) -> nn.Module:
 
     Args:
         model: The network; its batch norms are replaced and keep their parameters.
-        device: Where it will run.
+        device: Device that the network will run on.
     """
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if device.type == "cpu":

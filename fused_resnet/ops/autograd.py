@@ -62,8 +62,9 @@ def bn_backward(
 
     Args:
         operators: The library that has the operator.
-        ctx: Of the forward: ``x``, ``y``, weight, mean and variance are saved; the attributes are
-            ``training``, ``eps``, ``activation``, ``bias_dtype`` and ``has_residual``.
+        ctx: Context of the forward: ``x``, ``y``, weight, mean and variance are saved; the
+            attributes are ``training``, ``eps``, ``activation``, ``bias_dtype`` and
+            ``has_residual``.
         grad: Gradient of the result.
         residual_wanted: Whether the residual needs a gradient.
     """

@@ -38,7 +38,7 @@ def call_operator(operator: Callable[..., Any], arguments: tuple[Any, ...]) -> A
     That kernel is in Python and takes longer than the operator on a small map.
 
     Args:
-        operator: Of :data:`.registry.OPERATORS`.
+        operator: An operator of :data:`.registry.OPERATORS`.
         arguments: All of its arguments.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -51,8 +51,8 @@ def overload_of(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The only overload of an operator, whose call is the cheaper one.
 
     Args:
-        operator: Of :data:`.registry.OPERATORS`; Triton's are functions, and are returned as they
-            are.
+        operator: An operator of :data:`.registry.OPERATORS`; Triton's are functions, and are
+            returned as they are.
     """
     overload: Callable[..., Any] = getattr(operator, "default", operator)
     return overload
@@ -62,7 +62,7 @@ class CheckedCall(NamedTuple):
     """What the checks of a call and the choice of its backend came to.
 
     Attributes:
-        operator: That computes it.
+        operator: Operator that computes the call.
         settings: The operator's arguments behind its tensors.
     """
 
@@ -80,8 +80,8 @@ def call_key(
 
     Args:
         op: Name of the operation.
-        tensors: Its tensors as they came; the first is the feature map.
-        settings: Its other arguments as they came.
+        tensors: Tensors of the call as they came; the first is the feature map.
+        settings: Other arguments of the call as they came.
 
     Returns:
         None for a call that is looked at each time: in a compiler, a trace or a transform, under
@@ -114,7 +114,7 @@ def checked_call(key: tuple[Any, ...] | None) -> CheckedCall | None:
     """What is known of a call that was checked before; None for any other.
 
     Args:
-        key: From :func:`call_key`.
+        key: Key of the call, from :func:`call_key`; None for a call that has none.
     """
     return None if key is None else tuner.calls.get(key)
 
@@ -125,10 +125,11 @@ def remember_call(
     """Keep what is known of a call, if the next one like it will be run in the same way.
 
     Args:
-        key: From :func:`call_key`.
+        key: Key of the call, from :func:`call_key`; None for a call that has none.
         result: Shape of the result, ``(N, C, H, W)``.
         x: The feature map.
-        call: Kept until the tuner forgets its decisions, or there are too many.
+        call: What is known of the call; kept until the tuner forgets its decisions, or there are
+            too many.
     """
     # A size of 1 is left out: there the strides of the result must be looked at.
     if key is not None and 1 not in result[1:] and tuner.may_time(x):

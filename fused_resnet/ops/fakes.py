@@ -23,7 +23,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that adds a function to :data:`FAKES`.
 
     Args:
-        name: Of the operator.
+        name: Name of the operator.
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:

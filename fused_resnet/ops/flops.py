@@ -38,7 +38,7 @@ def register(namespace: str, formulas: Mapping[str, Callable[..., int]] = FORMUL
 
     Args:
         namespace: Name of the library under ``torch.ops``.
-        formulas: By the name of the operator.
+        formulas: Formulas by the name of the operator.
     """
 
     def enter() -> None:

@@ -81,7 +81,7 @@ def windows(
         x: ``(N, C, H, W)``.
         kernel: Size of the window, ``(height, width)``.
         stride: ``(height, width)``.
-        padding: On each side, ``(height, width)``.
+        padding: Padding on each side, ``(height, width)``.
         dilation: Distance between the window's elements, ``(height, width)``.
         ceil_mode: Whether the last window may reach beyond the padding; it begins before the
             map's end.

@@ -39,7 +39,7 @@ class Step(NamedTuple):
         residual: Index of the value that is added before the activation; -1 for none.
         tensor: Index of its first tensor: packed weight, scale and shift of a convolution, weight
             and bias of a fully connected layer; -1 for none.
-        activation: That follows.
+        activation: Activation that is applied to the result of the step.
         kernel: Window of the convolution or of a pool, ``(height, width)``.
         stride: Stride of the convolution, of a pool or of a shortcut, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``; of a max-pool minus infinity.
@@ -78,7 +78,7 @@ def encode(steps: Iterable[Step]) -> list[int]:
     """The argument ``steps`` of the operator.
 
     Args:
-        steps: In order.
+        steps: Steps of the program, in the order in which they run.
     """
     numbers: list[int] = []
     for step in steps:

@@ -51,7 +51,7 @@ def triton_operator(name: str) -> Callable[..., Any]:
     """A Triton operator; its module is imported at the first call, as few processes need Triton.
 
     Args:
-        name: Of the operator, one of :data:`TRITON`.
+        name: Name of the operator, one of :data:`TRITON`.
     """
 
     def call(*arguments: Any) -> Any:
@@ -116,7 +116,7 @@ def packers(device: torch.device) -> Any:
     """The operators that pack weights for a device.
 
     Args:
-        device: On which the weights are.
+        device: Device that the weights are on.
     """
     return OPERATORS["triton" if device.type == "cuda" and not _PACKS_CUDA else "cuda"]
 

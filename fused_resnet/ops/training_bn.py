@@ -41,8 +41,8 @@ def training_bn_add_relu(
         residual: Shape and dtype of ``x``; None for none.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
-        activation: Which.
-        backend: Whose operators compute it.
+        activation: The activation that is applied to the sum.
+        backend: Backend whose operators compute it.
     """
     arguments = (
         x, weight, bias, running_mean, running_var, residual, momentum, eps, activation,

@@ -39,8 +39,8 @@ class RunLayer(NamedTuple):
     """A layer that has run.
 
     Attributes:
-        saved: What is kept of it.
-        values: How many values per channel the statistics are of.
+        saved: What the backward pass keeps of the layer.
+        values: Number of values per channel that the statistics are of.
         updated: Whether the running statistics are updated already.
     """
 
@@ -61,13 +61,13 @@ def run_layer(
     """A convolution, its statistics, and its batch norm's scale and shift.
 
     Args:
-        primitives: Those of a backend.
-        unit: That the layer belongs to.
+        primitives: Primitives of a backend.
+        unit: Unit that the layer belongs to.
         layer: The settings.
         t: The tensors.
         source: The layer's input, or the result of the convolution before.
-        scale: Of the batch norm before; None where ``source`` is the input.
-        shift: Of the batch norm before.
+        scale: Scale of the batch norm before; None where ``source`` is the input.
+        shift: Shift of the batch norm before; None where ``source`` is the input.
 
     Raises:
         ValueError: A single value per channel, where the statistics are the batch's.
@@ -132,7 +132,7 @@ def update_running_of(backend: str, layer: Layer, t: LayerTensors, run: RunLayer
     """Count the batch and update the running statistics of a layer.
 
     Args:
-        backend: Whose primitive does it.
+        backend: Backend whose primitive does it.
         layer: The settings.
         t: The tensors, written to.
         run: The layer in the forward.
@@ -171,7 +171,7 @@ def update_running(
     """Update running statistics of any floating-point dtype; see ``bn_update_running``.
 
     Args:
-        backend: Whose primitive does it.
+        backend: Backend whose primitive does it.
         mean: ``(K,)``, of the batch.
         var: ``(K,)``, of the batch, biased.
         running_mean: ``(K,)``, written to.
@@ -191,6 +191,6 @@ def as_dtype(t: Any, dtype: torch.dtype) -> Any:
 
     Args:
         t: The tensor, or None.
-        dtype: That it gets.
+        dtype: Dtype of the result.
     """
     return t if t is None or t.dtype is dtype else t.to(dtype)

@@ -67,7 +67,7 @@ def pad_with_zeros(x: Tensor, channels: int, stride: int) -> Tensor:
 
     Args:
         x: ``(N, C, H, W)``.
-        channels: Of zeros, on each side.
+        channels: Number of channels of zeros on each side.
         stride: Step in both directions.
     """
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, channels, channels))

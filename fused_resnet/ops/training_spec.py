@@ -46,7 +46,7 @@ class LayerTensors(NamedTuple):
     """The tensors of a convolution and its batch norm.
 
     Attributes:
-        weight: Of the convolution, ``(K, C / groups, kh, kw)``.
+        weight: Filters of the convolution, ``(K, C / groups, kh, kw)``.
         bn_weight: ``(K,)``; None means 1.
         bn_bias: ``(K,)``; None means 0.
         running_mean: ``(K,)``, updated where the statistics are the batch's; None for none.
@@ -75,14 +75,15 @@ class Unit(NamedTuple):
         layers: The chain, with the activation between two layers; behind it the projection's layer,
             if the shortcut is one.
         shortcut: One of :data:`SHORTCUTS`.
-        zeros: Of the shortcut ``"zeros"``: channels of zeros on each side, and the stride.
-        activation: Behind each layer of the chain; the last one's is behind the addition.
+        zeros: Channels of zeros on each side, and the stride, of the shortcut ``"zeros"``.
+        activation: Activation behind each layer of the chain; the last one's is behind the
+            addition.
         pool: Kernel, stride and padding of the max-pool at the end; None for none. Only without a
             shortcut and with an activation.
         recompute: Whether a bottleneck's last convolution is computed again in backward, so that
             its result need not be kept.
         winograd: Whether Winograd's algorithm may run.
-        backend: Whose primitives compute it, ``"cpu"``, ``"library"`` or ``"triton"``; or
+        backend: Backend whose primitives compute it, ``"cpu"``, ``"library"`` or ``"triton"``; or
             ``"tuned"``, for the fastest of each layer.
     """
 
@@ -123,8 +124,8 @@ def unflatten(integers: Sequence[int], numbers: Sequence[float], backend: str) -
     """The unit of a flat list.
 
     Args:
-        integers: From :func:`flatten`.
-        numbers: From :func:`flatten`.
+        integers: Integers that encode the unit, the first result of :func:`flatten`.
+        numbers: Floating-point settings of the layers, the second result of :func:`flatten`.
         backend: The unit's backend.
     """
     shortcut, channels, step, activation, flags = integers[:_OF_UNIT]

@@ -29,7 +29,7 @@ class Pass:
 
     Attributes:
         path: Path of the module that it belongs to.
-        what: What it does.
+        what: What the pass does, in a few words.
         backward: Whether it belongs to the backward.
         read: Bytes read.
         written: Bytes written.

@@ -20,7 +20,7 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
     Args:
         count: Number of images.
         batch: Images of a step, of all processes together.
-        seed: Of the run.
+        seed: Seed of the run.
         epoch: Number of the epoch, from 0.
         start: Steps of the epoch that are done.
         rank: Number of this process.
@@ -70,7 +70,7 @@ def loader(images: Images, batches: Sampler[list[tuple[int, int]]], workers: int
 
     Args:
         images: The images.
-        batches: Their keys, a list for each batch.
+        batches: Keys of the images, a list for each batch.
         workers: Number of worker processes.
     """
     return DataLoader(

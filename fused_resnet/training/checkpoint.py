@@ -61,7 +61,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
     Args:
         path: The file.
-        data: Its new content.
+        data: New content of the file.
 
     Raises:
         TrainingError: The file can't be written; the old one is still there.

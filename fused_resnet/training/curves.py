@@ -19,8 +19,8 @@ def save(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
 
     Args:
         path: A PNG file, which is replaced.
-        history: Of the run, at least one epoch.
-        title: Of the picture.
+        history: History of the run, at least one epoch.
+        title: Title of the picture.
 
     Raises:
         TrainingError: The file can't be written.
@@ -49,7 +49,7 @@ def save_story(path: Path, histories: Mapping[tuple[str, int], Sequence[dict[str
 
     Args:
         path: A PNG file, which is replaced.
-        histories: Of each network, by ``("plain" | "residual", depth)``.
+        histories: History of each network, by ``("plain" | "residual", depth)``.
 
     Raises:
         TrainingError: The file can't be written.

@@ -51,8 +51,8 @@ class Images(torch.utils.data.Dataset[Any]):
             label.
         name: Returns what an index is called in a message.
         count: Number of images.
-        transform: What each image goes through, a v2 transform to a uint8 tensor ``(3, H, W)``.
-        seed: Of the run.
+        transform: A v2 transform from an image to a uint8 tensor ``(3, H, W)``.
+        seed: Seed of the run.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Data:
         val: The images that the network is validated on.
         classes: Names of the classes.
         size: Height and width of an image.
-        mean: Of each channel, of values from 0 to 1.
-        std: Standard deviation of each channel.
-        resize: What the shorter side of another image is resized to before its centre is cropped to
-            ``size``, as the validation images are.
+        mean: Mean of each channel, of values from 0 to 1.
+        std: Standard deviation of each channel, of values from 0 to 1.
+        resize: Length that the shorter side of another image is resized to before its centre is
+            cropped to ``size``, as the validation images are.
     """
 
     train: Images
@@ -108,7 +108,7 @@ def collate(items: Sequence[Any]) -> tuple[Tensor, Tensor] | Unreadable:
     """A batch: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``, or the first unreadable image.
 
     Args:
-        items: Of :class:`Images`.
+        items: Items of :class:`Images`.
     """
     for item in items:
         if isinstance(item, Unreadable):
@@ -121,7 +121,7 @@ def load(settings: Settings) -> Data:
     """Open the data set of a run.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
 
     Raises:
         TrainingError: There is no such data set, it is not complete, or a class is missing in

@@ -77,7 +77,7 @@ class Engine:
         """The sum of a tensor over all processes.
 
         Args:
-            values: Of any shape, of the same shape in every process; it is overwritten.
+            values: Tensor of any shape, of the same shape in every process; it is overwritten.
         """
         if self.world > 1:
             dist.all_reduce(values)
@@ -97,7 +97,7 @@ class Engine:
         """One value of each process, in their order.
 
         Args:
-            value: Of this process.
+            value: Value of this process.
         """
         values = [value] * self.world
         if self.world > 1:
@@ -115,7 +115,7 @@ def started(settings: Settings) -> Iterator[Engine]:
     """Join the other processes, choose the device, and leave both as they were.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
 
     Raises:
         TrainingError: There is no such device, or the batch can't be divided among the processes.

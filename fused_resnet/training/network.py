@@ -21,9 +21,9 @@ def build(
     """The network, on its device and in training mode.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         classes: Number of classes.
-        engine: Where it will run.
+        engine: Device, dtype and processes of the run.
         note: Told what a person should know: a new head, what is frozen.
 
     Raises:
@@ -50,7 +50,7 @@ def set_training(model: nn.Module, settings: Settings) -> None:
 
     Args:
         model: A result of :func:`build`.
-        settings: Of the run.
+        settings: Settings of the run.
     """
     if not settings.freeze_backbone:
         model.train()

@@ -19,7 +19,7 @@ def optimizer(settings: Settings, model: nn.Module) -> Optimizer:
     """The optimizer of the parameters that are trained.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         model: The network.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -39,7 +39,7 @@ def schedule(
     """The learning rate of each step; the scheduler is stepped after every one.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         optimizer: A result of :func:`optimizer`.
         steps_per_epoch: Steps of an epoch.
     """
@@ -61,7 +61,7 @@ def average(settings: Settings, model: nn.Module) -> AveragedModel | None:
     """An exponential moving average of parameters and running statistics, if the run has one.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         model: The network.
     """
     if not settings.ema:

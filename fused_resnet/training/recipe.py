@@ -64,7 +64,7 @@ def write(path: Path, settings: Settings, facts: Mapping[str, Any]) -> None:
     Args:
         path: The file.
         settings: All settings.
-        facts: What else describes the run, under ``run``: versions, device, classes.
+        facts: Further facts about the run, written under ``run``: versions, device, classes.
     """
     values = {
         key: list(value) if isinstance(value, tuple) else value

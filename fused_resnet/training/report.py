@@ -19,7 +19,7 @@ class Reporter(Protocol):
         """The run starts or goes on.
 
         Args:
-            settings: Of the run.
+            settings: Settings of the run.
             done: Steps that are done.
             steps: Steps of an epoch.
         """
@@ -30,7 +30,7 @@ class Reporter(Protocol):
         Args:
             epoch: Number of the epoch, from 0.
             step: Steps of it that are done.
-            seconds: That they took.
+            seconds: Time that these steps took, in seconds.
             lr: The learning rate.
             sums: Loss and right answers of the epoch so far; reading them waits for the device.
         """
@@ -39,7 +39,7 @@ class Reporter(Protocol):
         """An epoch is done, validated and saved.
 
         Args:
-            entry: Of the run's history.
+            entry: Entry of the epoch in the run's history.
             best: Whether it is the best so far.
         """
 
@@ -100,7 +100,7 @@ class Lines(Silent):
     """A line for each epoch and, in long ones, every half minute.
 
     Args:
-        stream: Where they go.
+        stream: Stream that the lines are written to.
     """
 
     #: Seconds between two looks at the numbers of an epoch, which wait for the device.
@@ -137,7 +137,7 @@ class Lines(Silent):
         """Show the numbers of an epoch that is not over.
 
         Args:
-            epoch: Which one.
+            epoch: Label of the epoch, for example ``epoch 1/90``.
             step: Steps of it that are done.
             numbers: Speed, loss, accuracy, rate and time left.
         """
@@ -226,7 +226,7 @@ def reporter(stream: TextIO) -> Reporter:
     """A bar if the stream is a terminal, else lines.
 
     Args:
-        stream: Where a person looks.
+        stream: Stream that progress is printed to.
     """
     return Bar(Console(file=stream)) if stream.isatty() else Lines(stream)
 

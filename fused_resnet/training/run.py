@@ -73,8 +73,8 @@ class Run:
     """The state of a run in one process.
 
     Args:
-        settings: Of the run.
-        engine: Where it runs.
+        settings: Settings of the run.
+        engine: Device, dtype and processes of the run.
         reporter: Told what happens.
     """
 

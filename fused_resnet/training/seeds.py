@@ -22,7 +22,7 @@ def mixed(*parts: int) -> int:
     """A seed of 64 bits from several numbers.
 
     Args:
-        parts: What the seed is for, each a whole number.
+        parts: Whole numbers that say what the seed is for.
 
     Source:
         The finaliser of splitmix64: Steele et al., "Fast splittable pseudorandom number
@@ -42,7 +42,7 @@ def drawn_from(seed: int) -> Iterator[None]:
     """Within the ``with`` block PyTorch's generator of the CPU starts from a seed of its own.
 
     Args:
-        seed: Of 64 bits.
+        seed: Seed of 64 bits.
     """
     generator = torch.default_generator
     before = generator.get_state()
@@ -57,7 +57,7 @@ def start(seed: int) -> None:
     """Seed every generator of this process.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
     """
     torch.manual_seed(seed)
     random.seed(seed)
@@ -79,7 +79,7 @@ def restore(found: dict[str, Any]) -> None:
     """Restore what :func:`state` returned.
 
     Args:
-        found: From a checkpoint.
+        found: State of the generators, from a checkpoint.
     """
     torch.set_rng_state(found["torch"])
     if found["cuda"] is not None and torch.cuda.is_available():

@@ -136,7 +136,7 @@ def kind_of(name: str) -> tuple[type, bool]:
     """The type of a setting's value, and whether it may be None; a tuple counts as its elements'.
 
     Args:
-        name: Of the setting.
+        name: Name of the setting.
     """
     hint = typing.get_type_hints(Settings)[name]
     optional = isinstance(hint, types.UnionType)
@@ -149,7 +149,7 @@ def from_mapping(values: Mapping[str, Any]) -> Settings:
     """Settings from a recipe's keys and values.
 
     Args:
-        values: By the names of :class:`Settings`' attributes, or as the options are spelt.
+        values: Values by the names of :class:`Settings`' attributes, or as the options are spelt.
 
     Raises:
         ValueError: An unknown key, or a value that is of another type or out of its range.

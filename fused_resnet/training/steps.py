@@ -21,9 +21,9 @@ class Inputs:
     """Makes a network's input from a batch: on the device, normalised, mixed up if asked.
 
     Args:
-        settings: Of the run.
-        data: Its data, which has the channels' mean and standard deviation.
-        engine: Where it runs.
+        settings: Settings of the run.
+        data: Data of the run, which has the channels' mean and standard deviation.
+        engine: Device, dtype and processes of the run.
     """
 
     def __init__(self, settings: Settings, data: Data, engine: Engine) -> None:
@@ -42,7 +42,7 @@ class Inputs:
         """Images ``(N, 3, H, W)`` in the run's dtype and memory format, and labels ``(N,)``.
 
         Args:
-            batch: From :func:`fused_resnet.training.data.collate`.
+            batch: Batch that :func:`fused_resnet.training.data.collate` made.
 
         Raises:
             TrainingError: An image of it can't be read.
@@ -76,7 +76,7 @@ class Sums:
     """Loss, right answers and images, added up on the device; and the first step that diverged.
 
     Args:
-        engine: Where the run is computed.
+        engine: Device, dtype and processes of the run.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -137,10 +137,10 @@ def train_step(
     """Forward, loss, backward and the optimizer's step.
 
     Args:
-        settings: Of the run.
-        engine: Where it runs.
-        network: What a step calls, from :meth:`Engine.wrapped`.
-        optimizer: Of its parameters.
+        settings: Settings of the run.
+        engine: Device, dtype and processes of the run.
+        network: Network that the step calls, from :meth:`Engine.wrapped`.
+        optimizer: Optimizer of the network's parameters.
         images: ``(N, 3, H, W)``.
         labels: ``(N,)``, or ``(N, classes)`` after mixup.
 
@@ -165,10 +165,10 @@ def validate(
     """Mean loss and accuracy of a network in eval mode; its mode is left to the caller.
 
     Args:
-        engine: Where it runs.
+        engine: Device, dtype and processes of the run.
         network: The network.
         inputs: Makes its inputs.
-        batches: Of the validation images, this process's part.
+        batches: This process's part of the batches of validation images.
     """
     engine.share_buffers(network)
     network.eval()

@@ -67,7 +67,7 @@ def run(
     on from its checkpoint, so the same call finishes what another began.
 
     Args:
-        base: What all of them share; its ``model`` is ignored.
+        base: Settings that all of them share; its ``model`` is ignored.
         networks: Kinds and depths.
         reporter: Told what happens; None for silence.
         written: Called after each network with the histories so far.
@@ -92,8 +92,8 @@ def save(
 
     Args:
         out: The folder of the story.
-        histories: From :func:`run`.
-        document: What describes the run, to which the networks are added.
+        histories: History of each network, from :func:`run`.
+        document: Description of the run, to which the networks are added.
     """
     networks = [
         {"network": f"{kind}-{depth}", "history": history, **final_errors(history)}
@@ -108,7 +108,7 @@ def final_errors(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Training and test error in percent: those of the last epoch, and the least test error.
 
     Args:
-        history: Of a run.
+        history: History of a run, an entry for each epoch.
     """
     errors = [100 * (1 - entry["val_accuracy"]) for entry in history]
     return {

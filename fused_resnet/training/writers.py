@@ -19,7 +19,7 @@ class Writers:
 
     Args:
         out: The folder of the run; it is made.
-        settings: Of the run.
+        settings: Settings of the run.
 
     Raises:
         TrainingError: The folder can't be made.
@@ -37,7 +37,7 @@ class Writers:
         """Write the recipe, and metrics and curves as the checkpoint has them.
 
         Args:
-            facts: What describes the run besides its settings.
+            facts: Facts that describe the run besides its settings.
             history: The epochs that are done.
         """
         try:

@@ -19,7 +19,7 @@ def require_regular(path: Path) -> None:
     """Check that a file can be replaced: it doesn't exist yet, or is a regular file.
 
     Args:
-        path: Of the file; symbolic links are followed.
+        path: Path of the file; symbolic links are followed.
 
     Raises:
         OSError: It is a folder, a device, a FIFO or a socket.
@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     file is replaced, so a machine that loses power has one of the two.
 
     Args:
-        path: Of the file, in a folder that exists. A symbolic link stays; what it points to is
+        path: Path of the file, in a folder that exists. A symbolic link stays; what it points to is
             replaced.
 
     Yields:

@@ -64,7 +64,7 @@ def add(machine: str, entries: dict[str, dict[str, float]]) -> None:
 
     Args:
         machine: Name that the tuner gives to this machine and these versions.
-        entries: By the key of a call, milliseconds by candidate.
+        entries: Milliseconds by candidate, by the key of a call.
     """
 
     def added(machines: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ def remove(machine: str, keys: Iterable[str] | None = None) -> int:
 
     Args:
         machine: Name that the tuner gives to this machine and these versions.
-        keys: Of the calls; None for all.
+        keys: Keys of the calls; None for all.
 
     Returns:
         How many were removed.

@@ -26,14 +26,14 @@ class Conv(NamedTuple):
     Attributes:
         x: Shape of the input.
         weight: Shape of the weight.
-        dtype: Of both.
+        dtype: Dtype of both.
         layout: Memory format of the input: ``channels_last``, ``contiguous`` or ``strided``.
         residual: Whether a residual is added.
         stride: ``(height, width)`` as text.
         padding: ``(height, width)`` as text.
         dilation: ``(height, width)`` as text.
         groups: Number of groups as text.
-        activation: Its name.
+        activation: Name of the activation.
     """
 
     x: tuple[int, ...]
@@ -74,7 +74,7 @@ def read_key(key: str) -> Conv | None:
     """The call of a key.
 
     Args:
-        key: From :func:`.tuner.key_of`.
+        key: Key of a call, from :func:`.tuner.key_of`.
 
     Returns:
         The call; None for a key of another operator, and for any other text.
@@ -98,8 +98,8 @@ def nearest(device: str, isa: str, key: str) -> dict[str, float]:
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        isa: On a CPU, the instruction set in use; each has its own table.
-        key: Of the call, from :func:`.tuner.key_of`.
+        isa: Instruction set in use on a CPU; each has its own table.
+        key: Key of the call, from :func:`.tuner.key_of`.
 
     Returns:
         Milliseconds of each candidate; empty if no entry is within :data:`REACH`.
@@ -121,7 +121,7 @@ def table_of(isa: str, dtype: str) -> str:
 
     Args:
         isa: The instruction set in use.
-        dtype: Of the call.
+        dtype: Dtype of the call.
     """
     if dtype == "bfloat16":
         return isa

@@ -45,8 +45,8 @@ def quota(
     ``docker run --cpus 2`` and a limit of Kubernetes set it, and no count of processors shows it.
 
     Args:
-        groups: Where the control groups' file systems are.
-        membership: The groups of this process.
+        groups: Folder where the control groups' file systems are mounted.
+        membership: File that lists the control groups of this process.
 
     Returns:
         The least quota of its group and the groups around it; infinity where there is none.

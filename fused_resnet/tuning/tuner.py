@@ -87,7 +87,7 @@ class Call(NamedTuple):
         default: The candidate that runs without timings.
         candidates: Libraries that have the operator as an attribute, by the backend's name.
         device: Device of the call.
-        arguments: Of the operator.
+        arguments: Arguments of the operator.
     """
 
     op: str
@@ -161,7 +161,8 @@ def choose(
         op: Name of the operator.
         default: The candidate that runs without timings.
         candidates: Libraries that have the operator as an attribute, by the backend's name.
-        arguments: Of the operator; the first is the feature map, whose device and dtype count.
+        arguments: Arguments of the operator; the first is the feature map, whose device and dtype
+            count.
         measures: Whether a call without cached timings may be timed.
     """
     recorded = _recorded.get()
@@ -250,7 +251,7 @@ def knows(ops: Iterable[str], device: torch.device) -> bool:
     """Whether any call of these operators was timed on a device, by this process or before.
 
     Args:
-        ops: Their names.
+        ops: Names of the operators.
         device: The device.
     """
     heads = tuple(f"{op}(" for op in ops)
@@ -274,7 +275,7 @@ def timings(
     Args:
         op: Name of the operator.
         candidates: Libraries that have the operator as an attribute, by the backend's name.
-        arguments: Of the operator; the first is the feature map.
+        arguments: Arguments of the operator; the first is the feature map.
         measures: Whether it may be timed at all.
 
     Returns:
@@ -316,7 +317,7 @@ def key_of(op: str, arguments: tuple[Any, ...]) -> str:
 
     Args:
         op: Name of the operator.
-        arguments: Of the operator.
+        arguments: Arguments of the operator.
     """
     return op + "(" + ", ".join(map(_word, arguments)) + ")"
 
@@ -341,7 +342,7 @@ def machine_of(device: torch.device) -> str:
     """Everything that timings depend on besides the call: device, versions, settings.
 
     Args:
-        device: Of the call.
+        device: Device of the call.
     """
     if device.type == "cuda":
         float32 = "tf32" if conv_allows_tf32() else "strict float32"
@@ -406,7 +407,7 @@ def measure(
     Args:
         op: Name of the operator.
         candidates: Libraries that have the operator as an attribute, by the backend's name.
-        arguments: Of the operator; the first is the feature map.
+        arguments: Arguments of the operator; the first is the feature map.
         rounds: Number of rounds.
 
     Returns:

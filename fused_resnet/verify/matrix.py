@@ -138,8 +138,8 @@ def verify_matrix(
 
     Args:
         dtypes: Storage types.
-        runners: By backend, what runs its kernels, or why nothing does; None for the devices of
-            this machine.
+        runners: What runs the kernels of each backend, or why nothing does, by the backend's name;
+            None for the devices of this machine.
         progress: Called with a short text before each cell.
 
     Yields:

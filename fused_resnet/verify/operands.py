@@ -62,7 +62,7 @@ class Draw:
         """The vectors of :data:`BATCH_NORM`, none of them at its initial value.
 
         Args:
-            channels: Their length.
+            channels: Length of the vectors.
         """
         drawn = [
             self._normal(channels, scale=0.3, mean=1.0),

@@ -100,7 +100,7 @@ def compare(what: str, error: float, pytorch_error: float, dtype: torch.dtype) -
     Args:
         what: The case and the tensor.
         error: Relative L2 error against float64.
-        pytorch_error: That of the unfused run.
+        pytorch_error: Relative L2 error of the unfused run against float64.
         dtype: Storage type.
     """
     bound = max(LIMIT * pytorch_error, ROUNDING * torch.finfo(dtype).eps)
@@ -117,7 +117,7 @@ def worst(
     """The row of the comparison closest to its bound.
 
     Args:
-        comparisons: At least one comparison.
+        comparisons: Comparisons, at least one.
         subject: The operation or network.
         mode: ``inference``, ``training``, ``backward``, ...
         dtype: Storage type.

@@ -75,8 +75,8 @@ class Second(NamedTuple):
     """A 1x1 convolution that is added to the result.
 
     Attributes:
-        x: Its input, ``(N, C2, H2, W2)``.
-        stride: Its stride, ``(height, width)``.
+        x: Input of that convolution, ``(N, C2, H2, W2)``.
+        stride: Stride of that convolution, ``(height, width)``.
     """
 
     x: Tensor
@@ -124,8 +124,8 @@ class ConvCall:
         residual_affine: Scale and shift of the residual, ``(K,)`` each, or two None.
         prologue: Scale and shift of ``x``, ``(C,)`` each, before an activation; or two None.
         second: A 1x1 convolution that is added; None for none.
-        activation: Of the sum.
-        in_activation: Behind the prologue.
+        activation: Activation that is applied to the sum.
+        in_activation: Activation that is applied to the input behind the prologue.
     """
 
     def __init__(

@@ -150,7 +150,7 @@ def registers_of(config: ConvConfig, device: Device, precision: str, prologue: b
     Args:
         config: The tile.
         device: The GPU.
-        precision: Of the products, a key of :data:`CONFIGS`.
+        precision: Precision of the products, a key of :data:`CONFIGS`.
         prologue: Whether a batch norm is applied to the input.
     """
     through = by_registers(device, precision, prologue)
@@ -163,7 +163,7 @@ def resident(config: ConvConfig, device: Device, precision: str, prologue: bool 
     Args:
         config: The tile.
         device: The GPU.
-        precision: Of the products, a key of :data:`CONFIGS`.
+        precision: Precision of the products, a key of :data:`CONFIGS`.
         prologue: Whether a batch norm is applied to the input.
     """
     stage = (config.block_m + config.block_n) * config.block_k * SIZES[precision]
@@ -211,7 +211,7 @@ def cost(
     Args:
         s: Sizes of the convolution.
         config: The tile.
-        precision: Of the products, a key of :data:`CONFIGS`.
+        precision: Precision of the products, a key of :data:`CONFIGS`.
         device: The GPU.
         second: Input channels of a 1x1 convolution that is added; 0 for none.
         residual: Whether a map is added.
@@ -279,7 +279,7 @@ def choose(
 
     Args:
         s: Sizes of the convolution.
-        precision: Of the products, a key of :data:`CONFIGS`.
+        precision: Precision of the products, a key of :data:`CONFIGS`.
         device: The GPU, which need not be there.
         second: Input channels of a 1x1 convolution that is added; 0 for none.
         residual: Whether a map is added.

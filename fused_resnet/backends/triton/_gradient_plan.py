@@ -80,7 +80,7 @@ def plan_data(s: ConvShape, x: Tensor) -> DataConfig:
 
     Args:
         s: Sizes of the convolution.
-        x: Its input.
+        x: Input of the convolution.
     """
     *larger, smallest = DATA_CONFIGS[precision_of(x)]
     for config in larger:
@@ -95,7 +95,7 @@ def plan_weight(s: ConvShape, x: Tensor) -> WeightConfig:
 
     Args:
         s: Sizes of the convolution.
-        x: Its input.
+        x: Input of the convolution.
     """
     *larger, smallest = WEIGHT_CONFIGS[precision_of(x)]
     config = next((t for t in larger if s.k >= t.block_k and s.c >= t.block_c), smallest)

@@ -15,7 +15,7 @@ def first_map(op: str, name: str, t: Tensor) -> Tensor:
 
     Args:
         op: Name of the operation, for messages.
-        name: Of the argument, for messages.
+        name: Name of the argument, for error messages.
         t: ``(N, C, H, W)``, float32, float16 or bfloat16.
     """
     check_map(op, name, t)
@@ -29,9 +29,9 @@ def map_operand(
 
     Args:
         op: Name of the operation, for messages.
-        name: Of the argument, for messages.
+        name: Name of the argument, for error messages.
         t: The map.
-        shape: That it must have.
+        shape: Shape that the map must have.
         like: A map whose dtype and device it must have.
     """
     if t is None:
@@ -47,9 +47,9 @@ def vector_operand(
 
     Args:
         op: Name of the operation, for messages.
-        name: Of the argument, for messages.
+        name: Name of the argument, for error messages.
         v: The vector.
-        channels: Its length.
+        channels: Length that the vector must have.
         like: A tensor whose device it must have.
     """
     if v is None:
@@ -67,9 +67,9 @@ def parameter_operand(
 
     Args:
         op: Name of the operation, for messages.
-        name: Of the argument, for messages.
+        name: Name of the argument, for error messages.
         v: The vector.
-        channels: Its length.
+        channels: Length that the vector must have.
         like: A tensor whose device it must have.
     """
     if v is None:
@@ -83,7 +83,7 @@ def check_together(op: str, **operands: Tensor | None) -> None:
 
     Args:
         op: Name of the operation, for messages.
-        operands: By their names.
+        operands: Tensors or None, by the names that messages use.
     """
     if len({t is None for t in operands.values()}) > 1:
         raise ValueError(f"{op}: {', '.join(operands)}: expected both or neither")
@@ -94,7 +94,7 @@ def check_length(op: str, name: str, v: Tensor) -> int:
 
     Args:
         op: Name of the operation, for messages.
-        name: Of the argument, for messages.
+        name: Name of the argument, for error messages.
         v: A float32 vector.
     """
     if v.dim() != 1:
@@ -108,9 +108,9 @@ def like_map(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     """An uninitialised map in channels_last.
 
     Args:
-        x: Whose device it has, and whose dtype unless ``dtype`` is given.
+        x: Tensor that gives the device, and the dtype unless ``dtype`` is given.
         shape: ``(N, C, H, W)``.
-        dtype: Of the map.
+        dtype: Dtype of the map; None for that of ``x``.
     """
     return torch.empty(
         list(shape), dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last
@@ -121,6 +121,6 @@ def nothing(x: Tensor) -> Tensor:
     """An empty vector, a tensor of its own: compilers take two results for two tensors.
 
     Args:
-        x: Whose device it has.
+        x: Tensor that gives the device.
     """
     return torch.empty(0, dtype=torch.float32, device=x.device)

@@ -69,7 +69,8 @@ def block_end(
         shortcut_scale: ``(K,)`` float32: then :math:`s` is the shortcut times this plus its shift;
             None means the shortcut as it is.
         shortcut_shift: ``(K,)`` float32, there when ``shortcut_scale`` is.
-        activation: Which; none leaves the maximum out.
+        activation: Activation that is applied to the sum; the formula has ReLU, and none leaves the
+            maximum out.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:

@@ -144,7 +144,7 @@ def block_end_backward(
         shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no such sum.
         shortcut_mean: ``(K,)`` float32, there when ``shortcut`` is.
         sums: Whether the sums are wanted.
-        activation: With ``y`` or ``recomputed``.
+        activation: Activation of the forward; not used without ``y`` and ``recomputed``.
         recomputed: Given without ``y``: the mask is computed from ``z`` and ``shortcut``.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
@@ -222,7 +222,7 @@ def block_end_backward_recomputed(
         shortcut_scale: ``(K,)`` float32, of the forward, there when ``shortcut`` is.
         shortcut_shift: ``(K,)`` float32, of the forward, there when ``shortcut`` is.
         sums: Whether the sums are wanted.
-        activation: Of the forward.
+        activation: Activation of the forward.
 
     Returns:
         As :func:`block_end_backward`.

@@ -150,7 +150,7 @@ def bn_add_relu(
         residual: :math:`r`, shape and dtype of ``x``; None means 0.
         training: Use the statistics of the batch, and return them.
         eps: Added to the variance.
-        activation: Of the sum.
+        activation: Activation that is applied to the sum.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
@@ -214,7 +214,7 @@ def bn_add_relu_apply(
         var: Biased variance of the batch, ``(C,)``, any float.
         residual: Shape and dtype of ``x``; None means 0.
         eps: Added to the variance.
-        activation: Of the sum.
+        activation: Activation that is applied to the sum.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:

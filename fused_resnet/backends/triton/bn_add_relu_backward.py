@@ -171,7 +171,7 @@ def bn_add_relu_backward(
             running one.
         training: Whether the statistics are functions of ``x``.
         eps: Added to the variance in the forward.
-        activation: That the forward applied.
+        activation: Activation that the forward applied.
         need_residual: Whether the gradient of the residual is needed.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 

@@ -97,7 +97,7 @@ def conv_around_pytorch(
 
     Args:
         call: The operands.
-        weight: As PyTorch's convolution takes it, ``(K, C / groups, kh, kw)``.
+        weight: Filters in the layout of PyTorch's convolution, ``(K, C / groups, kh, kw)``.
         statistics: Whether they are wanted.
     """
     s, p = call.shape, call.x

@@ -69,7 +69,7 @@ def conv_backward(
         need_weight: Whether :math:`dw` is wanted.
         sums: Whether the sums are wanted; only with ``x_scale`` and ``x_mean``.
         winograd: Has no effect; an option of the CPU's kernels.
-        activation: In the place of that maximum.
+        activation: Activation of the convolution's input; the formula of ``x_scale`` has ReLU.
         pytorch: Whether PyTorch's convolution runs between our passes, as it does for the
             geometries that the kernels do not take.
         data_config: Forces a tile of the data gradient; None chooses one.

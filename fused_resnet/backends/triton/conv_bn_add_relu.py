@@ -48,7 +48,7 @@ def conv_bn_add_relu(
         dilation: Distance between the filter's taps, ``(height, width)``.
         groups: Number of independent groups of channels.
         eps: Added to the variance.
-        activation: Of the sum.
+        activation: Activation that is applied to the sum.
         in_scale: ``(C,)``, any float. With it the input of the convolution is
             :math:`\max(0, x \cdot \mathrm{scale} + \mathrm{shift})`, rounded to the dtype of ``x``;
             padding stays zero.
@@ -110,7 +110,7 @@ def conv_bn_add_relu_packed(
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.
         groups: Number of independent groups of channels.
-        activation: Of the sum.
+        activation: Activation that is applied to the sum.
         winograd: Has no effect; an option of the CPU's kernels.
         residual_scale: Scale of the residual, ``(K,)``, any float, where the residual is a map
             before its own batch norm; None means 1.
@@ -159,15 +159,15 @@ def conv_conv_add_relu_packed(
     Args:
         x: Input, ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
         x2: Input of the 1x1 convolution :math:`w_2`, ``(N, C2, H2, W2)``, dtype of ``x``.
-        packed: For each output channel the filter of :math:`w` as [kh][kw][c], followed by that of
-            :math:`w_2`, both multiplied by their scales.
+        packed: Filters as a vector: for each output channel the filter of :math:`w` as [kh][kw][c],
+            followed by that of :math:`w_2`, both multiplied by their scales.
         shift: Shift of each output channel, ``(K,)``, any float.
         weight_shape: Shape of :math:`w`, ``(K, C, kh, kw)``.
         stride: Stride of :math:`w`, ``(height, width)``.
         padding: Zeros on each side of ``x``, ``(height, width)``.
         dilation: Distance between the taps of :math:`w`, ``(height, width)``.
         stride2: Stride of :math:`w_2`, ``(height, width)``.
-        activation: Of the sum.
+        activation: Activation that is applied to the sum.
         config: Forces a configuration; None chooses one.
 
     Returns:

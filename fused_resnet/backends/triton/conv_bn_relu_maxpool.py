@@ -283,7 +283,7 @@ def conv_bn_relu_maxpool(
         pool_stride: Stride of the max-pool, ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side,
             ``(height, width)``.
-        activation: In front of the pool.
+        activation: Activation in front of the pool.
         config: Forces a configuration; None chooses one.
 
     Returns:
@@ -343,7 +343,7 @@ def conv_bn_relu_maxpool_packed(
         pool_stride: Stride of the max-pool, ``(height, width)``.
         pool_padding: Padding of the max-pool with minus infinity on each side,
             ``(height, width)``.
-        activation: In front of the pool.
+        activation: Activation in front of the pool.
         config: Forces a configuration; None chooses one.
 
     Returns:

@@ -79,7 +79,7 @@ def conv_forward(
         groups: Number of independent groups of channels.
         statistics: Whether mean and variance are wanted.
         winograd: Has no effect; an option of the CPU's kernels.
-        activation: Of :math:`p`.
+        activation: Activation that :math:`p` applies.
         pytorch: Whether PyTorch's convolution runs between our passes.
         config: Forces a configuration, of which split_k is ignored with statistics; None chooses
             one.
@@ -146,7 +146,7 @@ def conv_bn_forward(
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
         winograd: Has no effect; an option of the CPU's kernels.
-        activation: Of :math:`p`.
+        activation: Activation that :math:`p` applies.
         pytorch: Whether PyTorch's convolution runs between our passes.
         config: Forces a configuration, of which split_k is ignored; None chooses one.
 

@@ -133,7 +133,7 @@ class BlockConv(NamedTuple):
         Args:
             x: Input, ``(N, C, H, W)``.
             residual: Shape of the result; None for none.
-            activation: Of the sum.
+            activation: Activation that is applied to the sum.
         """
         return conv_bn_add_relu_packed(
             x, self.packed, self.scale, self.shift, residual, *self[3:], activation
@@ -258,7 +258,8 @@ def residual_block(
         dilation: Distance between the taps of the bottleneck's 3x3 filters.
         groups: Number of independent groups of channels of the bottleneck's 3x3 convolution.
         winograd: Has no effect; an option of the CPU's kernels.
-        activation: Behind each convolution but the shortcut's.
+        activation: Activation behind each convolution but the shortcut's; the last one follows the
+            addition.
         config: Forces a configuration of the kernel for two convolutions; None chooses one.
 
     Returns:

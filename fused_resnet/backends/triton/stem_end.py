@@ -181,7 +181,7 @@ def stem_end(
         kernel: Window of the pool, ``(height, width)``, at most 255 places.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
-        activation: In the place of ReLU.
+        activation: Activation in front of the pool; the formula has ReLU.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:
@@ -233,7 +233,7 @@ def stem_end_backward(
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
         sums: Whether the sums are wanted.
-        activation: In the place of ReLU.
+        activation: Activation in front of the pool; the formula has ReLU.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.
 
     Returns:

@@ -64,9 +64,9 @@ def check(
     """A row of the kind ``check``: the worst of several results of one call.
 
     Args:
-        results: What a backend computed.
-        eager: What PyTorch computes in the same dtype, in the same order.
-        truths: In float64, in the same order.
+        results: Results of a backend.
+        eager: Results of PyTorch in the same dtype, in the same order.
+        truths: Results in float64, in the same order.
         dtype: Storage type of the maps.
         about: Keys of the row.
     """

@@ -13,7 +13,7 @@ def cases(target: Target, precision: str = "bfloat16") -> list[Case]:
     """Inference at a large batch, the training step, and inference at batch 1.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         precision: A key of :data:`.operands.DTYPES`.
     """
     batch = plain.batch_of(target)

@@ -24,7 +24,7 @@ class Case:
     Attributes:
         name: Unique in its module.
         run: Yields its rows, each when it is known.
-        about: What all its rows have, so that a failure has it too.
+        about: Keys that all rows of the case have, so that a failure has them too.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Target:
     """Where cases run.
 
     Attributes:
-        device: Of all tensors.
+        device: Device of all tensors.
         tiny: Whether sizes are those of a rehearsal, in which only the code paths count.
         operators: A context that gives the operators of a backend, by its name.
         forced: A context that forces a backend for this package's functions, by its name;
@@ -108,7 +108,7 @@ def failed(case: Case, error: BaseException) -> Row:
 
     Args:
         case: The case.
-        error: What it raised.
+        error: Exception that the case raised.
     """
     return {"kind": "note", "summary": "", **case.about, "status": "failed", "reason": line(error)}
 
@@ -118,7 +118,7 @@ def unavailable(case: Case, reason: str) -> Row:
 
     Args:
         case: The case.
-        reason: What is missing.
+        reason: What the case needs and this machine lacks.
     """
     row = {"kind": "note", "summary": "", **case.about}
     return row | {"status": "unavailable", "reason": reason or "unavailable"}

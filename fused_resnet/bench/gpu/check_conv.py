@@ -28,7 +28,7 @@ def batch_of(target: Target) -> int:
     """Number of images.
 
     Args:
-        target: Where the checks run.
+        target: Device and sizes to run on.
     """
     return 1 if target.tiny else BATCH
 
@@ -37,7 +37,7 @@ def precisions(target: Target) -> tuple[str, ...]:
     """The precisions of the checks.
 
     Args:
-        target: Where they run; PyTorch has no tf32 on a CPU to compare with.
+        target: Device and sizes to run on; PyTorch has no tf32 on a CPU to compare with.
     """
     return ("bfloat16",) if target.tiny else PRECISIONS
 
@@ -46,9 +46,9 @@ def cases(target: Target, backend: str, shard: int = 0, shards: int = 1) -> list
     """The cases of a backend: each convolution of ResNet-50 in each precision.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         backend: ``"cuda"`` or ``"triton"``.
-        shard: Which part of the cases.
+        shard: Index of the part of the cases to return, from 0.
         shards: Number of parts, each for a process of its own.
     """
     found = []
@@ -115,10 +115,10 @@ def compared(
     """A row for one call; a failure of the call is a row too, unless the device is lost.
 
     Args:
-        target: Where it runs.
+        target: Device and sizes to run on.
         call: Returns a tensor or several.
         eager: PyTorch's own results in the same dtype.
-        truth: In float64.
+        truth: Results in float64.
         dtype: Storage type of the maps.
         about: Keys of the row.
     """

@@ -29,7 +29,7 @@ def cases(target: Target, backend: str) -> list[Case]:
     """The cases of a backend.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         backend: ``"cuda"`` or ``"triton"``.
     """
     found: list[Case] = []

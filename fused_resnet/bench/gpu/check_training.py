@@ -22,9 +22,9 @@ def cases(target: Target, backend: str, shard: int = 0, shards: int = 1) -> list
     """The cases of a backend.
 
     Args:
-        target: Where they run.
-        backend: Whose primitives are checked, by ``use_backend``.
-        shard: Which part of the cases.
+        target: Device and sizes to run on.
+        backend: Backend whose primitives are checked, a name that ``use_backend`` takes.
+        shard: Index of the part of the cases to return, from 0.
         shards: Number of parts, each for a process of its own.
     """
     found = []

@@ -51,7 +51,7 @@ def call(layer: Layer, o: TrainingOperands, direction: str) -> Call:
 
     Args:
         layer: The convolution.
-        o: Its operands.
+        o: Operands of the convolution.
         direction: ``"forward"``, ``"data gradient"`` or ``"weight gradient"``.
 
     Raises:

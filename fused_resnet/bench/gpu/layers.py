@@ -34,7 +34,7 @@ def batch_of(target: Target) -> int:
     """Number of images.
 
     Args:
-        target: Where the layers run.
+        target: Device and sizes to run on.
     """
     return 1 if target.tiny else BATCH
 
@@ -43,7 +43,7 @@ def cases(target: Target, precision: str = "bfloat16") -> list[Case]:
     """A case for each layer, those that take most of the network's time first.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         precision: A key of :data:`.operands.DTYPES`.
     """
     found = []
@@ -75,7 +75,7 @@ def bounds_of(target: Target, precision: str) -> dict[str, float]:
     """The roofline's microseconds by kernel; empty on a card that it does not know.
 
     Args:
-        target: Where the layers run.
+        target: Device and sizes to run on.
         precision: A key of :data:`.operands.DTYPES`.
     """
     card = card_of(torch.cuda.get_device_name(target.device)) if target.is_card else None
@@ -102,7 +102,7 @@ def operand_sets(
     """Operands to rotate over.
 
     Args:
-        target: Where the layer runs.
+        target: Device and sizes to run on.
         layer: The convolution.
         precision: A key of :data:`.operands.DTYPES`.
         batch: Number of images; None for :data:`BATCH`.
@@ -119,7 +119,7 @@ def truth_of(layer: Layer, o: ConvOperands) -> Tensor:
 
     Args:
         layer: The convolution.
-        o: Its operands.
+        o: Operands of the convolution.
     """
     named = o.double(CHECKED).named()
     return reference.conv_bn_add_relu(
@@ -179,9 +179,9 @@ def packed_call(operators: Any, layer: Layer, o: ConvOperands) -> Call:
     """The operation of a frozen network, by the planner's choice.
 
     Args:
-        operators: Of a backend.
+        operators: Operators of a backend.
         layer: The convolution.
-        o: Its operands.
+        o: Operands of the convolution.
     """
     return functools.partial(
         operators.conv_bn_add_relu_packed, o.x, o.packed, *o.affine, o.residual,
@@ -213,7 +213,7 @@ def fused_cudnn(layer: Layer, o: ConvOperands) -> Call:
 
     Args:
         layer: The convolution.
-        o: Its operands.
+        o: Operands of the convolution.
     """
     if o.x.device.type != "cuda":
         raise UnavailableError("cuDNN is for CUDA devices")

@@ -43,7 +43,7 @@ def cases(target: Target, precision: str = "bfloat16") -> list[Case]:
     """A case for each convolution and for each map of a batch norm, the heaviest first.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         precision: A key of :data:`.operands.DTYPES`.
     """
     found = []
@@ -69,7 +69,7 @@ def forced(target: Target, backend: str, call: Call) -> Call:
     """A call whose backend is forced.
 
     Args:
-        target: Where it runs.
+        target: Device and sizes to run on.
         backend: Name of the backend.
         call: The call.
     """

@@ -21,7 +21,7 @@ def cases(target: Target) -> list[Case]:
     """Versions, then bandwidth and products.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
     """
     return [
         Case("versions", _versions),

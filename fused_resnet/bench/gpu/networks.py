@@ -42,7 +42,7 @@ def cases(target: Target, precision: str = "bfloat16") -> list[Case]:
     """A case for each provider at each batch.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         precision: A key of :data:`.operands.DTYPES`.
     """
     found = []
@@ -75,8 +75,8 @@ def run_provider(
     """The row of a provider.
 
     Args:
-        target: Where it runs.
-        provider: Its name, with the backend that is forced.
+        target: Device and sizes to run on.
+        provider: Name of the provider, with the backend that is forced.
         batch: Number of images.
         precision: A key of :data:`.operands.DTYPES`.
         about: Keys of the row.

@@ -63,7 +63,7 @@ class ConvOperands(NamedTuple):
         """In float64, plainly laid out.
 
         Args:
-            images: How many of the maps' images to keep; None keeps all.
+            images: Number of the maps' images to keep; None keeps all.
         """
 
         def wide(t: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def feature_map(
     Args:
         shape: ``(N, C, H, W)``.
         dtype: Storage type.
-        generator: On the device of the result.
-        scale: Their standard deviation.
+        generator: Generator of the random numbers, on the device of the result.
+        scale: Standard deviation of the numbers.
     """
     t = torch.empty(
         shape, dtype=dtype, device=generator.device, memory_format=torch.channels_last
@@ -94,10 +94,10 @@ def vector(size: int, generator: torch.Generator, scale: float, mean: float = 0.
     """Normal numbers, float32.
 
     Args:
-        size: Their number.
-        generator: On the device of the result.
-        scale: Their standard deviation.
-        mean: Their mean.
+        size: Length of the vector.
+        generator: Generator of the random numbers, on the device of the result.
+        scale: Standard deviation of the numbers.
+        mean: Mean of the numbers.
     """
     return torch.randn(size, generator=generator, device=generator.device) * scale + mean
 
@@ -111,7 +111,7 @@ def conv_operands(
         layer: The convolution.
         batch: Number of images.
         dtype: Storage type.
-        generator: On the device of the operands.
+        generator: Generator of the random numbers, on the device of the operands.
     """
     k = layer.filters
     return ConvOperands(

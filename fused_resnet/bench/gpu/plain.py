@@ -46,7 +46,7 @@ def name_of(target: Target) -> str:
     """The network's name in rows.
 
     Args:
-        target: Where it runs.
+        target: Device and sizes to run on.
     """
     return TINY_NAME if target.tiny else NAME
 
@@ -55,7 +55,7 @@ def batch_of(target: Target) -> int:
     """Images of a large batch.
 
     Args:
-        target: Where they are.
+        target: Device and sizes to run on.
     """
     return TINY_BATCH if target.tiny else BATCH
 
@@ -113,8 +113,8 @@ def channels_last(model: nn.Module, target: Target, dtype: torch.dtype | None = 
 
     Args:
         model: The network.
-        target: Where it goes.
-        dtype: Of its parameters; None keeps them.
+        target: Device that the network is moved to.
+        dtype: Dtype of the parameters; None keeps theirs.
     """
     layout: Any = torch.channels_last
     return model.to(target.device, dtype).to(memory_format=layout)
@@ -124,10 +124,10 @@ def images(target: Target, batch: int, dtype: torch.dtype, seed: int = 0) -> Ten
     """Normal numbers as images, channels_last.
 
     Args:
-        target: Where they are.
-        batch: Their number.
-        dtype: Of the result.
-        seed: Of the numbers.
+        target: Device and sizes to run on.
+        batch: Number of images.
+        dtype: Dtype of the result.
+        seed: Seed of the random numbers.
     """
     size = TINY_SIZE if target.tiny else SIZE
     generator = torch.Generator(target.device).manual_seed(seed)
@@ -140,8 +140,8 @@ def compiled(model: nn.Module, target: Target, mode: str | None = None) -> Any:
 
     Args:
         model: The network.
-        target: Where it runs.
-        mode: Of the compiler; None for its default.
+        target: Device and sizes to run on.
+        mode: Mode of ``torch.compile``; None for its default.
     """
     torch._dynamo.reset()
     if target.tiny:
@@ -154,8 +154,8 @@ class TrainingStep:
 
     Args:
         network: Trainable, float32, channels_last, on the target; or its compiled form.
-        target: Where it runs.
-        precision: Of autocast, a key of :data:`.operands.DTYPES`.
+        target: Device and sizes to run on.
+        precision: Precision of autocast, a key of :data:`.operands.DTYPES`.
     """
 
     def __init__(self, network: Any, target: Target, precision: str) -> None:
@@ -182,9 +182,9 @@ def training_step(target: Target, precision: str, mode: str | None = "") -> Trai
     """A step of the unfused network.
 
     Args:
-        target: Where it runs.
-        precision: Of autocast.
-        mode: Of ``torch.compile``; the empty string leaves it uncompiled.
+        target: Device and sizes to run on.
+        precision: Precision of autocast, a key of :data:`.operands.DTYPES`.
+        mode: Mode of ``torch.compile``; the empty string leaves it uncompiled.
     """
     model = channels_last(unfused(target.tiny), target).train()
     network = model if mode == "" else compiled(model, target, mode)

@@ -42,8 +42,8 @@ def cuda_calls(layer: Layer, o: ConvOperands, operators: Any) -> dict[str, Call]
 
     Args:
         layer: The convolution.
-        o: Its operands.
-        operators: Of CUDA's kernels.
+        o: Operands of the convolution.
+        operators: Operators of the backend ``cuda``.
     """
     packed, (scale, shift) = o.packed, o.affine
     return {
@@ -60,7 +60,7 @@ def triton_configs(layer: Layer, x: Tensor) -> list[Any]:
 
     Args:
         layer: The convolution.
-        x: Its input.
+        x: Input of the convolution.
     """
     from ...backends.triton import _conv_plan
     from ...backends.triton._conv_shape import conv_shape
@@ -86,7 +86,7 @@ def triton_call(layer: Layer, o: ConvOperands, config: Any) -> Call:
 
     Args:
         layer: The convolution.
-        o: Its operands.
+        o: Operands of the convolution.
         config: The configuration; None leaves the choice to the planner.
     """
     from ...backends import triton as kernels
@@ -103,6 +103,6 @@ def triton_calls(layer: Layer, o: ConvOperands) -> dict[str, Call]:
 
     Args:
         layer: The convolution.
-        o: Its operands.
+        o: Operands of the convolution.
     """
     return {config_name(c): triton_call(layer, o, c) for c in triton_configs(layer, o.x)}

@@ -25,8 +25,8 @@ def cases(target: Target, shard: int = 0, shards: int = 1) -> list[Case]:
     """One case for each convolution and precision.
 
     Args:
-        target: Where they run.
-        shard: Which part of them.
+        target: Device and sizes to run on.
+        shard: Index of the part of the cases to return, from 0.
         shards: Number of parts, each for a process of its own.
     """
     precisions = ("bfloat16",) if target.tiny else ("bfloat16", "float16")

@@ -21,9 +21,9 @@ def cases(target: Target, precision: str = "bfloat16", mode: str | None = None) 
     """Inference at both batches, and the training step.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         precision: A key of :data:`.operands.DTYPES`.
-        mode: Of ``torch.compile``; None for its default.
+        mode: Mode of ``torch.compile``; None for its default.
     """
     calls: dict[str, Callable[[], None]] = {
         "training": functools.partial(_training, target, precision, mode),

@@ -37,7 +37,7 @@ def cell(
     """Build each provider, check the result of its first call, and time those that are right.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         builds: The functions that make their calls, by name.
         error: The error of a first call's result.
         limit: The largest error at which a provider is timed.
@@ -90,7 +90,7 @@ def error_against(truth: Tensor) -> Callable[[Any], float]:
     """The error of a result's first images; a sequence's first tensor is the one that is compared.
 
     Args:
-        truth: In float64, of those images.
+        truth: Result in float64 for those images.
     """
 
     def error(result: Any) -> float:

@@ -14,7 +14,7 @@ def cases(target: Target, precision: str = "bfloat16") -> list[Case]:
     """A case for each kernel that :mod:`.layers` does not time.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         precision: A key of :data:`.operands.DTYPES`.
     """
     model, batch, size = ("resnet18", 1, 32) if target.tiny else ("resnet50", 256, 224)

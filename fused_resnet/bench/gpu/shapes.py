@@ -12,11 +12,11 @@ class Layer(NamedTuple):
         channels: Input channels.
         filters: Output channels.
         kernel: Height and width of a filter; the padding is half of it.
-        stride: In both directions.
+        stride: Stride in both directions.
         size: Height and width of the input.
         add: Whether the shortcut is added.
         relu: Whether ReLU is applied.
-        occurs: How often it occurs in the network.
+        occurs: Number of times that the layer occurs in the network.
     """
 
     channels: int

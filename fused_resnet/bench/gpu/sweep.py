@@ -43,11 +43,11 @@ def cases(
     """Cases of the named layers.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         whats: Layers by their names in the roofline.
         precision: A key of :data:`.operands.DTYPES`.
         compile_only: Whether to compile, and to time nothing.
-        shard: Which part of the cases.
+        shard: Index of the part of the cases to return, from 0.
         shards: Number of parts, each for a process of its own.
     """
     bounds = bounds_of(target, precision)
@@ -66,7 +66,7 @@ def configs(target: Target, layer: Layer, precision: str) -> list[Any]:
     """The configurations of a layer that fit, and that its planner does not know.
 
     Args:
-        target: Where they run.
+        target: Device and sizes to run on.
         layer: The convolution.
         precision: A key of :data:`.operands.DTYPES`.
     """

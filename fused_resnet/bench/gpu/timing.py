@@ -31,7 +31,7 @@ def sets(target: Target, size: int) -> int:
     """How many sets of operands a provider rotates over.
 
     Args:
-        target: Where it runs.
+        target: Device and sizes to run on.
         size: Bytes that one call reads and writes.
     """
     if not target.is_card:
@@ -75,8 +75,8 @@ def warm_up(calls: Sequence[Call], target: Target) -> float:
     """Make each call twice, which compiles and allocates, and estimate the seconds of one.
 
     Args:
-        calls: Of one provider.
-        target: Where they run.
+        calls: Calls of one provider.
+        target: Device and sizes to run on.
     """
     if target.tiny:  # an emulation takes long, and compiles nothing; the first call is timed next
         for call in calls[1:]:
@@ -113,8 +113,8 @@ def times(
     """Seconds of a call of each provider, in turns.
 
     Args:
-        providers: Their calls, by name.
-        target: Where they run.
+        providers: Calls of each provider, by its name.
+        target: Device and sizes to run on.
         capture: Whether to capture them; if not, the time has what Python takes to launch them.
         turn: Seconds of a turn.
 
@@ -178,7 +178,7 @@ def summary(found: Row, unit: str) -> Row:
     """The keys of a ``time`` row.
 
     Args:
-        found: Of one provider, from :func:`times`.
+        found: Times of one provider, from :func:`times`.
         unit: ``"us"`` or ``"ms"``.
     """
     if "error" in found:

@@ -29,8 +29,8 @@ def cases(target: Target, precision: str = "bfloat16") -> list[Case]:
     """A case for each provider.
 
     Args:
-        target: Where they run.
-        precision: Of autocast.
+        target: Device and sizes to run on.
+        precision: Precision of autocast, a key of :data:`.operands.DTYPES`.
     """
     found = []
     for provider in TINY_PROVIDERS if target.tiny else PROVIDERS:
@@ -46,9 +46,9 @@ def run_provider(target: Target, provider: str, precision: str, about: Row) -> I
     """The row of a provider.
 
     Args:
-        target: Where it runs.
-        provider: Its name, with the backend that is forced.
-        precision: Of autocast.
+        target: Device and sizes to run on.
+        provider: Name of the provider, with the backend that is forced.
+        precision: Precision of autocast, a key of :data:`.operands.DTYPES`.
         about: Keys of the row.
     """
     kind, _, backend = provider.partition(", ")

@@ -21,9 +21,9 @@ class TrainingOperands(NamedTuple):
 
     Attributes:
         x: ``(N, C, H, W)``, channels_last.
-        scale: Of the batch norm before the convolution, ``(C,)``, float32.
-        shift: ``(C,)``.
-        mean: Of ``x``, ``(C,)``.
+        scale: Scale of the batch norm before the convolution, ``(C,)``, float32.
+        shift: Shift of the batch norm before the convolution, ``(C,)``, float32.
+        mean: Mean of ``x`` in each channel, ``(C,)``.
         weight: ``(K, C, kh, kw)``, channels_last.
         g: The gradient behind the batch norm after the convolution, shape of the result.
         z: The convolution's result.
@@ -85,7 +85,7 @@ def training_operands(
         layer: The convolution.
         batch: Number of images.
         dtype: Storage type of the maps.
-        g: On the device of the operands.
+        g: Generator of the random numbers, on the device of the operands.
     """
 
     def coarse(size: int, scale: float, mean: float = 0.0) -> Tensor:

@@ -85,7 +85,7 @@ class Aliases:
         """The nodes whose memory the results of ``nodes`` may share.
 
         Args:
-            nodes: Of the graph.
+            nodes: Nodes of the graph.
         """
         return frozenset().union(*(self.roots[node] for node in nodes))
 
@@ -93,7 +93,7 @@ class Aliases:
         """The nodes whose memory a node may write to.
 
         Args:
-            node: Of the graph.
+            node: Node of the graph.
         """
         if node.op in ("placeholder", "get_attr", "output"):
             return frozenset()

@@ -23,9 +23,9 @@ class Argument:
     """A parameter of a forward and the kind that it is assumed to be.
 
     Attributes:
-        name: Of the parameter.
+        name: Name of the parameter.
         kind: :data:`TENSOR`, :data:`SEQUENCE`, :data:`DEFAULT` or :data:`UNUSED`.
-        default: Its default; ``inspect.Parameter.empty`` for none.
+        default: Default of the parameter; ``inspect.Parameter.empty`` for none.
         keyword_only: Whether it can only be passed by keyword.
     """
 

@@ -222,7 +222,7 @@ class _SpecializationWriter:
         """Two functions that check all that the trace assumed of the module.
 
         Args:
-            index: Of the specialization; part of the functions' names.
+            index: Index of the specialization; part of the functions' names.
         """
         attributes = _Children()
         check_attributes = _conjunction(
@@ -333,7 +333,7 @@ class _SpecializationWriter:
         """The statements of the specialization, under its guard.
 
         Args:
-            index: Of the specialization; part of its functions' names.
+            index: Index of the specialization; part of its functions' names.
         """
         child = _Children()
         lines = self._statements(child)

@@ -55,7 +55,7 @@ def generate_forward(
     """The fused forward of a module.
 
     Args:
-        module: Of any class; it is not changed.
+        module: Module of any class; it is not changed.
         parents: :func:`parents_of` the model that contains it.
 
     Returns:
@@ -197,7 +197,7 @@ def _child_to_inline(
 
     Args:
         module: The traced module.
-        result: Its trace so far.
+        result: Trace of the module so far.
         parents: :func:`parents_of` the model.
         tried: Paths of the submodules that were inlined, or could not be.
 

@@ -273,7 +273,7 @@ def _run_block(
 
     Args:
         owner: The block.
-        x: Its input.
+        x: Input of the block.
         groups: Convolution, batch norm and activation of each of its own groups, in order.
         shortcut: Convolution and batch norm of its shortcut; empty for the identity.
         identities: Placeholder modules among its children that it calls.

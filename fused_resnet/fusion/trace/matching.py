@@ -72,7 +72,7 @@ class Matches:
     """The groups of a graph.
 
     Attributes:
-        groups: In the order of their batch norms.
+        groups: The groups, in the order of their batch norms.
         unfused: ``(path, reason)`` of the batch norms that are in no group.
     """
 

@@ -35,7 +35,7 @@ class NeedsOutputKind(Untraceable):
     """The code depends on the kind of a submodule's result; tracing the submodule can tell.
 
     Args:
-        path: Of the submodule.
+        path: Path of the submodule.
         question: What the code does with the result; completes "its forward ...".
     """
 
@@ -75,7 +75,7 @@ class OutputKinds:
         """The kind of a node's result.
 
         Args:
-            node: Of the traced graph.
+            node: Node of the traced graph.
             question: What the code does with the result; completes "its forward ...".
 
         Raises:

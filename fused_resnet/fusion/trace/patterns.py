@@ -56,8 +56,8 @@ def activation_path(module: nn.Module, node: fx.Node) -> str:
     """The path of an activation that the node calls, or that of a function; empty for none.
 
     Args:
-        module: That the graph belongs to.
-        node: Of its graph. A module counts whether or not an operation applies it.
+        module: Module that the graph belongs to.
+        node: Node of the graph. A module counts whether or not an operation applies it.
     """
     if isinstance(child_of(module, node), ACTIVATIONS):
         return str(node.target)
@@ -89,7 +89,7 @@ def addition(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """The operands of an addition of two results, and whether it overwrites the left one.
 
     Args:
-        node: Of the graph; None is returned for one that is not such an addition.
+        node: Node of the graph; None is returned for one that is not such an addition.
     """
     method = node.op == "call_method" and node.target in ("add", "add_")
     function = node.op == "call_function" and node.target in _ADD_FUNCTIONS

@@ -127,7 +127,7 @@ def impurity_reason(code: types.CodeType, module_globals: dict[str, Any]) -> str
     """Why a function may have side effects or read global state; empty for a pure one.
 
     Args:
-        code: Of the function.
+        code: Code object of the function.
         module_globals: The globals of its module.
     """
     for instruction in _instructions(code):

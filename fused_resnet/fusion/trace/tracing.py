@@ -41,8 +41,8 @@ class Trace:
     """A graph and the assumptions under which it is valid.
 
     Attributes:
-        graph: Of the forward; a submodule that was inlined has no node of its own.
-        arguments: Of the forward, in order.
+        graph: Graph of the forward; a submodule that was inlined has no node of its own.
+        arguments: Arguments of the forward, in order.
         reads: The value of each attribute that was read, by ``(path of the module, attribute)``.
         conditions: The nodes on whose truth value the code branched, and the outcome traced.
         inlined: Paths of the submodules whose forward was traced as part of this one.
@@ -200,7 +200,7 @@ class _Tracer(fx.Tracer):
     """One run of a module's forward; the arguments are those of :func:`trace`.
 
     Args:
-        outcomes: Of the first conditions on shapes; later ones are false.
+        outcomes: Outcomes of the first conditions on shapes; later ones are false.
     """
 
     proxy_buffer_attributes = True
@@ -336,9 +336,9 @@ class _Tracer(fx.Tracer):
         """Record that the forward reads an attribute.
 
         Args:
-            module: Whose attribute it is.
-            name: Of the attribute.
-            value: Its value.
+            module: Module that has the attribute.
+            name: Name of the attribute.
+            value: Value of the attribute.
 
         Returns:
             The value, or a copy of a list, dict or set, so that writes to it are noticed.

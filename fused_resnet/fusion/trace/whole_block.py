@@ -32,7 +32,7 @@ def trace_block(
     """Trace a module with all of its submodules inlined, if it is a residual block.
 
     Args:
-        module: Of any class.
+        module: Module of any class.
         arguments: The assumed kind of each parameter of the forward.
         may_inline: Whether a submodule may be inlined.
 
