@@ -75,7 +75,27 @@ def conv_bn_add_relu(
     eps: float,
     activation: int,
 ) -> Tensor:
-    """:func:`fused_resnet.ops.conv_bn_add_relu` in inference, with the operator's arguments."""
+    """:func:`fused_resnet.ops.conv_bn_add_relu` in inference, with the operator's arguments.
+
+    Args:
+        x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+        weight: Filters, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        conv_bias: Bias of the convolution, ``(K,)``; None means 0.
+        bn_weight: Scale of the batch norm, ``(K,)``; None means 1.
+        bn_bias: Shift of the batch norm, ``(K,)``; None means 0.
+        mean: Running mean, ``(K,)``.
+        var: Running variance, ``(K,)``.
+        residual: Shape and dtype of the result, added before the activation; None means 0.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+        eps: Added to the variance.
+        activation: Activation that is applied to the sum, a number of :class:`.Activation`.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``.
+    """
     last = x.is_contiguous(memory_format=torch.channels_last)
     fused = _onednn if x.device.type == "cpu" else _cudnn
     supported = _onednn_supports(x, groups) if x.device.type == "cpu" else _cudnn_supports(weight)
@@ -122,7 +142,29 @@ def conv_bn_relu_maxpool(
     pool_padding: list[int],
     activation: int = Activation.RELU,
 ) -> Tensor:
-    """:func:`conv_bn_add_relu` followed by PyTorch's max-pool."""
+    """:func:`conv_bn_add_relu` followed by PyTorch's max-pool.
+
+    Args:
+        x: Input, ``(N, C, H, W)``; float32, float64, bfloat16 or float16.
+        weight: Filters, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        conv_bias: Bias of the convolution, ``(K,)``; None means 0.
+        bn_weight: Scale of the batch norm, ``(K,)``; None means 1.
+        bn_bias: Shift of the batch norm, ``(K,)``; None means 0.
+        mean: Running mean, ``(K,)``.
+        var: Running variance, ``(K,)``.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+        eps: Added to the variance.
+        pool_kernel: Window of the max-pool, ``(height, width)``.
+        pool_stride: Stride of the max-pool, ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side, ``(height, width)``.
+        activation: Activation in front of the pool, a number of :class:`.Activation`.
+
+    Returns:
+        ``(N, K, PH, PW)``, dtype of ``x``.
+    """
     y = conv_bn_add_relu(
         x, weight, conv_bias, bn_weight, bn_bias, mean, var, None, stride, padding, dilation,
         groups, eps, activation,
@@ -144,7 +186,25 @@ def conv_bn_add_relu_packed(
     activation: int,
     winograd: bool = False,
 ) -> Tensor:
-    """:func:`fused_resnet.ops.conv_bn_add_relu_packed` on CUDA, with the operator's arguments."""
+    """:func:`fused_resnet.ops.conv_bn_add_relu_packed` on CUDA, with the operator's arguments.
+
+    Args:
+        x: Input on CUDA, ``(N, C, H, W)``; float32, bfloat16 or float16.
+        packed: Filters as a vector, [k][kh][kw][c / groups], dtype of ``x``.
+        scale: Scale of each output channel, ``(K,)``, float32.
+        shift: Shift of each output channel, ``(K,)``, float32.
+        residual: Shape and dtype of the result, added before the activation; None means 0.
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+        activation: Activation that is applied to the sum, a number of :class:`.Activation`.
+        winograd: Has no effect; an option of the CPU's kernels.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
+    """
     k, c, kh, kw = weight_shape
     weight = packed.view(k, kh, kw, c).permute(0, 3, 1, 2)  # channels_last, without a copy
     folded = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
@@ -174,7 +234,26 @@ def conv_bn_relu_maxpool_packed(
     pool_padding: list[int],
     activation: int = Activation.RELU,
 ) -> Tensor:
-    """:func:`conv_bn_add_relu_packed` followed by PyTorch's max-pool."""
+    """:func:`conv_bn_add_relu_packed` followed by PyTorch's max-pool.
+
+    Args:
+        x: Input on CUDA, ``(N, C, H, W)``; float32, bfloat16 or float16.
+        packed: Filters as a vector, [k][kh][kw][c / groups], dtype of ``x``.
+        scale: Scale of each output channel, ``(K,)``, float32.
+        shift: Shift of each output channel, ``(K,)``, float32.
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+        pool_kernel: Window of the max-pool, ``(height, width)``.
+        pool_stride: Stride of the max-pool, ``(height, width)``.
+        pool_padding: Padding of the max-pool with minus infinity on each side, ``(height, width)``.
+        activation: Activation in front of the pool, a number of :class:`.Activation`.
+
+    Returns:
+        ``(N, K, PH, PW)``, dtype of ``x``, channels_last.
+    """
     geometry = (stride, padding, dilation, groups)
     y = conv_bn_add_relu_packed(x, packed, scale, shift, None, weight_shape, *geometry, activation)
     return F.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
@@ -194,7 +273,29 @@ def residual_block(
     winograd: bool,
     activation: int = Activation.RELU,
 ) -> Tensor:
-    """A frozen block by one :func:`conv_bn_add_relu_packed` for each of its convolutions."""
+    """A frozen block by one :func:`conv_bn_add_relu_packed` for each of its convolutions.
+
+    Args:
+        x: Input on CUDA, ``(N, C, H, W)``; float32, bfloat16 or float16.
+        packed: Filters of each convolution as a vector: the main branch's in order, followed by the
+            shortcut's if it has one.
+        scale: Scale of each convolution's output channels, ``(K,)``, float32, in the order of
+            ``packed``.
+        shift: Shift of each convolution's output channels, ``(K,)``, float32, in the order of
+            ``packed``.
+        concatenated: Has no effect: the last convolution and the shortcut run one after the other.
+        concatenated_shift: Has no effect, as ``concatenated``.
+        bottleneck: Whether the block is a bottleneck rather than a basic block.
+        stride: Stride of the block in both directions.
+        dilation: Distance between the taps of a bottleneck's 3x3 filters.
+        groups: Number of independent groups of channels of a bottleneck's 3x3 convolution.
+        winograd: Has no effect; an option of the CPU's kernels.
+        activation: Activation behind each convolution but the shortcut's; the last one follows the
+            addition.
+
+    Returns:
+        ``(N, K, OH, OW)``, dtype of ``x``, channels_last.
+    """
     geometry = (bottleneck, stride, dilation, groups)
     return composed_block.residual_block(
         conv_bn_add_relu_packed, x, packed, scale, shift, *geometry, activation

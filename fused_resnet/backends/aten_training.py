@@ -65,7 +65,17 @@ def _centered_sum(g: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 
 @_primitive
 def conv_forward(o: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The prologue as a map of its own, PyTorch's convolution, and one pass for the statistics."""
+    """The prologue as a map of its own, PyTorch's convolution, and one pass for the statistics.
+
+    Args:
+        o: Operands and settings as attributes: ``x``, ``x_scale`` and ``x_shift`` of the batch norm
+            before or None, ``weight``, ``stride``, ``padding``, ``dilation``, ``groups``,
+            ``activation``, and ``statistics``, whether mean and variance are wanted.
+
+    Returns:
+        The convolution's result, its mean and its biased variance; the last two are empty when they
+        are not wanted.
+    """
     x = _channels_last(o.x)
     if o.x_scale is not None and o.x_shift is not None:
         x = activate_(_affine(x, o.x_scale, o.x_shift), o.activation).to(x.dtype)
@@ -83,7 +93,16 @@ def conv_forward(o: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @_primitive
 def block_end(o: Any) -> Tensor:
-    """One PyTorch call for each term, rounded to the dtype of the map at the end."""
+    """One PyTorch call for each term, rounded to the dtype of the map at the end.
+
+    Args:
+        o: Operands and settings as attributes: ``z``, the last convolution's result, with ``scale``
+            and ``shift``; ``shortcut``, a map or None, with ``shortcut_scale`` and
+            ``shortcut_shift`` or None; and ``activation``.
+
+    Returns:
+        The block's result, shape and dtype of ``z``.
+    """
     y = _affine(_channels_last(o.z), o.scale, o.shift)
     if o.shortcut is not None and o.shortcut_scale is not None and o.shortcut_shift is not None:
         y += _affine(o.shortcut, o.shortcut_scale, o.shortcut_shift)
@@ -94,7 +113,19 @@ def block_end(o: Any) -> Tensor:
 
 @_primitive
 def block_end_backward(o: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mask, and each sum as a product and a reduction."""
+    """The mask, and each sum as a product and a reduction.
+
+    Args:
+        o: Operands and settings as attributes: ``dy``, the gradient of the result ``y``; ``y``, or
+            None without an activation; ``z``, the last convolution's result, and its ``mean``;
+            ``shortcut`` and ``shortcut_mean``, or None; ``activation``; and ``sums``, whether the
+            sums are wanted.
+
+    Returns:
+        The gradient in front of the activation, empty where that is ``dy``; and its sum, its sum
+        times the centred ``z``, and its sum times the centred shortcut, each empty when it is not
+        wanted.
+    """
     dy, mean = _channels_last(o.dy), o.mean
     g = dy if o.y is None else gradient(dy, o.y, o.activation)
     none = mean.new_empty(0)
@@ -109,7 +140,19 @@ def block_end_backward(o: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @_primitive
 def conv_backward(o: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``dz`` as a map of its own, PyTorch's convolution backward, then mask, sums or addition."""
+    """``dz`` as a map of its own, PyTorch's convolution backward, then mask, sums or addition.
+
+    Args:
+        o: Operands and settings as attributes: ``g``, the gradient behind the batch norm; ``z``,
+            ``a``, ``b`` and ``c`` of ``dz = a g + b z + c``; the input ``x`` with ``x_scale``,
+            ``x_shift`` and ``x_mean`` or None; ``weight``; ``add``, a gradient that is added to
+            that of ``x``, or None; the geometry; ``activation``; and ``need_input``,
+            ``need_weight`` and ``sums``, whether each result is wanted.
+
+    Returns:
+        The gradients of the input and of the weight, the sum of the former, and its sum times the
+        centred ``x``; each is empty when it is not wanted.
+    """
     g, x, a = _channels_last(o.g), _channels_last(o.x), o.a
     if o.z is not None and o.b is not None and o.c is not None:
         dz = _affine(_channels_last(o.z), o.b, o.c)
@@ -147,6 +190,11 @@ def bn_update_running(o: Any) -> None:
 
     PyTorch's batch norm updates its running statistics like that: a call of the same batch norm
     that PyTorch itself ran before has saved them for its backward, which does not read them.
+
+    Args:
+        o: Operands and settings as attributes: ``mean`` and ``var`` of the batch, ``running_mean``
+            and ``running_var``, which are written to, ``momentum``, and ``count``, the values per
+            channel.
     """
     with _unsafe_preserve_version_counter((o.running_mean, o.running_var)):
         reference.bn_update_running(**vars(o))
@@ -154,7 +202,16 @@ def bn_update_running(o: Any) -> None:
 
 @_primitive
 def stem_end(o: Any) -> tuple[Tensor, Tensor]:
-    """PyTorch's max-pool, its flat indices turned into places in their windows."""
+    """PyTorch's max-pool, its flat indices turned into places in their windows.
+
+    Args:
+        o: Operands and settings as attributes: ``z``, the convolution's result, with ``scale`` and
+            ``shift`` of its batch norm; ``kernel``, ``stride`` and ``padding`` of the pool,
+            ``(height, width)`` each; and ``activation``.
+
+    Returns:
+        The pooled map, and as ``uint8`` the place of each maximum in its window.
+    """
     v = activate_(_affine(_channels_last(o.z), o.scale, o.shift), o.activation).to(o.z.dtype)
     y, flat = torch.ops.aten.max_pool2d_with_indices(v, o.kernel, o.stride, o.padding)
     top, left = reference.window_corners(y, o.stride, o.padding)
@@ -165,7 +222,18 @@ def stem_end(o: Any) -> tuple[Tensor, Tensor]:
 
 @_primitive
 def stem_end_backward(o: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's max-pool backward, then the mask and the sums."""
+    """PyTorch's max-pool backward, then the mask and the sums.
+
+    Args:
+        o: Operands and settings as attributes: ``dy``, the gradient of the pooled map; ``index``,
+            the places that :func:`stem_end` returned; ``z`` with ``scale``, ``shift`` and ``mean``;
+            ``kernel``, ``stride`` and ``padding`` of the pool, ``(height, width)`` each;
+            ``activation``; and ``sums``, whether the sums are wanted.
+
+    Returns:
+        The gradient behind the batch norm, its sum, and its sum times the centred ``z``; the last
+        two are empty when they are not wanted.
+    """
     top, left = reference.window_corners(o.dy, o.stride, o.padding)
     z, place = _channels_last(o.z), o.index.long()
     flat = (place // o.kernel[1] + top) * z.shape[3] + place % o.kernel[1] + left

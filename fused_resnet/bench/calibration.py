@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 
 def batch_norms(model: nn.Module) -> Iterator[nn.BatchNorm2d]:
-    """The batch norms of a network, in the order of their registration."""
+    """The batch norms of a network, in the order of their registration.
+
+    Args:
+        model: The network.
+    """
     return (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
@@ -22,7 +26,11 @@ _SHORTCUTS = ("downsample", "shortcut")
 
 
 def last_batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The batch norms whose result a block adds to its shortcut."""
+    """The batch norms whose result a block adds to its shortcut.
+
+    Args:
+        model: The network.
+    """
     last: list[nn.Module] = []
     for block in model.modules():
         if hasattr(block, "downsample") or hasattr(block, "shortcut"):

@@ -79,7 +79,11 @@ def count_fused(model: nn.Module) -> Coverage:
 
 
 def total(counts: Iterable[Coverage]) -> Coverage:
-    """The sums over several networks."""
+    """The sums over several networks.
+
+    Args:
+        counts: Counts of each network.
+    """
     groups = fused = 0
     left: Counter[str] = Counter()
     operations: Counter[str] = Counter()

@@ -115,7 +115,11 @@ def measure(
 
 
 def lost(device: torch.device) -> bool:
-    """Whether the device's context has become unusable."""
+    """Whether the device's context has become unusable.
+
+    Args:
+        device: Device to check; the result is False for any that is not CUDA.
+    """
     if device.type != "cuda":
         return False
     try:
@@ -126,6 +130,10 @@ def lost(device: torch.device) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error, with its class."""
+    """The first line of an error, with its class.
+
+    Args:
+        error: The exception.
+    """
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:300]

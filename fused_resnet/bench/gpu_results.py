@@ -44,7 +44,11 @@ Row = dict[str, Any]
 
 
 def file_name(device_name: str) -> str:
-    """The name of a card's results file."""
+    """The name of a card's results file.
+
+    Args:
+        device_name: Name of the card, as CUDA gives it.
+    """
     return f"gpu-{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
 
 
@@ -112,7 +116,11 @@ def save(path: Path, document: Document) -> None:
 
 
 def summary(document: Document) -> str:
-    """A document as plain text."""
+    """A document as plain text.
+
+    Args:
+        document: Contents of a results file.
+    """
     device, versions = document["device"], document["versions"]
     named = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     parts = [
@@ -131,7 +139,11 @@ def summary(document: Document) -> str:
 
 
 def passed(document: Document) -> bool:
-    """Whether nothing failed and no result was wrong. Skipped rows are not failures."""
+    """Whether nothing failed and no result was wrong. Skipped rows are not failures.
+
+    Args:
+        document: Contents of a results file.
+    """
     rows = [*document["layers"], *document["networks"], *document["training"]]
     return all(phase["status"] in ("passed", "skipped") for phase in document["phases"]) and all(
         row["status"] not in ("failed", "wrong") for row in rows

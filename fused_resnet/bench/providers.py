@@ -21,19 +21,43 @@ Call = Callable[[], Tensor]
 
 
 def eager(model: nn.Module, images: Tensor) -> Call:
-    """PyTorch by default: contiguous, operator by operator."""
+    """PyTorch by default: contiguous, operator by operator.
+
+    Args:
+        model: Network in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
+
+    Returns:
+        A function that runs the network on the images and returns its result.
+    """
     model, images = model.to(images.dtype), images.contiguous()
     return lambda: model(images)
 
 
 def channels_last(model: nn.Module, images: Tensor) -> Call:
-    """PyTorch in channels_last, the baseline of the ratios."""
+    """PyTorch in channels_last, the baseline of the ratios.
+
+    Args:
+        model: Network in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
+
+    Returns:
+        A function that runs the network on the images and returns its result.
+    """
     model, images = _channels_last(model, images)
     return lambda: model(images)
 
 
 def compile(model: nn.Module, images: Tensor) -> Call:
-    """``torch.compile`` with freezing, which folds the batch norms and packs the weights."""
+    """``torch.compile`` with freezing, which folds the batch norms and packs the weights.
+
+    Args:
+        model: Network in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
+
+    Returns:
+        A function that runs the network on the images and returns its result.
+    """
     import torch._inductor.config
 
     torch._inductor.config.freezing = True
@@ -43,7 +67,15 @@ def compile(model: nn.Module, images: Tensor) -> Call:
 
 
 def jit(model: nn.Module, images: Tensor) -> Call:
-    """``torch.jit.trace``, ``freeze`` and ``optimize_for_inference``."""
+    """``torch.jit.trace``, ``freeze`` and ``optimize_for_inference``.
+
+    Args:
+        model: Network in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
+
+    Returns:
+        A function that runs the network on the images and returns its result.
+    """
     model, images = _channels_last(model, images)
     with warnings.catch_warnings(), torch.no_grad():
         # Deprecated in favour of torch.compile, and still common in serving.
@@ -55,17 +87,41 @@ def jit(model: nn.Module, images: Tensor) -> Call:
 
 
 def fused(model: nn.Module, images: Tensor) -> Call:
-    """``fused_resnet.fuse``: live parameters, each group in one pass."""
+    """``fused_resnet.fuse``: live parameters, each group in one pass.
+
+    Args:
+        model: Network in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
+
+    Returns:
+        A function that runs the network on the images and returns its result.
+    """
     return _call_of(*OURS["fused"](model, images))
 
 
 def frozen(model: nn.Module, images: Tensor) -> Call:
-    """``fused_resnet.freeze``: batch norms folded, weights packed for this machine."""
+    """``fused_resnet.freeze``: batch norms folded, weights packed for this machine.
+
+    Args:
+        model: Network in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
+
+    Returns:
+        A function that runs the network on the images and returns its result.
+    """
     return _call_of(*OURS["frozen"](model, images))
 
 
 def frozen_direct(model: nn.Module, images: Tensor) -> Call:
-    """``fused_resnet.freeze(..., winograd=False)``: all convolutions direct."""
+    """``fused_resnet.freeze(..., winograd=False)``: all convolutions direct.
+
+    Args:
+        model: Network in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
+
+    Returns:
+        A function that runs the network on the images and returns its result.
+    """
     return _call_of(*OURS["frozen_direct"](model, images))
 
 

@@ -39,7 +39,11 @@ LEARNING_RATE = 1e-4
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """PyTorch's own modules in channels_last: the baseline of the ratios."""
+    """PyTorch's own modules in channels_last: the baseline of the ratios.
+
+    Args:
+        model: Network in training mode; it is changed.
+    """
     return model.to(memory_format=torch.channels_last)
 
 
@@ -120,7 +124,11 @@ def write_problem(
 
 
 def gradients_of(model: nn.Module) -> Tensor:
-    """All gradients as one vector; parameters without one are left out."""
+    """All gradients as one vector; parameters without one are left out.
+
+    Args:
+        model: Network after a backward pass.
+    """
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -195,7 +203,14 @@ class Step:
 
 
 def build(provider: str, model: str, dtype: str, folder: str) -> Subject:
-    """The workers' target: one provider on the problem in ``folder``."""
+    """The workers' target: one provider on the problem in ``folder``.
+
+    Args:
+        provider: Name of the provider, one of :data:`NAMES`.
+        model: Network, as :func:`fused_resnet.models.sources.parse` returns it.
+        dtype: ``float32`` or ``float64``; ``bfloat16`` and ``float16`` by autocast.
+        folder: Folder that :func:`write_problem` filled.
+    """
     state = torch.load(Path(folder) / "state.pt", weights_only=True)
     step = torch.load(Path(folder) / "step.pt", weights_only=True)
     # float64 trains in float64; half precision by autocast, with float32 parameters.

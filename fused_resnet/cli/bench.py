@@ -39,7 +39,11 @@ DEFAULT_PROVIDERS = ("eager", "channels_last", "compile", "jit", "fused", "froze
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "bench",
         description="Each provider runs in a separate process, its result is compared with float64 "
@@ -134,14 +138,25 @@ def add_measurement(parser: argparse.ArgumentParser) -> None:
 
 
 def providers_of(text: str) -> list[str]:
-    """An argparse type: ``all``, or a list of providers."""
+    """An argparse type: ``all``, or a list of providers.
+
+    Args:
+        text: Text of the argument: ``all``, or names with commas between them.
+    """
     if text == "all":
         return list(NAMES)
     return listed(one_of("provider", _training.provider_names(NAMES)))(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     if (arguments.model is None) == (arguments.model_from is None):
         raise UsageError("bench: expected a model or --model-from SOURCE:NAME, and not both")
     file = arguments.model or arguments.model_from
@@ -191,7 +206,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_training(arguments: argparse.Namespace) -> int:
-    """Measure and show training steps, or a network's convolutions in their three directions."""
+    """Measure and show training steps, or a network's convolutions in their three directions.
+
+    Args:
+        arguments: Parsed command-line arguments of ``fused-resnet bench``.
+
+    Returns:
+        The exit status of the process.
+    """
     if arguments.state:
         raise UsageError("bench: --training: expected a network's name, not a frozen file")
     if arguments.explain:
@@ -221,7 +243,14 @@ def _plot(path: Path, rows: list[results.Row]) -> None:
 
 
 def view_layers(arguments: argparse.Namespace) -> int:
-    """Print each operation of a forward, for each batch and provider."""
+    """Print each operation of a forward, for each batch and provider.
+
+    Args:
+        arguments: Parsed command-line arguments of ``fused-resnet bench``.
+
+    Returns:
+        The exit status of the process.
+    """
     viewed = [name for name in arguments.providers if name in OURS]
     if arguments.providers == list(DEFAULT_PROVIDERS):
         viewed = ["frozen"]

@@ -17,7 +17,11 @@ from ._common import UsageError, console, network_or_file
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "classify",
         description="Classifies each photograph twice, with torchvision's network and with the "
@@ -46,7 +50,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Classify and print."""
+    """Classify and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     file, name = arguments.model, arguments.model.network
     if bool(file.state) == bool(arguments.weights):
         raise UsageError("classify: expected --weights, or a frozen file as --model, and not both")

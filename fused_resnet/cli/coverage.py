@@ -34,7 +34,11 @@ class Row:
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "coverage",
         description="Builds networks with random weights, fuses them, and counts groups in eval "
@@ -56,7 +60,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count and print."""
+    """Count and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     missing: list[str] = []
     rows = _named(arguments.models) if arguments.models else _all(missing)
     if arguments.json:

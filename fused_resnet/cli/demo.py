@@ -27,7 +27,11 @@ CALIBRATION = 8
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "demo",
         description="Prints the five most probable classes, the error of the logits and the images "
@@ -63,7 +67,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Classify, time and print."""
+    """Classify, time and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     out = console()
     path = arguments.image or _photograph()
     picture = _pictures.read_image("demo", path)

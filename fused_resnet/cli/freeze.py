@@ -19,7 +19,11 @@ from ._common import DTYPES, UsageError, network, one_of, printed_notes, writabl
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "freeze",
         description="Writes the network's name, its weights and the options of freeze to one file, "
@@ -63,7 +67,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read the weights, build the network, write the file."""
+    """Read the weights, build the network, write the file.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     theirs = arguments.model in sources.MODELS
     try:
         if not theirs and not is_path(arguments.weights):

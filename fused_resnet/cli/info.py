@@ -19,7 +19,11 @@ from ._common import console, print_json
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser("info")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -101,7 +105,14 @@ def choices_table(known: dict[str, Any]) -> Table:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the facts."""
+    """Print the facts.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     facts = collect()
     if arguments.json:
         print_json(facts)

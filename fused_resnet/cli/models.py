@@ -11,7 +11,11 @@ from ._common import print_json
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "models",
         description="Lists the names of networks that bench, tune, freeze and the other commands "
@@ -40,7 +44,14 @@ def names(timm: bool) -> dict[str, list[str]]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the names, one a line."""
+    """Print the names, one a line.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     found = names(arguments.timm)
     if arguments.json:
         print_json(found)

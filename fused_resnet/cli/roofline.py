@@ -17,7 +17,11 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "roofline",
         description="The time of a kernel is the larger of its bytes over the card's bandwidth and "
@@ -66,7 +70,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count and print."""
+    """Count and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     if arguments.size < 32:
         raise UsageError(f"roofline: --size: expected at least 32, got {arguments.size}")
     cards = [CARDS[name] for name in arguments.device]

@@ -21,7 +21,11 @@ from .bench import add_measurement, complain, measure
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "serve-check",
         description="Loads the file as a server would, and the eager network with the same "
@@ -38,7 +42,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, measure and print."""
+    """Check, measure and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     try:
         file = read_frozen(arguments.file)
     except ValueError as error:

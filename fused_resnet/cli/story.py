@@ -28,7 +28,11 @@ OPTIONS = (
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "story",
         help="the ResNet paper's experiment: depth hurts plain networks, not residual ones",
@@ -59,7 +63,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train what is not trained yet, draw, print."""
+    """Train what is not trained yet, draw, print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     torch.set_num_threads(processor.threads())
     given = {"epochs": 164, **_settings.explicit_settings(arguments)}
     out = Path(arguments.out)

@@ -30,7 +30,11 @@ OPTIONS = (
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "train",
         help="train or fine-tune a network on your images",
@@ -69,7 +73,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, and say what to do next."""
+    """Train, and say what to do next.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     torch.set_num_threads(processor.threads())
     try:
         settings = _read(arguments)

@@ -22,7 +22,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "tune",
         description="Runs a fused network's inference once, times each backend for each of its "
@@ -84,7 +88,14 @@ def _timing(how: str) -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Time and print."""
+    """Time and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     file = arguments.model
     if file is None and not arguments.clear:
         raise UsageError("tune: expected a network, a frozen file, or --clear")

@@ -31,7 +31,11 @@ from ._common import (
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand.
+
+    Args:
+        commands: Subparsers of the command line, to which the subcommand is added.
+    """
     parser = commands.add_parser(
         "verify",
         description="Each row is an error relative to float64, next to PyTorch's own in the same "
@@ -76,7 +80,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify and print."""
+    """Verify and print.
+
+    Args:
+        arguments: Parsed command-line arguments of the subcommand.
+
+    Returns:
+        The exit status of the process.
+    """
     to_stdout = arguments.json == "-"
     path = None
     if arguments.json and not to_stdout:

@@ -68,14 +68,23 @@ class Recorded(NamedTuple):
     addresses: list[int]
 
     def check(self, model: nn.Module) -> bool:
-        """Whether the model has the same tensors at the same addresses."""
+        """Whether the model has the same tensors at the same addresses.
+
+        Args:
+            model: The model whose state was recorded.
+        """
         if self.generation != _generation(model):
             return False
         return self.addresses == [t.data_ptr() for t in self.tensors]
 
 
 def is_one_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a model is called with a tensor and nothing else."""
+    """Whether a model is called with a tensor and nothing else.
+
+    Args:
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+    """
     return len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
 
 

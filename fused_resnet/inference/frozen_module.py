@@ -151,13 +151,27 @@ class Frozen(nn.Module):
         super().__delattr__(name)
 
     def train(self, mode: bool = True) -> Frozen:
-        """Accept ``train(False)``, which is ``eval()``; raise for ``train(True)``."""
+        """Accept ``train(False)``, which is ``eval()``; raise for ``train(True)``.
+
+        Args:
+            mode: False for eval mode, in which a frozen model always is.
+
+        Raises:
+            RuntimeError: ``mode`` is True.
+        """
         if mode:
             refuse("train()")
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Frozen:
-        """Accept ``requires_grad_(False)``; raise for ``requires_grad_(True)``."""
+        """Accept ``requires_grad_(False)``; raise for ``requires_grad_(True)``.
+
+        Args:
+            requires_grad: False; the parameters of a frozen model need no gradient.
+
+        Raises:
+            RuntimeError: ``requires_grad`` is True.
+        """
         if requires_grad:
             refuse("requires_grad_()")
         return super().requires_grad_(False)

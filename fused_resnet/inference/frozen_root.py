@@ -38,7 +38,12 @@ class FrozenRoot(Frozen):
     register_full_backward_hook = nn.Module.register_full_backward_hook
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward between two conversions."""
+        """The model's own forward between two conversions.
+
+        Args:
+            args: Positional arguments of the model's forward.
+            kwargs: Keyword arguments of the model's forward.
+        """
         if "frozen_dtype" not in self.__dict__:  # a slice of a frozen nn.Sequential
             return super().forward(*args, **kwargs)
         if is_one_tensor(args, kwargs) and self._is_plain_call(args[0]):

@@ -143,7 +143,11 @@ def _part(call: _Call, nodes: list[fx.Node], conditions: Any) -> fx.Graph | None
 
 
 def has_code(module: nn.Module) -> bool:
-    """Whether a module has a forward that can be traced, and is no layer of PyTorch's."""
+    """Whether a module has a forward that can be traced, and is no layer of PyTorch's.
+
+    Args:
+        module: Any module.
+    """
     if isinstance(module, (PackedConv, torch.jit.ScriptModule, fx.GraphModule)):
         return False
     cls = original_class(module)
@@ -153,5 +157,9 @@ def has_code(module: nn.Module) -> bool:
 
 
 def is_inlinable(module: nn.Module) -> bool:
-    """Whether a module may be traced as part of another one."""
+    """Whether a module may be traced as part of another one.
+
+    Args:
+        module: Any module.
+    """
     return has_code(module) and not is_hooked(module) and module._compiled_call_impl is None

@@ -62,7 +62,11 @@ class Recorder:
         self._done: torch.cuda.Event | None = None
 
     def takes(self, x: Tensor) -> bool:
-        """Whether a call with this map can be captured: on CUDA, outside of another capture."""
+        """Whether a call with this map can be captured: on CUDA, outside of another capture.
+
+        Args:
+            x: Input of the call.
+        """
         return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
     def capture(self, forward: Callable[[Tensor], Any], x: Tensor) -> Graph:

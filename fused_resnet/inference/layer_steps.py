@@ -13,7 +13,11 @@ from ..ops.program_steps import Step
 
 
 def inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose results a node reads, as often as it does."""
+    """The nodes whose results a node reads, as often as it does.
+
+    Args:
+        node: Node of a graph.
+    """
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), found.append)
     return found
@@ -34,7 +38,15 @@ def is_layer(module: nn.Module, node: fx.Node, cls: type[nn.Module]) -> bool:
 
 
 def unchanged_input(module: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The input of a node that returns it as it is."""
+    """The input of a node that returns it as it is.
+
+    Args:
+        module: Module to which paths are relative.
+        node: Node of the module's graph.
+
+    Returns:
+        The node that made the input; None for a node that does not return its input.
+    """
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if any(is_layer(module, node, cls) for cls in (nn.Identity, nn.Dropout, nn.Dropout2d)):
@@ -51,7 +63,12 @@ _MEAN: tuple[Any, ...] = (torch.mean, "mean")
 
 
 def layer_of(module: nn.Module, node: fx.Node) -> tuple[str, dict[str, Any]] | None:
-    """The kind of step that a node may be, and its settings; None for none."""
+    """The kind of step that a node may be, and its settings; None for none.
+
+    Args:
+        module: Module to which paths are relative.
+        node: Node of the module's graph.
+    """
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if node.op == "call_module":
@@ -81,7 +98,14 @@ def layer_of(module: nn.Module, node: fx.Node) -> tuple[str, dict[str, Any]] | N
 
 
 def subsampling(node: fx.Node) -> tuple[int, int] | None:
-    """The strides of ``x[:, :, ::s, ::s]``."""
+    """The strides of ``x[:, :, ::s, ::s]``.
+
+    Args:
+        node: Node that indexes a map.
+
+    Returns:
+        ``(height, width)``; None for any other index.
+    """
     index: Any = node.args[1]
     whole = slice(None, None, None)
     if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (whole, whole):
@@ -93,7 +117,14 @@ def subsampling(node: fx.Node) -> tuple[int, int] | None:
 
 
 def zeros_of(node: fx.Node) -> int | None:
-    """The channels of zeros that a node pads with on each side."""
+    """The channels of zeros that a node pads with on each side.
+
+    Args:
+        node: Node of a graph.
+
+    Returns:
+        The number of channels; None for any other node.
+    """
     if node.target is not F.pad or len(node.args) < 2 or not set(node.kwargs) <= {"mode", "value"}:
         return None
     amount, *rest = node.args[1:]
@@ -129,6 +160,11 @@ def size_behind(size: Any, step: Step) -> Any:
 
     Of steps that only divide the size, rounded up, the product of the strides; of others their
     settings, one after the other.
+
+    Args:
+        size: How the size of the step's input follows from that of the program's input: ``(1, 1)``
+            for the same size, or a result of this function.
+        step: The step.
     """
     if step.operation == "zero_pad_shortcut":
         return divided(size, step.stride)

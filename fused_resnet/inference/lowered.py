@@ -30,13 +30,22 @@ class Lowered(Frozen):
     fused_resnet_keeps_signature = True
 
     def seal(self, derived: Any) -> None:
-        """Look up the modules of the programs, which from now on stay the same."""
+        """Look up the modules of the programs, which from now on stay the same.
+
+        Args:
+            derived: Values derived from the model's tensors, which all modules of the model share.
+        """
         super().seal(derived)
         programs = [BoundProgram(p, self) for p in self.fused_resnet_plan.programs]
         self.__dict__["_frozen_programs"] = programs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The plan, or the module's own forward for another call."""
+        """The plan, or the module's own forward for another call.
+
+        Args:
+            args: Positional arguments of the original forward.
+            kwargs: Keyword arguments of the original forward.
+        """
         programs: list[BoundProgram] | None = self.__dict__.get("_frozen_programs")
         if programs is None or not args:
             return super().forward(*args, **kwargs)

@@ -103,7 +103,12 @@ class Plan:
         return self
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """The tensors of a call; None if the plan is not for this call."""
+        """The tensors of a call; None if the plan is not for this call.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+        """
         given = dict(zip(self.parameters, args, strict=False))
         if len(args) > len(self.parameters) or given.keys() & kwargs.keys():
             return None

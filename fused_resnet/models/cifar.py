@@ -84,7 +84,11 @@ class CifarBlock(ResidualForward):
             )
 
     def shortcut_of(self, x: Tensor) -> Tensor | None:
-        """What is added to the main branch; None in the plain network."""
+        """What is added to the main branch; None in the plain network.
+
+        Args:
+            x: Input of the block, ``(N, C, H, W)``.
+        """
         return child_of(self, "shortcut")(x) if self.residual else None
 
     def block_modules(self) -> BlockModules | None:

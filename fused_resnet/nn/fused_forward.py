@@ -176,7 +176,11 @@ class ResidualForward(FusedForward):
         return conv_bn(conv, bn, relu, y, self.shortcut_of(x))
 
     def shortcut_of(self, x: Tensor) -> Tensor | None:
-        """What is added to the main branch; None for nothing."""
+        """What is added to the main branch; None for nothing.
+
+        Args:
+            x: Input of the block, ``(N, C, H, W)``.
+        """
         downsample = child_of(self, "downsample")
         return x if downsample is None else downsample(x)
 
@@ -224,7 +228,11 @@ class ResNetForward(FusedForward):
         return m.fc(torch.flatten(m.avgpool(y), 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` to logits ``(N, num_classes)``."""
+        """``(N, 3, H, W)`` to logits ``(N, num_classes)``.
+
+        Args:
+            x: Images, ``(N, 3, H, W)``.
+        """
         return self._forward_impl(x)
 
     def fused_groups(self) -> list[Group]:
@@ -236,7 +244,11 @@ class SequentialForward(FusedForward):
     """The forward of an ``nn.Sequential`` with groups among its modules."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Call the modules in order; the argument is named as in ``nn.Sequential.forward``."""
+        """Call the modules in order; the argument is named as in ``nn.Sequential.forward``.
+
+        Args:
+            input: Input of the first module.
+        """
         return run_sequence(self._modules.values(), input)  # type: ignore[arg-type]
 
     def fused_groups(self) -> list[Group]:

@@ -88,7 +88,11 @@ _METHODS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before this package derived another one from it."""
+    """The class of a module before this package derived another one from it.
+
+    Args:
+        module: Any module.
+    """
     cls = type(module)
     # The layers of PyTorch are none of those, and asking them for a missing attribute is slow.
     return cls if cls in _METHODS else getattr(cls, "fused_resnet_base", cls)
@@ -122,7 +126,11 @@ def child_of(module: nn.Module, name: str) -> Any:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than its class's own methods, such as a hook."""
+    """Whether a call of the module runs more than its class's own methods, such as a hook.
+
+    Args:
+        module: Any module.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -136,6 +144,9 @@ def has_replaced_method(module: nn.Module) -> bool:
     """Whether a method that decides what the module computes was replaced.
 
     On the instance, or for the layers of PyTorch that the operations stand for on the class.
+
+    Args:
+        module: Any module.
     """
     members = module.__dict__
     if "forward" in members:
@@ -159,7 +170,11 @@ def is_observed(x: Any) -> bool:
 
 
 def conv_reason(conv: nn.Module) -> str:
-    """Why a convolution can't be fused; empty when it can."""
+    """Why a convolution can't be fused; empty when it can.
+
+    Args:
+        conv: Module in the place of a convolution.
+    """
     cls = original_class(conv)
     if cls is not nn.Conv2d:
         return f"{cls.__name__} is not a plain Conv2d"
@@ -174,7 +189,11 @@ def conv_reason(conv: nn.Module) -> str:
 
 
 def norm_reason(bn: nn.Module) -> str:
-    """Why a batch norm can't be fused; empty when it can."""
+    """Why a batch norm can't be fused; empty when it can.
+
+    Args:
+        bn: Module in the place of a batch norm.
+    """
     cls = original_class(bn)
     if not is_fusible_norm_class(cls):
         return f"{cls.__name__} is not a plain BatchNorm2d"
@@ -188,7 +207,11 @@ def norm_reason(bn: nn.Module) -> str:
 
 
 def has_mode(norm: nn.Module) -> bool:
-    """Whether a normalisation is in training or in evaluation mode; frozen classes are in none."""
+    """Whether a normalisation is in training or in evaluation mode; frozen classes are in none.
+
+    Args:
+        norm: A batch norm, frozen or not.
+    """
     return isinstance(norm, _NormBase)
 
 
@@ -226,7 +249,11 @@ def running_statistics(norm: Any) -> tuple[Tensor | None, Tensor | None, Tensor 
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a batch norm of any class, fusible or not."""
+    """Whether the module is a batch norm of any class, fusible or not.
+
+    Args:
+        module: Any module.
+    """
     is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
     return is_batch_norm or is_fusible_norm_class(original_class(module))
 
@@ -236,12 +263,20 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_fusible_norm_class(cls: type[nn.Module]) -> bool:
-    """Whether the operations compute the formula of this class."""
+    """Whether the operations compute the formula of this class.
+
+    Args:
+        cls: Class of a module, as :func:`original_class` returns it.
+    """
     return cls is nn.BatchNorm2d or has_inner_activation(cls) or _is_frozen_batch_norm(cls)
 
 
 def has_inner_activation(cls: type[nn.Module]) -> bool:
-    """Whether the class is one of timm's batch norms with the children ``drop`` and ``act``."""
+    """Whether the class is one of timm's batch norms with the children ``drop`` and ``act``.
+
+    Args:
+        cls: Class of a module, as :func:`original_class` returns it.
+    """
     named = cls.__name__ in ("BatchNormAct2d", "FrozenBatchNormAct2d")
     return named and cls.__module__ == "timm.layers.norm_act"
 
@@ -255,12 +290,20 @@ def _is_frozen_batch_norm(cls: type[nn.Module]) -> bool:
 
 
 def eps_of(bn: nn.Module) -> float:
-    """The epsilon of a batch norm; the frozen batch norms of transformers don't store theirs."""
+    """The epsilon of a batch norm; the frozen batch norms of transformers don't store theirs.
+
+    Args:
+        bn: A batch norm of a class that can be fused.
+    """
     return getattr(bn, "eps", 1e-5)
 
 
 def inner_activation(bn: nn.Module) -> nn.Module | None:
-    """The activation that a batch norm contains; None for none."""
+    """The activation that a batch norm contains; None for none.
+
+    Args:
+        bn: Module in the place of a batch norm.
+    """
     cls = original_class(bn)
     if cls is nn.BatchNorm2d or not has_inner_activation(cls):
         return None
@@ -283,7 +326,11 @@ def activation_of(act: nn.Module | None) -> Activation:
 
 
 def activation_reason(act: nn.Module) -> str:
-    """Why no operation applies an activation of :data:`ACTIVATIONS`; empty for any other module."""
+    """Why no operation applies an activation of :data:`ACTIVATIONS`; empty for any other module.
+
+    Args:
+        act: Module in the place of an activation.
+    """
     if not isinstance(act, ACTIVATIONS):
         return ""
     if is_hooked(act):
@@ -309,7 +356,11 @@ def activate(act: nn.Module | None, y: Tensor) -> Tensor:
 
 
 def is_max_pool(pool: nn.Module) -> bool:
-    """Whether :func:`fused_resnet.ops.conv_bn_relu_maxpool` computes this max-pool."""
+    """Whether :func:`fused_resnet.ops.conv_bn_relu_maxpool` computes this max-pool.
+
+    Args:
+        pool: Module in the place of a max-pool.
+    """
     return (
         isinstance(pool, nn.MaxPool2d)
         and original_class(pool) is nn.MaxPool2d
@@ -321,7 +372,11 @@ def is_max_pool(pool: nn.Module) -> bool:
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """Zeros on each side as ``(height, width)``; None when the two sides differ."""
+    """Zeros on each side as ``(height, width)``; None when the two sides differ.
+
+    Args:
+        conv: A convolution, whose ``padding`` may be a string.
+    """
     if not isinstance(conv.padding, str):
         return conv.padding[0], conv.padding[1]
     if conv.padding == "valid":

@@ -21,7 +21,17 @@ MOST = 2**31 - 1
 
 
 def pair(op: str, name: str, value: int | Pair, least: int) -> Pair:
-    """``value`` as ``(height, width)``, each at least ``least`` and at most :data:`MOST`."""
+    """``value`` as ``(height, width)``, each at least ``least`` and at most :data:`MOST`.
+
+    Args:
+        op: Name of the operation, for error messages.
+        name: Name of the argument, for error messages.
+        value: An int for both directions, or ``(height, width)``.
+        least: The least value that is allowed.
+
+    Raises:
+        ValueError: ``value`` is neither, or out of range.
+    """
     if type(value) is tuple and len(value) == 2:  # the common case, at every call of a module
         first, second = value
         if type(first) is type(second) is int and least <= first <= MOST >= second >= least:
@@ -35,7 +45,17 @@ def pair(op: str, name: str, value: int | Pair, least: int) -> Pair:
 
 
 def feature_map(op: str, name: str, x: Tensor) -> None:
-    """``x`` is a 4-d tensor of a supported dtype."""
+    """``x`` is a 4-d tensor of a supported dtype.
+
+    Args:
+        op: Name of the operation, for error messages.
+        name: Name of the argument, for error messages.
+        x: The argument.
+
+    Raises:
+        TypeError: ``x`` is no tensor, or of another dtype.
+        ValueError: ``x`` has another number of dimensions.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name}: expected a Tensor, got {type(x).__name__}")
     if x.dim() != 4:
@@ -46,7 +66,20 @@ def feature_map(op: str, name: str, x: Tensor) -> None:
 
 
 def channel_vector(op: str, name: str, v: Tensor | None, channels: int, like: Tensor) -> None:
-    """``v`` is None or ``(channels,)`` on the device of ``like``, in its dtype or float32."""
+    """``v`` is None or ``(channels,)`` on the device of ``like``, in its dtype or float32.
+
+    Args:
+        op: Name of the operation, for error messages.
+        name: Name of the argument, for error messages.
+        v: The vector; None for none.
+        channels: Length that the vector must have.
+        like: Tensor whose device the vector must have; the vector's dtype must be the same or
+            float32, and float64 where this is float64.
+
+    Raises:
+        ValueError: The shape or the device is another one.
+        TypeError: The dtype is another one.
+    """
     if v is None:
         return
     if tuple(v.shape) != (channels,):
@@ -58,13 +91,34 @@ def channel_vector(op: str, name: str, v: Tensor | None, channels: int, like: Te
 
 
 def same_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
-    """``t`` is on the device of ``like``."""
+    """``t`` is on the device of ``like``.
+
+    Args:
+        op: Name of the operation, for error messages.
+        name: Name of the argument, for error messages.
+        t: The argument.
+        like: Tensor whose device the argument must have.
+
+    Raises:
+        ValueError: The devices differ.
+    """
     if t.device != like.device:
         raise ValueError(f"{op}: {name}: expected device {like.device}, got {t.device}")
 
 
 def residual(op: str, r: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
-    """``r`` is None or has the shape, dtype and device of the result."""
+    """``r`` is None or has the shape, dtype and device of the result.
+
+    Args:
+        op: Name of the operation, for error messages.
+        r: The residual; None for none.
+        shape: Shape of the operation's result.
+        like: Tensor whose dtype and device the residual must have.
+
+    Raises:
+        ValueError: The shape or the device is another one.
+        TypeError: The dtype is another one.
+    """
     if r is None:
         return
     if tuple(r.shape) != shape:
@@ -87,6 +141,18 @@ def statistics(
 
     These are more than one value per channel, and a positive ``eps``: a channel of equal values
     would be divided by zero.
+
+    Args:
+        op: Name of the operation, for error messages.
+        running_mean: Running mean; None for none.
+        running_var: Running variance; None for none.
+        training: Whether the statistics of the batch are used.
+        values_per_channel: Number of values of the batch in each channel.
+        shape: Shape of the map that is normalised, for error messages.
+        eps: Added to the variance.
+
+    Raises:
+        ValueError: One of these conditions does not hold.
     """
     if (running_mean is None) != (running_var is None):
         raise ValueError(
@@ -105,7 +171,15 @@ def statistics(
 
 
 def positive_eps(op: str, eps: float) -> None:
-    """As PyTorch's, batch norm in training needs a positive ``eps``."""
+    """As PyTorch's, batch norm in training needs a positive ``eps``.
+
+    Args:
+        op: Name of the operation, for error messages.
+        eps: Added to the variance.
+
+    Raises:
+        ValueError: ``eps`` is zero, negative or NaN.
+    """
     if not eps > 0:
         raise ValueError(f"{op}: eps: expected a positive number when training, got {eps}")
 
@@ -120,7 +194,26 @@ def convolution(
     dilation: Pair,
     groups: int,
 ) -> tuple[int, ...]:
-    """The convolution's arguments are consistent. Returns the shape of its result."""
+    """The convolution's arguments are consistent. Returns the shape of its result.
+
+    Args:
+        op: Name of the operation, for error messages.
+        x: Input, ``(N, C, H, W)``.
+        weight: Filters, ``(K, C / groups, kh, kw)``, dtype and device of ``x``.
+        bias: ``(K,)``; None for none.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+        groups: Number of independent groups of channels.
+
+    Returns:
+        ``(N, K, OH, OW)``.
+
+    Raises:
+        ValueError: Wrong rank, shape, channel count or device; or a kernel larger than the padded
+            map.
+        TypeError: Wrong dtype.
+    """
     if weight.dim() != 4:
         raise ValueError(
             f"{op}: conv_weight: expected 4 dimensions (K, C / groups, kh, kw), "
@@ -160,7 +253,21 @@ def pool(
     stride: int | Pair,
     padding: int | Pair,
 ) -> tuple[Pair, Pair, Pair]:
-    """The max-pool's arguments are valid for a map of this shape. Returns them as pairs."""
+    """The max-pool's arguments are valid for a map of this shape. Returns them as pairs.
+
+    Args:
+        op: Name of the operation, for error messages.
+        shape: Shape of the map that is pooled, ``(N, C, H, W)``.
+        kernel: Window of the pool, an int or ``(height, width)``.
+        stride: Stride of the pool, an int or ``(height, width)``.
+        padding: Padding on each side, an int or ``(height, width)``; at most half the window.
+
+    Returns:
+        Kernel, stride and padding, ``(height, width)`` each.
+
+    Raises:
+        ValueError: A value is out of range, or the window is larger than the padded map.
+    """
     kernels = pair(op, "pool_kernel", kernel, 1)
     paddings = pair(op, "pool_padding", padding, 0)
     if any(2 * p > k for p, k in zip(paddings, kernels, strict=True)):

@@ -52,7 +52,15 @@ def _map_like(x: Tensor, shape: list[Any]) -> Tensor:
 def conv_shape(
     x: Tensor, weight_shape: Any, stride: list[int], padding: list[int], dilation: list[int]
 ) -> list[Any]:
-    """The sizes ``(N, K, OH, OW)`` of a convolution's result."""
+    """The sizes ``(N, K, OH, OW)`` of a convolution's result.
+
+    Args:
+        x: Input, ``(N, C, H, W)``.
+        weight_shape: Shape of the filters, ``(K, C / groups, kh, kw)``.
+        stride: ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
+    """
     size = windows(x.shape, weight_shape[2:], stride, padding, dilation)
     return [x.shape[0], weight_shape[0], *size]
 
@@ -60,7 +68,14 @@ def conv_shape(
 def pool_shape(
     shape: list[Any], kernel: list[int], stride: list[int], padding: list[int]
 ) -> list[Any]:
-    """The sizes of a max-pool's result."""
+    """The sizes of a max-pool's result.
+
+    Args:
+        shape: Shape of the map that is pooled, ``(N, C, H, W)``.
+        kernel: Window of the pool, ``(height, width)``.
+        stride: ``(height, width)``.
+        padding: Padding on each side, ``(height, width)``.
+    """
     return [shape[0], shape[1], *windows(shape, kernel, stride, padding)]
 
 

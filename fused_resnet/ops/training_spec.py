@@ -108,7 +108,15 @@ _OF_UNIT = 5
 
 
 def flatten(unit: Unit) -> tuple[list[int], list[float]]:
-    """The integers and the numbers of a unit, its backend and process groups excepted."""
+    """The integers and the numbers of a unit, its backend and process groups excepted.
+
+    Args:
+        unit: The unit.
+
+    Returns:
+        The integers, the unit's own before those of each layer, and ``eps`` and momentum of each
+        layer.
+    """
     integers = [SHORTCUTS.index(unit.shortcut), *unit.zeros, int(unit.activation)]
     integers.append(int(unit.recompute) + 2 * int(unit.winograd) + 4 * (unit.pool is not None))
     for kernel, stride, padding in [] if unit.pool is None else [unit.pool]:

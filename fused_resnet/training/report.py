@@ -110,7 +110,13 @@ class Lines(Silent):
         self.stream = stream
 
     def begin(self, settings: Settings, done: int, steps: int) -> None:
-        """One line that says what runs."""
+        """One line that says what runs.
+
+        Args:
+            settings: Settings of the run.
+            done: Steps that are done.
+            steps: Steps of an epoch.
+        """
         self.settings, self.steps, self.before = settings, steps, done
         self.begun = time.monotonic()
         self.next = self.begun + self.every
@@ -122,7 +128,15 @@ class Lines(Silent):
         )
 
     def step(self, epoch: int, step: int, seconds: float, lr: float, sums: Sums) -> None:
-        """The numbers, if the last ones are long ago."""
+        """The numbers, if the last ones are long ago.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            step: Steps of it that are done.
+            seconds: Time that these steps took, in seconds.
+            lr: The learning rate.
+            sums: Loss and right answers of the epoch so far; reading them waits for the device.
+        """
         now = time.monotonic()
         if now >= self.next:
             self.next = now + self.every
@@ -144,7 +158,12 @@ class Lines(Silent):
         self.note(f"{epoch}, step {step}/{self.steps}: {numbers}")
 
     def epoch(self, entry: dict[str, Any], best: bool) -> None:
-        """The line of an epoch."""
+        """The line of an epoch.
+
+        Args:
+            entry: Entry of the epoch in the run's history.
+            best: Whether the epoch is the best so far.
+        """
         self.next = time.monotonic() + self.every
         self.note(
             f"epoch {entry['epoch']}: training loss {entry['train_loss']:.4f}, accuracy "
@@ -155,7 +174,11 @@ class Lines(Silent):
         )
 
     def note(self, text: str) -> None:
-        """The text as a line."""
+        """The text as a line.
+
+        Args:
+            text: A sentence.
+        """
         self.stream.write(f"{text}\n")
         self.stream.flush()
 
@@ -182,7 +205,13 @@ class Bar(Lines):
         self.bar: Progress | None = None
 
     def show(self, epoch: str, step: int, numbers: str) -> None:
-        """Move the bar."""
+        """Move the bar.
+
+        Args:
+            epoch: Label of the epoch, for example ``epoch 1/90``.
+            step: Steps of it that are done.
+            numbers: Speed, loss, accuracy, rate and time left.
+        """
         if self.bar is None:
             self.bar = Progress(
                 TextColumn("{task.description}"),
@@ -197,7 +226,12 @@ class Bar(Lines):
         self.bar.update(self.task, completed=step, description=epoch, numbers=numbers)
 
     def epoch(self, entry: dict[str, Any], best: bool) -> None:
-        """The line of an epoch in place of its bar."""
+        """The line of an epoch in place of its bar.
+
+        Args:
+            entry: Entry of the epoch in the run's history.
+            best: Whether the epoch is the best so far.
+        """
         self.close()
         super().epoch(entry, best)
 

@@ -304,6 +304,9 @@ def may_time(x: Tensor) -> bool:
     """Whether calls run eagerly, without a trace or the capture of a CUDA graph.
 
     Under a dispatch mode they don't either: it would count or record every call that is timed.
+
+    Args:
+        x: The feature map of the call.
     """
     if type(x) not in _PLAIN or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False

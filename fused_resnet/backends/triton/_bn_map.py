@@ -83,20 +83,25 @@ class BnMap:
         return CONFIGS[min(most, power_of_two(self.channels)).bit_length() - 1]
 
     def input(self, t: Tensor) -> Tensor:
+        """An operand in the memory format of the call; a copy where it has another one."""
         return t.contiguous(memory_format=self.format)
 
     def result(self) -> Tensor:
+        """An uninitialised map in the shape, dtype and memory format of ``x``."""
         return torch.empty(
             self.x.shape, dtype=self.x.dtype, device=self.x.device, memory_format=self.format
         )
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor on the device of the call, for sums and statistics."""
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
     def vector(self, name: str, v: Tensor | None) -> Tensor | None:
+        """A checked and contiguous vector of one value per channel; None for None."""
         return vector(self.op, name, v, self.channels, self.x)
 
     def launch(self, kernel: Kernel, *args: Any, **constants: Any) -> None:
+        """Run a kernel over the maps: a program for each block of channels and slab of rows."""
         with on_device(self.x):
             kernel[self.grid](
                 *args,
@@ -113,6 +118,7 @@ class BnMap:
             )
 
     def finish(self, kernel: Kernel, *args: Any, **named: Any) -> None:
+        """Run a kernel that adds up the slabs' partial sums of each channel."""
         with on_device(self.x):
             kernel[(cdiv(self.channels, FINISH_C),)](
                 *args,

@@ -151,7 +151,11 @@ class Pool(NamedTuple):
     padding: tuple[int, int]
 
     def size(self, s: ConvShape) -> tuple[int, int]:
-        """Height and width of the pooled map."""
+        """Height and width of the pooled map.
+
+        Args:
+            s: Sizes of the convolution.
+        """
         sizes = [
             window(n, k, by, pad) for n, k, by, pad in zip((s.out_h, s.out_w), *self, strict=True)
         ]
@@ -180,7 +184,16 @@ def _pool(
 
 
 def tile_of(config: StemConfig, pool: Pool, pooled: tuple[int, int]) -> tuple[int, int] | None:
-    """The tile of pooled pixels that covers the map with the fewest tiles; None if none fits."""
+    """The tile of pooled pixels that covers the map with the fewest tiles; None if none fits.
+
+    Args:
+        config: The tile of the convolution.
+        pool: The max-pool.
+        pooled: Height and width of the pooled map.
+
+    Returns:
+        ``(rows, columns)`` of pooled pixels.
+    """
     best = None
     for h in range(1, min(pooled[0], config.block_m) + 1):
         rows = (h - 1) * pool.stride[0] + pool.kernel[0]

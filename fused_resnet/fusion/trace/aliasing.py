@@ -149,7 +149,11 @@ def _is_torch_layer(module: nn.Module) -> bool:
 
 
 def returns_new_tensor(module: nn.Module) -> bool:
-    """Whether the module always returns newly allocated memory, never a view of its input."""
+    """Whether the module always returns newly allocated memory, never a view of its input.
+
+    Args:
+        module: Any module.
+    """
     if isinstance(module, PackedConv):
         return not is_hooked(module)
     if not _is_torch_layer(module) or is_hooked(module) or isinstance(module, _MAY_RETURN_INPUT):
@@ -158,7 +162,11 @@ def returns_new_tensor(module: nn.Module) -> bool:
 
 
 def writes_to_input(module: nn.Module) -> bool:
-    """Whether calling the module may change its arguments."""
+    """Whether calling the module may change its arguments.
+
+    Args:
+        module: Any module.
+    """
     if is_hooked(module):
         return True
     if isinstance(module, PackedConv):

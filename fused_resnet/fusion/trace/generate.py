@@ -43,7 +43,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def parents_of(model: nn.Module) -> Counter[int]:
-    """How many parents each module of a model has, by the module's ``id``."""
+    """How many parents each module of a model has, by the module's ``id``.
+
+    Args:
+        model: The model.
+    """
     return Counter(
         id(child) for module in model.modules() for child in module._modules.values() if child
     )

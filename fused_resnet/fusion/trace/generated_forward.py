@@ -142,7 +142,11 @@ class GeneratedForward:
 
 
 def has_replaced_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward of its own instead of its class's."""
+    """Whether the instance has a forward of its own instead of its class's.
+
+    Args:
+        module: Any module.
+    """
     return "forward" in module.__dict__
 
 
@@ -153,7 +157,12 @@ class TracedForward(FusedForward):
     fused_resnet_generated: GeneratedForward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the original class, with its groups as single operations."""
+        """The forward of the original class, with its groups as single operations.
+
+        Args:
+            args: Positional arguments of the original forward.
+            kwargs: Keyword arguments of the original forward.
+        """
         if any(isinstance(value, Proxy) for value in args):
             return _original_forward(self)(self, *args, **kwargs)
         return self.fused_resnet_generated.functions["forward"](self, *args, **kwargs)

@@ -45,7 +45,11 @@ class NeedsOutputKind(Untraceable):
 
 
 def layer_returns_tensor(module: nn.Module) -> bool:
-    """Whether a module is a layer of PyTorch that returns one tensor."""
+    """Whether a module is a layer of PyTorch that returns one tensor.
+
+    Args:
+        module: Any module.
+    """
     cls = original_class(module)
     home, _, file = cls.__module__.rpartition(".")
     if home != "torch.nn.modules" or file not in _LAYERS:

@@ -21,7 +21,12 @@ _ADD_FUNCTIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
 
 def child_of(module: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The submodule that a node calls with a single tensor; None for any other node."""
+    """The submodule that a node calls with a single tensor; None for any other node.
+
+    Args:
+        module: Module that the graph belongs to.
+        node: Node of the graph.
+    """
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
     if not isinstance(node.args[0], fx.Node):
@@ -30,24 +35,44 @@ def child_of(module: nn.Module, node: fx.Node) -> nn.Module | None:
 
 
 def is_conv(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a two-dimensional convolution, supported or not."""
+    """Whether the node calls a two-dimensional convolution, supported or not.
+
+    Args:
+        module: Module that the graph belongs to.
+        node: Node of the graph.
+    """
     return isinstance(child_of(module, node), nn.Conv2d)
 
 
 def is_normalisation(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a batch norm of any class."""
+    """Whether the node calls a batch norm of any class.
+
+    Args:
+        module: Module that the graph belongs to.
+        node: Node of the graph.
+    """
     child = child_of(module, node)
     return child is not None and is_norm(child)
 
 
 def is_identity(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls an ``nn.Identity``."""
+    """Whether the node calls an ``nn.Identity``.
+
+    Args:
+        module: Module that the graph belongs to.
+        node: Node of the graph.
+    """
     child = child_of(module, node)
     return child is not None and type(child) is nn.Identity
 
 
 def is_pool(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node calls a max-pool that the stem's operation supports."""
+    """Whether the node calls a max-pool that the stem's operation supports.
+
+    Args:
+        module: Module that the graph belongs to.
+        node: Node of the graph.
+    """
     child = child_of(module, node)
     return child is not None and is_max_pool(child)
 
@@ -66,7 +91,12 @@ def activation_path(module: nn.Module, node: fx.Node) -> str:
 
 
 def activation_at(module: nn.Module, node: fx.Node) -> Activation:
-    """The activation of the operations that a node applies; NONE for any other node."""
+    """The activation of the operations that a node applies; NONE for any other node.
+
+    Args:
+        module: Module that the graph belongs to.
+        node: Node of the graph.
+    """
     return _function(node) or activation_of(child_of(module, node))
 
 

@@ -109,7 +109,11 @@ def checking_purity(names: set[str]) -> Iterator[None]:
 
 
 def is_library_file(path: str) -> bool:
-    """Whether a file belongs to PyTorch, to Python's standard library or to this package."""
+    """Whether a file belongs to PyTorch, to Python's standard library or to this package.
+
+    Args:
+        path: Path of the file, as a code object gives it.
+    """
     # site-packages, with torch in it, is a folder of the standard library's.
     if path.startswith((*_LIBRARY_FILES[:2], "<fused_resnet forward")):
         return True
@@ -118,7 +122,11 @@ def is_library_file(path: str) -> bool:
 
 @functools.cache
 def names_of(code: types.CodeType) -> frozenset[str]:
-    """Every name that the code uses, including functions defined inside it."""
+    """Every name that the code uses, including functions defined inside it.
+
+    Args:
+        code: Code object of a function.
+    """
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return frozenset(code.co_names).union(*map(names_of, inner))
 
