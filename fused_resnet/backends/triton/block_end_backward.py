@@ -209,7 +209,7 @@ def block_end_backward_recomputed(
     sums: bool,
     activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`block_end_backward` without the block's result, whose sign is computed again.
+    r""":func:`block_end_backward` without the block's result, whose sign is computed again.
 
     Args:
         dy: Gradient of the block's result, shape and dtype of ``z``.
@@ -225,7 +225,8 @@ def block_end_backward_recomputed(
         activation: Activation of the forward.
 
     Returns:
-        As :func:`block_end_backward`.
+        :math:`g`, channels_last, and the sums :math:`\sum g`, :math:`\sum g (z - \mu)` and
+        :math:`\sum g (s - \mu_s)`, ``(K,)`` float32, empty when they are not wanted.
 
     Raises:
         ValueError: Wrong rank, shape or device, or a shortcut without its vectors.

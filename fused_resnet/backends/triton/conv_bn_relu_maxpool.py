@@ -144,7 +144,13 @@ def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
 
 
 class Pool(NamedTuple):
-    """The window of the max-pool, its stride, and its padding with minus infinity."""
+    """The window of the max-pool, its stride, and its padding with minus infinity.
+
+    Attributes:
+        kernel: Window of the max-pool, ``(height, width)``.
+        stride: Stride of the max-pool, ``(height, width)``.
+        padding: Padding with minus infinity on each side, ``(height, width)``.
+    """
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
