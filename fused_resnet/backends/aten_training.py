@@ -143,7 +143,7 @@ def conv_backward(o: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dz`` as a map of its own, PyTorch's convolution backward, then mask, sums or addition.
 
     Args:
-        o: Operands and settings as attributes: ``g``, the gradient behind the batch norm; ``z``,
+        o: Operands and settings as attributes: ``g``, the gradient after the batch norm; ``z``,
             ``a``, ``b`` and ``c`` of ``dz = a g + b z + c``; the input ``x`` with ``x_scale``,
             ``x_shift`` and ``x_mean`` or None; ``weight``; ``add``, a gradient that is added to
             that of ``x``, or None; the geometry; ``activation``; and ``need_input``,
@@ -231,7 +231,7 @@ def stem_end_backward(o: Any) -> tuple[Tensor, Tensor, Tensor]:
             ``activation``; and ``sums``, whether the sums are wanted.
 
     Returns:
-        The gradient behind the batch norm, its sum, and its sum times the centred ``z``; the last
+        The gradient after the batch norm, its sum, and its sum times the centred ``z``; the last
         two are empty when they are not wanted.
     """
     top, left = reference.window_corners(o.dy, o.stride, o.padding)

@@ -38,7 +38,7 @@ def residual_block(
         stride: Stride of the block in both directions.
         dilation: Distance between the taps of a bottleneck's 3x3 filters.
         groups: Number of independent groups of channels of a bottleneck's 3x3 convolution.
-        activation: Activation behind each convolution of the main branch; the last one follows the
+        activation: Activation after each convolution of the main branch; the last one follows the
             addition.
 
     Returns:

@@ -169,7 +169,7 @@ def conv_backward(
     winograd: bool,
     activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Both gradients of :func:`conv_forward`, with the batch norm behind it and the ReLU before.
+    r"""Both gradients of :func:`conv_forward`, with the batch norm after it and the ReLU before.
 
     .. math:: dz = a \cdot g + b \cdot z + c, \quad
         dw = \partial \langle dz,\, w * p(x) \rangle / \partial w, \quad
@@ -177,7 +177,7 @@ def conv_backward(
         [x \cdot \mathrm{scale} + \mathrm{shift} > 0]
 
     Args:
-        g: Gradient behind the batch norm of this convolution, ``(N, K, OH, OW)``.
+        g: Gradient after the batch norm of this convolution, ``(N, K, OH, OW)``.
         z: Result of the convolution; None for a batch norm whose statistics do not depend on it:
             then :math:`dz = a \cdot g`.
         a: ``(K,)``, from :func:`bn_backward_coefficients`.
@@ -330,7 +330,7 @@ def stem_end(
     padding: Sequence[int],
     activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor]:
-    r"""Batch norm, ReLU and max-pool behind the stem's convolution.
+    r"""Batch norm, ReLU and max-pool after the stem's convolution.
 
     .. math:: y = \mathrm{maxpool}(\max(0,\; z \cdot \mathrm{scale} + \mathrm{shift}))
 
@@ -367,7 +367,7 @@ def stem_end_backward(
     sums: bool,
     activation: int = Activation.RELU,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The gradient of :func:`stem_end` behind its batch norm, and that batch norm's sums.
+    r"""The gradient of :func:`stem_end` after its batch norm, and that batch norm's sums.
 
     Args:
         dy: Gradient of the result, ``(N, K, PH, PW)``.

@@ -57,7 +57,7 @@ class Layer:
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """The arguments of an operator behind its tensors."""
+        """The arguments of an operator after its tensors."""
         return self.stride, self.padding, self.dilation, self.groups
 
     @property

@@ -438,7 +438,7 @@ def _empty_state(table: dict[str, Any], size: int) -> dict[str, Tensor]:
 
     Args:
         table: The header, without its metadata.
-        size: Bytes of the file behind the header.
+        size: Bytes of the file after the header.
     """
     state, stored = {}, 0
     for name, entry in table.items():

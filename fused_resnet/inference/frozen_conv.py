@@ -36,7 +36,7 @@ class FrozenConv(Frozen, PackedConv):
 
     Args:
         conv: A fused group's convolution.
-        bn: The batch norm behind the convolution, with running statistics.
+        bn: The batch norm after the convolution, with running statistics.
         dtype: Dtype of the feature maps; None for the convolution's own.
         winograd: Whether Winograd's algorithm may run.
     """

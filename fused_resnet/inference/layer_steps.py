@@ -155,7 +155,7 @@ def _window(pool: Any) -> dict[str, Any]:
     return dict(zip(names, pairs, strict=True)) | {"ceil_mode": bool(pool.ceil_mode)}
 
 
-def size_behind(size: Any, step: Step) -> Any:
+def size_after(size: Any, step: Step) -> Any:
     """How the size of a step's result follows from that of the program's input.
 
     Of steps that only divide the size, rounded up, the product of the strides; of others their
@@ -178,14 +178,14 @@ def size_behind(size: Any, step: Step) -> Any:
     pool = Step(
         "max_pool", 0, kernel=step.pool_kernel, stride=step.pool_stride, padding=step.pool_padding
     )
-    return size_behind(after, pool)
+    return size_after(after, pool)
 
 
 def divided(size: Any, stride: tuple[int, int]) -> Any:
     """How a size divided by a stride, and rounded up, follows from the program's input.
 
     Args:
-        size: A result of :func:`size_behind`.
+        size: A result of :func:`size_after`.
         stride: ``(height, width)``.
     """
     if stride == (1, 1):

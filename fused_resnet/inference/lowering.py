@@ -2,7 +2,7 @@
 
 Each node of the graph either becomes part of a step or stays as it is. The steps whose inputs all
 depend on one value form one program. A convolution waits until its result is read, so that the
-addition, the ReLU and the max-pool behind it become part of its step.
+addition, the ReLU and the max-pool after it become part of its step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .layer_steps import (
     inputs,
     is_layer,
     layer_of,
-    size_behind,
+    size_after,
     subsampling,
     unchanged_input,
     zeros_of,
@@ -251,16 +251,16 @@ class _Lowering:
     def _same_shape(self, pending: Pending, other: fx.Node) -> bool:
         """Whether an addition does not broadcast, whatever the size of the input."""
         segment = self._segment(pending.source.root)
-        shape = self._shape_behind(segment, pending)
+        shape = self._shape_after(segment, pending)
         state = self.state.get(other, Value(other, 0))
         if isinstance(state, Pending):
-            return self._shape_behind(segment, state) == shape
+            return self._shape_after(segment, state) == shape
         return (segment.channels[state.number], segment.sizes[state.number]) == shape
 
     @staticmethod
-    def _shape_behind(segment: Segment, pending: Pending) -> tuple[int, Any]:
+    def _shape_after(segment: Segment, pending: Pending) -> tuple[int, Any]:
         size = segment.sizes[pending.source.number]
-        return pending.step.out_channels, size_behind(size, pending.step)
+        return pending.step.out_channels, size_after(size, pending.step)
 
     def _take_activation(self, node: fx.Node, activation: Activation) -> bool:
         source = self._origin(node.args[0])  # type: ignore[arg-type]
@@ -314,7 +314,7 @@ class _Lowering:
         made = Step(kind, value.number, **settings)
         channels = made.out_channels or segment.channels[value.number]
         if kind in ("max_pool", "avg_pool"):
-            size = size_behind(segment.sizes[value.number], made)
+            size = size_after(segment.sizes[value.number], made)
         self.state[node] = self._emit(value.root, made, path, channels, size)
         return True
 
@@ -382,7 +382,7 @@ class _Lowering:
         root = state.source.root
         segment = self._segment(root)
         step = state.step._replace(residual=residual, tensor=segment.tensors)
-        channels, size = self._shape_behind(segment, state)
+        channels, size = self._shape_after(segment, state)
         value = self._emit(root, step, state.path, channels, size)
         self.depths[value] = state.depth
         self.state[node] = value

@@ -15,7 +15,7 @@ def pack_exported(program: torch.export.ExportedProgram) -> torch.export.Exporte
     """Pack the weights of an exported frozen model, in place, so that it runs without Python.
 
     ``torch.export`` of a frozen model stores plain weights, which every machine can read, and packs
-    them at the first call; the operator that does so is Python's. Behind this function the program
+    them at the first call; the operator that does so is Python's. After this function the program
     calls the operators' library alone. So AOTInductor compiles it for C++
     (``torch._inductor.aoti_compile_and_package``), where ``libfused_resnet.so`` has to be loaded.
 
@@ -51,7 +51,7 @@ def pack_exported(program: torch.export.ExportedProgram) -> torch.export.Exporte
 
 
 def _describe(placeholder: Any, tensor: Tensor) -> None:
-    """Give a placeholder the shape and dtype of what is behind it now."""
+    """Give a placeholder the shape and dtype of the tensor that it stands for now."""
     mode = placeholder.meta["val"].fake_mode
     placeholder.meta |= {"val": mode.from_tensor(tensor, static_shapes=True), "packed": True}
     placeholder.meta.pop("tensor_meta", None)

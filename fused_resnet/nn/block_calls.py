@@ -52,8 +52,8 @@ def run_residual_block(
         x: Input of the block.
         convs: The block's own convolutions in order, and then the shortcut's, if that is a
             projection.
-        norms: The normalisation behind each convolution.
-        acts: The activation behind each of its own convolutions; None where it is inside the
+        norms: The normalisation after each convolution.
+        acts: The activation after each of its own convolutions; None where it is inside the
             normalisation.
         others: Further modules that the block calls.
         shortcut: One of :data:`fused_resnet.ops.training_spec.SHORTCUTS`; a block with one
@@ -178,9 +178,9 @@ def _fits(
         for vector in t[1:5]:
             if vector is not None and vector.dtype not in of_vectors:
                 return False
-    size = _size_behind(layers[:length], tensors, x)
+    size = _size_after(layers[:length], tensors, x)
     if shortcut == "projection":
-        side = _size_behind(layers[length:], tensors[length:], x)
+        side = _size_after(layers[length:], tensors[length:], x)
     elif shortcut == "zeros":
         pixels = windows(x.shape, (1, 1), (zeros[1], zeros[1]), (0, 0))
         side = [x.shape[1] + 2 * zeros[0], *pixels]
@@ -189,10 +189,10 @@ def _fits(
     return size is not None and (shortcut == "none" or size == side)
 
 
-def _size_behind(
+def _size_after(
     layers: Sequence[Layer], tensors: Sequence[LayerTensors], x: Tensor
 ) -> list[int] | None:
-    """``[K, H, W]`` behind a chain of convolutions; None where one does not take its input."""
+    """``[K, H, W]`` after a chain of convolutions; None where one does not take its input."""
     shape = list(x.shape)
     for layer, t in zip(layers, tensors, strict=False):
         if t.weight.shape[1] * layer.groups != shape[1]:

@@ -53,7 +53,7 @@ class BasicBlock(BasicBlockForward):
         dilation: Distance between the filters' taps; only 1 is supported.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
-        activation: Activation behind each convolution but the shortcut's, ``"none"``, ``"relu"`` or
+        activation: Activation after each convolution but the shortcut's, ``"none"``, ``"relu"`` or
             ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Raises:
@@ -114,7 +114,7 @@ class Bottleneck(BottleneckForward):
         dilation: Distance between the taps of the 3x3 filters.
         norm_layer: Called with a number of channels, returns the batch norm; None for
             :class:`torch.nn.BatchNorm2d`.
-        activation: Activation behind each convolution but the shortcut's, ``"none"``, ``"relu"`` or
+        activation: Activation after each convolution but the shortcut's, ``"none"``, ``"relu"`` or
             ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Source:

@@ -38,7 +38,7 @@ def run_no_grad_block(
         tensors: Tensors of each layer; the statistics are the running ones.
         length: Number of layers of the main branch; the shortcut is the identity where there are
             no more.
-        activation: Activation behind each layer of the main branch; the last one's is behind the
+        activation: Activation after each layer of the main branch; the last one's is after the
             addition.
         winograd: Whether Winograd's algorithm may run.
 

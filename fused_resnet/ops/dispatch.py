@@ -63,7 +63,7 @@ class CheckedCall(NamedTuple):
 
     Attributes:
         operator: Operator that computes the call.
-        settings: The operator's arguments behind its tensors.
+        settings: The operator's arguments after its tensors.
     """
 
     operator: Callable[..., Any]

@@ -256,7 +256,7 @@ def residual_block(
         winograd: Whether a 3x3 convolution of stride 1 may use Winograd's algorithm on the CPU: in
             float32 arithmetic, with a relative error of about 1e-6 before the result is rounded to
             its dtype; never for float64.
-        activation: Activation behind each convolution of the block but the shortcut's, ``"none"``,
+        activation: Activation after each convolution of the block but the shortcut's, ``"none"``,
             ``"relu"`` or ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
     Returns:

@@ -18,7 +18,7 @@ from .checks import Pair
 
 
 class Layer(NamedTuple):
-    """The settings of a convolution without a bias and of the batch norm behind it.
+    """The settings of a convolution without a bias and of the batch norm that follows it.
 
     Attributes:
         stride: Step of the convolution, ``(height, width)``.
@@ -72,11 +72,11 @@ class Unit(NamedTuple):
     """A chain of convolutions, a shortcut that is added at its end, and an activation.
 
     Attributes:
-        layers: The chain, with the activation between two layers; behind it the projection's layer,
+        layers: The chain, with the activation between two layers; after it the projection's layer,
             if the shortcut is one.
         shortcut: One of :data:`SHORTCUTS`.
         zeros: Channels of zeros on each side, and the stride, of the shortcut ``"zeros"``.
-        activation: Activation behind each layer of the chain; the last one's is behind the
+        activation: Activation after each layer of the chain; the last one's is after the
             addition.
         pool: Kernel, stride and padding of the max-pool at the end; None for none. Only without a
             shortcut and with an activation.
@@ -102,7 +102,7 @@ class Unit(NamedTuple):
         return len(self.layers) - (self.shortcut == "projection")
 
 
-#: Integers of a layer in the flat list, behind the unit's own.
+#: Integers of a layer in the flat list, after the unit's own.
 _OF_LAYER = 8
 _OF_UNIT = 5
 

@@ -72,7 +72,7 @@ def passes(name: str, batch: int, precision: str, route: str, size: int = 224) -
 def saved_bytes(name: str, precision: str, route: str, size: int = 224) -> int:
     """The bytes of maps that a step keeps for its backward, for one image.
 
-    The image itself, each convolution's result, and the maps behind ReLU: of all layers where
+    The image itself, each convolution's result, and the maps after ReLU: of all layers where
     operations are separate, of blocks alone by the primitives; and the places of the pool's maxima.
 
     Args:

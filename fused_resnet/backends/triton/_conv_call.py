@@ -84,7 +84,7 @@ class Second(NamedTuple):
 
 
 class BatchNorm(NamedTuple):
-    """What the kernel that finishes the statistics makes of them for the batch norm behind.
+    """What the kernel that finishes the statistics makes of them for the batch norm that follows.
 
     Attributes:
         scale: ``(K,)`` float32, written to.
@@ -125,7 +125,7 @@ class ConvCall:
         prologue: Scale and shift of ``x``, ``(C,)`` each, before an activation; or two None.
         second: A 1x1 convolution that is added; None for none.
         activation: Activation that is applied to the sum.
-        in_activation: Activation that is applied to the input behind the prologue.
+        in_activation: Activation that is applied to the input after the prologue.
     """
 
     def __init__(
@@ -322,8 +322,8 @@ class ConvCall:
 
         Args:
             config: Forces a configuration, of which split_k is ignored; None chooses one.
-            norm: The batch norm behind, which the last kernel finishes; None for none. Not for an
-                empty result.
+            norm: The batch norm that follows, which the last kernel finishes; None if there is
+                none, and for an empty result.
         """
         s = self.shape
         config = (config or self.choose(may_split=False))._replace(split_k=1)

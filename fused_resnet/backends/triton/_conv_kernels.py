@@ -183,7 +183,7 @@ def conv_statistics_kernel(  # type: ignore[no-untyped-def]
     statistics_ptr,  # (slabs, 2, K) float32: mean, M2 of slab_rows rows; the last may have fewer
     merged_ptr,  # (programs, 2, K) float32: mean, M2 of each program's slabs; or None
     mean_ptr, var_ptr,  # (K,) float32, written without merged_ptr
-    weight_ptr, bias_ptr,  # (K,) any float, or None: of the batch norm behind
+    weight_ptr, bias_ptr,  # (K,) any float, or None: of the batch norm that follows
     scale_ptr, shift_ptr,  # (K,) float32, or None: its multiplication and addition
     running_mean_ptr, running_var_ptr,  # (K,) any float, or None: moved towards the batch's
     batches_ptr,  # (1,) int64, or None: counts the batches

@@ -16,7 +16,7 @@ class GradientCall:
 
     Args:
         op: Name of the operation, for messages.
-        g: Gradient behind the batch norm of the convolution, ``(N, K, OH, OW)``.
+        g: Gradient after the batch norm of the convolution, ``(N, K, OH, OW)``.
         z: Result of the convolution, or None.
         a: ``(K,)``.
         b: ``(K,)``, there when ``z`` is.

@@ -49,7 +49,7 @@ def conv_backward(
     r""":math:`g_x` and :math:`dw` of :math:`dz = a g + b z + c`, and the sums of :math:`g_x`.
 
     Args:
-        g: Gradient behind the batch norm of this convolution, ``(N, K, OH, OW)``.
+        g: Gradient after the batch norm of this convolution, ``(N, K, OH, OW)``.
         z: Result of the convolution; None means :math:`dz = a g`.
         a: ``(K,)`` float32.
         b: ``(K,)`` float32, there when ``z`` is.

@@ -1,4 +1,4 @@
-"""A convolution between two batch norms: the one before while it reads, the one behind's numbers.
+"""A convolution between two batch norms: it applies the first and starts the second one.
 
 The kernel is :mod:`._conv_kernels`' with its prologue and its statistics.
 """
@@ -123,7 +123,7 @@ def conv_bn_forward(
     pytorch: bool = False,
     config: ConvConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r""":func:`conv_forward` with statistics, and all that the batch norm behind makes of them.
+    r""":func:`conv_forward` with statistics, and the numbers of the batch norm that follows.
 
     The kernel that finishes the statistics computes scale and shift, updates the running statistics
     and counts the batch: no further launch, and no copy of a parameter in another dtype.

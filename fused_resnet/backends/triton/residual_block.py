@@ -258,7 +258,7 @@ def residual_block(
         dilation: Distance between the taps of the bottleneck's 3x3 filters.
         groups: Number of independent groups of channels of the bottleneck's 3x3 convolution.
         winograd: Has no effect; an option of the CPU's kernels.
-        activation: Activation behind each convolution but the shortcut's; the last one follows the
+        activation: Activation after each convolution but the shortcut's; the last one follows the
             addition.
         config: Forces a configuration of the kernel for two convolutions; None chooses one.
 

@@ -220,7 +220,7 @@ def stem_end_backward(
     *,
     config: BnConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The gradient of :func:`stem_end` behind its batch norm, and that batch norm's sums.
+    r"""The gradient of :func:`stem_end` after its batch norm, and that batch norm's sums.
 
     Args:
         dy: Gradient of the result, ``(N, K, PH, PW)``, dtype of ``z``.

@@ -2,7 +2,7 @@
 
 Convolutions are measured in three directions: PyTorch's operator alone (``eager``), and by each
 backend the training primitive, which includes what it fuses: the batch norm before the convolution,
-the statistics behind it, the gradient of batch norm, the ReLU mask and its sums. Where cuDNN's own
+the statistics after it, the gradient of batch norm, the ReLU mask and its sums. Where cuDNN's own
 fused training graphs can be built, they are a peer.
 """
 

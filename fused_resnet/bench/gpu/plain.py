@@ -26,7 +26,7 @@ BATCH, TINY_BATCH = 256, 2
 
 
 class _TinyNetwork(nn.Module):
-    """A residual block with a convolution before it and a classifier behind."""
+    """A residual block with a convolution before it and a classifier after it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class TrainingOperands(NamedTuple):
         shift: Shift of the batch norm before the convolution, ``(C,)``, float32.
         mean: Mean of ``x`` in each channel, ``(C,)``.
         weight: ``(K, C, kh, kw)``, channels_last.
-        g: The gradient behind the batch norm after the convolution, shape of the result.
+        g: The gradient of the batch norm's output, shape of the result.
         z: The convolution's result.
         a: ``dz = a g + b z + c``, ``(K,)``.
         b: ``(K,)``.

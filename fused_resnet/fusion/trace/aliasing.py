@@ -1,6 +1,6 @@
 """Alias analysis: what a node of a graph may write to, and what its result may be a view of.
 
-Needed before an operation is moved behind other nodes, none of which may write to its inputs. The
+Needed before an operation is moved after other nodes, none of which may write to its inputs. The
 analysis is conservative: an unknown operation writes to its inputs and returns a view of them.
 """
 

@@ -1,6 +1,6 @@
 """Finds the groups of a graph: nodes that one operation can replace.
 
-A group runs at the position of its last node, so its convolution and batch norm move behind the
+A group runs at the position of its last node, so its convolution and batch norm move after the
 nodes in between. That is allowed only where every result inside the group has a single reader, and
 where no node in between writes to the group's inputs or calls one of its modules.
 """
@@ -93,7 +93,7 @@ def find(graph: fx.Graph, module: nn.Module, lists: frozenset[str] = frozenset()
     taken: set[fx.Node] = set()
     found = Matches([], [])
     # Last batch norm first: where both operands of an addition are batch norms, the later one is
-    # closer to the addition and has fewer nodes to move behind.
+    # closer to the addition and has fewer nodes to move after.
     for node in reversed(list(graph.nodes)):
         if not is_normalisation(module, node):
             continue
