@@ -32,7 +32,7 @@ def training_calls(
     """The calls of a fused network's training step, forward and backward, in channels_last.
 
     Args:
-        network: Any of ours.
+        network: Any of this package's networks.
         batch: Number of images.
         size: Height and width of the images.
         dtype: float32, or a 16-bit type for autocast.

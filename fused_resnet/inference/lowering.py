@@ -291,7 +291,7 @@ class _Lowering:
                 self.state[node] = state._replace(step=step)
                 return True
         if state is None and not (kind in ("max_pool", "avg_pool") and self._is_convolved(source)):
-            return False  # nothing of ours reads it, or comes before it
+            return False  # no step of a program reads it, or comes before it
         if kind == "flatten":
             return self._take_flatten(node, source)
         value = self._value(source)

@@ -1,9 +1,11 @@
 """Groups: which modules one operation runs, and why the others are not fused.
 
 A *group* is a sequence of modules that one operation computes: convolution, batch norm, the
-residual add and an activation, and a max-pool in the stem. The decision is made here only: the
-forwards of :mod:`.group_calls` act on it and :func:`fused_resnet.report` shows it, so the two can't
-disagree. Decisions read the modules at every call and are not cached, so they can't go stale.
+residual add and an activation, and a max-pool in the stem. What the modules of a group must be is
+decided here only: the forwards of :mod:`.group_calls` act on it and :func:`fused_resnet.report`
+shows it, so the two can't disagree. Decisions read the modules at every call and are not cached, so
+they can't go stale. Which groups the graph of a traced forward has is found once, by
+``fusion/trace/matching.py``.
 """
 
 from __future__ import annotations

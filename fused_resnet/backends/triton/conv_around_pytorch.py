@@ -1,4 +1,4 @@
-r"""PyTorch's convolutions between passes of ours, behind the calls of the training primitives.
+r"""PyTorch's convolutions between Triton's passes, behind the calls of the training primitives.
 
 For the geometries that our gradients' kernels do not take, and a candidate of the tuner for all: a
 prologue becomes a map of its own, an epilogue a pass over the result. Passes: dz = a g + b z + c (3
