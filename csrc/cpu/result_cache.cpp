@@ -19,6 +19,10 @@ namespace {
 // The C library keeps smaller blocks by itself.
 constexpr size_t kLeastKept = 64 * 1024;
 
+// Kept in any case: the maps of one image, of a dozen sizes, are more in all than are in use at one
+// time, and the system clears each that was evicted when it is needed again.
+constexpr size_t kAlwaysKept = 32 * 1024 * 1024;
+
 // The peak of use is taken over a window of this many results and the window before it.
 constexpr int64_t kWindow = 1024;
 
@@ -111,7 +115,7 @@ class ResultCache {
   }
 
   size_t limit() const {
-    const size_t most = std::max(most_, most_before_);
+    const size_t most = std::max({most_, most_before_, kAlwaysKept});
     return std::min(most - std::min(most, in_use_), bound_);
   }
 
