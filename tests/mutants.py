@@ -184,6 +184,7 @@ MUTANTS = [
         "csrc/cpu/kernels/winograd.h",
         "c % 2 == 0 ? words << 16 : words & 0xffff0000u",
         "words << 16",
+        isa="avx512_bf16",
     ),
     Mutant(
         "rows that two blocks of a max-pool share come from one row too high",

@@ -168,6 +168,15 @@ def test_micro_batches_keep_the_algorithm_of_the_batch():
     assert_bits(p.run(x), p.one_by_one(x)[-1:])
 
 
+def test_a_residual_that_is_the_input():
+    """The windows of later pixels read it when the first results have been stored."""
+    p = Program(16)
+    x = p.conv(0, 16)
+    p.conv(x, 16, residual=x)
+    x = normal(2, 16, 57, 53, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    assert_bits(p.run(x), p.one_by_one(x)[-1:])
+
+
 @pytest.mark.parametrize("place", range(1, 6))
 def test_a_value_that_is_read_late_keeps_its_memory(place):
     """Of a chain of maps of equal size each is read once more behind the last."""
