@@ -113,13 +113,6 @@ MUTANTS = [
         CALLS,
     ),
     Mutant(
-        "a kept plan with copies of operands",
-        RUN,
-        "if (!plan.program.copies.empty()) return execute(plan, x);",
-        "",
-        CALLS,
-    ),
-    Mutant(
         "no ReLU between a block's convolutions",
         BLOCK,
         "h = conv(block.convs[i], h, -1, activation, winograd);",

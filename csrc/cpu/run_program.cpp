@@ -167,7 +167,7 @@ std::vector<Tensor> run_kept_program_cpu(const Tensor& x, int64_t number) {
   const std::shared_ptr<const KeptPlan> kept = program->plan();
   if (kept && kept->fits(x, tensors, threads)) return execute(kept->plan, x);
   ProgramPlan plan = plan_of(x, tensors, program->steps(), program->outputs(), threads);
-  // Copies of operands are those of this call.
+  // A plan with copies of operands would fit no other call, so its memory is not kept.
   if (!plan.program.copies.empty()) return execute(plan, x);
   auto made = std::make_shared<KeptPlan>();
   *made = {std::move(plan), to_vector(x.sizes()), threads, {}};
