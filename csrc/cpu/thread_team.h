@@ -147,6 +147,7 @@ class ThreadTeam {
   // Chunks of a share: more of them balance better, and cost bodies that carry something from one
   // iteration to the next.
   static constexpr int64_t kChunks = 8;
+
   template <class Body>
   void take_shares(int64_t loop, int64_t count, int64_t grain, int64_t threads, const Body& body) {
     const int64_t share = (count + threads - 1) / threads;

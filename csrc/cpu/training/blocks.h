@@ -45,6 +45,11 @@ void for_blocks(int64_t count, int64_t grain, int64_t scratch_bytes, const Run& 
         for (int64_t block = begin; block < end; ++block) run(block, scratch);
       });
     }
+#ifdef __x86_64__
+    // Stores past the caches (written_map.h) are visible before other threads learn that this one
+    // is done.
+    __builtin_ia32_sfence();
+#endif
   });
 }
 

@@ -199,11 +199,9 @@ struct Store {
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
   FR_INLINE void ask(int64_t i) const { y.ask(i); }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { y.put(v, i); }
-  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
-    __builtin_memset(y.at(i), 0, static_cast<size_t>(count) * sizeof(T));
-  }
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const { y.put_zeros(i, count); }
   FR_INLINE void done(const Channel&, int64_t) const {}
-  FR_INLINE void fold() const { y.finish(); }
+  FR_INLINE void fold() const {}
 };
 
 // Sums of v - pivot and of its square: with a pivot near the mean the second does not cancel.
@@ -234,10 +232,7 @@ struct StoreStatistics {
     store(load(sum) + k.sum, sum);
     store(load(squares) + k.squares, squares);
   }
-  FR_INLINE void fold() const {
-    y.finish();
-    sums.fold(true);
-  }
+  FR_INLINE void fold() const { sums.fold(true); }
 };
 
 // The gradient through the ReLU of the previous convolution.
@@ -260,11 +255,9 @@ struct StoreMasked {
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
     g.put(bn_relu_mask(v, load(x + i), k.scale, k.shift), i);
   }
-  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
-    __builtin_memset(g.at(i), 0, static_cast<size_t>(count) * sizeof(T));
-  }
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const { g.put_zeros(i, count); }
   FR_INLINE void done(const Channel&, int64_t) const {}
-  FR_INLINE void fold() const { g.finish(); }
+  FR_INLINE void fold() const {}
 };
 
 // The same, and the sums that its batch norm needs.
@@ -295,19 +288,14 @@ struct StoreMaskedSums {
     k.sum += d;
     k.sum_xc += d * (at - k.mean);
   }
-  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
-    __builtin_memset(g.at(i), 0, static_cast<size_t>(count) * sizeof(T));
-  }
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const { g.put_zeros(i, count); }
   FR_INLINE void done(const Channel& k, int64_t c) const {
     A *sum = sums.near + kSumG * sums.channels + c,
       *sum_xc = sums.near + kSumGXc * sums.channels + c;
     store(load(sum) + k.sum, sum);
     store(load(sum_xc) + k.sum_xc, sum_xc);
   }
-  FR_INLINE void fold() const {
-    g.finish();
-    sums.fold(false);
-  }
+  FR_INLINE void fold() const { sums.fold(false); }
 };
 
 // The shortcut's gradient is added: the gradient of a block's input.
@@ -330,7 +318,7 @@ struct StoreSum {
     for (int64_t c = 0; c < count; c += kLanes<A>) put(Vec<A>{}, i + c, all);
   }
   FR_INLINE void done(const Channel&, int64_t) const {}
-  FR_INLINE void fold() const { g.finish(); }
+  FR_INLINE void fold() const {}
 };
 
 // Calls run(epilogue) with the forward's; `near` is room for BlockSums<Acc<T>, kStatisticsRows>.

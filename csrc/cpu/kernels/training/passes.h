@@ -53,7 +53,6 @@ FR_INLINE void end_block(const BlockEnd& f, int64_t begin, int64_t end, Activate
         y.put(lanes, activated(lanes.get(z + i) * k + b + added(i)), i);
       }
     });
-    y.finish();
   };
   if (shortcut == nullptr) {
     run([](auto, int64_t) { return [](int64_t) { return Vec<A>{}; }; });
@@ -93,7 +92,6 @@ FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int6
     for_rows<A>(begin, end, step, [&](auto lanes, auto rows, int64_t first, int64_t) {
       for (int r = 0; r < rows.value; ++r) masked(lanes, first + r * step);
     });
-    g.finish();
     return;
   }
   const BlockSums<A, kBlockEndRows> sums{static_cast<A*>(scratch),
@@ -113,7 +111,6 @@ FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int6
     add_to(lanes, sum_with(z, mean), sum_g_xc + c);
     if (shortcut) add_to(lanes, sum_with(shortcut, mean2), sum_g_shortcut_xc + c);
   });
-  g.finish();
   sums.fold(false);
 }
 

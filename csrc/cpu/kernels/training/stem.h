@@ -142,7 +142,6 @@ FR_INLINE void stem_end_backward_row(const StemEndBackward& f, int64_t row, Lane
       total_g_xc[v] += d[v] * (at - mean[v]);
     }
   }
-  g.finish();
   if (sum_g == nullptr) return;
   for (int v = 0; v < kVecs; ++v) {
     A *of_g = sum_g + c + v * step, *of_g_xc = sum_g_xc + c + v * step;

@@ -4,7 +4,7 @@
 // map is too large to be in the caches when it is read, its lines are stored past them
 // (non-temporal stores): a 1x1 convolution of 64 to 256 channels at 56x56, batch 16, takes 8.5 ms
 // in place of 10.0 (measured, Zen 4). Only whole lines can be: vectors of 64 bytes, of elements
-// that are not narrowed.
+// that are not narrowed. for_blocks waits for them (blocks.h).
 #pragma once
 
 #include "../vec.h"
@@ -49,11 +49,9 @@ class WrittenMap {
     if (!stream(v, i)) lanes.put(v, map_ + i);
   }
 
-  // After a block: makes its lines visible before other threads learn that it is done.
-  FR_INLINE void finish() const {
-#if FR_VECTOR_BYTES == 64
-    if (streamed_) _mm_sfence();
-#endif
+  // Zeros from element i on.
+  FR_INLINE void put_zeros(int64_t i, int64_t count) const {
+    __builtin_memset(map_ + i, 0, static_cast<size_t>(count) * sizeof(T));
   }
 
  private:
