@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends.availability import current_backend
 from ..tuning import tuner
+from ..tuning.tf32 import conv_allows_tf32
 from .registry import candidates
 from .training_unit import is_transformed
 
@@ -103,7 +104,8 @@ def call_key(
         )
         # 1, True and 1.0 are equal, and not all of them are what a setting may be.
         kinds = tuple([type(v) for s in settings for v in (s if type(s) is tuple else (s,))])
-        key = (op, tuner.circumstances(), settings, kinds, metadata)
+        tf32 = tensors[0].is_cuda and conv_allows_tf32()
+        key = (op, tuner.circumstances(), tf32, settings, kinds, metadata)
         hash(key)
     except (AttributeError, TypeError):
         return None

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_resnet.bench import gpu_cells
 from fused_resnet.inference import cuda_graphs
+from fused_resnet.ops.dispatch import call_key
 from fused_resnet.tuning import tuner
 from fused_resnet.tuning.tf32 import conv_allows_tf32, matmul_allows_tf32, tf32_set_to
 
@@ -74,3 +75,16 @@ def test_settings_come_back_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), tf32_set_to(False):
         _ = 1 / int(conv_allows_tf32())
     assert (CONV.fp32_precision, MATMUL.fp32_precision) == ("tf32", "ieee")
+
+
+def test_a_checked_call_is_asked_again_with_another_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which backend is the fastest depends on it. The tensor says that it is on CUDA."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    keys = []
+    for precision in ("ieee", "tf32", "ieee"):
+        CONV.fp32_precision = precision
+        keys.append(call_key("conv_bn_add_relu", (torch.empty(1, 1, 1, 1),), ()))
+    assert keys[0] is not None
+    assert keys[0] == keys[2] != keys[1]
