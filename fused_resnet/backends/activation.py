@@ -61,7 +61,7 @@ def activate(y: Tensor, activation: int) -> Tensor:
     """The activation of a tensor, by PyTorch's own function.
 
     Args:
-        y: Any shape.
+        y: Tensor to activate, of any shape.
         activation: Activation that is applied, a number of :class:`Activation`.
     """
     if activation == Activation.RELU:
@@ -73,7 +73,7 @@ def activate_(y: Tensor, activation: int) -> Tensor:
     """:func:`activate` in place.
 
     Args:
-        y: Any shape, written to.
+        y: Tensor to activate, of any shape, written to.
         activation: Activation that is applied, a number of :class:`Activation`.
     """
     if activation == Activation.RELU:

@@ -44,7 +44,7 @@ def bn_add_relu(
             statistics are kept.
         running_var: Running (unbiased) variance, ``(C,)``, updated in place when training; None
             when no running statistics are kept.
-        residual: :math:`r`, shape and dtype of ``x``; None means 0.
+        residual: Map that is added, :math:`r`, shape and dtype of ``x``; None means 0.
         training: Normalise with the statistics of the batch and update the running ones.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
@@ -97,7 +97,7 @@ def conv_bn_add_relu(
             statistics are kept.
         running_var: Running (unbiased) variance, ``(K,)``, updated in place when training; None
             when no running statistics are kept.
-        residual: :math:`r`, shape and dtype of the result; None means 0.
+        residual: Map that is added, :math:`r`, shape and dtype of the result; None means 0.
         conv_bias: Bias of the convolution :math:`b`, ``(K,)``; None means 0.
         stride: Stride of the convolution, an int or ``(height, width)``.
         padding: Zeros on each side, an int or ``(height, width)``.
@@ -234,7 +234,7 @@ def conv_affine_add_relu(
         weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, any floating-point dtype.
         scale: Scale of each output channel, ``(K,)``; its dtype is that of the arithmetic.
         shift: Shift of each output channel, ``(K,)``, dtype of ``scale``.
-        residual: :math:`r`, shape and dtype of the result; None means 0.
+        residual: Map that is added, :math:`r`, shape and dtype of the result; None means 0.
         stride: Stride of the convolution, an int or ``(height, width)``.
         padding: Zeros on each side, an int or ``(height, width)``.
         dilation: Distance between the filter's taps, an int or ``(height, width)``.

@@ -48,10 +48,10 @@ def conv_forward(
     .. math:: z = w * p(x), \quad p(x) = \max(0,\; x \cdot \mathrm{scale} + \mathrm{shift})
 
     Args:
-        x: ``(N, C, H, W)``.
-        x_scale: ``(C,)``; None means :math:`p(x) = x`.
-        x_shift: ``(C,)``, there when ``x_scale`` is.
-        weight: :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        x: Input, ``(N, C, H, W)``.
+        x_scale: Scale of :math:`p`, ``(C,)``; None means :math:`p(x) = x`.
+        x_shift: Shift of :math:`p`, ``(C,)``, there when ``x_scale`` is.
+        weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
         stride: Step of the convolution, ``(height, width)``.
         padding: Zeros on each side of :math:`p(x)`, ``(height, width)``.
         dilation: Distance between taps, ``(height, width)``.
@@ -86,13 +86,13 @@ def block_end(
     .. math:: y = \max(0,\; z \cdot \mathrm{scale} + \mathrm{shift} + s)
 
     Args:
-        z: ``(N, K, H, W)``, the result of the last convolution.
-        scale: ``(K,)``, of its batch norm.
-        shift: ``(K,)``, of its batch norm.
-        shortcut: Shape of ``z``; None means :math:`s = 0`.
-        shortcut_scale: ``(K,)``: then :math:`s` is the shortcut times this plus its shift, the
-            batch norm of a projection; None means the shortcut as it is.
-        shortcut_shift: ``(K,)``, there when ``shortcut_scale`` is.
+        z: Result of the last convolution, ``(N, K, H, W)``.
+        scale: Scale of the batch norm after it, ``(K,)``.
+        shift: Shift of the batch norm after it, ``(K,)``.
+        shortcut: Result of the shortcut, shape of ``z``; None means :math:`s = 0`.
+        shortcut_scale: Scale of the batch norm of a projection, ``(K,)``: then :math:`s` is the
+            shortcut times this plus its shift; None means the shortcut as it is.
+        shortcut_shift: Shift of that batch norm, ``(K,)``, there when ``shortcut_scale`` is.
         activation: Activation that is applied to the sum; the formula has ReLU, and none leaves the
             maximum out.
 
@@ -126,9 +126,10 @@ def block_end_backward(
         dy: Gradient of ``y``, ``(N, K, H, W)``.
         y: The block's result; None where it has no activation, and then :math:`g` is ``dy``.
         z: Result of the last convolution, shape of ``dy``.
-        mean: :math:`\mu`, ``(K,)``, of ``z``.
+        mean: Mean :math:`\mu` of ``z`` in each channel, ``(K,)``.
         shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no such sum.
-        shortcut_mean: :math:`\mu_s`, ``(K,)``, there when ``shortcut`` is.
+        shortcut_mean: Mean :math:`\mu_s` of ``shortcut`` in each channel, ``(K,)``, there when
+            ``shortcut`` is.
         sums: Whether the sums are wanted.
         activation: Activation of the forward; not used without ``y``.
 
@@ -180,16 +181,16 @@ def conv_backward(
         g: Gradient after the batch norm of this convolution, ``(N, K, OH, OW)``.
         z: Result of the convolution; None for a batch norm whose statistics do not depend on it:
             then :math:`dz = a \cdot g`.
-        a: ``(K,)``, from :func:`bn_backward_coefficients`.
-        b: ``(K,)``, there when ``z`` is.
-        c: ``(K,)``, there when ``z`` is.
+        a: Factor of ``g`` in :math:`dz`, ``(K,)``, from :func:`bn_backward_coefficients`.
+        b: Factor of ``z`` in :math:`dz`, ``(K,)``, there when ``z`` is.
+        c: Constant term of :math:`dz`, ``(K,)``, there when ``z`` is.
         x: Input of the convolution, ``(N, C, H, W)``.
-        x_scale: ``(C,)``, of :math:`p`; None means :math:`p(x) = x`, and no mask.
-        x_shift: ``(C,)``, there when ``x_scale`` is.
-        x_mean: ``(C,)``, mean of ``x``, for the sums.
-        weight: :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
-        add: Shape of ``x``, added to :math:`g_x`: the gradient of the shortcut. Only without
-            ``x_scale``.
+        x_scale: Scale of :math:`p`, ``(C,)``; None means :math:`p(x) = x`, and no mask.
+        x_shift: Shift of :math:`p`, ``(C,)``, there when ``x_scale`` is.
+        x_mean: Mean of ``x`` in each channel, ``(C,)``, for the sums.
+        weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        add: Gradient of the shortcut, shape of ``x``, added to :math:`g_x`; None for none. Only
+            without ``x_scale``.
         stride: Step of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between taps, ``(height, width)``.
@@ -240,11 +241,11 @@ def bn_coefficients(
         \mathrm{shift} = \beta - \mu \cdot \mathrm{scale}
 
     Args:
-        mean: :math:`\mu`, ``(K,)``.
-        var: :math:`\sigma^2`, ``(K,)``, biased.
-        weight: :math:`\gamma`, ``(K,)``; None means 1.
-        bias: :math:`\beta`, ``(K,)``; None means 0.
-        eps: :math:`\epsilon`.
+        mean: Mean :math:`\mu`, ``(K,)``.
+        var: Biased variance :math:`\sigma^2`, ``(K,)``.
+        weight: Weight :math:`\gamma` of the batch norm, ``(K,)``; None means 1.
+        bias: Bias :math:`\beta` of the batch norm, ``(K,)``; None means 0.
+        eps: Added to the variance, :math:`\epsilon`.
 
     Returns:
         Scale and shift, ``(K,)`` each, dtype of ``mean``; the arithmetic is float64.
@@ -271,10 +272,10 @@ def bn_update_running(
     ``running = (1 - momentum) * running + momentum * batch``
 
     Args:
-        mean: ``(K,)``, of the batch.
-        var: ``(K,)``, of the batch, biased.
-        running_mean: ``(K,)``, written to.
-        running_var: ``(K,)``, written to.
+        mean: Mean of the batch, ``(K,)``.
+        var: Biased variance of the batch, ``(K,)``.
+        running_mean: Running mean, ``(K,)``, written to.
+        running_var: Running variance, ``(K,)``, written to.
         momentum: Weight of the batch.
         count: Values per channel.
     """
@@ -300,13 +301,13 @@ def bn_backward_coefficients(
         c = -a \textstyle\sum g / m - b \mu, \quad \sigma = \sqrt{\mathrm{var} + \epsilon}
 
     Args:
-        sum_g: :math:`\sum g`, ``(K,)``.
-        sum_g_xc: :math:`\sum g (z - \mu)`, ``(K,)``.
-        mean: :math:`\mu`, ``(K,)``.
-        var: ``(K,)``, biased.
-        weight: :math:`\gamma`, ``(K,)``; None means 1.
-        eps: :math:`\epsilon`.
-        count: :math:`m`, values per channel.
+        sum_g: Sum of the gradient, :math:`\sum g`, ``(K,)``.
+        sum_g_xc: Sum of the gradient times the centred map, :math:`\sum g (z - \mu)`, ``(K,)``.
+        mean: Mean :math:`\mu` of the batch, ``(K,)``.
+        var: Biased variance of the batch, ``(K,)``.
+        weight: Weight :math:`\gamma` of the batch norm, ``(K,)``; None means 1.
+        eps: Added to the variance, :math:`\epsilon`.
+        count: Number of values per channel, :math:`m`.
 
     Returns:
         :math:`a`, :math:`b`, :math:`c`, and the gradients of weight and bias, ``(K,)`` each, dtype
@@ -335,9 +336,9 @@ def stem_end(
     .. math:: y = \mathrm{maxpool}(\max(0,\; z \cdot \mathrm{scale} + \mathrm{shift}))
 
     Args:
-        z: ``(N, K, H, W)``.
-        scale: ``(K,)``.
-        shift: ``(K,)``.
+        z: Result of the stem's convolution, ``(N, K, H, W)``.
+        scale: Scale of the batch norm after it, ``(K,)``.
+        shift: Shift of the batch norm after it, ``(K,)``.
         kernel: Window of the pool, ``(height, width)``, at most 255 places.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
@@ -372,10 +373,10 @@ def stem_end_backward(
     Args:
         dy: Gradient of the result, ``(N, K, PH, PW)``.
         index: ``uint8``, shape of ``dy``, from :func:`stem_end`.
-        z: ``(N, K, H, W)``.
-        scale: ``(K,)``.
-        shift: ``(K,)``.
-        mean: :math:`\mu`, ``(K,)``, of ``z``.
+        z: Result of the stem's convolution, ``(N, K, H, W)``.
+        scale: Scale of the batch norm after it, ``(K,)``.
+        shift: Shift of the batch norm after it, ``(K,)``.
+        mean: Mean :math:`\mu` of ``z`` in each channel, ``(K,)``.
         kernel: Window of the pool, ``(height, width)``.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.

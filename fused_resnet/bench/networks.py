@@ -45,7 +45,7 @@ def in_float64(model: nn.Module, images: Tensor) -> Tensor:
 
     Args:
         model: The network.
-        images: ``(N, 3, H, W)``.
+        images: Batch of images, ``(N, 3, H, W)``.
     """
     exact = copy.deepcopy(model).double().eval()
     with torch.inference_mode():

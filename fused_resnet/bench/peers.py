@@ -35,7 +35,7 @@ def onnxruntime(folder: Path, model: str, images: Tensor) -> Served:
     Args:
         folder: The problem's folder.
         model: The network's name.
-        images: ``(N, 3, H, W)`` in the storage dtype.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
     """
     require("onnxruntime", "onnx", "onnxscript")
     _only(images, torch.float32, reason="onnxruntime: its CPU kernels have no")
@@ -60,7 +60,7 @@ def openvino(folder: Path, model: str, images: Tensor) -> Served:
     Args:
         folder: The problem's folder.
         model: The network's name.
-        images: ``(N, 3, H, W)`` in the storage dtype.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
     """
     require("openvino", "onnx", "onnxscript")
     hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -97,7 +97,7 @@ def ncnn(folder: Path, model: str, images: Tensor) -> Served:
     Args:
         folder: The problem's folder.
         model: The network's name.
-        images: ``(N, 3, H, W)`` in the storage dtype.
+        images: Batch of images, ``(N, 3, H, W)``, in the storage dtype.
     """
     require("ncnn", "pnnx")
     _only(images, torch.float32, torch.bfloat16, reason="ncnn: this comparison has no")

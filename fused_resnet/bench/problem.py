@@ -57,7 +57,7 @@ def write_problem(folder: Path, model: nn.Module, images: Tensor) -> None:
     Args:
         folder: An existing folder.
         model: The network, float32, in eval mode.
-        images: ``(N, 3, H, W)``, float32.
+        images: Batch of images, ``(N, 3, H, W)``, float32.
     """
     torch.save(model.state_dict(), folder / "state.pt")
     torch.save(images, folder / "images.pt")

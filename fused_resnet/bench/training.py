@@ -137,8 +137,8 @@ class Step:
 
     Args:
         model: Network in training mode.
-        images: ``(N, 3, H, W)``, float32 or float64.
-        labels: ``(N,)``, int64.
+        images: Batch of images, ``(N, 3, H, W)``, float32 or float64.
+        labels: Class of each image, ``(N,)``, int64.
         autocast: Dtype for :class:`torch.autocast`; None for none.
     """
 

@@ -31,11 +31,11 @@ class Layer:
     """A convolution of a network on maps of one size.
 
     Attributes:
-        x: ``(N, C, H, W)`` of its input.
-        weight: ``(K, C / groups, kh, kw)``.
-        stride: ``(height, width)``.
-        padding: ``(height, width)``.
-        dilation: ``(height, width)``.
+        x: Shape of its input, ``(N, C, H, W)``.
+        weight: Shape of its filters, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
         groups: Number of groups of channels.
         needs_input: Whether a data gradient is wanted: not by the first convolution.
     """
@@ -72,7 +72,7 @@ def layers_of(model: nn.Module, images: Tensor) -> Counter[Layer]:
 
     Args:
         model: A plain network of ``nn.Conv2d``.
-        images: ``(N, 3, H, W)``.
+        images: Batch of images, ``(N, 3, H, W)``.
     """
     found: Counter[Layer] = Counter()
 

@@ -19,7 +19,7 @@ def calls_of(model: nn.Module, images: Tensor) -> list[tuple[tuner.Call, int]]:
 
     Args:
         model: The network.
-        images: ``(N, 3, H, W)``.
+        images: Batch of images, ``(N, 3, H, W)``.
     """
     with torch.no_grad(), tuner.recording() as calls:
         model(images)

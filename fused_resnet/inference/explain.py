@@ -166,8 +166,8 @@ def geometry(
     Args:
         x: Shape of its input.
         channels: Channels of its result.
-        kernel: ``(height, width)``.
-        stride: ``(height, width)``.
+        kernel: Size of the filters, ``(height, width)``.
+        stride: Stride of the convolution, ``(height, width)``.
         groups: Number of independent groups of channels.
     """
     slash = f"/{stride[0]}" if stride[0] > 1 else ""

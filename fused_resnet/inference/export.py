@@ -83,9 +83,9 @@ def packed(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     """The weight in the layout of this process's kernels, cached until the weight changes.
 
     Args:
-        weight: ``(K, C / groups, kh, kw)``, float32, float64, bfloat16 or float16. One that was
-            created under ``torch.inference_mode`` has no version counter, and is packed at every
-            call, with one warning.
+        weight: Filters of the convolution, ``(K, C / groups, kh, kw)``, float32, float64, bfloat16
+            or float16. One that was created under ``torch.inference_mode`` has no version counter,
+            and is packed at every call, with one warning.
         dtype: The dtype of the feature maps.
         groups: Number of independent groups of channels.
     """

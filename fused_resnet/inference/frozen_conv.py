@@ -124,7 +124,7 @@ class FrozenConv(Frozen, PackedConv):
         """The convolution and its batch norm; the model's own forward adds what follows.
 
         Args:
-            x: ``(N, C, H, W)``.
+            x: Input, ``(N, C, H, W)``.
 
         Returns:
             ``(N, K, OH, OW)``, channels_last.

@@ -77,7 +77,7 @@ class Recorder:
 
         Args:
             forward: The function of one map.
-            x: ``(N, C, H, W)``, on CUDA.
+            x: Input of the captured call, ``(N, C, H, W)``, on CUDA.
 
         Raises:
             RuntimeError: The forward does what a graph cannot contain, such as a synchronisation.

@@ -186,7 +186,7 @@ def divided(size: Any, stride: tuple[int, int]) -> Any:
 
     Args:
         size: A result of :func:`size_after`.
-        stride: ``(height, width)``.
+        stride: Stride that divided it, ``(height, width)``.
     """
     if stride == (1, 1):
         return size

@@ -108,7 +108,7 @@ def training_format(x: Tensor) -> Tensor:
     between every two.
 
     Args:
-        x: ``(N, C, H, W)``.
+        x: Input of the network, ``(N, C, H, W)``.
 
     Returns:
         ``x`` itself where it is channels_last already, or no unit runs.

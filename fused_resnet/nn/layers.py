@@ -145,7 +145,8 @@ class ConvBNAddReLU2d(_ConvBN):
 
         Args:
             x: Input, ``(N, in_channels, H, W)``.
-            residual: :math:`r`, ``(N, out_channels, OH, OW)``, dtype of the result.
+            residual: Map that is added, :math:`r`, ``(N, out_channels, OH, OW)``, dtype of the
+                result.
 
         Returns:
             ``(N, out_channels, OH, OW)``, dtype and memory format of ``x``.
@@ -203,7 +204,7 @@ class BNAddReLU2d(_NormBase, FusedForward):
 
         Args:
             x: Input, ``(N, C, H, W)``.
-            residual: :math:`r`, shape and dtype of ``x``; None means 0.
+            residual: Map that is added, :math:`r`, shape and dtype of ``x``; None means 0.
 
         Returns:
             ``(N, C, H, W)``, dtype and memory format of ``x``.

@@ -345,7 +345,7 @@ def activate(act: nn.Module | None, y: Tensor) -> Tensor:
 
     Args:
         act: A child of the module that runs, or one of :data:`FUNCTIONS`.
-        y: Any shape.
+        y: Tensor to activate, of any shape.
     """
     if act is None:
         return y

@@ -33,7 +33,7 @@ def run_no_grad_block(
     """A block's result on the CPU, if it is one that :func:`fused_resnet.ops.residual_block` runs.
 
     Args:
-        x: ``(N, C, H, W)``, which fits the tensors.
+        x: Input of the block, ``(N, C, H, W)``, which fits the tensors.
         layers: The convolutions and batch norms of the main branch, and then the projection's.
         tensors: Tensors of each layer; the statistics are the running ones.
         length: Number of layers of the main branch; the shortcut is the identity where there are

@@ -200,7 +200,7 @@ def convolution(
         op: Name of the operation, for error messages.
         x: Input, ``(N, C, H, W)``.
         weight: Filters, ``(K, C / groups, kh, kw)``, dtype and device of ``x``.
-        bias: ``(K,)``; None for none.
+        bias: Bias of the convolution, ``(K,)``; None for none.
         stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.

@@ -57,7 +57,7 @@ def conv_shape(
     Args:
         x: Input, ``(N, C, H, W)``.
         weight_shape: Shape of the filters, ``(K, C / groups, kh, kw)``.
-        stride: ``(height, width)``.
+        stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.
     """
@@ -73,7 +73,7 @@ def pool_shape(
     Args:
         shape: Shape of the map that is pooled, ``(N, C, H, W)``.
         kernel: Window of the pool, ``(height, width)``.
-        stride: ``(height, width)``.
+        stride: Stride of the pool, ``(height, width)``.
         padding: Padding on each side, ``(height, width)``.
     """
     return [shape[0], shape[1], *windows(shape, kernel, stride, padding)]

@@ -56,11 +56,11 @@ def conv_flops(
     """Operations of a convolution.
 
     Args:
-        x: ``(N, C, H, W)``.
-        weight: ``(K, C / groups, kh, kw)``.
-        stride: ``(height, width)``.
-        padding: ``(height, width)``.
-        dilation: ``(height, width)``.
+        x: Shape of the input, ``(N, C, H, W)``.
+        weight: Shape of the filters, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, ``(height, width)``.
+        padding: Zeros on each side, ``(height, width)``.
+        dilation: Distance between the filter's taps, ``(height, width)``.
     """
     return 2 * prod(weight) * x[0] * prod(windows(x, weight[2:], stride, padding, dilation))
 

@@ -88,7 +88,7 @@ def bn_add_relu(
             statistics are kept.
         running_var: Running (unbiased) variance, ``(C,)``, updated in place when training; None
             when no running statistics are kept.
-        residual: :math:`r`, shape and dtype of ``x``; None means 0.
+        residual: Map that is added, :math:`r`, shape and dtype of ``x``; None means 0.
         training: Normalise with the statistics of the batch and update the running ones.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance; positive when training.
@@ -193,7 +193,7 @@ def conv_bn_add_relu(
             statistics are kept.
         running_var: Running (unbiased) variance, ``(K,)``, updated in place when training; None
             when no running statistics are kept.
-        residual: :math:`r`, shape and dtype of the result; None means 0.
+        residual: Map that is added, :math:`r`, shape and dtype of the result; None means 0.
         conv_bias: Bias of the convolution :math:`b`, ``(K,)``; None means 0.
         stride: Stride of the convolution, an int or ``(height, width)``.
         padding: Zeros on each side, an int or ``(height, width)``.

@@ -14,7 +14,7 @@ def with_plain_strides(x: Tensor) -> Tensor:
     """A map with the strides of a new tensor of its memory format.
 
     Args:
-        x: ``(N, C, H, W)``, not under a transform.
+        x: The map, ``(N, C, H, W)``, not under a transform.
 
     Returns:
         ``x`` itself, or a view with other strides in dimensions of one element. ``x`` while a

@@ -28,8 +28,8 @@ def pack_conv_weight(weight: Tensor, groups: int = 1) -> Tensor:
     """Pack a convolution's weight into the layout of this machine's kernels.
 
     Args:
-        weight: ``(K, C / groups, kh, kw)`` on the CPU or on CUDA; float32, bfloat16, float16 or
-            float64.
+        weight: Filters of the convolution, ``(K, C / groups, kh, kw)`` on the CPU or on CUDA;
+            float32, bfloat16, float16 or float64.
         groups: Number of independent groups of channels.
 
     Returns:
@@ -99,7 +99,7 @@ def conv_bn_add_relu_packed(
         packed: Filters :math:`w` in the dtype of ``x``, from :func:`pack_conv_weight`.
         scale: Scale of each output channel, ``(K,)``, float32 (float64 for float64 ``x``).
         shift: Shift of each output channel, ``(K,)``, float32 (float64 for float64 ``x``).
-        residual: :math:`r`, shape and dtype of the result; None means 0.
+        residual: Map that is added, :math:`r`, shape and dtype of the result; None means 0.
         weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
         stride: Stride of the convolution, an int or ``(height, width)``.
         padding: Zeros on each side, an int or ``(height, width)``.
@@ -302,7 +302,7 @@ def global_avg_pool(x: Tensor) -> Tensor:
     """The average of each channel, with the bits that a program's step has on the CPU.
 
     Args:
-        x: ``(N, C, H, W)``.
+        x: Map to average, ``(N, C, H, W)``.
 
     Returns:
         ``(N, C, 1, 1)``.
@@ -316,9 +316,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A fully connected layer, with the bits that a program's step has on the CPU.
 
     Args:
-        x: ``(N, C, 1, 1)`` or ``(N, C)``.
-        weight: ``(K, C)``.
-        bias: ``(K,)``; None for zeros.
+        x: Input, ``(N, C, 1, 1)`` or ``(N, C)``.
+        weight: Weight of the layer, ``(K, C)``.
+        bias: Bias of the layer, ``(K,)``; None for zeros.
 
     Returns:
         ``(N, K)``.

@@ -78,9 +78,9 @@ def windows(
     """How often a window fits on a map, ``[rows, columns]``.
 
     Args:
-        x: ``(N, C, H, W)``.
+        x: Shape of the map, ``(N, C, H, W)``.
         kernel: Size of the window, ``(height, width)``.
-        stride: ``(height, width)``.
+        stride: Step of the window, ``(height, width)``.
         padding: Padding on each side, ``(height, width)``.
         dilation: Distance between the window's elements, ``(height, width)``.
         ceil_mode: Whether the last window may reach beyond the padding; it begins before the

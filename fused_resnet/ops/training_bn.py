@@ -33,12 +33,12 @@ def training_bn_add_relu(
     """``activation(bn(x) [+ residual])`` by the statistics of the batch.
 
     Args:
-        x: ``(N, C, H, W)``.
-        weight: ``(C,)``; None means 1.
-        bias: ``(C,)``; None means 0.
-        running_mean: ``(C,)``, updated in place; None for none.
-        running_var: ``(C,)``, updated in place; given when ``running_mean`` is.
-        residual: Shape and dtype of ``x``; None for none.
+        x: Input, ``(N, C, H, W)``.
+        weight: Weight of the batch norm, ``(C,)``; None means 1.
+        bias: Bias of the batch norm, ``(C,)``; None means 0.
+        running_mean: Running mean, ``(C,)``, updated in place; None for none.
+        running_var: Running variance, ``(C,)``, updated in place; given when ``running_mean`` is.
+        residual: Map that is added, shape and dtype of ``x``; None for none.
         momentum: Weight of the batch in the running statistics.
         eps: Added to the variance.
         activation: The activation that is applied to the sum.

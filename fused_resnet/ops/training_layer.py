@@ -20,10 +20,10 @@ class Saved(NamedTuple):
 
     Attributes:
         z: Result of the convolution; None where it is computed again.
-        mean: ``(K,)``, of the batch or the running one.
-        var: ``(K,)``, of the batch or the running one.
-        scale: ``(K,)``, of the batch norm.
-        shift: ``(K,)``, of the batch norm.
+        mean: Mean of the batch or running mean, ``(K,)``.
+        var: Variance of the batch or running variance, ``(K,)``.
+        scale: Scale of the batch norm, ``(K,)``.
+        shift: Shift of the batch norm, ``(K,)``.
         weight: The weight, only where it was cast.
     """
 
@@ -172,10 +172,10 @@ def update_running(
 
     Args:
         backend: Backend whose primitive does it.
-        mean: ``(K,)``, of the batch.
-        var: ``(K,)``, of the batch, biased.
-        running_mean: ``(K,)``, written to.
-        running_var: ``(K,)``, written to.
+        mean: Mean of the batch, ``(K,)``.
+        var: Biased variance of the batch, ``(K,)``.
+        running_mean: Running mean, ``(K,)``, written to.
+        running_var: Running variance, ``(K,)``, written to.
         momentum: Weight of the batch.
         count: Values per channel.
     """

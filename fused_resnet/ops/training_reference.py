@@ -23,7 +23,7 @@ def run_reference(
 
     Args:
         unit: The settings.
-        x: ``(N, C, H, W)``.
+        x: Input of the unit, ``(N, C, H, W)``.
         shortcut: The map that is added where the unit's shortcut is ``"map"``; else None.
         tensors: One for each layer.
     """
@@ -44,7 +44,7 @@ def before_activation(
 
     Args:
         unit: The settings.
-        x: ``(N, C, H, W)``.
+        x: Input of the unit, ``(N, C, H, W)``.
         shortcut: The map that is added where the unit's shortcut is ``"map"``; None adds nothing.
         tensors: One for each layer.
         update: Whether counters and running statistics are updated.
@@ -66,7 +66,7 @@ def pad_with_zeros(x: Tensor, channels: int, stride: int) -> Tensor:
     """Every ``stride``-th pixel, with channels of zeros on both sides: CIFAR's option A.
 
     Args:
-        x: ``(N, C, H, W)``.
+        x: The map, ``(N, C, H, W)``.
         channels: Number of channels of zeros on each side.
         stride: Step in both directions.
     """

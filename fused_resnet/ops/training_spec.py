@@ -47,10 +47,11 @@ class LayerTensors(NamedTuple):
 
     Attributes:
         weight: Filters of the convolution, ``(K, C / groups, kh, kw)``.
-        bn_weight: ``(K,)``; None means 1.
-        bn_bias: ``(K,)``; None means 0.
-        running_mean: ``(K,)``, updated where the statistics are the batch's; None for none.
-        running_var: ``(K,)``, there when ``running_mean`` is.
+        bn_weight: Weight of the batch norm, ``(K,)``; None means 1.
+        bn_bias: Bias of the batch norm, ``(K,)``; None means 0.
+        running_mean: Running mean, ``(K,)``, updated where the statistics are the batch's; None for
+            none.
+        running_var: Running variance, ``(K,)``, there when ``running_mean`` is.
         batches: The number of batches that the running statistics have seen, counted up with them;
             None for no such counter.
     """

@@ -23,8 +23,8 @@ def merge_statistics(
 
     Args:
         group: Name of the process group.
-        mean: ``(K,)``, of this process's batch.
-        var: ``(K,)``, of this process's batch, biased.
+        mean: Mean of this process's batch, ``(K,)``.
+        var: Biased variance of this process's batch, ``(K,)``.
         count: Values per channel in this process's batch.
 
     Returns:

@@ -35,7 +35,7 @@ def training_unit(
 
     Args:
         unit: The settings.
-        x: ``(N, C, H, W)``, in the dtype in which the convolutions run.
+        x: Input of the unit, ``(N, C, H, W)``, in the dtype in which the convolutions run.
         shortcut: The map that is added where the unit's shortcut is ``"map"``, shape and dtype of
             the result; else None.
         tensors: One for each layer. Running statistics and counters are updated.

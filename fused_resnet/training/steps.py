@@ -61,8 +61,8 @@ class Inputs:
         """Images and labels after mixup, whose labels are ``(N, classes)``; as given without.
 
         Args:
-            images: ``(N, 3, H, W)``.
-            labels: ``(N,)``.
+            images: Batch of images, ``(N, 3, H, W)``.
+            labels: Class of each image, ``(N,)``.
             epoch: Number of the epoch.
             step: Number of the step in it.
         """
@@ -90,8 +90,9 @@ class Sums:
 
         Args:
             loss: The mean loss of its images.
-            logits: ``(N, classes)``.
-            labels: ``(N,)``, or ``(N, classes)`` after mixup.
+            logits: The network's results, ``(N, classes)``.
+            labels: Class of each image, ``(N,)``; after mixup its share of every
+                class, ``(N, classes)``.
             step: Number of the step, for :meth:`check`.
         """
         count = len(logits)
@@ -141,8 +142,9 @@ def train_step(
         engine: Device, dtype and processes of the run.
         network: Network that the step calls, from :meth:`Engine.wrapped`.
         optimizer: Optimizer of the network's parameters.
-        images: ``(N, 3, H, W)``.
-        labels: ``(N,)``, or ``(N, classes)`` after mixup.
+        images: Batch of images, ``(N, 3, H, W)``.
+        labels: Class of each image, ``(N,)``; after mixup its share of every
+            class, ``(N, classes)``.
 
     Returns:
         The mean loss and the logits, both detached.

@@ -29,9 +29,9 @@ class Conv(NamedTuple):
         dtype: Dtype of both.
         layout: Memory format of the input: ``channels_last``, ``contiguous`` or ``strided``.
         residual: Whether a residual is added.
-        stride: ``(height, width)`` as text.
-        padding: ``(height, width)`` as text.
-        dilation: ``(height, width)`` as text.
+        stride: Stride of the convolution, ``(height, width)`` as text.
+        padding: Zeros on each side, ``(height, width)`` as text.
+        dilation: Distance between the filter's taps, ``(height, width)`` as text.
         groups: Number of groups as text.
         activation: Name of the activation.
     """

@@ -40,7 +40,7 @@ class Draw:
         """A feature map.
 
         Args:
-            shape: ``N, C, H, W``.
+            shape: Sizes of the map, ``N, C, H, W``.
             scale: Standard deviation.
             mean: Mean.
         """
@@ -96,10 +96,10 @@ def folded(
 
     Args:
         dtype: Storage type of the maps.
-        weight: ``(C,)``.
-        bias: ``(C,)``.
-        mean: ``(C,)``, the running mean.
-        var: ``(C,)``, the running variance.
+        weight: Weight of the batch norm, ``(C,)``.
+        bias: Bias of the batch norm, ``(C,)``.
+        mean: Running mean, ``(C,)``.
+        var: Running variance, ``(C,)``.
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     scale, shift = fold(None, weight, bias, mean, var, 1e-5, torch.float64)

@@ -61,7 +61,8 @@ def channel_sums(partial: Tensor) -> list[Tensor]:
     """The sums of all slabs, ``(C,)`` float32 each.
 
     Args:
-        partial: ``(slabs, sums, C)``, float32 or float64, of one to three sums.
+        partial: Partial sums of each slab, ``(slabs, sums, C)``, float32 or float64; one to three
+            sums.
     """
     slabs, count, channels = partial.shape
     # Tensors of their own: compilers take two results for two tensors.

@@ -87,12 +87,12 @@ class BatchNorm(NamedTuple):
     """What the kernel that finishes the statistics makes of them for the batch norm that follows.
 
     Attributes:
-        scale: ``(K,)`` float32, written to.
-        shift: ``(K,)`` float32, written to.
-        weight: ``(K,)``, any float; None means 1.
-        bias: ``(K,)``, any float; None means 0.
-        running_mean: ``(K,)``, any float, written to; None for none.
-        running_var: ``(K,)``, any float, written to; None for none.
+        scale: Scale of the batch norm, ``(K,)`` float32, written to.
+        shift: Shift of the batch norm, ``(K,)`` float32, written to.
+        weight: Weight of the batch norm, ``(K,)``, any float; None means 1.
+        bias: Bias of the batch norm, ``(K,)``, any float; None means 0.
+        running_mean: Running mean, ``(K,)``, any float, written to; None for none.
+        running_var: Running variance, ``(K,)``, any float, written to; None for none.
         batches: ``int64`` scalar, counted up; None for none.
         eps: Added to the variance.
         momentum: Weight of the batch in the running statistics.
@@ -116,11 +116,11 @@ class ConvCall:
         op: Name of the operation, for messages.
         x: Input, ``(N, C, H, W)``.
         weight: Filters as a vector, [k][kh][kw][c / groups], followed by those of ``second``.
-        weight_shape: ``(K, C / groups, kh, kw)``.
+        weight_shape: Shape of the filters, ``(K, C / groups, kh, kw)``.
         geometry: Stride, padding and dilation as ``(height, width)``, and the number of groups.
         affine: The batch norm after the convolution.
         names: Names of the vectors of ``affine`` in messages.
-        residual: Shape of the result, dtype of ``x``; None for none.
+        residual: Map that is added, shape of the result, dtype of ``x``; None for none.
         residual_affine: Scale and shift of the residual, ``(K,)`` each, or two None.
         prologue: Scale and shift of ``x``, ``(C,)`` each, before an activation; or two None.
         second: A 1x1 convolution that is added; None for none.

@@ -21,7 +21,7 @@ class ConvShape(NamedTuple):
         k: Filters.
         kh: Height of the filters.
         kw: Width of the filters.
-        stride: ``(height, width)``.
+        stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filters' taps, ``(height, width)``.
         groups: Number of independent groups of channels.

@@ -18,15 +18,15 @@ class GradientCall:
         op: Name of the operation, for messages.
         g: Gradient after the batch norm of the convolution, ``(N, K, OH, OW)``.
         z: Result of the convolution, or None.
-        a: ``(K,)``.
-        b: ``(K,)``, there when ``z`` is.
-        c: ``(K,)``, there when ``z`` is.
+        a: Factor of ``g`` in :math:`dz`, ``(K,)``.
+        b: Factor of ``z`` in :math:`dz`, ``(K,)``, there when ``z`` is.
+        c: Constant term of :math:`dz`, ``(K,)``, there when ``z`` is.
         x: Input, ``(N, C, H, W)``.
-        x_scale: ``(C,)``, or None.
-        x_shift: ``(C,)``, there when ``x_scale`` is.
-        x_mean: ``(C,)``, or None.
-        weight: ``(K, C / groups, kh, kw)``.
-        add: Shape of ``x``, or None.
+        x_scale: Scale of the batch norm before the convolution, ``(C,)``; None for none.
+        x_shift: Shift of that batch norm, ``(C,)``, there when ``x_scale`` is.
+        x_mean: Mean of ``x`` in each channel, ``(C,)``, for the sums; None for none.
+        weight: Filters of the convolution, ``(K, C / groups, kh, kw)``.
+        add: Map that is added to the input's gradient, shape of ``x``; None for none.
         geometry: Stride, padding and dilation as ``(height, width)``, and the number of groups.
         activation: Between ``x`` and the convolution, with ``x_scale``.
     """

@@ -16,7 +16,7 @@ def first_map(op: str, name: str, t: Tensor) -> Tensor:
     Args:
         op: Name of the operation, for messages.
         name: Name of the argument, for error messages.
-        t: ``(N, C, H, W)``, float32, float16 or bfloat16.
+        t: The map, ``(N, C, H, W)``, float32, float16 or bfloat16.
     """
     check_map(op, name, t)
     return t.contiguous(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def like_map(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
 
     Args:
         x: Tensor that gives the device, and the dtype unless ``dtype`` is given.
-        shape: ``(N, C, H, W)``.
+        shape: Shape of the map, ``(N, C, H, W)``.
         dtype: Dtype of the map; None for that of ``x``.
     """
     return torch.empty(

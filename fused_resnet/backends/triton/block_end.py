@@ -62,13 +62,15 @@ def block_end(
     r""":math:`y = \max(0,\; z \cdot \mathrm{scale} + \mathrm{shift} + s)`.
 
     Args:
-        z: ``(N, K, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
-        scale: ``(K,)`` float32.
-        shift: ``(K,)`` float32.
-        shortcut: Shape and dtype of ``z``; None means :math:`s = 0`.
-        shortcut_scale: ``(K,)`` float32: then :math:`s` is the shortcut times this plus its shift;
-            None means the shortcut as it is.
-        shortcut_shift: ``(K,)`` float32, there when ``shortcut_scale`` is.
+        z: Result of the last convolution, ``(N, K, H, W)``; float32, float16 or bfloat16;
+            channels_last is not copied.
+        scale: Scale of the batch norm after it, ``(K,)`` float32.
+        shift: Shift of the batch norm after it, ``(K,)`` float32.
+        shortcut: Result of the shortcut, shape and dtype of ``z``; None means :math:`s = 0`.
+        shortcut_scale: Scale of the batch norm of a projection, ``(K,)`` float32: then :math:`s` is
+            the shortcut times this plus its shift; None means the shortcut as it is.
+        shortcut_shift: Shift of that batch norm, ``(K,)`` float32, there when ``shortcut_scale``
+            is.
         activation: Activation that is applied to the sum; the formula has ReLU, and none leaves the
             maximum out.
         config: The tile, one of :data:`._bn_map.CONFIGS`; None chooses one.

@@ -106,10 +106,10 @@ class Recomputed(NamedTuple):
     """The scales and shifts of :func:`.block_end`, from which the sign of its result is computed.
 
     Attributes:
-        scale: ``(K,)`` float32.
-        shift: ``(K,)`` float32.
-        shortcut_scale: ``(K,)`` float32, or None.
-        shortcut_shift: ``(K,)`` float32, or None.
+        scale: Scale of the last batch norm, ``(K,)`` float32.
+        shift: Shift of the last batch norm, ``(K,)`` float32.
+        shortcut_scale: Scale of the shortcut's batch norm, ``(K,)`` float32; None for none.
+        shortcut_shift: Shift of the shortcut's batch norm, ``(K,)`` float32; None for none.
     """
 
     scale: Tensor
@@ -140,9 +140,10 @@ def block_end_backward(
         dy: Gradient of ``y``, shape and dtype of ``z``.
         y: The block's result; None where it has no activation, or with ``recomputed``.
         z: Result of the last convolution, ``(N, K, H, W)``; float32, float16 or bfloat16.
-        mean: ``(K,)`` float32, of ``z``.
+        mean: Mean of ``z`` in each channel, ``(K,)`` float32.
         shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no such sum.
-        shortcut_mean: ``(K,)`` float32, there when ``shortcut`` is.
+        shortcut_mean: Mean of ``shortcut`` in each channel, ``(K,)`` float32, there when
+            ``shortcut`` is.
         sums: Whether the sums are wanted.
         activation: Activation of the forward; not used without ``y`` and ``recomputed``.
         recomputed: Given without ``y``: the mask is computed from ``z`` and ``shortcut``.
@@ -214,13 +215,16 @@ def block_end_backward_recomputed(
     Args:
         dy: Gradient of the block's result, shape and dtype of ``z``.
         z: Result of the last convolution, ``(N, K, H, W)``; float32, float16 or bfloat16.
-        mean: ``(K,)`` float32, of ``z``.
-        scale: ``(K,)`` float32, of the forward.
-        shift: ``(K,)`` float32, of the forward.
+        mean: Mean of ``z`` in each channel, ``(K,)`` float32.
+        scale: Scale of the last batch norm in the forward, ``(K,)`` float32.
+        shift: Shift of the last batch norm in the forward, ``(K,)`` float32.
         shortcut: Result of the shortcut's convolution, shape of ``dy``; None for no shortcut.
-        shortcut_mean: ``(K,)`` float32, there when ``shortcut`` is.
-        shortcut_scale: ``(K,)`` float32, of the forward, there when ``shortcut`` is.
-        shortcut_shift: ``(K,)`` float32, of the forward, there when ``shortcut`` is.
+        shortcut_mean: Mean of ``shortcut`` in each channel, ``(K,)`` float32, there when
+            ``shortcut`` is.
+        shortcut_scale: Scale of the shortcut's batch norm in the forward, ``(K,)`` float32, there
+            when ``shortcut`` is.
+        shortcut_shift: Shift of the shortcut's batch norm in the forward, ``(K,)`` float32, there
+            when ``shortcut`` is.
         sums: Whether the sums are wanted.
         activation: Activation of the forward.
 

@@ -147,7 +147,7 @@ def bn_add_relu(
         bias: Shift :math:`\beta`, ``(C,)``, any float; None means 0.
         running_mean: Mean to use in inference, ``(C,)``, any float.
         running_var: Variance to use in inference, ``(C,)``, any float.
-        residual: :math:`r`, shape and dtype of ``x``; None means 0.
+        residual: Map that is added, :math:`r`, shape and dtype of ``x``; None means 0.
         training: Use the statistics of the batch, and return them.
         eps: Added to the variance.
         activation: Activation that is applied to the sum.

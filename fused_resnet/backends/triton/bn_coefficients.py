@@ -86,11 +86,11 @@ def bn_coefficients(
     r""":math:`\gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`\beta - \mu \cdot` that.
 
     Args:
-        mean: :math:`\mu`, ``(K,)`` float32.
-        var: :math:`\sigma^2`, ``(K,)`` float32, biased.
-        weight: :math:`\gamma`, ``(K,)``, any float; None means 1.
-        bias: :math:`\beta`, ``(K,)``, any float; None means 0.
-        eps: :math:`\epsilon`.
+        mean: Mean :math:`\mu`, ``(K,)`` float32.
+        var: Biased variance :math:`\sigma^2`, ``(K,)`` float32.
+        weight: Weight :math:`\gamma` of the batch norm, ``(K,)``, any float; None means 1.
+        bias: Bias :math:`\beta` of the batch norm, ``(K,)``, any float; None means 0.
+        eps: Added to the variance, :math:`\epsilon`.
 
     Returns:
         Scale and shift, ``(K,)`` float32.
@@ -125,10 +125,10 @@ def bn_update_running(
     As PyTorch's batch norm it leaves the version counters alone.
 
     Args:
-        mean: ``(K,)`` float32, of the batch.
-        var: ``(K,)`` float32, of the batch, biased.
-        running_mean: ``(K,)``, any float, written to.
-        running_var: ``(K,)``, any float, written to.
+        mean: Mean of the batch, ``(K,)`` float32.
+        var: Biased variance of the batch, ``(K,)`` float32.
+        running_mean: Running mean, ``(K,)``, any float, written to.
+        running_var: Running variance, ``(K,)``, any float, written to.
         momentum: Weight of the batch.
         count: Values per channel.
 
@@ -169,11 +169,12 @@ def bn_backward_coefficients(
     r""":math:`dz = a g + b z + c` from the sums, and the gradients of weight and bias.
 
     Args:
-        sum_g: :math:`\sum g`, ``(K,)`` float32.
-        sum_g_xc: :math:`\sum g (z - \mu)`, ``(K,)`` float32.
-        mean: :math:`\mu`, ``(K,)`` float32.
-        var: ``(K,)`` float32, biased.
-        weight: ``(K,)``, any float; None means 1.
+        sum_g: Sum of the gradient, :math:`\sum g`, ``(K,)`` float32.
+        sum_g_xc: Sum of the gradient times the centred map, :math:`\sum g (z - \mu)`, ``(K,)``
+            float32.
+        mean: Mean :math:`\mu` of the batch, ``(K,)`` float32.
+        var: Biased variance of the batch, ``(K,)`` float32.
+        weight: Weight :math:`\gamma` of the batch norm, ``(K,)``, any float; None means 1.
         eps: Added to the variance.
         count: Values per channel.
 

@@ -116,7 +116,7 @@ def map_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, ``(C,)`` float32; zero for an empty map.
 
     Args:
-        z: ``(N, C, H, W)``, channels_last.
+        z: The map, ``(N, C, H, W)``, channels_last.
     """
     call = BnMap("conv_forward", z, None)
     mean, var = call.floats(call.channels), call.floats(call.channels)

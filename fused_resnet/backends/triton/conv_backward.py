@@ -51,16 +51,18 @@ def conv_backward(
     Args:
         g: Gradient after the batch norm of this convolution, ``(N, K, OH, OW)``.
         z: Result of the convolution; None means :math:`dz = a g`.
-        a: ``(K,)`` float32.
-        b: ``(K,)`` float32, there when ``z`` is.
-        c: ``(K,)`` float32, there when ``z`` is.
+        a: Factor of ``g`` in :math:`dz`, ``(K,)`` float32.
+        b: Factor of ``z`` in :math:`dz`, ``(K,)`` float32, there when ``z`` is.
+        c: Constant term of :math:`dz`, ``(K,)`` float32, there when ``z`` is.
         x: Input of the convolution, ``(N, C, H, W)``; float32, float16 or bfloat16.
-        x_scale: ``(C,)`` float32: the input was :math:`\max(0, x \cdot \mathrm{scale} +
-            \mathrm{shift})`, whose mask is applied to :math:`g_x`; None for neither.
-        x_shift: ``(C,)`` float32, there when ``x_scale`` is.
-        x_mean: ``(C,)`` float32, mean of ``x``, for the sums.
-        weight: ``(K, C / groups, kh, kw)``, dtype of ``x``.
-        add: Shape of ``x``, added to :math:`g_x`; only without ``x_scale``.
+        x_scale: Scale of the batch norm before the convolution, ``(C,)`` float32: the input was
+            :math:`\max(0, x \cdot \mathrm{scale} + \mathrm{shift})`, whose mask is applied to
+            :math:`g_x`; None for neither.
+        x_shift: Shift of that batch norm, ``(C,)`` float32, there when ``x_scale`` is.
+        x_mean: Mean of ``x`` in each channel, ``(C,)`` float32, for the sums.
+        weight: Filters of the convolution, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        add: Gradient of the shortcut, shape of ``x``, added to :math:`g_x`; None for none. Only
+            without ``x_scale``.
         stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.

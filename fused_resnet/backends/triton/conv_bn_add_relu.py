@@ -40,18 +40,18 @@ def conv_bn_add_relu(
         conv_bias: Bias :math:`b`, ``(K,)``, any float; None means 0.
         bn_weight: Scale :math:`\gamma`, ``(K,)``, any float; None means 1.
         bn_bias: Shift :math:`\beta`, ``(K,)``, any float; None means 0.
-        mean: :math:`\mu`, ``(K,)``, any float.
-        var: :math:`\sigma^2`, ``(K,)``, any float.
-        residual: :math:`r`, shape of the result, dtype of ``x``; None means 0.
+        mean: Running mean :math:`\mu`, ``(K,)``, any float.
+        var: Running variance :math:`\sigma^2`, ``(K,)``, any float.
+        residual: Map that is added, :math:`r`, shape of the result, dtype of ``x``; None means 0.
         stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.
         groups: Number of independent groups of channels.
         eps: Added to the variance.
         activation: Activation that is applied to the sum.
-        in_scale: ``(C,)``, any float. With it the input of the convolution is
-            :math:`\max(0, x \cdot \mathrm{scale} + \mathrm{shift})`, rounded to the dtype of ``x``;
-            padding stays zero.
+        in_scale: The scale of the input, ``(C,)``, any float. With it the input of the convolution
+            is :math:`\max(0, x \cdot \mathrm{scale} + \mathrm{shift})`, rounded to the dtype of
+            ``x``; padding stays zero.
         in_shift: The shift of the input, ``(C,)``, any float; None without ``in_scale``.
         config: Forces a configuration; None chooses one.
 
@@ -104,7 +104,7 @@ def conv_bn_add_relu_packed(
         packed: The filters as a vector, [k][kh][kw][c / groups], dtype of ``x``.
         scale: Scale of each output channel, ``(K,)``, any float.
         shift: Shift of each output channel, ``(K,)``, any float.
-        residual: :math:`r`, shape of the result, dtype of ``x``; None means 0.
+        residual: Map that is added, :math:`r`, shape of the result, dtype of ``x``; None means 0.
         weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
         stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.

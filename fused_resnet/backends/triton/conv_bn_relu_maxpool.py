@@ -290,8 +290,8 @@ def conv_bn_relu_maxpool(
         conv_bias: Bias :math:`b`, ``(K,)``, any float; None means 0.
         bn_weight: Scale :math:`\gamma`, ``(K,)``, any float; None means 1.
         bn_bias: Shift :math:`\beta`, ``(K,)``, any float; None means 0.
-        mean: :math:`\mu`, ``(K,)``, any float.
-        var: :math:`\sigma^2`, ``(K,)``, any float.
+        mean: Running mean :math:`\mu`, ``(K,)``, any float.
+        var: Running variance :math:`\sigma^2`, ``(K,)``, any float.
         stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side of ``x``, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.

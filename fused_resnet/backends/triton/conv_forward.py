@@ -69,10 +69,10 @@ def conv_forward(
     :math:`z = w * p(x)`, :math:`p(x) = \max(0, x \cdot \mathrm{scale} + \mathrm{shift})`.
 
     Args:
-        x: ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
-        x_scale: ``(C,)`` float32; None means :math:`p(x) = x`.
-        x_shift: ``(C,)`` float32, there when ``x_scale`` is.
-        weight: :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        x: Input, ``(N, C, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
+        x_scale: Scale of :math:`p`, ``(C,)`` float32; None means :math:`p(x) = x`.
+        x_shift: Shift of :math:`p`, ``(C,)`` float32, there when ``x_scale`` is.
+        weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
         stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side of :math:`p(x)`, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.
@@ -129,15 +129,16 @@ def conv_bn_forward(
     and counts the batch: no further launch, and no copy of a parameter in another dtype.
 
     Args:
-        x: ``(N, C, H, W)``; float32, float16 or bfloat16, with elements; channels_last is not
-            copied.
-        x_scale: ``(C,)`` float32; None means :math:`p(x) = x`.
-        x_shift: ``(C,)`` float32, there when ``x_scale`` is.
-        weight: :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
-        bn_weight: ``(K,)``, any float; None means 1.
-        bn_bias: ``(K,)``, any float; None means 0.
-        running_mean: ``(K,)``, any float, written to; None for none.
-        running_var: ``(K,)``, any float, written to; there when ``running_mean`` is.
+        x: Input, ``(N, C, H, W)``; float32, float16 or bfloat16, with elements; channels_last is
+            not copied.
+        x_scale: Scale of :math:`p`, ``(C,)`` float32; None means :math:`p(x) = x`.
+        x_shift: Shift of :math:`p`, ``(C,)`` float32, there when ``x_scale`` is.
+        weight: Filters :math:`w`, ``(K, C / groups, kh, kw)``, dtype of ``x``.
+        bn_weight: Weight of the batch norm, ``(K,)``, any float; None means 1.
+        bn_bias: Bias of the batch norm, ``(K,)``, any float; None means 0.
+        running_mean: Running mean, ``(K,)``, any float, written to; None for none.
+        running_var: Running variance, ``(K,)``, any float, written to; there when ``running_mean``
+            is.
         batches: ``int64`` scalar, counted up; None for none.
         stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side of :math:`p(x)`, ``(height, width)``.

@@ -12,7 +12,7 @@ def pack_conv_weight(weight: Tensor, groups: int) -> Tensor:
     """Pack a weight for the kernels.
 
     Args:
-        weight: ``(K, C / groups, kh, kw)``.
+        weight: Filters of the convolution, ``(K, C / groups, kh, kw)``.
         groups: Number of independent groups of channels.
 
     Returns:

@@ -111,8 +111,8 @@ class BlockConv(NamedTuple):
         packed: The filters as a vector, [k][kh][kw][c / groups].
         scale: Scale of each output channel, ``(K,)``.
         shift: Shift of each output channel, ``(K,)``.
-        weight_shape: ``(K, C / groups, kh, kw)``.
-        stride: ``(height, width)``.
+        weight_shape: Shape of the filters, ``(K, C / groups, kh, kw)``.
+        stride: Stride of the convolution, ``(height, width)``.
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filters' taps, ``(height, width)``.
         groups: Number of independent groups of channels.
@@ -132,7 +132,7 @@ class BlockConv(NamedTuple):
 
         Args:
             x: Input, ``(N, C, H, W)``.
-            residual: Shape of the result; None for none.
+            residual: Map that is added, shape of the result; None for none.
             activation: Activation that is applied to the sum.
         """
         return conv_bn_add_relu_packed(

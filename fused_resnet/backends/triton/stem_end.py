@@ -175,9 +175,10 @@ def stem_end(
     r""":math:`y = \mathrm{maxpool}(\max(0,\; z \cdot \mathrm{scale} + \mathrm{shift}))`.
 
     Args:
-        z: ``(N, K, H, W)``; float32, float16 or bfloat16; channels_last is not copied.
-        scale: ``(K,)`` float32.
-        shift: ``(K,)`` float32.
+        z: Result of the stem's convolution, ``(N, K, H, W)``; float32, float16 or bfloat16;
+            channels_last is not copied.
+        scale: Scale of the batch norm after it, ``(K,)`` float32.
+        shift: Shift of the batch norm after it, ``(K,)`` float32.
         kernel: Window of the pool, ``(height, width)``, at most 255 places.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.
@@ -225,10 +226,10 @@ def stem_end_backward(
     Args:
         dy: Gradient of the result, ``(N, K, PH, PW)``, dtype of ``z``.
         index: ``uint8``, shape of ``dy``, from :func:`stem_end`.
-        z: ``(N, K, H, W)``; float32, float16 or bfloat16.
-        scale: ``(K,)`` float32.
-        shift: ``(K,)`` float32.
-        mean: ``(K,)`` float32, of ``z``.
+        z: Result of the stem's convolution, ``(N, K, H, W)``; float32, float16 or bfloat16.
+        scale: Scale of the batch norm after it, ``(K,)`` float32.
+        shift: Shift of the batch norm after it, ``(K,)`` float32.
+        mean: Mean of ``z`` in each channel, ``(K,)`` float32.
         kernel: Window of the pool, ``(height, width)``.
         stride: Step of the pool, ``(height, width)``.
         padding: Border of the pool, ``(height, width)``.

@@ -24,13 +24,13 @@ class ConvOperands(NamedTuple):
     """A convolution, its batch norm, and the map that is added.
 
     Attributes:
-        x: ``(N, C, H, W)``, channels_last.
-        weight: ``(K, C, kh, kw)``, channels_last.
-        bn_weight: ``(K,)``, float32, as the batch norm's other vectors.
-        bn_bias: ``(K,)``.
-        mean: ``(K,)``.
-        var: ``(K,)``.
-        residual: Shape of the result; None without an addition.
+        x: Input of the convolution, ``(N, C, H, W)``, channels_last.
+        weight: Filters of the convolution, ``(K, C, kh, kw)``, channels_last.
+        bn_weight: Weight of the batch norm, ``(K,)``, float32, as the batch norm's other vectors.
+        bn_bias: Bias of the batch norm, ``(K,)``.
+        mean: Running mean, ``(K,)``.
+        var: Running variance, ``(K,)``.
+        residual: Map that is added, shape of the result; None without an addition.
     """
 
     x: Tensor
@@ -79,7 +79,7 @@ def feature_map(
     """Normal numbers, channels_last.
 
     Args:
-        shape: ``(N, C, H, W)``.
+        shape: Shape of the map, ``(N, C, H, W)``.
         dtype: Storage type.
         generator: Generator of the random numbers, on the device of the result.
         scale: Standard deviation of the numbers.

@@ -20,16 +20,16 @@ class TrainingOperands(NamedTuple):
     """What a convolution's forward and backward read.
 
     Attributes:
-        x: ``(N, C, H, W)``, channels_last.
+        x: Input of the convolution, ``(N, C, H, W)``, channels_last.
         scale: Scale of the batch norm before the convolution, ``(C,)``, float32.
         shift: Shift of the batch norm before the convolution, ``(C,)``, float32.
         mean: Mean of ``x`` in each channel, ``(C,)``.
-        weight: ``(K, C, kh, kw)``, channels_last.
+        weight: Filters of the convolution, ``(K, C, kh, kw)``, channels_last.
         g: The gradient of the batch norm's output, shape of the result.
         z: The convolution's result.
-        a: ``dz = a g + b z + c``, ``(K,)``.
-        b: ``(K,)``.
-        c: ``(K,)``.
+        a: Factor of ``g`` in ``dz = a g + b z + c``, ``(K,)``.
+        b: Factor of ``z`` in ``dz``, ``(K,)``.
+        c: Constant term of ``dz``, ``(K,)``.
     """
 
     x: Tensor
