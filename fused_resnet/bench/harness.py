@@ -83,7 +83,12 @@ class Measurement:
 
 
 class WorkerError(Exception):
-    """A request failed; ``status`` is ``"failed"`` or ``"unavailable"``."""
+    """A request failed.
+
+    Args:
+        status: ``"failed"`` or ``"unavailable"``.
+        reason: What the worker said.
+    """
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)

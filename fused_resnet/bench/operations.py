@@ -18,7 +18,16 @@ from .subject import Subject
 
 
 class Shape(NamedTuple):
-    """One layer: the operation, its input without the batch, its weight and other arguments."""
+    """One layer.
+
+    Attributes:
+        operation: Name of its operation in :mod:`fused_resnet.ops`.
+        x: Shape of one image of its input, ``(C, H, W)``.
+        weight: Shape of its filters, ``(K, C / groups, kh, kw)``; None for no convolution.
+        residual: Whether a residual is added.
+        options: The operation's further arguments, by name.
+        training: Whether forward and backward by the batch's statistics are timed, not inference.
+    """
 
     operation: str
     x: tuple[int, int, int]

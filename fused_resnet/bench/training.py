@@ -140,6 +140,9 @@ class Step:
         images: Batch of images, ``(N, 3, H, W)``, float32 or float64.
         labels: Class of each image, ``(N,)``, int64.
         autocast: Dtype for :class:`torch.autocast`; None for none.
+
+    Attributes:
+        optimizer: Optimizer of the model's parameters.
     """
 
     def __init__(

@@ -39,6 +39,11 @@ class FrozenConv(Frozen, PackedConv):
         bn: The batch norm after the convolution, with running statistics.
         dtype: Dtype of the feature maps; None for the convolution's own.
         winograd: Whether Winograd's algorithm may run.
+
+    Attributes:
+        scale: Scale of each output channel, ``(K,)``, float32 (float64 for float64 maps).
+        shift: Shift of each output channel, ``(K,)``, float32 (float64 for float64 maps).
+        weight_shape: Shape of the weight that was packed, ``(K, C / groups, kh, kw)``.
     """
 
     scale: Tensor

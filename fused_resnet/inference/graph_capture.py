@@ -38,7 +38,14 @@ class Graph(Protocol):
 
 @dataclass
 class CudaGraph:
-    """A :class:`Graph` on a CUDA device."""
+    """A :class:`Graph` on a CUDA device.
+
+    Attributes:
+        graph: The graph of PyTorch that a replay launches.
+        input: The tensor that it reads; a call copies its images there.
+        output: A structure whose leaves are tensors; each replay overwrites them.
+        bytes: Device memory that the capture allocated.
+    """
 
     graph: torch.cuda.CUDAGraph
     input: Tensor

@@ -24,7 +24,11 @@ from .run_steps import are_separate, run_steps
 
 
 class Lowered(Frozen):
-    """Mixin for a frozen module whose forward is a plan."""
+    """Mixin for a frozen module whose forward is a plan.
+
+    Attributes:
+        fused_resnet_plan: The plan: the module's programs, and the calls between them.
+    """
 
     fused_resnet_plan: Plan
     fused_resnet_keeps_signature = True

@@ -38,7 +38,12 @@ from .run_steps import TENSORS
 
 
 class Value(NamedTuple):
-    """A value of a program: the node on which the program depends, and the index."""
+    """A value of a program.
+
+    Attributes:
+        root: The node on which the program depends.
+        number: Index of the value in the program: 0 for the root's own, -1 while it is not known.
+    """
 
     root: fx.Node
     number: int

@@ -39,6 +39,11 @@ class BoundProgram(Steps):
     Args:
         program: The steps.
         owner: The module to which the paths are relative.
+
+    Attributes:
+        paths: The path of each step's module; empty for none.
+        modules: Each step's module; None for none.
+        numbers: The steps as the integers that the operator takes.
     """
 
     def __init__(self, program: Program, owner: nn.Module) -> None:

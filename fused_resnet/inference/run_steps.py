@@ -30,6 +30,9 @@ class Steps:
     Args:
         steps: Steps in the order in which they run.
         outputs: The values that are returned, in order.
+
+    Attributes:
+        blocks: The residual blocks among the steps, by the index of each of their steps.
     """
 
     def __init__(self, steps: Sequence[Step], outputs: Sequence[int]) -> None:

@@ -56,6 +56,9 @@ class BasicBlock(BasicBlockForward):
         activation: Activation after each convolution but the shortcut's, ``"none"``, ``"relu"`` or
             ``"leaky_relu"`` (slope 0.01); None for ReLU.
 
+    Attributes:
+        expansion: Channels of the result over ``planes``.
+
     Raises:
         ValueError: ``groups``, ``base_width`` or ``dilation`` has an unsupported value.
 
@@ -116,6 +119,9 @@ class Bottleneck(BottleneckForward):
             :class:`torch.nn.BatchNorm2d`.
         activation: Activation after each convolution but the shortcut's, ``"none"``, ``"relu"`` or
             ``"leaky_relu"`` (slope 0.01); None for ReLU.
+
+    Attributes:
+        expansion: Channels of the result over ``planes``.
 
     Source:
         He et al., "Deep Residual Learning for Image Recognition", 2015, figure 5 right; the stride

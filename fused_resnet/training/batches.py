@@ -25,6 +25,9 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         start: Steps of the epoch that are done.
         rank: Number of this process.
         world: Number of processes, a divisor of ``batch``.
+
+    Attributes:
+        share: Images of a step in this process.
     """
 
     def __init__(
@@ -52,6 +55,9 @@ class ValBatches(Sampler[list[tuple[int, int]]]):
         batch: Images of a batch in this process.
         rank: Number of this process.
         world: Number of processes.
+
+    Attributes:
+        mine: Indices of this process's images.
     """
 
     def __init__(self, count: int, batch: int, rank: int, world: int) -> None:

@@ -28,6 +28,9 @@ class Engine:
         rank: Number of this process, from 0.
         world: Number of processes.
         device: The device of this process.
+        storage: Dtype of parameters and images; autocast computes in another one.
+        memory_format: Memory format of parameters and images.
+        scaler: Scales the loss of float16, whose small gradients would become zero.
     """
 
     def __init__(self, settings: Settings, device: torch.device, rank: int, world: int) -> None:

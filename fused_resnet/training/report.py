@@ -195,6 +195,9 @@ class Bar(Lines):
 
     Args:
         console: A terminal.
+
+    Attributes:
+        bar: The bar of the epoch that runs; None between two epochs.
     """
 
     every = 0.5

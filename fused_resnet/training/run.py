@@ -76,6 +76,24 @@ class Run:
         settings: Settings of the run.
         engine: Device, dtype and processes of the run.
         reporter: Told what happens.
+
+    Attributes:
+        out: Folder of the run.
+        last: File of the last checkpoint.
+        data: Training and validation images, and what is known of them.
+        steps_per_epoch: Steps of an epoch.
+        model: The network.
+        stepped: What a training step calls: the network, compiled and distributed if asked.
+        optimizer: Optimizer of the network's parameters.
+        scheduler: Learning rate of each step.
+        average: Moving average of the network; None for none.
+        inputs: Makes the network's input from a batch.
+        epoch: Epochs that are done.
+        step: Steps of the current epoch that are done.
+        seconds: Time of these steps.
+        history: An entry of metrics for each epoch that is done.
+        sums: Loss and accuracy of the current epoch so far.
+        writers: Writes the run's files; None but in the first process.
     """
 
     def __init__(self, settings: Settings, engine: Engine, reporter: Reporter) -> None:

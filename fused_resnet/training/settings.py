@@ -34,8 +34,40 @@ class Settings:
         data: A folder in ImageFolder's layout (``train/CLASS/*``, ``val/CLASS/*``), ``cifar10``,
             ``cifar100``, ``fashion_mnist``, or an ``.npz`` file with uint8 images and labels.
         out: The folder of the run; it is made.
-
-    All other attributes are the options of ``fused-resnet train``, where ``--help`` describes them.
+        data_root: Folder of torchvision's data sets.
+        download: Whether to download torchvision's data set if it is not there.
+        weights: Weights to start from: a ``.pth`` or ``.safetensors`` file, or torchvision's name
+            for them; with another number of classes the head is made anew. None for none.
+        freeze_backbone: Whether to train the head alone; the rest keeps its weights and running
+            statistics.
+        epochs: Passes over the training images.
+        batch: Images of a step, of all processes together.
+        lr: Learning rate after the warm-up.
+        optimizer: ``sgd``, ``adamw`` or ``rmsprop``.
+        momentum: Momentum of sgd and rmsprop.
+        nesterov: Whether sgd has Nesterov's momentum.
+        weight_decay: Weight decay of the optimizer.
+        schedule: Learning rate over the run: ``steps``, ``cosine`` or ``constant``.
+        drops: Where the schedule ``steps`` has its steps, as ascending fractions of the run; each
+            divides the rate by 10.
+        warmup: Epochs of linear warm-up.
+        label_smoothing: Label smoothing of the loss.
+        mixup: Alpha of mixup; 0 is none.
+        augment: Whether training images are cropped and flipped at random.
+        ema: Decay of an exponential moving average of the weights, which is then what is validated
+            and kept as the best; 0 is none.
+        size: Height and width of the images; None for 224 in a folder, else the images' own.
+        dtype: ``float32``, ``float64``, or ``bfloat16`` or ``float16`` by autocast.
+        channels_last: Whether the memory format of images and weights is channels_last.
+        unfused: Whether PyTorch's own modules run, to compare with.
+        compile: Whether the network runs through ``torch.compile``.
+        sync_bn: Whether batch norm is over the images of all processes.
+        deterministic: Whether every run gives the same bits; on a GPU it is faster without.
+        device: ``cpu``, ``cuda``, or ``auto`` for a GPU where PyTorch finds one.
+        workers: Processes that read images, for each process of the run; 0 for that process.
+        seed: Seed of weights, order and augmentation.
+        save_every: Steps between checkpoints within an epoch; 0 is at its end only.
+        resume: Whether to go on from the last checkpoint in ``out``.
 
     Raises:
         ValueError: A setting is out of its range; the message names it.

@@ -24,6 +24,12 @@ class Inputs:
         settings: Settings of the run.
         data: Data of the run, which has the channels' mean and standard deviation.
         engine: Device, dtype and processes of the run.
+
+    Attributes:
+        seed: Seed of the run, from which mixup draws.
+        scale: What an image is divided by, ``(1, 3, 1, 1)``: 255 times the standard deviation.
+        shift: What is then subtracted, ``(1, 3, 1, 1)``: the mean over the standard deviation.
+        mixup: Mixes up images and labels; None for none.
     """
 
     def __init__(self, settings: Settings, data: Data, engine: Engine) -> None:
@@ -77,6 +83,10 @@ class Sums:
 
     Args:
         engine: Device, dtype and processes of the run.
+
+    Attributes:
+        values: Sums of this process: loss, right answers and images; ``(3,)``, float64.
+        diverged: Number of the first step whose loss was not finite; -1 for none.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -21,6 +21,10 @@ class Writers:
         out: The folder of the run; it is made.
         settings: Settings of the run.
 
+    Attributes:
+        events: Writes TensorBoard's events; None where it is not installed, and before
+            :meth:`begin`.
+
     Raises:
         TrainingError: The folder can't be made.
     """

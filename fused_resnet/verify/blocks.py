@@ -17,7 +17,13 @@ from .operands import BATCH_NORM, Draw, Inputs, Subject, folded
 
 
 class Conv(NamedTuple):
-    """One convolution of a block, and the prefix of its arguments' names."""
+    """One convolution of a block.
+
+    Attributes:
+        prefix: What the names of its arguments begin with, for example ``conv1``.
+        weight: Shape of its filters, ``(K, C, kh, kw)``.
+        stride: Its stride, in both directions.
+    """
 
     prefix: str
     weight: tuple[int, int, int, int]

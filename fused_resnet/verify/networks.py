@@ -78,7 +78,14 @@ def verify_networks(
 
 
 class Problem(NamedTuple):
-    """A network in float32 and eval mode, images and their labels, of one seed."""
+    """What a network is verified with.
+
+    Attributes:
+        model: The network, float32, in eval mode.
+        images: Batch of images, ``(N, 3, H, W)``, float32.
+        labels: Class of each image, ``(N,)``, int64.
+        seed: Seed from which all of them are drawn.
+    """
 
     model: nn.Module
     images: Tensor

@@ -25,6 +25,9 @@ class Draw:
         dtype: Storage type of maps and convolution weights.
         affine: Storage type of the batch norm's vectors.
         layout: Memory format of maps and weights.
+
+    Attributes:
+        generator: Generator of the numbers.
     """
 
     def __init__(

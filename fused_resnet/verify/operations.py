@@ -33,7 +33,15 @@ FLOAT64_BOUND = 1e-13
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one operation; the name says what it covers."""
+    """One shape of one operation; the name says what it covers.
+
+    Attributes:
+        name: Name of the case.
+        x: Shape of the input, ``(N, C, H, W)``.
+        weight: Shape of the filters, ``(K, C / groups, kh, kw)``; None for no convolution.
+        residual: Whether a residual is added.
+        options: The operation's further arguments, by name.
+    """
 
     name: str
     x: tuple[int, int, int, int]

@@ -55,7 +55,23 @@ def map_offsets(r, c, C, P, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 class BnMap:
-    """The maps of one call: memory format, tile, slabs, and launches of its kernels."""
+    """The maps of one call: memory format, tile, slabs, and launches of its kernels.
+
+    Args:
+        op: Name of the operation, for messages.
+        x: The map, ``(N, C, H, W)``; float32, float16 or bfloat16.
+        config: The tile; None chooses one.
+
+    Attributes:
+        format: Memory format of all maps of the call, that of ``x``.
+        channels: Number of channels.
+        plane: Pixels of an image.
+        rows: Pixels of the batch.
+        last: Whether a pixel's channels are neighbours in memory.
+        slab_rows: Rows of a slab.
+        slabs: Number of slabs.
+        grid: Number of programs, ``(blocks of channels, slabs)``.
+    """
 
     def __init__(self, op: str, x: Tensor, config: BnConfig | None) -> None:
         check_map(op, "x", x)

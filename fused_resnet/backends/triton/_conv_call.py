@@ -126,6 +126,11 @@ class ConvCall:
         second: A 1x1 convolution that is added; None for none.
         activation: Activation that is applied to the sum.
         in_activation: Activation that is applied to the input after the prologue.
+
+    Attributes:
+        shape: The checked sizes.
+        like: ``x`` as it was given; the results have its dtype and device.
+        depth: Terms of each sum: taps and input channels, and the channels of ``second``.
     """
 
     def __init__(

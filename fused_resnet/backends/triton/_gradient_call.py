@@ -29,6 +29,9 @@ class GradientCall:
         add: Map that is added to the input's gradient, shape of ``x``; None for none.
         geometry: Stride, padding and dilation as ``(height, width)``, and the number of groups.
         activation: Between ``x`` and the convolution, with ``x_scale``.
+
+    Attributes:
+        shape: The checked sizes of the convolution.
     """
 
     def __init__(

@@ -156,6 +156,13 @@ class TrainingStep:
         network: Trainable, float32, channels_last, on the target; or its compiled form.
         target: Device and sizes to run on.
         precision: Precision of autocast, a key of :data:`.operands.DTYPES`.
+
+    Attributes:
+        dtype: Dtype of autocast.
+        images: Batch of images, ``(N, 3, H, W)``, float32.
+        labels: Class of each image, ``(N,)``, int64.
+        optimizer: Optimizer of the network's parameters.
+        loss: Loss of the last step; None before the first.
     """
 
     def __init__(self, network: Any, target: Target, precision: str) -> None:

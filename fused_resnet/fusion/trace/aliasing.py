@@ -50,6 +50,9 @@ class Aliases:
         graph: The graph of a forward.
         module: The module that the forward belongs to.
         lists: Names of the arguments that are lists.
+
+    Attributes:
+        roots: For each node, itself and the nodes whose memory its result may share.
     """
 
     def __init__(

@@ -151,7 +151,11 @@ def has_replaced_forward(module: nn.Module) -> bool:
 
 
 class TracedForward(FusedForward):
-    """A module with a generated forward; its original forward runs where no guard passes."""
+    """A module with a generated forward; its original forward runs where no guard passes.
+
+    Attributes:
+        fused_resnet_generated: The generated forward.
+    """
 
     fused_resnet_keeps_signature = True
     fused_resnet_generated: GeneratedForward
