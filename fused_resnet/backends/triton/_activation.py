@@ -15,7 +15,12 @@ SLOPE = tl.constexpr(LEAKY_SLOPE)
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The activation of v; NaN stays NaN as in PyTorch, unlike with ``tl.maximum``."""
+    """act(v); NaN stays NaN as in PyTorch, unlike with ``tl.maximum``.
+
+    Args:
+        v: Values, float32.
+        ACTIVATION: Number of the activation.
+    """
     if ACTIVATION == 1:
         return tl.where(v < 0.0, 0.0, v)
     elif ACTIVATION == 2:
@@ -26,7 +31,13 @@ def activate(v, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gradient(g, at, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The gradient of an activation's argument, by the sign of that or of the result: ``at``."""
+    """The gradient of an activation's argument: g act'(at).
+
+    Args:
+        g: Gradient of the result.
+        at: The argument or the result, whose signs are the same.
+        ACTIVATION: Number of the activation.
+    """
     if ACTIVATION == 1:
         return tl.where(at <= 0.0, 0.0, g)
     elif ACTIVATION == 2:

@@ -46,7 +46,16 @@ FINISH_C, FINISH_S = 32, 32
 
 @triton.jit
 def map_offsets(r, c, C, P, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Offsets of pixels r and channels c, in NHWC (LAST) or in NCHW with P pixels a plane."""
+    """Offsets of pixels and channels in a map.
+
+    Args:
+        r: Pixels, counted through the batch.
+        c: Channels.
+        C: Channels of the map.
+        P: Pixels of an image.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+    """
     if LAST:
         return r.to(tl.int64)[:, None] * C + c[None, :]
     else:

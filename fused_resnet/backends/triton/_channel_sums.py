@@ -20,7 +20,13 @@ MOST_SLABS = 128
 
 @triton.jit
 def two_sum(high, low, v):  # type: ignore[no-untyped-def]
-    """(high, low) + v, with the rounding error of high added to low (Knuth)."""
+    """(high, low) + v, with the rounding error of high added to low (Knuth).
+
+    Args:
+        high: Sum, float32.
+        low: What the sum has lost by rounding, float32.
+        v: Values to add.
+    """
     total = high + v
     part = total - high
     return total, low + ((high - (total - part)) + (v - part))
@@ -28,14 +34,28 @@ def two_sum(high, low, v):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def channel_sums_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr,  # (slabs, J, C) float32 or float64
-    merged_ptr,  # (programs, J, C) float64, or None
-    first_ptr, second_ptr, third_ptr,  # (C,) float32, as many as there are sums, without merged_ptr
+    partial_ptr, merged_ptr,
+    first_ptr, second_ptr, third_ptr,
     J, C, slabs,
-    span,  # slabs of a program; the last may have fewer
+    span,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The sums of each program's slabs; the last program axis is the sum."""
+    """sum_slab partial[slab][j][c], of each program's slabs; the last program axis is the sum j.
+
+    Args:
+        partial_ptr: Partial sums of each slab, (slabs, J, C) float32 or float64.
+        merged_ptr: Receives the sums of each program's slabs, (programs, J, C) float64; None in the
+            last launch.
+        first_ptr: Receives sum 0, (C,) float32; None with ``merged_ptr``.
+        second_ptr: Receives sum 1, (C,) float32; None without one.
+        third_ptr: Receives sum 2, (C,) float32; None without one.
+        J: Number of sums.
+        C: Number of channels.
+        slabs: Number of slabs.
+        span: Slabs of a program; the last may have fewer.
+        BLOCK_S: Slabs at a time.
+        BLOCK_C: Channels of a program.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program, j = tl.program_id(1), tl.program_id(2)
     begin = program * span

@@ -20,7 +20,14 @@ Kernel = Any
 
 @triton.jit
 def channel_vector(v_ptr, c, valid, default: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The values of ``v_ptr``, (C,), any float or None, for the channels ``c``, in float32."""
+    """The values of some channels, in float32.
+
+    Args:
+        v_ptr: Vector of one value per channel, (C,) any float, or None.
+        c: Channels of the program.
+        valid: Which of them exist.
+        default: Value without a vector, and past its end.
+    """
     if v_ptr is None:
         return tl.full(c.shape, default, tl.float32)
     else:
@@ -29,9 +36,20 @@ def channel_vector(v_ptr, c, valid, default: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit
 def channel_affine(c, valid, conv_bias, weight, bias, mean, var, eps):  # type: ignore[no-untyped-def]
-    """Scale and shift, for the channels ``c``, of a batch norm after a convolution with a bias.
+    """A batch norm after a convolution with a bias, as one multiply-add, for some channels.
 
-    All pointers are to vectors (C,) of any float, or None.
+    scale = weight / sqrt(var + eps), shift = (conv_bias - mean) * scale + bias. All pointers are to
+    vectors (C,) of any float, or None.
+
+    Args:
+        c: Channels of the program.
+        valid: Which of them exist.
+        conv_bias: Bias of the convolution; None for 0.
+        weight: Weight of the batch norm; None for 1.
+        bias: Bias of the batch norm; None for 0.
+        mean: Mean of the batch norm; None for 0.
+        var: Variance of the batch norm; None: the weight is the scale.
+        eps: Added to the variance.
     """
     scale = channel_vector(weight, c, valid, 1.0)
     center = channel_vector(conv_bias, c, valid, 0.0) - channel_vector(mean, c, valid, 0.0)

@@ -40,26 +40,86 @@ MERGED_SLABS = 128
 
 @triton.jit
 def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # (N, H, W, C); with X_DESCRIPTOR a descriptor of it as (N H W, C)
-    w_ptr,  # (K, KH KW group_c + C2); with W_DESCRIPTOR a descriptor of it
-    second_ptr,  # (N, H2, W2, C2), or None
-    y_ptr, residual_ptr,  # (M, K); residual or None
-    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
-    residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
-    in_scale_ptr, in_shift_ptr,  # (C,) any float, or None
-    partial_ptr,  # (splits, M, K) float32, or None: sums of a part of the depth, and no y
-    statistics_ptr,  # (tiles of rows, 2, K) float32, or None: mean, M2
+    x_ptr, w_ptr, second_ptr,
+    y_ptr, residual_ptr,
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
+    residual_scale_ptr, residual_shift_ptr,
+    in_scale_ptr, in_shift_ptr,
+    partial_ptr, statistics_ptr,
     M, K, H, W, C, OH, OW,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
     group_c, group_k, w_stride, H2, W2, C2, stride2_h, stride2_w,
     steps, steps_per_split, eps,
-    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,  # as tap_channels() has it
+    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,
     ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr,
     MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one group's filters; program axes are tiles, groups, splits."""
+    """y = act(bn(conv(x, w) + conv(second, rest of w)) + residual).
+
+    A tile of one group's filters; program axes are tiles, groups, splits of the depth.
+
+    Args:
+        x_ptr: Input, (N, H, W, C); with ``X_DESCRIPTOR`` a descriptor of it as (N H W, C).
+        w_ptr: Filters, (K, KH KW group_c + C2); with ``W_DESCRIPTOR`` a descriptor of it.
+        second_ptr: Input of a 1x1 convolution that is added, (N, H2, W2, C2), or None.
+        y_ptr: Receives the result, (M, K).
+        residual_ptr: Map that is added, (M, K), or None.
+        conv_bias_ptr: Bias of the convolution, (K,) any float, or None for 0.
+        weight_ptr: Weight of the batch norm, (K,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (K,) any float, or None for 0.
+        mean_ptr: Mean of the batch norm, (K,) any float, or None for 0.
+        var_ptr: Variance of the batch norm, (K,) any float, or None: the weight is the scale.
+        residual_scale_ptr: Scale of the residual, (K,) any float, or None.
+        residual_shift_ptr: Shift of the residual, (K,) any float, or None.
+        in_scale_ptr: Scale of the input before its activation, (C,) any float, or None for neither.
+        in_shift_ptr: Shift of the input before its activation, (C,) any float, or None.
+        partial_ptr: Receives sums of a part of the depth, (splits, M, K) float32, in place of y; or
+            None.
+        statistics_ptr: Receives mean and M2 of each tile of rows, (tiles of rows, 2, K) float32; or
+            None.
+        M: Pixels of the result in the batch: the rows of the GEMM.
+        K: Number of filters.
+        H: Height of the input.
+        W: Width of the input.
+        C: Channels of the input.
+        OH: Height of the result.
+        OW: Width of the result.
+        stride_h: Vertical stride.
+        stride_w: Horizontal stride.
+        pad_h: Rows of zeros above the input.
+        pad_w: Columns of zeros left of the input.
+        dil_h: Rows from one tap to the next.
+        dil_w: Columns from one tap to the next.
+        group_c: Input channels of a group.
+        group_k: Filters of a group.
+        w_stride: Elements from one filter to the next.
+        H2: Height of the second input.
+        W2: Width of the second input.
+        C2: Channels of the second input.
+        stride2_h: Vertical stride of the second convolution.
+        stride2_w: Horizontal stride of the second convolution.
+        steps: Steps through the depth of the first convolution.
+        steps_per_split: Steps of a program, through the depth of both.
+        eps: Added to the variance.
+        KH: Height of the filters.
+        KW: Width of the filters.
+        TAP_C: Channels of a tap, which a step divides by; 0 for a single tap.
+        ACTIVATION: Number of the activation of the result.
+        IN_ACTIVATION: Number of the activation of the input.
+        MODE: How the depth is traversed, from ``mode_of``: ``"pointwise"``, ``"taps"`` or
+            ``"flat"``.
+        EVEN_C: Whether a tap's channels are whole blocks.
+        PRECISION: Of the products: ``"half"``, ``"tf32"`` or ``"ieee"``.
+        X_DESCRIPTOR: Whether ``x_ptr`` is a tensor descriptor.
+        W_DESCRIPTOR: Whether ``w_ptr`` is a tensor descriptor.
+        GROUP_M: Rows of tiles whose programs follow each other.
+        BLOCK_M: Pixels of a tile.
+        BLOCK_N: Filters of a tile.
+        BLOCK_K: Terms of a step.
+        PARTS: Blocks of columns that the epilogue handles one by one: 1, 2 or 4.
+    """
     tile_m, tile_n = swizzle(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(group_k, BLOCK_N), GROUP_M
     )
@@ -127,13 +187,39 @@ def conv_bn_add_relu_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
-    acc,  # (BLOCK_M, columns) float32
+    acc,
     y_ptr, residual_ptr, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-    residual_scale_ptr, residual_shift_ptr, partial_ptr, statistics_ptr,  # as the kernel's
+    residual_scale_ptr, residual_shift_ptr, partial_ptr, statistics_ptr,
     m, channel, row_valid, channel_valid, split, tile_m, M, K, eps,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Store some columns of a tile: partial sums, or results with optional statistics."""
+    """Store some columns of a tile: partial sums, or results with optional statistics.
+
+    Args:
+        acc: Sums of the columns, (BLOCK_M, columns) float32.
+        y_ptr: Receives the result, (M, K).
+        residual_ptr: Map that is added, (M, K), or None.
+        conv_bias_ptr: Bias of the convolution, (K,) any float, or None for 0.
+        weight_ptr: Weight of the batch norm, (K,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (K,) any float, or None for 0.
+        mean_ptr: Mean of the batch norm, (K,) any float, or None for 0.
+        var_ptr: Variance of the batch norm, (K,) any float, or None: the weight is the scale.
+        residual_scale_ptr: Scale of the residual, (K,) any float, or None.
+        residual_shift_ptr: Shift of the residual, (K,) any float, or None.
+        partial_ptr: Receives the sums, (splits, M, K) float32, in place of y; or None.
+        statistics_ptr: Receives mean and M2 of the rows, (tiles of rows, 2, K) float32; or None.
+        m: Rows of the tile.
+        channel: Filters of the columns.
+        row_valid: Which of the rows exist.
+        channel_valid: Which of the filters exist.
+        split: Number of the part of the depth.
+        tile_m: Number of the row of tiles.
+        M: Pixels of the result in the batch: the rows of the GEMM.
+        K: Number of filters.
+        eps: Added to the variance.
+        ACTIVATION: Number of the activation of the result.
+        BLOCK_M: Pixels of a tile.
+    """
     if partial_ptr is not None:
         at = (split.to(tl.int64) * M + m)[:, None] * K + channel[None, :]
         tl.store(partial_ptr + at, acc, mask=row_valid[:, None] & channel_valid[None, :])
@@ -155,14 +241,34 @@ def _store(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def conv_split_finish_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr,  # (splits, M, K) float32
-    y_ptr, residual_ptr,  # (M, K); residual or None
-    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
-    residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
+    partial_ptr,
+    y_ptr, residual_ptr,
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
+    residual_scale_ptr, residual_shift_ptr,
     M, K, splits, eps,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums in order, and apply the epilogue of the convolution."""
+    """sum_split partial[split][m][n], in order, and the epilogue of the convolution.
+
+    Args:
+        partial_ptr: Sums of each part of the depth, (splits, M, K) float32.
+        y_ptr: Receives the result, (M, K).
+        residual_ptr: Map that is added, (M, K), or None.
+        conv_bias_ptr: Bias of the convolution, (K,) any float, or None for 0.
+        weight_ptr: Weight of the batch norm, (K,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (K,) any float, or None for 0.
+        mean_ptr: Mean of the batch norm, (K,) any float, or None for 0.
+        var_ptr: Variance of the batch norm, (K,) any float, or None: the weight is the scale.
+        residual_scale_ptr: Scale of the residual, (K,) any float, or None.
+        residual_shift_ptr: Shift of the residual, (K,) any float, or None.
+        M: Pixels of the result in the batch: the rows of the GEMM.
+        K: Number of filters.
+        splits: Number of parts.
+        eps: Added to the variance.
+        ACTIVATION: Number of the activation of the result.
+        BLOCK_M: Pixels of a tile.
+        BLOCK_N: Filters of a tile.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = (m < M)[:, None] & (n < K)[None, :]
@@ -180,15 +286,14 @@ def conv_split_finish_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def conv_statistics_kernel(  # type: ignore[no-untyped-def]
-    statistics_ptr,  # (slabs, 2, K) float32: mean, M2 of slab_rows rows; the last may have fewer
-    merged_ptr,  # (programs, 2, K) float32: mean, M2 of each program's slabs; or None
-    mean_ptr, var_ptr,  # (K,) float32, written without merged_ptr
-    weight_ptr, bias_ptr,  # (K,) any float, or None: of the batch norm that follows
-    scale_ptr, shift_ptr,  # (K,) float32, or None: its multiplication and addition
-    running_mean_ptr, running_var_ptr,  # (K,) any float, or None: moved towards the batch's
-    batches_ptr,  # (1,) int64, or None: counts the batches
+    statistics_ptr, merged_ptr,
+    mean_ptr, var_ptr,
+    weight_ptr, bias_ptr,
+    scale_ptr, shift_ptr,
+    running_mean_ptr, running_var_ptr,
+    batches_ptr,
     M, K, slabs, slab_rows,
-    span, span_rows,  # slabs of a program, and their rows; the last may have fewer
+    span, span_rows,
     eps, momentum,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -196,6 +301,30 @@ def conv_statistics_kernel(  # type: ignore[no-untyped-def]
 
     Without merged_ptr it is the last kernel that has the statistics in registers, and does what
     depends on them alone: scale and shift, the running statistics, the count of batches.
+
+    Args:
+        statistics_ptr: Mean and M2 of each slab's rows, (slabs, 2, K) float32.
+        merged_ptr: Receives mean and M2 of each program's slabs, (programs, 2, K) float32; None in
+            the last launch.
+        mean_ptr: Receives the mean, (K,) float32, without ``merged_ptr``.
+        var_ptr: Receives the biased variance, (K,) float32, without ``merged_ptr``.
+        weight_ptr: Weight of the batch norm that follows, (K,) any float, or None for 1.
+        bias_ptr: Bias of that batch norm, (K,) any float, or None for 0.
+        scale_ptr: Receives the scale of that batch norm, (K,) float32; or None.
+        shift_ptr: Receives its shift, (K,) float32; or None.
+        running_mean_ptr: Running mean, (K,) any float, moved towards the batch's; or None.
+        running_var_ptr: Running variance, (K,) any float, moved towards the batch's; or None.
+        batches_ptr: Number of batches, (1,) int64, counted up; or None.
+        M: Rows of all slabs.
+        K: Number of channels.
+        slabs: Number of slabs.
+        slab_rows: Rows of a slab; the last may have fewer.
+        span: Slabs of a program; the last may have fewer.
+        span_rows: Rows of these slabs.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics.
+        BLOCK_S: Slabs at a time.
+        BLOCK_C: Channels of a program.
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1)

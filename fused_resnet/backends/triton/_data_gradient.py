@@ -36,20 +36,59 @@ from ._implicit_gemm import halves, multiply, swizzle
 
 @triton.jit
 def conv_data_gradient_kernel(  # type: ignore[no-untyped-def]
-    g_ptr, z_ptr,  # (N, OH, OW, K); z or None
-    a_ptr, b_ptr, c_ptr,  # (K,) float32; b and c None without z
-    w_ptr,  # (K, KH, KW, C)
-    x_ptr,  # (N, H, W, C), or None: no mask
-    x_scale_ptr, x_shift_ptr, x_mean_ptr,  # (C,) float32, or None
-    add_ptr, g_x_ptr,  # (N, H, W, C); add or None
-    sums_ptr,  # (phases * tiles of rows, 2, C) float32, or None: sum g_x, sum g_x (x - mean)
+    g_ptr, z_ptr,
+    a_ptr, b_ptr, c_ptr,
+    w_ptr, x_ptr,
+    x_scale_ptr, x_shift_ptr, x_mean_ptr,
+    add_ptr, g_x_ptr,
+    sums_ptr,
     N, H, W, C, OH, OW, K, pad_h, pad_w,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    ACTIVATION: tl.constexpr,  # with x
+    ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one phase; program axes are tiles of the largest phase, and phases."""
+    """g_x[m][c] = mask(sum_k dz[m][k] w[k][c]), dz = a g + b z + c, for a tile of one phase.
+
+    Program axes are tiles of the largest phase, and phases.
+
+    Args:
+        g_ptr: Gradient after the batch norm of the convolution, (N, OH, OW, K).
+        z_ptr: Result of the convolution, (N, OH, OW, K), or None: dz = a g.
+        a_ptr: Factor of g in dz, (K,) float32.
+        b_ptr: Factor of z in dz, (K,) float32; None without z.
+        c_ptr: Constant term of dz, (K,) float32; None without z.
+        w_ptr: Filters, (K, KH, KW, C).
+        x_ptr: Input of the convolution, (N, H, W, C), or None: no mask.
+        x_scale_ptr: Scale of the batch norm before the convolution, (C,) float32, or None.
+        x_shift_ptr: Shift of that batch norm, (C,) float32, or None.
+        x_mean_ptr: Mean of x in each channel, (C,) float32, for the sums; or None.
+        add_ptr: Gradient of the shortcut, which is added, (N, H, W, C), or None.
+        g_x_ptr: Receives g_x, (N, H, W, C).
+        sums_ptr: Receives sum g_x and sum g_x (x - mean) of each tile of rows, (phases * tiles of
+            rows, 2, C) float32; or None.
+        N: Number of images.
+        H: Height of the input.
+        W: Width of the input.
+        C: Channels of the input.
+        OH: Height of the result.
+        OW: Width of the result.
+        K: Number of filters.
+        pad_h: Rows of zeros above the input.
+        pad_w: Columns of zeros left of the input.
+        KH: Height of the filters.
+        KW: Width of the filters.
+        STRIDE_H: Vertical stride.
+        STRIDE_W: Horizontal stride.
+        ACTIVATION: Number of the activation of the input, whose mask is applied with x.
+        EVEN_K: Whether the filters are whole blocks.
+        PRECISION: Of the products: ``"half"``, ``"tf32"`` or ``"ieee"``.
+        GROUP_M: Rows of tiles whose programs follow each other.
+        BLOCK_M: Pixels of a tile.
+        BLOCK_N: Channels of a tile.
+        BLOCK_K: Filters of a step.
+        PARTS: Blocks of columns that the epilogue handles one by one: 1, 2 or 4.
+    """
     phase = tl.program_id(1)
     py = phase // STRIDE_W
     px = phase - py * STRIDE_W
@@ -129,12 +168,31 @@ def conv_data_gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
-    acc,  # (BLOCK_M, columns) float32
-    x_ptr, x_scale_ptr, x_shift_ptr, x_mean_ptr, add_ptr, g_x_ptr, sums_ptr,  # as the kernel's
+    acc,
+    x_ptr, x_scale_ptr, x_shift_ptr, x_mean_ptr, add_ptr, g_x_ptr, sums_ptr,
     rows, columns, row_valid, column_valid, slab, C,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Mask or addition, rounding, store, and the sums of what was stored."""
+    """Mask or addition, rounding, store, and the sums of what was stored.
+
+    Args:
+        acc: Gradients of some columns of a tile, (BLOCK_M, columns) float32.
+        x_ptr: Input of the convolution, (N, H, W, C), or None: no mask.
+        x_scale_ptr: Scale of the batch norm before the convolution, (C,) float32, or None.
+        x_shift_ptr: Shift of that batch norm, (C,) float32, or None.
+        x_mean_ptr: Mean of x in each channel, (C,) float32, for the sums; or None.
+        add_ptr: Gradient of the shortcut, which is added, (N, H, W, C), or None.
+        g_x_ptr: Receives g_x, (N, H, W, C).
+        sums_ptr: Receives sum g_x and sum g_x (x - mean) of each tile of rows, (phases * tiles of
+            rows, 2, C) float32; or None.
+        rows: Offset of each row in the maps.
+        columns: Channels of the columns.
+        row_valid: Which of the rows exist.
+        column_valid: Which of the channels exist.
+        slab: Number of the tile of rows, through all phases.
+        C: Channels of the input.
+        ACTIVATION: Number of the activation of the input, whose mask is applied with x.
+    """
     valid = row_valid[:, None] & column_valid[None, :]
     at = rows[:, None] + columns[None, :]
     if x_ptr is not None:

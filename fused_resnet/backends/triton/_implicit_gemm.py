@@ -18,7 +18,14 @@ from ._common import channel_affine, channel_vector
 
 @triton.jit
 def swizzle(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row and column of a tile, in an order by groups of GROUP_M rows, column by column."""
+    """Row and column of a tile, in an order by groups of GROUP_M rows, column by column.
+
+    Args:
+        tile: Number of the tile.
+        tiles_m: Rows of tiles.
+        tiles_n: Columns of tiles.
+        GROUP_M: Rows of tiles whose programs follow each other.
+    """
     width = GROUP_M * tiles_n
     first = tile // width * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
@@ -32,6 +39,9 @@ def round_to_tf32(v):  # type: ignore[no-untyped-def]
 
     Tensor cores truncate the 13 low bits: without rounding, products and sums are biased towards
     zero, with three times the error of rounding. NaN must not overflow.
+
+    Args:
+        v: Values, float32.
     """
     bits = v.to(tl.uint32, bitcast=True) + 0x1000
     return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
@@ -39,7 +49,14 @@ def round_to_tf32(v):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def multiply(acc, a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``acc + a b`` by "half", "tf32" or "ieee" products, in float32."""
+    """acc + a b, in float32.
+
+    Args:
+        acc: Sums, float32.
+        a: Left matrix of the product.
+        b: Right matrix of the product.
+        PRECISION: Of the products: ``"half"``, ``"tf32"`` or ``"ieee"``.
+    """
     if PRECISION == "tf32":
         return tl.dot(round_to_tf32(a), round_to_tf32(b), acc, input_precision="tf32")
     else:
@@ -48,24 +65,65 @@ def multiply(acc, a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def
 
 @triton.jit
 def accumulate(  # type: ignore[no-untyped-def]
-    acc,  # (BLOCK_M, BLOCK_N) float32
-    x_ptr,  # (N, H, W, C); with X_DESCRIPTOR a descriptor of it as (N H W, C)
-    w_ptr,  # (K, w_stride), of which KH KW group_c are used; with W_DESCRIPTOR a descriptor of it
-    in_scale_ptr, in_shift_ptr,  # (C,) any float, or None: x is activation(x scale + shift)
-    image, oy, ox, row_valid,  # (BLOCK_M,): image and pixel of each row of the result
-    first_row, first_filter, filter_valid,  # filter_valid: (BLOCK_N,)
+    acc,
+    x_ptr, w_ptr,
+    in_scale_ptr, in_shift_ptr,
+    image, oy, ox, row_valid,
+    first_row, first_filter, filter_valid,
     channel0, step_begin, step_end,
     H, W, C, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride,
-    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,  # as tap_channels() has it
+    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,
     IN_ACTIVATION: tl.constexpr,
     MODE: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of the depth's blocks step_begin to step_end; ``mode_of`` explains MODE.
+    """acc[m][n] + sum_k a[m][k] w[n][k], for the depth's blocks step_begin to step_end.
 
     A step finds its tap by division, and the divisors are constants: dividing by an argument takes
     a reciprocal in floating point, and its correction in each step.
+
+    Args:
+        acc: Sums so far, (BLOCK_M, BLOCK_N) float32.
+        x_ptr: Input, (N, H, W, C); with ``X_DESCRIPTOR`` a descriptor of it as (N H W, C).
+        w_ptr: Filters, (K, w_stride), of which KH KW group_c are used; with ``W_DESCRIPTOR`` a
+            descriptor of it.
+        in_scale_ptr: Scale of the input before its activation, (C,) any float, or None for neither.
+        in_shift_ptr: Shift of the input before its activation, (C,) any float, or None.
+        image: Image of each row of the tile, (BLOCK_M,).
+        oy: Row of each result in its image, (BLOCK_M,).
+        ox: Column of each result in its image, (BLOCK_M,).
+        row_valid: Which rows of the tile exist, (BLOCK_M,).
+        first_row: Number of the tile's first row.
+        first_filter: Number of the tile's first filter.
+        filter_valid: Which filters of the tile exist, (BLOCK_N,).
+        channel0: The group's first input channel.
+        step_begin: First step.
+        step_end: Step after the last.
+        H: Height of the input.
+        W: Width of the input.
+        C: Channels of the input.
+        stride_h: Vertical stride.
+        stride_w: Horizontal stride.
+        pad_h: Rows of zeros above the input.
+        pad_w: Columns of zeros left of the input.
+        dil_h: Rows from one tap to the next.
+        dil_w: Columns from one tap to the next.
+        group_c: Input channels of a group.
+        w_stride: Elements from one filter to the next.
+        KH: Height of the filters.
+        KW: Width of the filters.
+        TAP_C: Channels of a tap, which a step divides by; 0 for a single tap.
+        IN_ACTIVATION: Number of the activation of the input.
+        MODE: How the depth is traversed, from ``mode_of``: ``"pointwise"``, ``"taps"`` or
+            ``"flat"``.
+        EVEN_C: Whether a tap's channels are whole blocks.
+        PRECISION: Of the products: ``"half"``, ``"tf32"`` or ``"ieee"``.
+        X_DESCRIPTOR: Whether ``x_ptr`` is a tensor descriptor.
+        W_DESCRIPTOR: Whether ``w_ptr`` is a tensor descriptor.
+        BLOCK_M: Pixels of a tile.
+        BLOCK_N: Filters of a tile.
+        BLOCK_K: Terms of a step.
     """
     y0 = oy * stride_h - pad_h
     x0 = ox * stride_w - pad_w
@@ -139,15 +197,37 @@ def accumulate(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def finish(  # type: ignore[no-untyped-def]
-    acc,  # (BLOCK_M, BLOCK_N) float32
-    y_ptr, residual_ptr,  # (M, K); residual or None
-    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
-    residual_scale_ptr, residual_shift_ptr,  # (K,) any float, or None
+    acc,
+    y_ptr, residual_ptr,
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
+    residual_scale_ptr, residual_shift_ptr,
     m, channel, row_valid, channel_valid,
     K, eps,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Affine step, residual, activation, rounding, store. Returns the stored values."""
+    """y = act(acc * scale + shift + residual [* scale + shift]), rounded and stored.
+
+    Returns the stored values.
+
+    Args:
+        acc: Sums of the tile, float32.
+        y_ptr: Receives the result, (M, K).
+        residual_ptr: Map that is added, (M, K), or None.
+        conv_bias_ptr: Bias of the convolution, (K,) any float, or None for 0.
+        weight_ptr: Weight of the batch norm, (K,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (K,) any float, or None for 0.
+        mean_ptr: Mean of the batch norm, (K,) any float, or None for 0.
+        var_ptr: Variance of the batch norm, (K,) any float, or None: the weight is the scale.
+        residual_scale_ptr: Scale of the residual, (K,) any float, or None.
+        residual_shift_ptr: Shift of the residual, (K,) any float, or None.
+        m: Rows of the tile.
+        channel: Filters of the tile.
+        row_valid: Which of the rows exist.
+        channel_valid: Which of the filters exist.
+        K: Number of filters.
+        eps: Added to the variance.
+        ACTIVATION: Number of the activation of the result.
+    """
     scale, shift = channel_affine(
         channel, channel_valid, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps
     )
@@ -168,6 +248,12 @@ def finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The left and right halves of a tile's columns."""
+    """The left and right halves of a tile's columns.
+
+    Args:
+        acc: The tile, (BLOCK_M, BLOCK_N).
+        BLOCK_M: Rows of the tile.
+        BLOCK_N: Columns of the tile.
+    """
     pairs = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
     return tl.split(pairs)

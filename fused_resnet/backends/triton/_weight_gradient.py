@@ -32,18 +32,51 @@ FINISH = 256
 
 @triton.jit
 def conv_weight_gradient_kernel(  # type: ignore[no-untyped-def]
-    g_ptr, z_ptr,  # (M, K); z or None
-    a_ptr, b_ptr, c_ptr,  # (K,) float32; b and c None without z
-    x_ptr,  # (N, H, W, C)
-    x_scale_ptr, x_shift_ptr,  # (C,) float32, or None: p(x) is x
-    partial_ptr,  # (splits, K, KH, KW, C) float32
+    g_ptr, z_ptr,
+    a_ptr, b_ptr, c_ptr,
+    x_ptr,
+    x_scale_ptr, x_shift_ptr,
+    partial_ptr,
     M, K, C, H, W, OH, OW, pad_h, pad_w,
     split_rows,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    ACTIVATION: tl.constexpr,  # of p
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one tap; program axes are taps within tiles, and parts of the pixels."""
+    """dw[k][tap][c] = sum_m dz[m][k] p(x)[m under tap][c], for a tile of one tap.
+
+    Program axes are taps within tiles, and parts of the pixels.
+
+    Args:
+        g_ptr: Gradient after the batch norm of the convolution, (M, K).
+        z_ptr: Result of the convolution, (M, K), or None: dz = a g.
+        a_ptr: Factor of g in dz, (K,) float32.
+        b_ptr: Factor of z in dz, (K,) float32; None without z.
+        c_ptr: Constant term of dz, (K,) float32; None without z.
+        x_ptr: Input of the convolution, (N, H, W, C).
+        x_scale_ptr: Scale of p, (C,) float32, or None: p(x) is x.
+        x_shift_ptr: Shift of p, (C,) float32, or None.
+        partial_ptr: Receives the sums of each part of the pixels, (splits, K, KH, KW, C) float32.
+        M: Pixels of the result in the batch, over which is summed.
+        K: Number of filters.
+        C: Channels of the input.
+        H: Height of the input.
+        W: Width of the input.
+        OH: Height of the result.
+        OW: Width of the result.
+        pad_h: Rows of zeros above the input.
+        pad_w: Columns of zeros left of the input.
+        split_rows: Pixels of a part; the last may have fewer.
+        KH: Height of the filters.
+        KW: Width of the filters.
+        STRIDE_H: Vertical stride.
+        STRIDE_W: Horizontal stride.
+        ACTIVATION: Number of the activation of p.
+        PRECISION: Of the products: ``"half"``, ``"tf32"`` or ``"ieee"``.
+        BLOCK_K: Filters of a tile.
+        BLOCK_C: Channels of a tile.
+        BLOCK_R: Pixels of a step.
+    """
     TAPS: tl.constexpr = KH * KW
     tile = tl.program_id(0) // TAPS
     tap = tl.program_id(0) - tile * TAPS
@@ -95,13 +128,27 @@ def conv_weight_gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def conv_weight_finish_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr,  # (splits, K, KH, KW, C) float32
-    dw_ptr,  # (K, C, KH, KW) in strides of its own
+    partial_ptr, dw_ptr,
     elements, splits, C, KW, TAPS,
     stride_k, stride_c, stride_h, stride_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts in order, round, and store where the weight has the element."""
+    """dw = sum_split partial[split], in order; rounded, and stored as the weight is laid out.
+
+    Args:
+        partial_ptr: Sums of each part of the pixels, (splits, K, KH, KW, C) float32.
+        dw_ptr: Receives the gradient, (K, C, KH, KW) in strides of its own.
+        elements: Elements of the weight.
+        splits: Number of parts.
+        C: Input channels.
+        KW: Width of the filters.
+        TAPS: Taps of a filter.
+        stride_k: Elements from one filter to the next in the gradient.
+        stride_c: Elements from one channel to the next in the gradient.
+        stride_h: Elements from one row to the next in the gradient.
+        stride_w: Elements from one column to the next in the gradient.
+        BLOCK: Elements of a program.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < elements
     total = tl.zeros((BLOCK,), tl.float32)

@@ -20,13 +20,34 @@ from ._training_operands import check_together, first_map, like_map, map_operand
 
 @triton.jit
 def block_end_kernel(  # type: ignore[no-untyped-def]
-    z_ptr, shortcut_ptr, y_ptr,  # (R, C); shortcut or None
-    scale_ptr, shift_ptr,  # (C,) float32
-    shortcut_scale_ptr, shortcut_shift_ptr,  # (C,) float32, or None
+    z_ptr, shortcut_ptr, y_ptr,
+    scale_ptr, shift_ptr,
+    shortcut_scale_ptr, shortcut_shift_ptr,
     R, C, P, slab_rows,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A slab of rows, forwards: its beginning is the oldest of what z's kernel left in the L2."""
+    """y = act(z * scale + shift + s), s the shortcut or its batch norm, for a slab of rows.
+
+    Forwards: a slab's beginning is the oldest of what z's kernel left in the L2.
+
+    Args:
+        z_ptr: Result of the last convolution, (R, C).
+        shortcut_ptr: Result of the shortcut, (R, C), or None for 0.
+        y_ptr: Receives the result, (R, C).
+        scale_ptr: Scale of the batch norm of z, (C,) float32.
+        shift_ptr: Shift of the batch norm of z, (C,) float32.
+        shortcut_scale_ptr: Scale of the shortcut's batch norm, (C,) float32, or None.
+        shortcut_shift_ptr: Shift of the shortcut's batch norm, (C,) float32, or None.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        ACTIVATION: Number of the activation.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = channel_vector(scale_ptr, c, c < C, 1.0)
     shift = channel_vector(shift_ptr, c, c < C, 0.0)

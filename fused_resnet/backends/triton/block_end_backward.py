@@ -37,17 +37,43 @@ from ._training_operands import (
 
 @triton.jit
 def block_end_backward_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr, y_ptr, z_ptr, shortcut_ptr,  # (R, C); all but dy may be None
-    g_ptr,  # (R, C), or None: no activation
-    mean_ptr, shortcut_mean_ptr,  # (C,) float32; the second or None
-    scale_ptr, shift_ptr,  # (C,) float32, or None: the mask is y's
-    shortcut_scale_ptr, shortcut_shift_ptr,  # (C,) float32, or None
-    partial_ptr,  # (slabs, 2 or 3, C) float64, or None: no sums
+    dy_ptr, y_ptr, z_ptr, shortcut_ptr,
+    g_ptr,
+    mean_ptr, shortcut_mean_ptr,
+    scale_ptr, shift_ptr,
+    shortcut_scale_ptr, shortcut_shift_ptr,
+    partial_ptr,
     R, C, P, slab_rows,
     SHORTCUT_SUM: tl.constexpr, ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The masked gradient and the sums of a slab of rows."""
+    """g = dy where y > 0, sum g, sum g (z - mean), sum g (s - mean_s), for a slab of rows.
+
+    Args:
+        dy_ptr: Gradient of the result y, (R, C).
+        y_ptr: Result of the block, (R, C), or None: no mask, or one from ``scale_ptr``.
+        z_ptr: Result of the last convolution, (R, C), or None.
+        shortcut_ptr: Result of the shortcut's convolution, (R, C), or None.
+        g_ptr: Receives g, (R, C); None without an activation.
+        mean_ptr: Mean of z, (C,) float32.
+        shortcut_mean_ptr: Mean of the shortcut, (C,) float32, or None.
+        scale_ptr: Scale of the batch norm of z, (C,) float32, or None: the mask is that of
+            ``y_ptr``.
+        shift_ptr: Shift of that batch norm, (C,) float32, or None.
+        shortcut_scale_ptr: Scale of the shortcut's batch norm, (C,) float32, or None.
+        shortcut_shift_ptr: Shift of the shortcut's batch norm, (C,) float32, or None.
+        partial_ptr: Receives the sums of each slab, (slabs, 2 or 3, C) float64; None for no sums.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        SHORTCUT_SUM: Whether the third sum is wanted.
+        ACTIVATION: Number of the activation.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     slab = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = channel_vector(mean_ptr, c, c < C, 0.0)

@@ -26,12 +26,24 @@ from ._common import channel_vector, check_same
 
 @triton.jit
 def bn_statistics_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # (R, C) in NHWC, (R / P, C, P) in NCHW
-    partial_ptr,  # (slabs, 2, C) float64: mean, M2
+    x_ptr, partial_ptr,
     R, C, P, slab_rows,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of each slab of rows."""
+    """Mean and M2 = sum (x - mean)^2 of each channel, for each slab of rows.
+
+    Args:
+        x_ptr: Input, (R, C) in NHWC, (R / P, C, P) in NCHW.
+        partial_ptr: Receives mean and M2 of each slab, (slabs, 2, C) float64.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     slab = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = slab * slab_rows
@@ -60,13 +72,30 @@ def bn_statistics_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bn_statistics_finish_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr,  # (slabs, 2, C) float64: mean, M2
-    weight_ptr, bias_ptr,  # (C,) any float, or None
-    mean_ptr, var_ptr, scale_ptr, shift_ptr,  # (C,) float32
+    partial_ptr,
+    weight_ptr, bias_ptr,
+    mean_ptr, var_ptr, scale_ptr, shift_ptr,
     R, C, slab_rows, slabs, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean, biased variance, and scale and shift of ``(x - mean) * scale + shift``."""
+    """Mean, biased variance, and scale and shift of (x - mean) * scale + shift.
+
+    Args:
+        partial_ptr: Mean and M2 of each slab, (slabs, 2, C) float64.
+        weight_ptr: Weight of the batch norm, (C,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (C,) any float, or None for 0.
+        mean_ptr: Receives the mean, (C,) float32.
+        var_ptr: Receives the biased variance, (C,) float32.
+        scale_ptr: Receives the scale, (C,) float32.
+        shift_ptr: Receives the shift, (C,) float32.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        slabs: Number of slabs.
+        eps: Added to the variance.
+        BLOCK_S: Slabs at a time.
+        BLOCK_C: Channels of a program.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float64)
     for s0 in range(0, slabs, BLOCK_S):
@@ -100,12 +129,32 @@ def bn_statistics_finish_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bn_add_relu_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, residual_ptr, y_ptr,  # (R, C) in NHWC, (R / P, C, P) in NCHW; residual or None
-    weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (C,) any float, or None; no var: weight is the scale
+    x_ptr, residual_ptr, y_ptr,
+    weight_ptr, bias_ptr, mean_ptr, var_ptr,
     R, C, P, slab_rows, eps,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Normalises with given statistics, adds the residual and applies ReLU."""
+    """y = act((x - mean) * weight / sqrt(var + eps) + bias + residual), for a slab of rows.
+
+    Args:
+        x_ptr: Input, (R, C) in NHWC, (R / P, C, P) in NCHW.
+        residual_ptr: Map that is added, as x, or None.
+        y_ptr: Receives the result, as x.
+        weight_ptr: Weight of the batch norm, (C,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (C,) any float, or None for 0.
+        mean_ptr: Mean of the batch norm, (C,) any float, or None for 0.
+        var_ptr: Variance of the batch norm, (C,) any float, or None: the weight is the scale.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        eps: Added to the variance.
+        ACTIVATION: Number of the activation.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = channel_vector(mean_ptr, c, c < C, 0.0)
     scale = channel_vector(weight_ptr, c, c < C, 1.0)

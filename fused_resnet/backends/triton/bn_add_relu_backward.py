@@ -32,7 +32,13 @@ from ._common import channel_vector, check_same
 
 @triton.jit
 def _two_sum(high, low, v):  # type: ignore[no-untyped-def]
-    """(high, low) + v, with the rounding error of high added to low."""
+    """(high, low) + v, with the rounding error of high added to low.
+
+    Args:
+        high: Sum, float32.
+        low: What the sum has lost by rounding, float32.
+        v: Values to add.
+    """
     total = high + v
     part = total - high
     return total, low + ((high - (total - part)) + (v - part))
@@ -40,14 +46,31 @@ def _two_sum(high, low, v):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bn_backward_reduce_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, x_ptr, y_ptr, dz_ptr,  # (R, C) in NHWC, (R / P, C, P) in NCHW; y and dz or None
-    mean_ptr,  # (C,) any float
-    partial_ptr,  # (slabs, 2, C) float64: sum dz, sum dz (x - mean)
+    grad_ptr, x_ptr, y_ptr, dz_ptr,
+    mean_ptr, partial_ptr,
     R, C, P, slab_rows,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of each slab of rows, and the masked gradient dz."""
+    """dz = grad where y > 0, sum dz, sum dz (x - mean), for each slab of rows.
+
+    Args:
+        grad_ptr: Gradient of the result y, as x.
+        x_ptr: Input, (R, C) in NHWC, (R / P, C, P) in NCHW.
+        y_ptr: Result, as x, or None: no mask.
+        dz_ptr: Receives dz, as x; or None.
+        mean_ptr: Mean of x, (C,) any float.
+        partial_ptr: Receives both sums of each slab, (slabs, 2, C) float64.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        ACTIVATION: Number of the activation.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     slab = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = channel_vector(mean_ptr, c, c < C, 0.0)
@@ -81,14 +104,30 @@ def bn_backward_reduce_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bn_backward_finish_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr,  # (slabs, 2, C) float64: sum dz, sum dz (x - mean)
-    weight_ptr, var_ptr,  # (C,) any float; weight or None
-    dweight_ptr, dbias_ptr,  # (C,) float32
-    coefficient_ptr,  # (3, C) float32: a, b, c
+    partial_ptr,
+    weight_ptr, var_ptr,
+    dweight_ptr, dbias_ptr,
+    coefficient_ptr,
     R, C, slabs, eps,
     TRAINING: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of weight and bias, and the coefficients a, b, c of the gradient of x."""
+    """Gradients of weight and bias, and the coefficients a, b, c of the gradient of x.
+
+    Args:
+        partial_ptr: sum dz and sum dz (x - mean) of each slab, (slabs, 2, C) float64.
+        weight_ptr: Weight of the batch norm, (C,) any float, or None for 1.
+        var_ptr: Biased variance of x, (C,) any float.
+        dweight_ptr: Receives the gradient of the weight, (C,) float32.
+        dbias_ptr: Receives the gradient of the bias, (C,) float32.
+        coefficient_ptr: Receives a, b and c, (3, C) float32.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        slabs: Number of slabs.
+        eps: Added to the variance.
+        TRAINING: Whether the statistics are the batch's; else b and c are not written.
+        BLOCK_S: Slabs at a time.
+        BLOCK_C: Channels of a program.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     dz = tl.zeros((BLOCK_C,), tl.float64)
     dot = tl.zeros((BLOCK_C,), tl.float64)
@@ -113,14 +152,31 @@ def bn_backward_finish_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bn_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, x_ptr, y_ptr, dx_ptr,  # (R, C) in NHWC, (R / P, C, P) in NCHW; x and y or None
-    mean_ptr,  # (C,) any float
-    coefficient_ptr,  # (3, C) float32: a, b, c
+    grad_ptr, x_ptr, y_ptr, dx_ptr,
+    mean_ptr, coefficient_ptr,
     R, C, P, slab_rows,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = a dz + b (x - mean) + c. Without y, grad is dz; without x, b and c are zero."""
+    """dx = a dz + b (x - mean) + c, for a slab of rows.
+
+    Args:
+        grad_ptr: Gradient of the result y, as x; without y it is dz.
+        x_ptr: Input, (R, C) in NHWC, (R / P, C, P) in NCHW; None where b and c are zero.
+        y_ptr: Result, as x, or None: no mask.
+        dx_ptr: Receives dx, as x.
+        mean_ptr: Mean of x, (C,) any float.
+        coefficient_ptr: a, b and c, (3, C) float32.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        ACTIVATION: Number of the activation.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = channel_vector(coefficient_ptr, c, c < C, 0.0)
     if x_ptr is not None:

@@ -21,13 +21,25 @@ BLOCK = 128
 
 @triton.jit
 def bn_coefficients_kernel(  # type: ignore[no-untyped-def]
-    mean_ptr, var_ptr,  # (C,) float32
-    weight_ptr, bias_ptr,  # (C,) any float, or None
-    scale_ptr, shift_ptr,  # (C,) float32
+    mean_ptr, var_ptr,
+    weight_ptr, bias_ptr,
+    scale_ptr, shift_ptr,
     C, eps,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Scale and shift of known statistics."""
+    """scale = weight / sqrt(var + eps), shift = bias - mean * scale.
+
+    Args:
+        mean_ptr: Mean, (C,) float32.
+        var_ptr: Biased variance, (C,) float32.
+        weight_ptr: Weight of the batch norm, (C,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (C,) any float, or None for 0.
+        scale_ptr: Receives the scale, (C,) float32.
+        shift_ptr: Receives the shift, (C,) float32.
+        C: Number of channels.
+        eps: Added to the variance.
+        BLOCK_C: Channels of a program.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = channel_vector(mean_ptr, c, c < C, 0.0).to(tl.float64)
     var = channel_vector(var_ptr, c, c < C, 1.0).to(tl.float64)
@@ -36,12 +48,23 @@ def bn_coefficients_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bn_update_running_kernel(  # type: ignore[no-untyped-def]
-    mean_ptr, var_ptr,  # (C,) float32
-    running_mean_ptr, running_var_ptr,  # (C,) any float
+    mean_ptr, var_ptr,
+    running_mean_ptr, running_var_ptr,
     C, count, momentum,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Move the running statistics towards the batch's."""
+    """running = running + momentum * (batch - running), of mean and unbiased variance.
+
+    Args:
+        mean_ptr: Mean of the batch, (C,) float32.
+        var_ptr: Biased variance of the batch, (C,) float32.
+        running_mean_ptr: Running mean, (C,) any float, written to.
+        running_var_ptr: Running variance, (C,) any float, written to.
+        C: Number of channels.
+        count: Values per channel.
+        momentum: Weight of the batch in the running statistics.
+        BLOCK_C: Channels of a program.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = channel_vector(mean_ptr, c, c < C, 0.0).to(tl.float64)
     var = channel_vector(var_ptr, c, c < C, 0.0).to(tl.float64)
@@ -50,13 +73,30 @@ def bn_update_running_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def bn_backward_coefficients_kernel(  # type: ignore[no-untyped-def]
-    sum_g_ptr, sum_g_xc_ptr, mean_ptr, var_ptr,  # (C,) float32
-    weight_ptr,  # (C,) any float, or None
-    a_ptr, b_ptr, c_ptr, dweight_ptr, dbias_ptr,  # (C,) float32
+    sum_g_ptr, sum_g_xc_ptr, mean_ptr, var_ptr,
+    weight_ptr,
+    a_ptr, b_ptr, c_ptr, dweight_ptr, dbias_ptr,
     C, count, eps,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """a, b and c, and the gradients of weight and bias."""
+    """a, b and c of dz = a g + b z + c, and the gradients of weight and bias.
+
+    Args:
+        sum_g_ptr: sum g, (C,) float32.
+        sum_g_xc_ptr: sum g (z - mean), (C,) float32.
+        mean_ptr: Mean, (C,) float32.
+        var_ptr: Biased variance, (C,) float32.
+        weight_ptr: Weight of the batch norm, (C,) any float, or None for 1.
+        a_ptr: Receives a, (C,) float32.
+        b_ptr: Receives b, (C,) float32.
+        c_ptr: Receives c, (C,) float32.
+        dweight_ptr: Receives the gradient of the weight, (C,) float32.
+        dbias_ptr: Receives the gradient of the bias, (C,) float32.
+        C: Number of channels.
+        count: Values per channel.
+        eps: Added to the variance.
+        BLOCK_C: Channels of a program.
+    """
     i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     g = channel_vector(sum_g_ptr, i, i < C, 0.0).to(tl.float64)
     g_xc = channel_vector(sum_g_xc_ptr, i, i < C, 0.0).to(tl.float64)

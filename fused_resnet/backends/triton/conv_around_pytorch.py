@@ -27,12 +27,29 @@ from .bn_add_relu import bn_statistics_finish_kernel, bn_statistics_kernel
 
 @triton.jit
 def bn_gradient_kernel(  # type: ignore[no-untyped-def]
-    g_ptr, z_ptr, dz_ptr,  # (R, C); z or None
-    a_ptr, b_ptr, c_ptr,  # (C,) float32; b and c None without z
+    g_ptr, z_ptr, dz_ptr,
+    a_ptr, b_ptr, c_ptr,
     R, C, P, slab_rows,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dz = a g + b z + c of a slab of rows."""
+    """dz = a g + b z + c, for a slab of rows.
+
+    Args:
+        g_ptr: Gradient after the batch norm, (R, C).
+        z_ptr: Input of the batch norm, (R, C), or None: dz = a g.
+        dz_ptr: Receives dz, (R, C).
+        a_ptr: Factor of g, (C,) float32.
+        b_ptr: Factor of z, (C,) float32; None without z.
+        c_ptr: Constant term, (C,) float32; None without z.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     a = channel_vector(a_ptr, i, i < C, 0.0)
     b = channel_vector(b_ptr, i, i < C, 0.0)
@@ -52,15 +69,32 @@ def bn_gradient_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def masked_sums_kernel(  # type: ignore[no-untyped-def]
-    g_ptr,  # (R, C), in place
-    x_ptr,  # (R, C)
-    scale_ptr, shift_ptr, mean_ptr,  # (C,) float32; mean or None
-    partial_ptr,  # (slabs, 2, C) float64, or None
+    g_ptr, x_ptr,
+    scale_ptr, shift_ptr, mean_ptr,
+    partial_ptr,
     R, C, P, slab_rows,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of an activation's argument x * scale + shift, and its sums."""
+    """g = g where x * scale + shift > 0, sum g, sum g (x - mean), for a slab of rows.
+
+    Args:
+        g_ptr: Gradient after the activation, (R, C); receives that of its argument.
+        x_ptr: Input of the batch norm, (R, C).
+        scale_ptr: Scale of the batch norm, (C,) float32.
+        shift_ptr: Shift of the batch norm, (C,) float32.
+        mean_ptr: Mean of x, (C,) float32; None without sums.
+        partial_ptr: Receives both sums of each slab, (slabs, 2, C) float64; or None.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        ACTIVATION: Number of the activation.
+        LAST: Whether a pixel's channels are neighbours in memory (NHWC), or its plane's pixels
+            (NCHW).
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     slab = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = channel_vector(scale_ptr, c, c < C, 0.0)

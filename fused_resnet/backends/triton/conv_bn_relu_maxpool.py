@@ -73,28 +73,76 @@ CONFIGS: dict[str, list[StemConfig]] = {
 
 @triton.jit
 def _larger(best, v):  # type: ignore[no-untyped-def]
-    """The larger, or NaN if there is one."""
+    """The larger, or NaN if there is one.
+
+    Args:
+        best: Largest values so far.
+        v: Values to compare with.
+    """
     return tl.where((v > best) | (v != v), v, best)
 
 
 @triton.jit
 def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # (N, H, W, C)
-    w_ptr,  # (K, KH KW C)
-    y_ptr,  # (N, PH, PW, K)
-    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (K,) any float, or None
+    x_ptr, w_ptr, y_ptr,
+    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     K, H, W, OH, OW, PH, PW,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
     pool_pad_h, pool_pad_w, tiles_y, tiles_x, eps,
-    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,  # constants, as they divide
-    POOL_H: tl.constexpr, POOL_W: tl.constexpr,  # the window
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,  # and its stride
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,  # pooled pixels of a program
-    BLOCK_MIDDLE: tl.constexpr, BLOCK_OUT: tl.constexpr,  # powers of two: pooled along rows; both
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    POOL_H: tl.constexpr, POOL_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BLOCK_MIDDLE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of pooled pixels for a block of filters."""
+    """y = max_pool(act(bn(conv(x, w)))), for a tile of pooled pixels and a block of filters.
+
+    Args:
+        x_ptr: Input, (N, H, W, C).
+        w_ptr: Filters, (K, KH KW C).
+        y_ptr: Receives the result, (N, PH, PW, K).
+        conv_bias_ptr: Bias of the convolution, (K,) any float, or None for 0.
+        weight_ptr: Weight of the batch norm, (K,) any float, or None for 1.
+        bias_ptr: Bias of the batch norm, (K,) any float, or None for 0.
+        mean_ptr: Mean of the batch norm, (K,) any float, or None for 0.
+        var_ptr: Variance of the batch norm, (K,) any float, or None: the weight is the scale.
+        K: Number of filters.
+        H: Height of the input.
+        W: Width of the input.
+        OH: Height of the convolution's result.
+        OW: Width of the convolution's result.
+        PH: Height of the pooled result.
+        PW: Width of the pooled result.
+        stride_h: Vertical stride.
+        stride_w: Horizontal stride.
+        pad_h: Rows of zeros above the input.
+        pad_w: Columns of zeros left of the input.
+        dil_h: Rows from one tap to the next.
+        dil_w: Columns from one tap to the next.
+        pool_pad_h: Rows of minus infinity above the convolution's result.
+        pool_pad_w: Columns of minus infinity left of the convolution's result.
+        tiles_y: Rows of tiles in an image.
+        tiles_x: Columns of tiles in an image.
+        eps: Added to the variance.
+        C: Channels of the input, a constant as a step divides by it.
+        KH: Height of the filters.
+        KW: Width of the filters.
+        POOL_H: Height of the pool's window.
+        POOL_W: Width of the pool's window.
+        STEP_H: Vertical stride of the pool.
+        STEP_W: Horizontal stride of the pool.
+        TILE_H: Rows of pooled pixels of a program.
+        TILE_W: Columns of pooled pixels of a program.
+        BLOCK_MIDDLE: Pixels of the tile once pooled along rows, as a power of two.
+        BLOCK_OUT: Pixels of the tile once pooled, as a power of two.
+        ACTIVATION: Number of the activation in front of the pool.
+        PRECISION: Of the products: ``"half"``, ``"tf32"`` or ``"ieee"``.
+        BLOCK_M: Pixels of the convolution's result in a tile.
+        BLOCK_N: Filters of a tile.
+        BLOCK_K: Terms of a step.
+    """
     ROWS: tl.constexpr = (TILE_H - 1) * STEP_H + POOL_H
     COLS: tl.constexpr = (TILE_W - 1) * STEP_W + POOL_W
     tile = tl.program_id(0)

@@ -66,19 +66,59 @@ CONFIGS: dict[int, BlockConfig] = {
 
 @triton.jit
 def residual_block_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # (N, H, W, C)
-    w1_ptr,  # (MIDDLE, KH KW C)
-    scale1_ptr, shift1_ptr,  # (MIDDLE,) any float
-    w2_ptr,  # (K, MIDDLE)
-    scale2_ptr, shift2_ptr,  # (K,) any float
-    residual_ptr, y_ptr,  # (M, K)
+    x_ptr, w1_ptr,
+    scale1_ptr, shift1_ptr,
+    w2_ptr,
+    scale2_ptr, shift2_ptr,
+    residual_ptr, y_ptr,
     M, K, H, W, C, OH, OW,
     stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, group_c, w_stride, steps,
-    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,  # as tap_channels() has it
+    KH: tl.constexpr, KW: tl.constexpr, TAP_C: tl.constexpr,
     ACTIVATION: tl.constexpr, MODE: tl.constexpr, EVEN_C: tl.constexpr, MIDDLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute all channels of a tile of pixels."""
+    """h = act(conv(x, w1) * scale1 + shift1), y = act(w2 h * scale2 + shift2 + residual).
+
+    For all channels of a tile of pixels.
+
+    Args:
+        x_ptr: Input of the 3x3 convolution, (N, H, W, C).
+        w1_ptr: Filters of the 3x3 convolution, (MIDDLE, KH KW C).
+        scale1_ptr: Scale of its batch norm, (MIDDLE,) any float.
+        shift1_ptr: Shift of its batch norm, (MIDDLE,) any float.
+        w2_ptr: Filters of the last convolution, (K, MIDDLE).
+        scale2_ptr: Scale of its batch norm, (K,) any float.
+        shift2_ptr: Shift of its batch norm, (K,) any float.
+        residual_ptr: Map that is added, (M, K), or None.
+        y_ptr: Receives the result, (M, K).
+        M: Pixels of the result in the batch: the rows of the GEMM.
+        K: Filters of the last convolution.
+        H: Height of the input.
+        W: Width of the input.
+        C: Channels of the input.
+        OH: Height of the result.
+        OW: Width of the result.
+        stride_h: Vertical stride.
+        stride_w: Horizontal stride.
+        pad_h: Rows of zeros above the input.
+        pad_w: Columns of zeros left of the input.
+        dil_h: Rows from one tap to the next.
+        dil_w: Columns from one tap to the next.
+        group_c: Input channels of a group.
+        w_stride: Elements from one filter to the next.
+        steps: Steps through the depth.
+        KH: Height of the filters.
+        KW: Width of the filters.
+        TAP_C: Channels of a tap, which a step divides by; 0 for a single tap.
+        ACTIVATION: Number of the activation after both.
+        MODE: How the depth is traversed, from ``mode_of``: ``"pointwise"``, ``"taps"`` or
+            ``"flat"``.
+        EVEN_C: Whether a tap's channels are whole blocks.
+        MIDDLE: Filters of the 3x3 convolution.
+        BLOCK_M: Pixels of a tile.
+        BLOCK_N: Filters of the last convolution at a time.
+        BLOCK_K: Terms of a step.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, MIDDLE)
     image = m // (OH * OW)

@@ -31,15 +31,42 @@ MOST_PLACES = 255
 
 @triton.jit
 def stem_end_kernel(  # type: ignore[no-untyped-def]
-    z_ptr,  # (N, H, W, C)
-    y_ptr, index_ptr,  # (N, PH, PW, C), the second of bytes
-    scale_ptr, shift_ptr,  # (C,) float32
+    z_ptr,
+    y_ptr, index_ptr,
+    scale_ptr, shift_ptr,
     H, W, PH, PW, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
     R, C, P, slab_rows,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A slab of pooled pixels."""
+    """y = maxpool(act(z * scale + shift)) and the places of the maxima, for a slab of its pixels.
+
+    Args:
+        z_ptr: Result of the stem's convolution, (N, H, W, C).
+        y_ptr: Receives the result, (N, PH, PW, C).
+        index_ptr: Receives the place of the first largest value in its window, (N, PH, PW, C)
+            bytes.
+        scale_ptr: Scale of the batch norm of z, (C,) float32.
+        shift_ptr: Shift of the batch norm of z, (C,) float32.
+        H: Height of z.
+        W: Width of z.
+        PH: Height of the pooled map.
+        PW: Width of the pooled map.
+        kernel_h: Height of the pool's window.
+        kernel_w: Width of the pool's window.
+        stride_h: Vertical stride of the pool.
+        stride_w: Horizontal stride of the pool.
+        pad_h: Rows of the pool's border above z.
+        pad_w: Columns of the pool's border left of z.
+        R: Pooled pixels of the batch: the rows of the result.
+        C: Channels of the map.
+        P: Pooled pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        ACTIVATION: Number of the activation in front of the pool.
+        LAST: Not used: all maps are NHWC.
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = channel_vector(scale_ptr, c, c < C, 1.0)
     shift = channel_vector(shift_ptr, c, c < C, 0.0)
@@ -76,17 +103,48 @@ def stem_end_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def stem_end_backward_kernel(  # type: ignore[no-untyped-def]
-    dy_ptr, index_ptr,  # (N, PH, PW, C)
-    z_ptr, g_ptr,  # (N, H, W, C)
-    scale_ptr, shift_ptr, mean_ptr,  # (C,) float32
-    partial_ptr,  # (slabs, 2, C) float64, or None
+    dy_ptr, index_ptr,
+    z_ptr, g_ptr,
+    scale_ptr, shift_ptr, mean_ptr,
+    partial_ptr,
     W, PH, PW, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w,
-    windows_h, windows_w,  # that an element lies in, at most
+    windows_h, windows_w,
     R, C, P, slab_rows,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a slab of z's pixels, and its sums."""
+    """g = act'(z * scale + shift) dy, gathered from the windows, and its sums, for a slab of z.
+
+    Args:
+        dy_ptr: Gradient of the result, (N, PH, PW, C).
+        index_ptr: Place of the first largest value in its window, (N, PH, PW, C) bytes.
+        z_ptr: Result of the stem's convolution, (N, H, W, C).
+        g_ptr: Receives g, (N, H, W, C).
+        scale_ptr: Scale of the batch norm of z, (C,) float32.
+        shift_ptr: Shift of the batch norm of z, (C,) float32.
+        mean_ptr: Mean of z, (C,) float32.
+        partial_ptr: Receives sum g and sum g (z - mean) of each slab, (slabs, 2, C) float64; or
+            None.
+        W: Width of z.
+        PH: Height of the pooled map.
+        PW: Width of the pooled map.
+        kernel_h: Height of the pool's window.
+        kernel_w: Width of the pool's window.
+        stride_h: Vertical stride of the pool.
+        stride_w: Horizontal stride of the pool.
+        pad_h: Rows of the pool's border above z.
+        pad_w: Columns of the pool's border left of z.
+        windows_h: Windows that an element lies in, at most, vertically.
+        windows_w: Windows that an element lies in, at most, horizontally.
+        R: Pixels of the batch: the rows of the map.
+        C: Channels of the map.
+        P: Pixels of an image.
+        slab_rows: Rows of a slab; the last slab may have fewer.
+        ACTIVATION: Number of the activation in front of the pool.
+        LAST: Not used: all maps are NHWC.
+        BLOCK_R: Rows of a tile.
+        BLOCK_C: Channels of a tile.
+    """
     slab = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = channel_vector(scale_ptr, c, c < C, 1.0)
