@@ -4,8 +4,8 @@
 # make test       what CI runs, with the CUDA simulator, Triton's interpreter and planted bugs: at most
 #                 12 minutes on 2 cores once all is built
 # make test-all   the slow ones too, and the libraries whose networks they run are installed
-# make lint       ruff, mypy, clang-format, import-linter and the limit of 500 lines a file;
-#                 make format fixes what can be fixed
+# make lint       ruff, mypy, clang-format, import-linter, imports of the package's root and the limit
+#                 of 500 lines a file; make format fixes what can be fixed
 # make verify     every operation and network, compared with float64
 # make docs       the documentation as a site, in build/site/index.html
 # make bench      the benchmark results, their pictures, and the tables of README and docs/
@@ -62,6 +62,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(TEST_CPP)
 	$(VENV)/bin/lint-imports
 	$(PY) tests/check_file_lengths.py
+	$(PY) tests/check_root_imports.py
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .

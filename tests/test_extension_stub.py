@@ -9,7 +9,6 @@ import ast
 import re
 from pathlib import Path
 
-import check_file_lengths
 import pytest
 
 from fused_resnet import _C
@@ -92,10 +91,3 @@ def test_a_wrong_stub_is_found() -> None:
     assert isinstance(wrong, ast.FunctionDef)
     with pytest.raises(AssertionError, match=r"int in the stub, torch\.dtype in the module"):
         check(wrong, _C.peak_flops.__doc__)
-
-
-def test_a_file_that_is_too_long_is_found(tmp_path: Path) -> None:
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "long.h").write_text("//\n" * 501)
-    (tmp_path / "csrc" / "right.h").write_text("//\n" * 500)
-    assert check_file_lengths.too_long(tmp_path) == [(Path("csrc/long.h"), 501)]
