@@ -52,7 +52,7 @@ def unit_backend(x: Tensor) -> str:
 def _triton_runs(device: torch.device) -> bool:
     """Whether Triton compiles and launches here: without a C compiler, for example, it cannot.
 
-    All other routes on CUDA do without Triton, so that its failure is no error but a warning, once.
+    Every other backend on CUDA does without Triton: its failure is no error but a warning, once.
     """
     if importlib.util.find_spec("triton") is None:
         return False

@@ -17,7 +17,7 @@ from .layers import BlockShape, Conv, Network, network
 #: ``"unfused"``: PyTorch's operators. ``"batch norm"``: PyTorch's convolutions, and batch norm with
 #: addition and ReLU as one operation, as this package's single operations are. ``"primitives"``:
 #: convolutions that apply the batch norms on both sides, as a training unit is made of.
-ROUTES = ("unfused", "batch norm", "primitives")
+IMPLEMENTATIONS = ("unfused", "batch norm", "primitives")
 
 #: Bytes of the place of a pool's maximum: PyTorch's index, and the place in its window.
 _INDEX = {"unfused": 8, "batch norm": 8, "primitives": 1}
@@ -47,29 +47,34 @@ class Pass:
         return self.read + self.written
 
 
-def passes(name: str, batch: int, precision: str, route: str, size: int = 224) -> list[Pass]:
+def passes(
+    name: str, batch: int, precision: str, implementation: str, size: int = 224
+) -> list[Pass]:
     """The passes of a training step, in no particular order.
 
     Args:
         name: One of :data:`fused_resnet.models.sources.MODELS`.
         batch: Number of images.
         precision: A key of :data:`.ITEMSIZE`: the dtype of maps.
-        route: One of :data:`ROUTES`.
+        implementation: One of :data:`IMPLEMENTATIONS`.
         size: Height and width of the images.
 
     Raises:
-        ValueError: ``name``, ``precision`` or ``route`` is unknown.
+        ValueError: ``name``, ``precision`` or ``implementation`` is unknown.
     """
-    for argument, value, known in (("precision", precision, ITEMSIZE), ("route", route, ROUTES)):
+    for argument, value, known in (
+        ("precision", precision, ITEMSIZE),
+        ("implementation", implementation, IMPLEMENTATIONS),
+    ):
         if value not in known:
             raise ValueError(
                 f"roofline: {argument}: expected one of {', '.join(known)}, got {value!r}"
             )
-    counter = _Counter(batch, ITEMSIZE[precision], route)
+    counter = _Counter(batch, ITEMSIZE[precision], implementation)
     return list(counter.network(network(name, size)))
 
 
-def saved_bytes(name: str, precision: str, route: str, size: int = 224) -> int:
+def saved_bytes(name: str, precision: str, implementation: str, size: int = 224) -> int:
     """The bytes of maps that a step keeps for its backward, for one image.
 
     The image itself, each convolution's result, and the maps after ReLU: of all layers where
@@ -78,7 +83,7 @@ def saved_bytes(name: str, precision: str, route: str, size: int = 224) -> int:
     Args:
         name: One of :data:`fused_resnet.models.sources.MODELS`.
         precision: A key of :data:`.ITEMSIZE`: the dtype of maps.
-        route: One of :data:`ROUTES`.
+        implementation: One of :data:`IMPLEMENTATIONS`.
         size: Height and width of the images.
     """
     net, itemsize = network(name, size), ITEMSIZE[precision]
@@ -86,17 +91,18 @@ def saved_bytes(name: str, precision: str, route: str, size: int = 224) -> int:
     elements = net.stem.channels * net.stem.size**2 + sum(conv.written for conv in convs)
     pooled = net.pool.channels * net.pool.out**2
     elements += pooled + sum(block.convs[-1].written for block in net.blocks)
-    if route != "primitives":  # the normalised maps inside of blocks, and in front of the pool
+    if implementation != "primitives":
+        # The normalised maps inside of blocks, and in front of the pool.
         elements += net.stem.written
         elements += sum(conv.written for block in net.blocks for conv in block.convs[:-1])
-    return elements * itemsize + pooled * _INDEX[route]
+    return elements * itemsize + pooled * _INDEX[implementation]
 
 
 class _Counter:
     """Counts the passes of a batch."""
 
-    def __init__(self, batch: int, itemsize: int, route: str) -> None:
-        self.batch, self.itemsize, self.route = batch, itemsize, route
+    def __init__(self, batch: int, itemsize: int, implementation: str) -> None:
+        self.batch, self.itemsize, self.implementation = batch, itemsize, implementation
 
     def _pass(
         self, path: str, what: str, backward: bool, read: int, written: int, weight: int = 0
@@ -113,7 +119,7 @@ class _Counter:
     def network(self, net: Network) -> Iterator[Pass]:
         yield from self._stem(net)
         for block in net.blocks:
-            if self.route == "primitives":
+            if self.implementation == "primitives":
                 yield from self._unit(block)
             else:
                 yield from self._separate(block)
@@ -121,10 +127,10 @@ class _Counter:
     def _stem(self, net: Network) -> Iterator[Pass]:
         conv, pool = net.stem, net.pool
         z, y = conv.written, pool.channels * pool.out**2
-        index = _INDEX[self.route] * self.batch * y
+        index = _INDEX[self.implementation] * self.batch * y
         path = conv.path
         yield self._pass(path, "convolution", False, conv.read, z, conv.weight)
-        if self.route != "primitives":
+        if self.implementation != "primitives":
             yield from self._norm(path, z, add=0, relu=True)
             yield self._pass(path, "weight gradient", True, z + conv.read, 0, -conv.weight)
             forward = self._pass(pool.path, "max-pool", False, z, y)
@@ -163,7 +169,7 @@ class _Counter:
     def _norm(self, path: str, z: int, add: int, relu: bool) -> Iterator[Pass]:
         """Batch norm in training, with an addition (0 or 1) and ReLU."""
         yield self._pass(path, "statistics", False, z, 0)
-        if self.route == "batch norm":
+        if self.implementation == "batch norm":
             yield self._pass(path, "batch norm", False, (1 + add) * z, z)
             if add:  # the masked gradient is a result, which the second pass reads
                 yield self._pass(path, "batch norm's sums", True, 3 * z, z)

@@ -325,7 +325,7 @@ def test_what_cannot_be_frozen_runs_as_it_was(change, dtype: torch.dtype | None)
         frozen[2].bn1.train()
 
 
-def test_shared_modules_and_torchvision_routes() -> None:
+def test_a_network_of_torchvision_with_shared_modules() -> None:
     models = pytest.importorskip("torchvision.models", reason="torchvision's ResNet")
     torch.manual_seed(0)
     model = randomize(models.resnet18(num_classes=5)).double().eval()

@@ -19,9 +19,9 @@ def test_a_layer_by_hand() -> None:
     """layer1.0.conv2 of ResNet-50 at batch 2: 64 channels of 56 x 56 in and out, in 2 bytes."""
     z, w = 2 * 64 * 56 * 56 * 2, 64 * 64 * 9 * 2
     of = {
-        route: {p.what: p for p in training.passes("resnet50", 2, "bfloat16", route)
-                if p.path == "layer1.0.conv2"}
-        for route in training.ROUTES
+        name: {p.what: p for p in training.passes("resnet50", 2, "bfloat16", name)
+               if p.path == "layer1.0.conv2"}
+        for name in training.IMPLEMENTATIONS
     }  # fmt: skip
     ours = of["primitives"]
     assert {k: (p.read, p.written) for k, p in ours.items()} == {
@@ -38,7 +38,7 @@ def test_what_is_kept_is_what_autograd_keeps(name) -> None:
     """Maps that a step of the unfused and of the fused network saves, a storage counted once."""
     model = getattr(fr, name)().train()
     x = torch.randn(1, 3, 64, 64)
-    for route, backend in (("unfused", "reference"), ("primitives", "cpu")):
+    for implementation, backend in (("unfused", "reference"), ("primitives", "cpu")):
         kept: dict[int, int] = {}
 
         def pack(t, kept=kept):
@@ -52,7 +52,7 @@ def test_what_is_kept_is_what_autograd_keeps(name) -> None:
         ):
             y = model(x)  # alive, and with it what it keeps
         assert y.requires_grad
-        assert training.saved_bytes(name, "float32", route, 64) == pytest.approx(
+        assert training.saved_bytes(name, "float32", implementation, 64) == pytest.approx(
             sum(kept.values()), rel=0.02
         )
 
@@ -64,6 +64,8 @@ def test_the_results_are_of_this_arithmetic() -> None:
     assert json.loads(script.FILE.read_text()) == script.document()
 
 
-def test_an_unknown_route_is_named() -> None:
-    with pytest.raises(ValueError, match="route: expected one of unfused, batch norm, primitives"):
+def test_an_unknown_implementation_is_named() -> None:
+    with pytest.raises(
+        ValueError, match="implementation: expected one of unfused, batch norm, primitives"
+    ):
         training.passes("resnet50", 1, "bfloat16", "magic")
