@@ -43,7 +43,7 @@ FR_INLINE void copy_vectors(const P& in, const int64_t* from, int64_t count, int
   typename P::Channel channel[kVecs];
   for (int v = 0; v < kVecs; ++v) channel[v] = in.channel(c + v * lanes);
   for (int64_t p = 0; p < count; ++p, to += step) {
-    if (p + ahead < count) in.ask(max_of(from[p + ahead], 0) * channels + c);
+    if (p + ahead < count) in.prefetch(max_of(from[p + ahead], 0) * channels + c);
     for (int v = 0; v < kVecs; ++v) {
       Vec<A> value{};
       if (from[p] >= 0) value = in.get(from[p] * channels + c + v * lanes, channel[v]);
@@ -117,7 +117,7 @@ __attribute__((noinline)) void product_tile(const Element<M>* x, int64_t step, i
   constexpr int64_t lanes = kLanes<A>;
   const int64_t steps = depth / M::kTerms;
 #pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) e.ask(at[i] + q);
+  for (int i = 0; i < kRows; ++i) e.prefetch(at[i] + q);
   Vec<A> acc[kVecs][kRows];
 #pragma GCC unroll 2
   for (int v = 0; v < kVecs; ++v)

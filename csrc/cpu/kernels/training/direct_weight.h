@@ -40,7 +40,7 @@ FR_INLINE void copy_words(const P& in, const int64_t* from, int64_t count, int64
   for (int v = 0; v < kVecs; ++v) channel[v] = in.channel(c + v * lanes);
   for (int64_t p = 0; p < count; p += M::kTerms) {
     for (int64_t i = 0; i < M::kTerms; ++i)
-      if (p + i + ahead < count) in.ask(max_of(from[p + i + ahead], 0) * channels + c);
+      if (p + i + ahead < count) in.prefetch(max_of(from[p + i + ahead], 0) * channels + c);
     for (int v = 0; v < kVecs; ++v, to += kWords<M>) {
       Vec<A> terms[M::kTerms]{};
       for (int64_t i = 0; i < M::kTerms; ++i) {

@@ -56,7 +56,7 @@ struct Plain {
   FR_INLINE Channel channel(int64_t) const { return {}; }
   FR_INLINE Vec<A> get(int64_t i, const Channel&) const { return load(x + i); }
   // Prefetches the cache line of element i.
-  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
   FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
 };
 
@@ -72,7 +72,7 @@ struct BnRelu {
   FR_INLINE Vec<A> get(int64_t i, const Channel& k) const {
     return bn_relu(load(x + i), k.scale, k.shift);
   }
-  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(x + i); }
+  FR_INLINE void prefetch(int64_t i) const { __builtin_prefetch(x + i); }
   FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(x + i, x + i); }
 };
 
@@ -89,7 +89,7 @@ struct BnGrad {
   FR_INLINE Vec<A> get(int64_t i, const Channel& k) const {
     return bn_gradient_of(load(g + i), load(z + i), k.a, k.b, k.c);
   }
-  FR_INLINE void ask(int64_t i) const {
+  FR_INLINE void prefetch(int64_t i) const {
     __builtin_prefetch(g + i);
     __builtin_prefetch(z + i);
   }
@@ -107,7 +107,7 @@ struct Scaled {
   };
   FR_INLINE Channel channel(int64_t k) const { return {load(a + k)}; }
   FR_INLINE Vec<A> get(int64_t i, const Channel& k) const { return k.a * load(g + i); }
-  FR_INLINE void ask(int64_t i) const { __builtin_prefetch(g + i); }
+  FR_INLINE void prefetch(int64_t i) const { __builtin_prefetch(g + i); }
   FR_INLINE Ahead ahead(int64_t i) const { return ahead_of(g + i, g + i); }
 };
 
@@ -197,7 +197,7 @@ struct Store {
   FR_INLINE void begin() const {}
   FR_INLINE Channel channel(int64_t) const { return {}; }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
-  FR_INLINE void ask(int64_t i) const { y.ask(i); }
+  FR_INLINE void prefetch(int64_t i) const { y.prefetch(i); }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { y.put(v, i); }
   FR_INLINE void put_zeros(int64_t i, int64_t count) const { y.put_zeros(i, count); }
   FR_INLINE void done(const Channel&, int64_t) const {}
@@ -218,7 +218,7 @@ struct StoreStatistics {
     return {load(sums.near + kPivot * sums.channels + c), Vec<A>{}, Vec<A>{}};
   }
   FR_INLINE void pivot(Vec<A> v, Channel& k) const { k.pivot = v; }
-  FR_INLINE void ask(int64_t i) const { y.ask(i); }
+  FR_INLINE void prefetch(int64_t i) const { y.prefetch(i); }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
     y.put(v, i);
     const Vec<A> d = (sizeof(T) == sizeof(A) ? v : load(y.at(i))) - k.pivot;  // of what is stored
@@ -248,8 +248,8 @@ struct StoreMasked {
   FR_INLINE void begin() const {}
   FR_INLINE Channel channel(int64_t c) const { return {load(scale + c), load(shift + c)}; }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
-  FR_INLINE void ask(int64_t i) const {
-    g.ask(i);
+  FR_INLINE void prefetch(int64_t i) const {
+    g.prefetch(i);
     __builtin_prefetch(x + i);
   }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
@@ -276,8 +276,8 @@ struct StoreMaskedSums {
     return {load(scale + c), load(shift + c), load(mean + c), Vec<A>{}, Vec<A>{}};
   }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
-  FR_INLINE void ask(int64_t i) const {
-    g.ask(i);
+  FR_INLINE void prefetch(int64_t i) const {
+    g.prefetch(i);
     __builtin_prefetch(x + i);
   }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel& k) const {
@@ -308,8 +308,8 @@ struct StoreSum {
   FR_INLINE void begin() const {}
   FR_INLINE Channel channel(int64_t) const { return {}; }
   FR_INLINE void pivot(Vec<A>, Channel&) const {}
-  FR_INLINE void ask(int64_t i) const {
-    g.ask(i);
+  FR_INLINE void prefetch(int64_t i) const {
+    g.prefetch(i);
     __builtin_prefetch(add + i);
   }
   FR_INLINE void put(Vec<A> v, int64_t i, Channel&) const { g.put(v + load(add + i), i); }

@@ -205,7 +205,7 @@ void winograd_block(const ConvShape& s, const WinogradPlan& plan, const Winograd
             const int64_t share = depth * width / kLineFloats * part / parts * kLineFloats;
             const float* const next_w = filters + l.weight_point + share;
             const char* const stream = walk.take(depth);
-            next_filters.ask(pieces);
+            next_filters.prefetch(pieces);
             product_of(i1 - i0)(x + i0 * l.tile, l.tile, depth, filters, next_x, next_w,
                                 stream ? stream : reinterpret_cast<const char*>(next_w),
                                 stream ? walk.bytes : 0, c0 == 0,

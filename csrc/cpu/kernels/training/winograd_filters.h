@@ -76,7 +76,7 @@ struct FilterLines {
   int64_t at = 0;
 
   // Prefetches the next `count` pieces.
-  FR_INLINE void ask(int64_t count) {
+  FR_INLINE void prefetch(int64_t count) {
     const bool dense = w.made == 1;
     const int64_t rows = dense ? depth : width;
     const int64_t bytes = (dense ? width : depth) * static_cast<int64_t>(sizeof(T));

@@ -110,7 +110,7 @@ void transform_windows(const P& in, const ConvShape& s, int64_t channels, int64_
           for (int i = 0; i < side; ++i) d[i] = in.get(at + i * row, channel);
           if (j >= side - kTileSide) {  // what the next tile reads first
 #pragma GCC unroll 6
-            for (int i = 0; i < side; ++i) in.ask(at + i * row + kTileSide * channels);
+            for (int i = 0; i < side; ++i) in.prefetch(at + i * row + kTileSide * channels);
           }
         } else {
           const bool inside = j >= col0 && j < col1;
@@ -149,7 +149,7 @@ void transform_results(const E& e, const ConvShape& s, int64_t k0, int64_t width
     for (int64_t v = 0; v < width; v += lanes) {
       const int64_t k = k0 + v, at = pixel * s.k + k;
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < cols; ++j) e.ask(at + (i * s.w + j) * s.k);
+        for (int64_t j = 0; j < cols; ++j) e.prefetch(at + (i * s.w + j) * s.k);
       }
       Floats half[out][in];
 #pragma GCC unroll 1

@@ -35,7 +35,7 @@ class WrittenMap {
   FR_INLINE T* at(int64_t i) const { return map_ + i; }
 
   // Prefetches the line of element i, unless stores bypass the caches.
-  FR_INLINE void ask(int64_t i) const {
+  FR_INLINE void prefetch(int64_t i) const {
     if (!streamed_) __builtin_prefetch(map_ + i, 1);
   }
 
