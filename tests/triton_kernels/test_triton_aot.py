@@ -70,18 +70,16 @@ def convolution(
     r = full(n, k, out, out, dtype=precision.dtype)
     geometry = ((stride, stride), (size // 2, size // 2), (1, 1))
     folded = (x, w.reshape(-1), v, v)
-    prologue = {"in_scale": in_v, "in_shift": in_v}
+    before = (x, in_v, in_v, w, *geometry, 1)
     live = (x, w, v, v, v, v, v, r, *geometry, 1, EPS, True)
 
     def call(config: Any) -> Any:
         calls = {
             "plain": lambda: kernels.conv_bn_add_relu(*live, config=config),
             "split": lambda: kernels.conv_bn_add_relu(*live, config=config._replace(split_k=4)),
-            "prologue": lambda: kernels.conv_bn_add_relu(*live, config=config, **prologue),
+            "prologue": lambda: kernels.conv_forward(*before, False, False, config=config),
             "statistics": lambda: kernels.conv_statistics(x, w, v, *geometry, 1, config=config),
-            "all training": lambda: kernels.conv_statistics(
-                x, w, None, *geometry, 1, config=config, **prologue
-            ),
+            "all training": lambda: kernels.conv_forward(*before, True, False, config=config),
             "affine residual": lambda: kernels.conv_bn_add_relu_packed(
                 *folded, r, list(w.shape), *geometry, 1, True,
                 residual_scale=v, residual_shift=v, config=config,

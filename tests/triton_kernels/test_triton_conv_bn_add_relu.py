@@ -139,30 +139,6 @@ def test_residual_with_an_affine_step_of_its_own(interpreted, precision, case, s
 
 
 @precisions
-@pytest.mark.parametrize("case", [AWKWARD[0], AWKWARD[1], AWKWARD[4], *MODES.values()], ids=str)
-def test_batch_norm_and_relu_of_the_input(interpreted, precision, case):
-    """The shift is large, so that a padded zero which went through it would show."""
-    operands = Operands(case, precision)
-    scale, shift = torch.rand(case.x[1]) + 0.5, torch.randn(case.x[1]) + 1.0
-    with precision.set():
-        result = interpreted.ops.conv_bn_add_relu(
-            operands.x, operands.weight, operands.bias, *operands.bn, operands.residual,
-            *geometry(case), 1e-5, True, in_scale=scale, in_shift=shift,
-        )  # fmt: skip
-    # Rounded once, as if it had been stored.
-    before = operands.x.double() * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)
-    operands.x = channels_last(before.relu().to(precision.dtype))
-    truth, eager = operands.truth(), operands.eager()
-    if precision in (FLOAT16, BFLOAT16):
-        # A float32 sum now and then rounds to the other neighbour than float64's.
-        assert error(result, truth) <= 1.6 * error(eager, truth)
-    elif precision is TF32:
-        assert error(result, truth) < 5e-6
-    else:
-        precision.check(result, eager, truth)
-
-
-@precisions
 @pytest.mark.parametrize("widths", [(24, 40, 16), (8, 5, 7), (64, 72, 64)], ids=str)
 def test_a_second_convolution_in_the_same_sum(interpreted, precision, widths):
     c, k, c2 = widths

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import batch_norm, normal
-from precisions import BFLOAT16, FLOAT16, FLOAT32, TF32, Precision
+from cases import Conv, batch_norm, normal
+from precisions import BFLOAT16, FLOAT16, FLOAT32, TF32, Precision, precisions
+from shapes import AWKWARD
 from tolerances import error
 from torch import Tensor
 from training_cases import TRAINED, affine, coarse, convolve, geometry, weight_of
@@ -30,6 +31,15 @@ cases = pytest.mark.parametrize(
     ("case", "precision"), [pytest.param(BY_NAME[n], p, id=f"{n}-{p}") for n, p in CASES]
 )
 LAST = torch.channels_last
+#: Whole packs of channels and none, groups; and tap by tap, pixel by pixel, and as one axis.
+PROLOGUES = [
+    AWKWARD[0],
+    AWKWARD[1],
+    AWKWARD[4],
+    Conv("taps", (1, 64, 9, 9), 72, args={"padding": 1, "stride": 2}),
+    Conv("pointwise", (1, 72, 9, 8), 136, (1, 1)),
+    Conv("flat", (1, 12, 9, 8), 72, args={"padding": 1}),
+]
 
 
 def assert_statistics(z: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -69,6 +79,18 @@ def test_forward(interpreted, case, precision, prologue, pytorch):
     assert_statistics(z, mean, var)
     check(precision, alone[0], x, w, bn, args)
     assert alone[1].numel() == alone[2].numel() == 0
+
+
+@precisions
+@pytest.mark.parametrize("case", PROLOGUES, ids=str)
+def test_the_prologue_in_every_precision(interpreted, case, precision):
+    """However the depth is traversed; zeros of the padding must not go through the prologue."""
+    dtype, args = precision.dtype, geometry(case)
+    x, w = coarse(*case.x, dtype=dtype).contiguous(memory_format=LAST), weight_of(case, dtype)
+    bn = affine(case.x[1], dtype)
+    with precision.set():
+        z, *_ = interpreted.ops.conv_forward(x, *bn[:2], w, *args.values(), False, False)
+    check(precision, z, x, w, bn, args)
 
 
 def test_statistics_of_a_large_mean(interpreted):

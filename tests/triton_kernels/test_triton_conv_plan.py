@@ -20,19 +20,27 @@ from fused_resnet.backends.triton._conv_shape import ConvShape
 
 
 def launch(
-    c: int, kernel: int, groups: int = 1, arch: int = 90, config: Any = None, **prologue: Any
+    c: int,
+    kernel: int,
+    groups: int = 1,
+    arch: int = 90,
+    config: Any = None,
+    prologue: bool = False,
 ) -> Recorded:
     """The launch of a convolution of ``c`` channels on a card, by an H100's default."""
     dtype, pair = BFLOAT16.dtype, (kernel // 2, kernel // 2)
     x, w = full(256, c, 28, 28, dtype=dtype), full(256, c // groups, kernel, kernel, dtype=dtype)
-    v, ones = full(256), (1, 1)
-    (found,) = recorded(
-        lambda: kernels.conv_bn_add_relu(
-            x, w, None, v, v, v, v, None, ones, pair, ones, groups, 1e-5, 1, config=config,
-            **prologue,
-        ),
-        arch,
-    )  # fmt: skip
+    v, geometry = full(256), ((1, 1), pair, (1, 1), groups)
+
+    def run() -> None:
+        if prologue:
+            kernels.conv_forward(x, full(c), full(c), w, *geometry, False, False, config=config)
+        else:
+            kernels.conv_bn_add_relu(
+                x, w, None, v, v, v, v, None, *geometry, 1e-5, 1, config=config
+            )
+
+    (found,) = recorded(run, arch)
     return found
 
 
@@ -185,9 +193,8 @@ def test_programs_of_a_multiprocessor() -> None:
 
 def test_registers_are_limited_where_operands_pass_by_them() -> None:
     config = next(tile for tile in CONFIGS["half"] if tile[:3] == (128, 128, 64))
-    prologue = {"in_scale": full(256), "in_shift": full(256)}
     assert launch(256, 3, config=config).options["maxnreg"] == 128
-    assert launch(256, 3, config=config, **prologue).options["maxnreg"] == 255
+    assert launch(256, 3, config=config, prologue=True).options["maxnreg"] == 255
     assert launch(256, 3, arch=80, config=config).options["maxnreg"] == 255
 
 

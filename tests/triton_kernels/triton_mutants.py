@@ -97,11 +97,12 @@ MUTANTS = [
         quick=True,
     ),
     Mutant(
-        "padded zeros go through the input's batch norm",
+        "padded zeros go through the prologue",
         "_implicit_gemm.py",
         "a = tl.where(a_valid, v, 0.0).to(a.dtype)",
         "a = v.to(a.dtype)",
-        CONV_TILES + "test_batch_norm_and_relu_of_the_input[packs-float16]",
+        "tests/triton_kernels/test_triton_conv_forward.py::"
+        "test_the_prologue_in_every_precision[packs-float16]",
     ),
     Mutant(
         "a tap past the right edge reads the next row",

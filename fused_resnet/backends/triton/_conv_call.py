@@ -122,7 +122,8 @@ class ConvCall:
         names: Names of the vectors of ``affine`` in messages.
         residual: Map that is added, shape of the result, dtype of ``x``; None for none.
         residual_affine: Scale and shift of the residual, ``(K,)`` each, or two None.
-        prologue: Scale and shift of ``x``, ``(C,)`` each, before an activation; or two None.
+        prologue: Scale and shift of ``x`` before an activation, ``(C,)`` float32 each, checked; or
+            two None.
         second: A 1x1 convolution that is added; None for none.
         activation: Activation that is applied to the sum.
         in_activation: Activation that is applied to the input after the prologue.
@@ -161,17 +162,13 @@ class ConvCall:
         self.affine = affine.checked(op, names, s.k, x)
         check_same(op, "residual", residual, s.result, x)
         self.residual = None if residual is None else self.map(residual)
-        for what, (scale, shift) in (("residual", residual_affine), ("in", prologue)):
-            if (scale is None) != (shift is None):
-                raise ValueError(f"{op}: {what}_scale, {what}_shift: expected both or neither")
+        if (residual_affine[0] is None) != (residual_affine[1] is None):
+            raise ValueError(f"{op}: residual_scale, residual_shift: expected both or neither")
         self.residual_affine = [
             vector(op, f"residual_{name}", v, s.k, x)
             for name, v in zip(("scale", "shift"), residual_affine, strict=True)
         ]
-        self.prologue = [
-            vector(op, f"in_{name}", v, s.c, x)
-            for name, v in zip(("scale", "shift"), prologue, strict=True)
-        ]
+        self.prologue = prologue
 
     @staticmethod
     def map(t: Tensor) -> Tensor:

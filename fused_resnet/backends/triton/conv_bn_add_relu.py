@@ -28,8 +28,6 @@ def conv_bn_add_relu(
     eps: float,
     activation: int,
     *,
-    in_scale: Tensor | None = None,
-    in_shift: Tensor | None = None,
     config: ConvConfig | None = None,
 ) -> Tensor:
     r""":math:`y = \max(0, \gamma (w * x + b - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta + r)`.
@@ -49,10 +47,6 @@ def conv_bn_add_relu(
         groups: Number of independent groups of channels.
         eps: Added to the variance.
         activation: Activation that is applied to the sum.
-        in_scale: The scale of the input, ``(C,)``, any float. With it the input of the convolution
-            is :math:`\max(0, x \cdot \mathrm{scale} + \mathrm{shift})`, rounded to the dtype of
-            ``x``; padding stays zero.
-        in_shift: The shift of the input, ``(C,)``, any float; None without ``in_scale``.
         config: Forces a configuration; None chooses one.
 
     Returns:
@@ -73,7 +67,6 @@ def conv_bn_add_relu(
         Affine(conv_bias, bn_weight, bn_bias, mean, var, eps),
         BATCH_NORM,
         residual,
-        prologue=(in_scale, in_shift),
         activation=activation,
     )
     return call.run(config).contiguous(memory_format=suggest_memory_format(x))

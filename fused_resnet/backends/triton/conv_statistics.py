@@ -22,8 +22,6 @@ def conv_statistics(
     dilation: Sequence[int],
     groups: int,
     *,
-    in_scale: Tensor | None = None,
-    in_shift: Tensor | None = None,
     config: ConvConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A convolution, and the mean and biased variance of each channel of its rounded result.
@@ -36,9 +34,6 @@ def conv_statistics(
         padding: Zeros on each side, ``(height, width)``.
         dilation: Distance between the filter's taps, ``(height, width)``.
         groups: Number of independent groups of channels.
-        in_scale: Scale of the input, ``(C,)``, any float; with it the input is scaled, shifted, and
-            passed through ReLU before the convolution. None leaves it as it is.
-        in_shift: Shift of the input, ``(C,)``, any float; None without ``in_scale``.
         config: Forces a configuration, of which split_k is ignored; None chooses one.
 
     Returns:
@@ -58,7 +53,6 @@ def conv_statistics(
         (stride, padding, dilation, groups),
         Affine(bias=conv_bias),
         ("", "", "conv_bias", "", ""),
-        prologue=(in_scale, in_shift),
         activation=Activation.NONE,
     )
     y, mean, var = call.run_with_statistics(config)
