@@ -10,7 +10,46 @@ AUTOGRAD = "fused_resnet/ops/autograd.py"
 LOWERING = "tests/inference/test_lowering.py tests/inference/test_frozen_changes.py"
 OPS = "fused_resnet/ops/functional.py"
 
+ZERO_PADDING = "tests/training/test_block_zero_padding.py"
+UNIT = "fused_resnet/ops/training_unit.py"
+PATTERNS = "fused_resnet/fusion/trace/patterns.py"
+
 MUTANTS = [
+    Mutant(
+        "the gradient of a shortcut of zeros lacks the stride",
+        UNIT,
+        "g_x[:, :, ::stride, ::stride] += g",
+        "g_x[:, :, : g.shape[2], : g.shape[3]] += g",
+        ZERO_PADDING,
+    ),
+    Mutant(
+        "the gradient of a shortcut of zeros from the first channels",
+        UNIT,
+        "g = g[:, channels:-channels]",
+        "g = g[:, : -2 * channels]",
+        ZERO_PADDING,
+    ),
+    Mutant(
+        "a shortcut that is padded with any value is one of zeros",
+        PATTERNS,
+        'mode == "constant" and value in (None, 0, 0.0)',
+        'mode == "constant"',
+        ZERO_PADDING,
+    ),
+    Mutant(
+        "a shortcut that subsamples from any pixel does from the first",
+        PATTERNS,
+        "i.start is not None or i.stop is not None",
+        "i.stop is not None",
+        ZERO_PADDING,
+    ),
+    Mutant(
+        "a shortcut of any strides has the first of them",
+        "fused_resnet/fusion/trace/whole_block.py",
+        "strides[0] == strides[1] > 0",
+        "strides[0] > 0",
+        ZERO_PADDING,
+    ),
     Mutant(
         "calls on other devices need no checks",
         DISPATCH,

@@ -97,46 +97,6 @@ def layer_of(module: nn.Module, node: fx.Node) -> tuple[str, dict[str, Any]] | N
     return None
 
 
-def subsampling(node: fx.Node) -> tuple[int, int] | None:
-    """The strides of ``x[:, :, ::s, ::s]``.
-
-    Args:
-        node: Node that indexes a map.
-
-    Returns:
-        ``(height, width)``; None for any other index.
-    """
-    index: Any = node.args[1]
-    whole = slice(None, None, None)
-    if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (whole, whole):
-        return None
-    if any(not isinstance(i, slice) or i.start is not None or i.stop is not None for i in index):
-        return None
-    first, second = ((1 if i.step is None else i.step) for i in index[2:])
-    return (first, second) if type(first) is int and type(second) is int else None
-
-
-def zeros_of(node: fx.Node) -> int | None:
-    """The channels of zeros that a node pads with on each side.
-
-    Args:
-        node: Node of a graph.
-
-    Returns:
-        The number of channels; None for any other node.
-    """
-    if node.target is not F.pad or len(node.args) < 2 or not set(node.kwargs) <= {"mode", "value"}:
-        return None
-    amount, *rest = node.args[1:]
-    mode, value = [*rest, *("constant", None)[len(rest) :]][:2]
-    mode, value = node.kwargs.get("mode", mode), node.kwargs.get("value", value)
-    plain = mode == "constant" and value in (None, 0, 0.0)
-    if not plain or not isinstance(amount, (tuple, list)) or len(amount) != 6:
-        return None
-    zeros = amount[4]
-    return zeros if tuple(amount) == (0, 0, 0, 0, zeros, zeros) and type(zeros) is int else None
-
-
 def _max_pool(pool: Any) -> tuple[str, dict[str, Any]] | None:
     plain = pool.dilation in (1, (1, 1)) and not pool.return_indices
     return ("max_pool", _window(pool)) if plain else None

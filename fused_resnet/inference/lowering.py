@@ -19,7 +19,7 @@ from torch import fx, nn
 from ..backends.activation import Activation
 from ..fusion.trace.aliasing import Aliases
 from ..fusion.trace.errors import Untraceable
-from ..fusion.trace.patterns import activation_at, addition
+from ..fusion.trace.patterns import activation_at, addition, subsampling, zeros_of
 from ..nn.module_kinds import is_hooked
 from ..ops.program_steps import Step
 from .frozen_conv import FrozenConv
@@ -29,9 +29,7 @@ from .layer_steps import (
     is_layer,
     layer_of,
     size_after,
-    subsampling,
     unchanged_input,
-    zeros_of,
 )
 from .program import Program
 from .run_steps import TENSORS

@@ -241,18 +241,20 @@ class _Backward:
             g, sum_g, sum_g_xc, sum_g_side = self._end(dy, y, end, projection, sums)
             if y is None:
                 g = dy
-        add = None
+        add = padded = None
         if projection is not None:
             add = self._layer(last + 1, g, sum_g, sum_g_side, None)[0]
         elif self.need_x and unit.shortcut == "identity":
             add = g
         elif self.need_x and unit.shortcut == "zeros":
-            add = _without_zeros(g, self.x, *unit.zeros)
+            padded = g
         of_shortcut = g if self.need_shortcut else None
         for i in range(last, -1, -1):
             g, sum_g, sum_g_xc = self._layer(i, g, sum_g, sum_g_xc, None if i else add)
             if g is None:
                 break
+        if padded is not None:
+            _add_without_zeros(g, padded, *unit.zeros)
         return [g if self.need_x else None, of_shortcut, *self.gradients]
 
     def _end(
@@ -341,15 +343,11 @@ def _of_parameters(
     return sum_g_xc * (saved.var.double() + eps).rsqrt().to(sum_g_xc.dtype), sum_g
 
 
-def _without_zeros(g: Tensor, x: Tensor, channels: int, stride: int) -> Tensor:
-    """The gradient of :func:`pad_with_zeros`."""
+def _add_without_zeros(g_x: Tensor, g: Tensor, channels: int, stride: int) -> None:
+    """Add the gradient of :func:`pad_with_zeros`, in place: it has few of the map's pixels."""
     if channels:
         g = g[:, channels:-channels]
-    if stride == 1:
-        return g
-    whole = torch.zeros_like(x)
-    whole[:, :, ::stride, ::stride] = g
-    return whole
+    g_x[:, :, ::stride, ::stride] += g
 
 
 def _differentiable(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ...nn.fused_forward import NO_PADDING
 from ...nn.module_kinds import original_class
 from .arguments import DEFAULT, SEQUENCE, TENSOR, UNUSED
 from .generated_forward import BlockPaths, GeneratedForward, GroupPaths, Specialization
@@ -23,13 +24,16 @@ class BlockMatch:
 
     Attributes:
         groups: The matches of the main branch, in order.
-        shortcut: The match of the shortcut; None for an identity shortcut.
+        shortcut: The match of the shortcut; None for one without parameters.
         identities: Paths of the ``nn.Identity`` modules that the block calls.
+        padding: Channels of zeros on each side, and the stride, of a shortcut that subsamples and
+            pads with zeros; those of the identity otherwise.
     """
 
     groups: list[Match]
     shortcut: Match | None
     identities: list[str]
+    padding: tuple[int, int] = NO_PADDING
 
 
 @dataclass
@@ -205,7 +209,7 @@ class _SpecializationWriter:
             side = self.block.shortcut
             shortcut = None if side is None else self._paths(side)
             main = tuple(map(self._paths, self.block.groups))
-            block = BlockPaths(main, shortcut, tuple(self.block.identities))
+            block = BlockPaths(main, shortcut, tuple(self.block.identities), self.block.padding)
         unfused = tuple(self.matches.unfused)
         return Specialization(groups, unfused, self.trace.inlined, block)
 
@@ -356,7 +360,10 @@ class _SpecializationWriter:
         shortcut = "()" if side is None else f"({', '.join(self._modules(side, child)[:2])})"
         identities = "".join(f"{child(path)}, " for path in self.block.identities)
         image = next(iter(self.names.values()))
-        call = f"_run_block(self, {image}, ({groups}), {shortcut}, ({identities}))"
+        rest = f"({identities})"
+        if self.block.padding != NO_PADDING:
+            rest += f", {self.block.padding}"
+        call = f"_run_block(self, {image}, ({groups}), {shortcut}, {rest})"
         return [f"_whole = {call}", "if _whole is not None: return _whole"]
 
     def _statements(self, child: _Children) -> list[str]:

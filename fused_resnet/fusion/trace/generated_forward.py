@@ -17,7 +17,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...nn.block_calls import run_residual_block
-from ...nn.fused_forward import BlockModules, FusedForward
+from ...nn.fused_forward import NO_PADDING, BlockModules, FusedForward
 from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
 from ...nn.groups import Group, called_activation_group, decide_conv_bn, decide_norm
 from ...nn.module_kinds import FUNCTIONS, inner_activation, is_hooked, original_class
@@ -54,13 +54,16 @@ class BlockPaths:
     Attributes:
         groups: The groups of the main branch, in order; the last one's activation comes after the
             addition.
-        shortcut: The convolution and batch norm of the shortcut; None for an identity shortcut.
+        shortcut: The convolution and batch norm of the shortcut; None for one without parameters.
         identities: Paths of the ``nn.Identity`` modules that the block calls.
+        padding: Channels of zeros on each side, and the stride, of a shortcut that subsamples and
+            pads with zeros; those of the identity otherwise.
     """
 
     groups: tuple[GroupPaths, ...]
     shortcut: GroupPaths | None
     identities: tuple[str, ...]
+    padding: tuple[int, int] = NO_PADDING
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,14 @@ class TracedForward(FusedForward):
             [get(group.bn) for group in groups],
             [_activation(self, group) for group in paths.groups],
             [member for member in self.modules() if member is not self],
+            paths.padding,
+            _kind_without_parameters(paths.padding),
         )
+
+
+def _kind_without_parameters(padding: tuple[int, int]) -> str:
+    """The kind of a shortcut that has no convolution."""
+    return "identity" if padding == NO_PADDING else "zeros"
 
 
 def _activation(owner: nn.Module, paths: GroupPaths) -> nn.Module | None:
@@ -281,6 +291,7 @@ def _run_block(
     groups: tuple[tuple[Any, Any, nn.Module | None], ...],
     shortcut: tuple[Any, ...],
     identities: tuple[nn.Module, ...],
+    padding: tuple[int, int] = NO_PADDING,
 ) -> Tensor | None:
     """Run a residual block as one training operation.
 
@@ -288,8 +299,9 @@ def _run_block(
         owner: The block.
         x: Input of the block.
         groups: Convolution, batch norm and activation of each of its own groups, in order.
-        shortcut: Convolution and batch norm of its shortcut; empty for the identity.
+        shortcut: Convolution and batch norm of its shortcut; empty for one without parameters.
         identities: Placeholder modules among its children that it calls.
+        padding: Channels of zeros on each side, and the stride, of a shortcut without parameters.
 
     Returns:
         The block's result; None where its groups must run one by one.
@@ -298,8 +310,9 @@ def _run_block(
         return None
     convs, norms, acts = zip(*groups, strict=True)
     others = (*identities, *(act for act in acts if act is not None))
+    kind = _kind_without_parameters(padding)
     return run_residual_block(
-        owner, x, (*convs, *shortcut[:1]), (*norms, *shortcut[1:]), acts, others
+        owner, x, (*convs, *shortcut[:1]), (*norms, *shortcut[1:]), acts, others, kind, padding
     )
 
 

@@ -1,4 +1,4 @@
-"""Predicates on the nodes of a graph: convolution, batch norm, activation, addition, identity."""
+"""Predicates on the nodes of a graph: layers, activation, addition, zero-padded subsampling."""
 
 from __future__ import annotations
 
@@ -129,3 +129,45 @@ def addition(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
         return None
     return left, right, node.target in (operator.iadd, "add_")
+
+
+def subsampling(node: fx.Node) -> tuple[int, int] | None:
+    """The strides of ``x[:, :, ::s, ::s]``.
+
+    Args:
+        node: Node of the graph.
+
+    Returns:
+        ``(height, width)``; None for any other node.
+    """
+    if node.target is not operator.getitem:
+        return None
+    index: Any = node.args[1]
+    whole = slice(None, None, None)
+    if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (whole, whole):
+        return None
+    if any(not isinstance(i, slice) or i.start is not None or i.stop is not None for i in index):
+        return None
+    first, second = ((1 if i.step is None else i.step) for i in index[2:])
+    return (first, second) if type(first) is int and type(second) is int else None
+
+
+def zeros_of(node: fx.Node) -> int | None:
+    """The channels of zeros that a node pads with on each side.
+
+    Args:
+        node: Node of the graph.
+
+    Returns:
+        The number of channels; None for any other node.
+    """
+    if node.target is not F.pad or len(node.args) < 2 or not set(node.kwargs) <= {"mode", "value"}:
+        return None
+    amount, *rest = node.args[1:]
+    mode, value = [*rest, *("constant", None)[len(rest) :]][:2]
+    mode, value = node.kwargs.get("mode", mode), node.kwargs.get("value", value)
+    plain = mode == "constant" and value in (None, 0, 0.0)
+    if not plain or not isinstance(amount, (tuple, list)) or len(amount) != 6:
+        return None
+    zeros = amount[4]
+    return zeros if tuple(amount) == (0, 0, 0, 0, zeros, zeros) and type(zeros) is int else None

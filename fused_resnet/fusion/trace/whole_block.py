@@ -2,8 +2,9 @@
 
 A block may call its convolutions itself or through submodules of any depth. All of them are
 inlined, so that one graph has every operation of the block. It is a residual block if the groups in
-the graph are a sequence of convolutions and a shortcut, and the graph has no other operation. The
-assumptions of the trace are guarded at every call, as for any trace.
+the graph are a sequence of convolutions and a shortcut, and the graph has no other operation but
+the subsampling and the zeros of a shortcut without parameters. The assumptions of the trace are
+guarded at every call, as for any trace.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import fx, nn
 
+from ...nn.fused_forward import NO_PADDING
 from ...nn.module_kinds import is_norm
 from .arguments import TENSOR, Argument
 from .codegen import BlockMatch, MatchedTrace
 from .errors import Untraceable
 from .matching import Match, Matches, find
-from .patterns import is_identity
+from .patterns import is_identity, subsampling, zeros_of
 from .tracing import Trace, trace
 
 #: Number of convolutions in a block, including the shortcut's.
@@ -121,6 +124,11 @@ def _block_of(module: nn.Module, result: Trace, matches: Matches) -> BlockMatch 
             return None
         groups.insert(0, match)
     side = image if shortcut is not None else skip_identities(last.residual)
+    padding = NO_PADDING
+    padded = _zero_padding(side)
+    if padded is not None and skip_identities(padded.source) is image:
+        known.update(padded.members)
+        padding, side = padded.padding, image
     if side is not image:
         shortcut = ends.get(side)
         if shortcut is None or shortcut.residual is not None:
@@ -134,7 +142,38 @@ def _block_of(module: nn.Module, result: Trace, matches: Matches) -> BlockMatch 
     unused = {node for node in nodes if node.op == "placeholder" and not node.users}
     if len(groups) not in (2, 3) or found != len(matches.groups) or set(nodes) - known - unused:
         return None
-    return BlockMatch(groups, shortcut, identities)
+    return BlockMatch(groups, shortcut, identities, padding)
+
+
+class _ZeroPadding(NamedTuple):
+    """``pad(x[:, :, ::s, ::s])`` with channels of zeros on both sides, or only one of the two.
+
+    Attributes:
+        source: The node of ``x``.
+        members: The nodes that subsample and pad.
+        padding: Channels of zeros on each side, and the stride.
+    """
+
+    source: fx.Node
+    members: tuple[fx.Node, ...]
+    padding: tuple[int, int]
+
+
+def _zero_padding(node: fx.Node) -> _ZeroPadding | None:
+    """The shortcut without parameters that ends in a node, as CIFAR's option A; None for none."""
+    members: list[fx.Node] = []
+    zeros, strides = zeros_of(node), (1, 1)
+    if zeros is not None:
+        members.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    found = subsampling(node)
+    if found is not None:
+        members.append(node)
+        node, strides = node.args[0], found  # type: ignore[assignment]
+    plain = strides[0] == strides[1] > 0 and (zeros or 0) >= 0 and isinstance(node, fx.Node)
+    if not members or not plain:
+        return None
+    return _ZeroPadding(node, tuple(members), (zeros or 0, strides[0]))
 
 
 def _is_convolution(match: Match, *, activated: bool) -> bool:
