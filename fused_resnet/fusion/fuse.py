@@ -54,7 +54,8 @@ def fuse(model: nn.Module, *, recompute: bool = False, winograd: bool = True) ->
             fused wherever the forward of a module calls them.
         recompute: In training, whether the result of a bottleneck's last convolution is computed
             again in backward instead of being saved: a third less memory, for one more 1x1
-            convolution in each bottleneck. Results are the same.
+            convolution in each bottleneck. A projection that takes no more multiply-adds than that
+            one is computed again too, as in the first stage. Results are the same.
         winograd: In training on the CPU, whether 3x3 convolutions of stride 1 may use Winograd's
             algorithm, forward and backward, and in the blocks of a frozen backbone. It is faster;
             its relative error in float32 is 1e-6, and up to 3e-6 in the weight's gradient, where

@@ -28,8 +28,8 @@ class FusedForward(nn.Module):
     """A module whose forward runs groups as operations.
 
     Attributes:
-        fused_resnet_recompute: Whether a bottleneck computes its last convolution again in
-            backward; see :func:`fused_resnet.fuse`.
+        fused_resnet_recompute: Whether a bottleneck computes convolutions again in backward; see
+            :func:`fused_resnet.fuse`.
         fused_resnet_winograd: Whether Winograd's algorithm may run in training; see
             :func:`fused_resnet.fuse`.
     """

@@ -82,7 +82,7 @@ class Unit(NamedTuple):
         pool: Kernel, stride and padding of the max-pool at the end; None for none. Only without a
             shortcut and with an activation.
         recompute: Whether a bottleneck's last convolution is computed again in backward, so that
-            its result need not be kept.
+            its result need not be kept; the projection too, where it is as cheap.
         winograd: Whether Winograd's algorithm may run.
         backend: Backend whose primitives compute it, ``"cpu"``, ``"library"`` or ``"triton"``; or
             ``"tuned"``, for the fastest of each layer.

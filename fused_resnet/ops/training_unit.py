@@ -126,8 +126,8 @@ class _TrainingUnit(torch.autograd.Function):
         if suggest_memory_format(x) is not _CHANNELS_LAST and not _any_channels_last(tensors):
             y = y.contiguous()
         _update_running(unit, tensors, layers)
-        if unit.recompute and unit.length == 3:
-            saved[2] = saved[2]._replace(z=None)
+        for i in _computed_again(unit, tensors):
+            saved[i] = saved[i]._replace(z=None)
         ctx.unit, ctx.counts = unit, counts
         kept = y if unit.activation and unit.pool is None else None
         ctx.save_for_backward(x, kept, index, *parameters, *(t for layer in saved for t in layer))
@@ -190,6 +190,17 @@ def _update_running(
             update_running_of(unit.backend, layer, t, run)
 
 
+def _computed_again(unit: Unit, tensors: Sequence[LayerTensors]) -> list[int]:
+    """The layers whose results backward computes again.
+
+    They are a bottleneck's last one, and its projection where that takes no more multiply-adds.
+    """
+    if not unit.recompute or unit.length != 3:
+        return []
+    depths = [t.weight[0].numel() for t in tensors]
+    return [i for i in range(2, len(tensors)) if depths[i] <= depths[2]]
+
+
 def _any_channels_last(tensors: Sequence[LayerTensors]) -> bool:
     return any(suggest_memory_format(t.weight) is _CHANNELS_LAST for t in tensors)
 
@@ -215,15 +226,15 @@ class _Backward:
         self.need_x, self.need_shortcut = needed[0], needed[1]
         self.needed = needed[2:]
         self.gradients: list[Tensor | None] = [None] * len(parameters)
-        last = unit.length - 1
-        if saved[last].z is None:
-            self._compute_again(last)
+        for i, layer in enumerate(saved):
+            if layer.z is None:
+                self._compute_again(i)
 
     def _compute_again(self, i: int) -> None:
-        layer, before = self.unit.layers[i], self.saved[i - 1]
+        layer = self.unit.layers[i]
         z, _, _ = self.primitives.conv_forward(
-            before.z, before.scale, before.shift, self._weight(i), layer.stride, layer.padding,
-            layer.dilation, layer.groups, False, self.unit.winograd, self.unit.activation,
+            *self._source(i)[:3], self._weight(i), layer.stride, layer.padding, layer.dilation,
+            layer.groups, False, self.unit.winograd, self.unit.activation,
         )  # fmt: skip
         self.saved[i] = self.saved[i]._replace(z=z)
 
@@ -303,18 +314,25 @@ class _Backward:
         self._keep(3 * i + 2, of_bias)
         if not (need_weight or need_input):
             return None, None, None
-        first = i in (0, self.unit.length)
-        before = None if first else self.saved[i - 1]
-        source: tuple[Tensor | None, ...] = (self.x, None, None, None)
-        if before is not None:
-            source = (before.z, before.scale, before.shift, before.mean)
+        sums = not self._is_first(i) and self._needs_sums(i - 1)
         g, dw, sum_g, sum_g_xc = self.primitives.conv_backward(
-            g, z, a, b, c, *source, self._weight(i), add, layer.stride, layer.padding,
-            layer.dilation, layer.groups, need_input, need_weight,
-            not first and self._needs_sums(i - 1), self.unit.winograd, self.unit.activation,
+            g, z, a, b, c, *self._source(i), self._weight(i), add, layer.stride, layer.padding,
+            layer.dilation, layer.groups, need_input, need_weight, sums, self.unit.winograd,
+            self.unit.activation,
         )  # fmt: skip
         self._keep(3 * i, dw)
         return g if need_input else None, sum_g, sum_g_xc
+
+    def _is_first(self, i: int) -> bool:
+        """Whether a layer reads the unit's input: the first one, and the projection."""
+        return i in (0, self.unit.length)
+
+    def _source(self, i: int) -> tuple[Tensor | None, ...]:
+        """What a layer reads: a map, and the scale, the shift and the mean of its batch norm."""
+        if self._is_first(i):
+            return self.x, None, None, None
+        before = self.saved[i - 1]
+        return before.z, before.scale, before.shift, before.mean
 
     def _weight(self, i: int) -> Tensor:
         cast, weight = self.saved[i].weight, self.parameters[3 * i]
