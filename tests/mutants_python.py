@@ -30,6 +30,13 @@ MUTANTS = [
         ZERO_PADDING,
     ),
     Mutant(
+        "a projection is computed again whatever it costs",
+        UNIT,
+        "if depths[i] <= depths[2]]",
+        "if depths[i]]",
+        "tests/training/test_block_numbers.py",
+    ),
+    Mutant(
         "a shortcut that is padded with any value is one of zeros",
         PATTERNS,
         'mode == "constant" and value in (None, 0, 0.0)',
