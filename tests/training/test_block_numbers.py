@@ -204,6 +204,31 @@ def test_an_own_block_is_traced_and_runs_whole(units) -> None:
     assert_one_unit(fused)
 
 
+@pytest.mark.parametrize(
+    "shortcut", [nn.Sequential(), nn.Identity(), nn.Sequential(nn.Identity())], ids=repr
+)
+def test_a_shortcut_that_does_nothing(shortcut, units) -> None:
+    """CIFAR networks have an empty nn.Sequential."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+            self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+            self.shortcut = shortcut
+
+        def forward(self, x):
+            out = torch.relu(self.bn1(self.conv1(x)))
+            out = self.bn2(self.conv2(out))
+            out += self.shortcut(x)
+            return torch.relu(out)
+
+    torch.manual_seed(0)
+    fused = assert_trains_the_same(randomize(Block()).double().train())
+    assert len(units) == 2
+    assert_one_unit(fused)
+
+
 @pytest.mark.parametrize("name", ["resnet", "cifar"])
 def test_a_network_in_the_plainest_loop_converts_its_image_once(name, monkeypatch) -> None:
     """Contiguous parameters and images: between its blocks the maps are channels_last."""

@@ -49,7 +49,10 @@ def parents_of(model: nn.Module) -> Counter[int]:
         model: The model.
     """
     return Counter(
-        id(child) for module in model.modules() for child in module._modules.values() if child
+        id(child)
+        for module in model.modules()
+        for child in module._modules.values()
+        if child is not None  # an empty container is false
     )
 
 

@@ -4,25 +4,29 @@ A trace records tensor operations. It does not record other effects of the code:
 global, a context such as ``no_grad``, an exception that is caught, a random number of Python's. The
 bytecode of every function that runs during a trace is therefore checked first, and the trace is
 refused where the code may have such an effect. Reads of a module's attributes are allowed: the
-tracer records them and the generated forward guards them.
+tracer records them and the generated forward guards them. So are reads of what nothing changes
+unseen: functions and classes, and numbers and strings of the function around a lambda. A list, an
+object or an attribute of a class would be a constant of the trace and is refused.
 """
 
 from __future__ import annotations
 
 import builtins
 import dis
+import enum
 import functools
 import gc
 import os
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx, nn
 
 from .errors import Untraceable
 
@@ -65,6 +69,8 @@ _WRITES = {
     "STORE_ATTR": "writes an attribute",
     "DELETE_ATTR": "writes an attribute",
 }
+#: Instructions that read a global variable, or one of the functions around the code.
+_READS_NAME = {"LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF"}
 _HANDLERS = {"PUSH_EXC_INFO", "SETUP_FINALLY"}
 _CONTEXT_INSTRUCTIONS = {"BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL", "BEFORE_ASYNC_WITH"}
 
@@ -79,7 +85,8 @@ def checking_purity(names: set[str]) -> Iterator[None]:
     Raises:
         Untraceable: From the call of the function whose code may have a side effect.
     """
-    before = sys.getprofile()
+    before, root = sys.getprofile(), sys._getframe(2)
+    defaults: dict[types.CodeType, list[Any]] = {}
 
     def check(frame: types.FrameType, event: str, _: Any) -> None:
         if event != "call":
@@ -92,7 +99,12 @@ def checking_purity(names: set[str]) -> Iterator[None]:
         if is_library_file(path) or str(frame.f_globals.get("__name__")).startswith("namedtuple_"):
             return
         names.update(names_of(code))
-        reason = impurity_reason(code, frame.f_globals)
+        outside = _variables_outside(frame, root)
+        reason = (
+            impurity_reason(code, frame.f_globals, outside)
+            or _closure_reason(outside)
+            or _defaults_reason(frame, defaults)
+        )
         if reason:
             raise Untraceable(f"{code.co_name} {reason}")
 
@@ -131,14 +143,18 @@ def names_of(code: types.CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*map(names_of, inner))
 
 
-def impurity_reason(code: types.CodeType, module_globals: dict[str, Any]) -> str:
+def impurity_reason(
+    code: types.CodeType, module_globals: Mapping[str, Any], outside: Mapping[str, Any]
+) -> str:
     """Why a function may have side effects or read global state; empty for a pure one.
 
     Args:
         code: Code object of the function.
         module_globals: The globals of its module.
+        outside: The variables of the functions around it.
     """
-    for instruction in _instructions(code):
+    instructions = _instructions(code)
+    for i, instruction in enumerate(instructions):
         name = instruction.opname
         if name in _WRITES:
             return _WRITES[name]
@@ -152,6 +168,11 @@ def impurity_reason(code: types.CodeType, module_globals: dict[str, Any]) -> str
             reason = _global_reason(instruction.argval, module_globals)
             if reason:
                 return reason
+        if name in _READS_NAME and i + 1 < len(instructions):
+            variables = module_globals if name == "LOAD_GLOBAL" else outside
+            reason = _attribute_reason(instruction.argval, variables, instructions[i + 1])
+            if reason:
+                return reason
     state = names_of(code) & _STATE
     return f"uses {min(state)}" if state else ""
 
@@ -161,7 +182,7 @@ def _instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
     return tuple(dis.get_instructions(code))
 
 
-def _global_reason(name: str, module_globals: dict[str, Any]) -> str:
+def _global_reason(name: str, module_globals: Mapping[str, Any]) -> str:
     if name not in module_globals:
         value = getattr(builtins, name, None)
         pure = name in _PURE or (isinstance(value, type) and issubclass(value, BaseException))
@@ -171,6 +192,90 @@ def _global_reason(name: str, module_globals: dict[str, Any]) -> str:
         known = value.__name__.partition(".")[0] in _MODULES
         return "" if known else f"uses the module {value.__name__}"
     return "" if _is_code(value) else f"reads the global {name}"
+
+
+def _attribute_reason(name: str, variables: Mapping[str, Any], following: dis.Instruction) -> str:
+    """Why the attribute that is read of a class or function may change; empty if it may not."""
+    owner = variables.get(name)
+    if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+        return ""
+    if not isinstance(owner, (type, types.FunctionType)) or _is_of_known_module(owner):
+        return ""
+    attribute = following.argval
+    value = getattr(owner, attribute, None)
+    if attribute.startswith("__") or _is_code(value):
+        return ""
+    if isinstance(value, (enum.Enum, types.MethodType)):
+        return ""
+    return f"reads {name}.{attribute}, which can change unseen"
+
+
+def _variables_outside(frame: types.FrameType, root: types.FrameType) -> dict[str, Any]:
+    """The variables of the functions around a frame's code that it reads.
+
+    Those of a function that ``root`` called are left out: what it does is traced too.
+    """
+    found = {}
+    for name in frame.f_code.co_freevars:
+        if name not in frame.f_locals:
+            continue  # not assigned yet
+        value = frame.f_locals[name]
+        if not any(
+            name in outer.f_code.co_cellvars and outer.f_locals.get(name) is value
+            for outer in _callers(frame, root)
+        ):
+            found[name] = value
+    return found
+
+
+def _callers(frame: types.FrameType, root: types.FrameType) -> Iterator[types.FrameType]:
+    """The frames between a frame and ``root``."""
+    outer = frame.f_back
+    while outer is not None and outer is not root:
+        yield outer
+        outer = outer.f_back
+
+
+def _closure_reason(outside: Mapping[str, Any]) -> str:
+    for name, value in outside.items():
+        if isinstance(value, types.ModuleType):
+            if value.__name__.partition(".")[0] not in _MODULES:
+                return f"uses the module {value.__name__}"
+        elif not (isinstance(value, fx.Proxy) or _is_constant(value)):
+            return f"reads {name} of the function around it, which can change unseen"
+    return ""
+
+
+def _defaults_reason(frame: types.FrameType, defaults: dict[types.CodeType, list[Any]]) -> str:
+    """Why an argument may be a default that can change; empty if none is.
+
+    ``defaults`` keeps those of each code, since a frame does not know its function.
+    """
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    values = [frame.f_locals.get(name) for name in code.co_varnames[:count]]
+    suspects = [v for v in values if not (isinstance(v, fx.Proxy) or _is_constant(v))]
+    if suspects and code not in defaults:
+        functions = [f for f in gc.get_referrers(code) if isinstance(f, types.FunctionType)]
+        defaults[code] = [
+            value
+            for function in functions
+            for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        ]
+    found = any(default is suspect for suspect in suspects for default in defaults[code])
+    return "has a default argument that can change unseen" if found else ""
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value changes where the trace sees it, or nowhere."""
+    return _is_code(value) or isinstance(value, nn.Module) or _is_immutable(value)
+
+
+def _is_immutable(value: Any) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_immutable, value))
+    kinds = (bool, int, float, complex, str, bytes, enum.Enum, slice, torch.dtype, torch.device)
+    return value is None or isinstance(value, (*kinds, torch.memory_format))
 
 
 def _is_code(value: Any) -> bool:

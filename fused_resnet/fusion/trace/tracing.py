@@ -32,6 +32,11 @@ _INTERNAL = set(nn.Module().__dict__) - {"training"}
 _SHAPE_METHODS = {"size", "dim", "ndimension"}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype"}
 
+#: Attributes of a tensor whose class is known.
+_ATTRIBUTES: dict[str, type] = {
+    "shape": torch.Size, "ndim": int, "dtype": torch.dtype, "device": torch.device
+}  # fmt: skip
+
 
 T = TypeVar("T", bound="_Tracer")
 
@@ -131,11 +136,29 @@ class _Proxy(fx.Proxy):
             return _Proxy
         if self.node.op == "placeholder" and self.node.target in self.tracer.lists:
             return list
+        size = _class_of_size(self.node)
+        if size is not None:
+            return size
         length = self.tracer.results.of(self.node, "inspects the class of a result")
         return Tensor if length is None else list
 
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _Attribute(fx.proxy.Attribute):
+    """An attribute of a proxy, whose class is that of a tensor's attribute where it is known."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if is_library_file(sys._getframe(1).f_code.co_filename):
+            return _Attribute
+        if self.attr not in _ATTRIBUTES:
+            raise Untraceable(f"its forward inspects the class of {self.attr}")
+        return _ATTRIBUTES[self.attr]
 
 
 def _record_in_place(function: Callable[..., Any]) -> Callable[[_Proxy, Any], Any]:
@@ -361,6 +384,22 @@ class _Tracer(fx.Tracer):
             raise Untraceable(f"its forward reads {name}, which can change unseen")
         self.reads[path, name] = value
         return value
+
+
+def _class_of_size(node: fx.Node) -> type | None:
+    """The class of a tensor's size or of one of its numbers; None for any other node.
+
+    PyTorch's functions inspect it too: ``F.avg_pool2d(x, x.size(3))``.
+    """
+    if node.op == "call_method" and node.target in _SHAPE_METHODS:
+        return torch.Size if node.target == "size" and len(node.args) == 1 else int
+    if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target is getattr:
+        return _ATTRIBUTES.get(str(node.args[1]))
+    if node.target is not operator.getitem or _class_of_size(node.args[0]) is not torch.Size:
+        return None
+    return {int: int, slice: torch.Size}.get(type(node.args[1]))
 
 
 def _is_of_shape(node: fx.Node) -> bool:
