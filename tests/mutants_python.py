@@ -13,6 +13,8 @@ OPS = "fused_resnet/ops/functional.py"
 ZERO_PADDING = "tests/training/test_block_zero_padding.py"
 UNIT = "fused_resnet/ops/training_unit.py"
 PATTERNS = "fused_resnet/fusion/trace/patterns.py"
+PURITY = "fused_resnet/fusion/trace/purity.py"
+CLOSURES = "tests/fusion/test_traced_closures.py"
 
 MUTANTS = [
     Mutant(
@@ -56,6 +58,48 @@ MUTANTS = [
         "strides[0] == strides[1] > 0",
         "strides[0] > 0",
         ZERO_PADDING,
+    ),
+    Mutant(
+        "a list of the function around a lambda is a constant",
+        PURITY,
+        "elif not (isinstance(value, fx.Proxy) or _is_constant(value)):",
+        "elif False:",
+        CLOSURES,
+    ),
+    Mutant(
+        "an attribute of a class by its name is a constant",
+        PURITY,
+        'return f"reads {name}.{attribute}, which can change unseen"',
+        'return ""',
+        CLOSURES,
+    ),
+    Mutant(
+        "a list that is a default argument is a constant",
+        PURITY,
+        'return "has a default argument that can change unseen" if found else ""',
+        'return ""',
+        CLOSURES,
+    ),
+    Mutant(
+        "an empty container has no parent",
+        "fused_resnet/fusion/trace/generate.py",
+        "if child is not None  #",
+        "if child  #",
+        "tests/training/test_block_numbers.py",
+    ),
+    Mutant(
+        "a batch that is refused stays counted",
+        "fused_resnet/nn/group_calls.py",
+        "batches.sub_(1)",
+        "batches.sub_(0)",
+        "tests/training/test_block_semantics.py",
+    ),
+    Mutant(
+        "a block in eval mode is traced for training",
+        "fused_resnet/nn/block_calls.py",
+        "(_wants_grad(x, convs, norms) and not torch.jit.is_tracing())",
+        "_wants_grad(x, convs, norms)",
+        "tests/fusion/test_traced_in_pytorch.py",
     ),
     Mutant(
         "calls on other devices need no checks",

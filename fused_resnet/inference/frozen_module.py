@@ -263,5 +263,6 @@ _CHANGES = ("add_module", "register_module", "register_buffer", "register_parame
 
 for _name in (*_CHANGES, "set_submodule"):
     setattr(Frozen, _name, _refused(_name, _CHANGE))
+Frozen.to_empty = _refused("to_empty", _CHANGE)  # type: ignore[method-assign]
 for _name in _HOOKS:
     setattr(Frozen, _name, _refused(_name, _HOOK))

@@ -67,7 +67,8 @@ def run_residual_block(
         return None
     if any(isinstance(conv, PackedConv) for conv in convs):
         return None
-    learns = any(map(uses_batch_statistics, norms)) or _wants_grad(x, convs, norms)
+    learns = any(map(uses_batch_statistics, norms))
+    learns = learns or (_wants_grad(x, convs, norms) and not torch.jit.is_tracing())
     if not (learns or (owner.training and not _is_recorded())):
         return None
     decision = decide_residual_block(convs, norms, acts, others)
@@ -115,7 +116,8 @@ def training_format(x: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor) or is_observed(x) or x.dim() != 4 or x.dtype not in DTYPES:
         return x
-    if not torch.is_grad_enabled() or not _backend(x):
+    # torch.jit.trace compares its graph with one that it makes without gradients.
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or not _backend(x):
         return x
     return x.contiguous(memory_format=torch.channels_last)
 

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -185,6 +186,23 @@ def norm_arguments(bn: Any) -> dict[str, Any]:
     return arguments
 
 
+def _counting(operation: Callable[..., Tensor], bn: Any, *tensors: Tensor, **others: Any) -> Tensor:
+    """Call an operation with the arguments of a batch norm; a call that is refused counts nothing.
+
+    The batch is counted first, as in PyTorch: activation checkpointing may end a call after it.
+    """
+    arguments = norm_arguments(bn)
+    if torch.compiler.is_compiling():
+        return operation(*tensors, **others, **arguments)
+    try:
+        return operation(*tensors, **others, **arguments)
+    except (RuntimeError, TypeError, ValueError):
+        batches = running_statistics(bn)[2]
+        if batches is not None:
+            batches.sub_(1)
+        raise
+
+
 def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
     """The arguments of an operation that come from a convolution, except for its weight.
 
@@ -203,32 +221,34 @@ def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
 def _bn_add_relu(
     bn: nn.Module, x: Tensor, residual: Tensor | None, activation: Activation
 ) -> Tensor:
-    return ops.bn_add_relu(x, residual=residual, activation=activation, **norm_arguments(bn))
+    return _counting(ops.bn_add_relu, bn, x, residual=residual, activation=activation)
 
 
 def _conv_bn_add_relu(
     conv: nn.Conv2d, bn: nn.Module, x: Tensor, residual: Tensor | None, activation: Activation
 ) -> Tensor:
-    return ops.conv_bn_add_relu(
+    return _counting(
+        ops.conv_bn_add_relu,
+        bn,
         x,
         tensor_of(conv, "weight"),
         residual=residual,
         activation=activation,
         **conv_arguments(conv),
-        **norm_arguments(bn),
     )
 
 
 def _conv_bn_relu_maxpool(
     conv: nn.Conv2d, bn: nn.Module, pool: nn.Module, x: Tensor, activation: Activation
 ) -> Tensor:
-    return ops.conv_bn_relu_maxpool(
+    return _counting(
+        ops.conv_bn_relu_maxpool,
+        bn,
         x,
         tensor_of(conv, "weight"),
-        pool_kernel=pool.kernel_size,  # type: ignore[arg-type]
-        pool_stride=pool.stride,  # type: ignore[arg-type]
-        pool_padding=pool.padding,  # type: ignore[arg-type]
+        pool_kernel=pool.kernel_size,
+        pool_stride=pool.stride,
+        pool_padding=pool.padding,
         activation=activation,
         **conv_arguments(conv),
-        **norm_arguments(bn),
     )

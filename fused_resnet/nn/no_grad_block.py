@@ -16,6 +16,7 @@ from torch._prims_common import suggest_memory_format
 
 from ..backends.activation import Activation
 from ..backends.constant import assume_constant_result
+from ..ops.checks import no_negative_eps
 from ..ops.fakes import accumulator
 from ..ops.packed import pack_conv_weight, packed_dtype
 from ..ops.training_layer import as_dtype
@@ -55,6 +56,7 @@ def run_no_grad_block(
     dtype, vectors = _packed_dtype(x.dtype), accumulator(x)
     with torch.no_grad():
         for layer, t in zip(layers, tensors, strict=True):
+            no_negative_eps("residual_block", layer.eps)
             weight = as_dtype(as_dtype(t.weight, x.dtype), dtype)  # rounded as PyTorch's
             packed.append(pack_conv_weight(weight, layer.groups))
             # The running mean and variance, weight and bias.

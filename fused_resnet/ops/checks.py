@@ -140,7 +140,7 @@ def statistics(
     """Both or no running statistics; both in inference; in training what the batch's need.
 
     These are more than one value per channel, and a positive ``eps``: a channel of equal values
-    would be divided by zero.
+    would be divided by zero. In inference ``eps`` may be zero.
 
     Args:
         op: Name of the operation, for error messages.
@@ -168,6 +168,22 @@ def statistics(
         )
     if training:
         positive_eps(op, eps)
+    else:
+        no_negative_eps(op, eps)
+
+
+def no_negative_eps(op: str, eps: float) -> None:
+    """As PyTorch's, batch norm in inference refuses a negative ``eps``.
+
+    Args:
+        op: Name of the operation, for error messages.
+        eps: Added to the variance.
+
+    Raises:
+        ValueError: ``eps`` is negative.
+    """
+    if eps < 0:
+        raise ValueError(f"{op}: eps: expected a number of at least 0, got {eps}")
 
 
 def positive_eps(op: str, eps: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import positive_eps
+from .checks import no_negative_eps, positive_eps
 from .fakes import accumulator, conv_shape
 from .training_reference import count_batch
 from .training_spec import Layer, LayerTensors, Unit
@@ -102,6 +102,7 @@ def run_layer(
             )
         positive_eps("residual_block", layer.eps)
     else:
+        no_negative_eps("residual_block", layer.eps)
         mean, var = as_dtype(t.running_mean, vectors), as_dtype(t.running_var, vectors)
     scale, shift = primitives.bn_coefficients(
         mean, var, as_dtype(t.bn_weight, vectors), as_dtype(t.bn_bias, vectors), layer.eps

@@ -8,6 +8,7 @@ through an operator, whose arguments are lists of numbers and of tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,6 +107,8 @@ class Unit(NamedTuple):
 #: Integers of a layer in the flat list, after the unit's own.
 _OF_LAYER = 8
 _OF_UNIT = 5
+#: The momentum None, the average of all batches, among the numbers.
+_AVERAGE = -math.inf
 
 
 def flatten(unit: Unit) -> tuple[list[int], list[float]]:
@@ -125,7 +128,7 @@ def flatten(unit: Unit) -> tuple[list[int], list[float]]:
     numbers: list[float] = []
     for layer in unit.layers:
         integers += [*layer.stride, *layer.padding, *layer.dilation, layer.groups, int(layer.batch)]
-        numbers += [layer.eps, -1.0 if layer.momentum is None else layer.momentum]
+        numbers += [layer.eps, _AVERAGE if layer.momentum is None else layer.momentum]
     return integers, numbers
 
 
@@ -147,7 +150,7 @@ def unflatten(integers: Sequence[int], numbers: Sequence[float], backend: str) -
     for i in range(len(numbers) // 2):
         s0, s1, p0, p1, d0, d1, groups, batch = rest[_OF_LAYER * i : _OF_LAYER * (i + 1)]
         eps, momentum = numbers[2 * i : 2 * i + 2]
-        average = None if momentum < 0 else momentum
+        average = None if momentum == _AVERAGE else momentum
         layers.append(Layer((s0, s1), (p0, p1), (d0, d1), groups, eps, average, bool(batch)))
     return Unit(
         tuple(layers),

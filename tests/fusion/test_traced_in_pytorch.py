@@ -81,6 +81,15 @@ def test_jit_trace(prepare) -> None:
         torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_jit_trace_with_gradients_passes_its_own_check() -> None:
+    """The check traces again without gradients."""
+    model = fr.resnet18(num_classes=3).eval()
+    x = image(1, 3, 32, 32, dtype=torch.float32)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
 def test_fx_trace_sees_the_original_modules() -> None:
     model, x = network(), image(2, 4, 17, 15)
     graph = torch.fx.symbolic_trace(fr.fuse(model))

@@ -86,6 +86,8 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "the mode": lambda m: setattr(m.stage[1], "training", True),
     "a class": lambda m: set_class(m.stage[1]),
     "compile in place": lambda m: m.stage[1].compile(backend="eager"),
+    "memory without contents": lambda m: m.to_empty(device="cpu"),
+    "memory without contents of a stage": lambda m: m.stage.to_empty(device="cpu"),
     "delete a child": lambda m: delattr(m, "stem"),
     "delete an attribute": lambda m: delattr(m.stage[1], "stride"),
     "delete a buffer": lambda m: delattr(m, "factor"),

@@ -55,6 +55,7 @@ BAD = [
     ),
     ({"training": True, "eps": 0.0}, ValueError, "eps: expected a positive number when training"),
     ({"training": True, "eps": float("nan")}, ValueError, "eps: expected a positive number"),
+    ({"eps": -0.5}, ValueError, "eps: expected a number of at least 0"),
 ]
 
 
@@ -91,6 +92,18 @@ def test_an_eps_of_zero_is_an_error_in_training_alone(train):
     ):
         with pytest.raises((ValueError, RuntimeError), match=r"eps.* positive"):
             call()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_negative_eps_is_an_error_in_a_block_too(grad):
+    block = fr.fuse(fr.nn.BasicBlock(4, 4)).eval().requires_grad_(grad)
+    block.bn2.eps = -0.5
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    for mode in (False, True):  # a frozen backbone is in training mode with its norms in eval
+        block.train(mode)
+        block.bn1.eval(), block.bn2.eval()
+        with pytest.raises(ValueError, match=r"eps.* at least 0"):
+            block(x)
 
 
 def test_wrong_pool_arguments_are_named():

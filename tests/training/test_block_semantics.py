@@ -216,6 +216,23 @@ def test_an_error_half_way_leaves_no_trace(monkeypatch) -> None:
     assert_same(results(fused, image(*X)), results(basic(), image(*X)))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["bn1", "bn2"])
+def test_a_batch_that_is_refused_is_not_counted(name, momentum) -> None:
+    """By the first convolution, and by the second in a block whose groups run one by one."""
+    eager, fused = pair(basic())
+    for model in (eager, fused):
+        getattr(model, name).momentum = momentum
+        conv = model.conv1 if name == "bn1" else model.conv2
+        weight = conv.weight
+        conv.weight = nn.Parameter(weight[:, :3].detach())
+        with pytest.raises((RuntimeError, ValueError)):
+            model(image(*X))
+        conv.weight = weight
+        assert getattr(model, name).num_batches_tracked == 0
+    assert_same(results(fused, image(*X)), results(eager, image(*X)))
+
+
 def test_an_empty_batch_is_pytorchs() -> None:
     models = pair(basic(2))
     for model in models:

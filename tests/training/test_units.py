@@ -87,7 +87,8 @@ def test_the_flat_form_has_all_of_a_unit(name) -> None:
     unit = UNITS[name][0]
     odd = unit._replace(recompute=True, winograd=False, backend="library")
     average = unit._replace(layers=tuple(t._replace(momentum=None) for t in unit.layers))
-    for each in (unit, odd, average):
+    negative = unit._replace(layers=tuple(t._replace(momentum=-0.5) for t in unit.layers))
+    for each in (unit, odd, average, negative):
         assert unflatten(*flatten(each), each.backend) == each
 
 
