@@ -8,7 +8,8 @@ import fused_resnet as fr
 torch.manual_seed(0)
 images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
 
-model = fr.fuse(fr.cifar_resnet(20)).to(memory_format=torch.channels_last)
+model = fr.cifar_resnet(20)  # fused from the start; fr.fuse(model) takes any other
+model = model.to(memory_format=torch.channels_last)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 # use_buffers: the running statistics are averaged with the weights.
 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)

@@ -59,8 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status of the process.
     """
     file, name = arguments.model, arguments.model.network
-    if bool(file.state) == bool(arguments.weights):
-        raise UsageError("classify: expected --weights, or a frozen file as --model, and not both")
+    if file.state and arguments.weights:
+        raise UsageError("classify: expected no --weights: the frozen file of --model has its own")
+    if not file.state and not arguments.weights:
+        raise UsageError("classify: expected --weights FILE, or a frozen file by --model FILE")
     pictures = [_pictures.read_image("classify", path) for path in arguments.images]
     # Without a transform of its own: ImageNet's usual one.
     enum = _pictures.weights_enum(name if name in MODELS else "resnet50", arguments.weights)

@@ -111,5 +111,8 @@ def _read(arguments: argparse.Namespace) -> training.Settings:
     for name in ("model", "data"):
         if name not in values:
             word = "MODEL" if name == "model" else "--data"
-            raise ValueError(f"expected {word}, which neither the options nor a recipe has")
+            out = values.get("out")
+            begun = out is not None and (Path(out) / "last").exists()
+            hint = "; --resume goes on with the run in --out" if begun else ""
+            raise ValueError(f"expected {word}, which neither the options nor a recipe has{hint}")
     return training.from_mapping(values)

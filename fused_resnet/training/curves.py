@@ -64,11 +64,11 @@ def save_story(path: Path, histories: Mapping[tuple[str, int], Sequence[dict[str
             if of != kind or not history:
                 continue
             steps = [entry["step"] for entry in history]
-            colour = _COLOURS.get(depth)
+            colour, marker = _COLOURS.get(depth), "o" if len(history) == 1 else None
             for part, style in (("train", "--"), ("val", "-")):
                 error = [100 * (1 - entry[f"{part}_accuracy"]) for entry in history]
                 label = f"{kind}-{depth}" if part == "val" else None
-                axes.plot(steps, error, style, color=colour, label=label)
+                axes.plot(steps, error, style, color=colour, label=label, marker=marker)
         axes.set_xlabel("iterations")
         axes.set_ylabel("error, %")
         axes.yaxis.set_tick_params(labelleft=True)

@@ -124,7 +124,8 @@ class Lines(Silent):
         where = f"from step {done} of " if done else ""
         self.note(
             f"{settings.model} ({kind}, {settings.dtype}) on {settings.data}: {where}"
-            f"{settings.epochs} epochs of {steps} steps of {settings.batch} images"
+            f"{settings.epochs} epoch{'s' * (settings.epochs != 1)} of {steps} steps of "
+            f"{settings.batch} images"
         )
 
     def step(self, epoch: int, step: int, seconds: float, lr: float, sums: Sums) -> None:

@@ -242,8 +242,8 @@ class Run:
         if not self.settings.resume:
             if self.last.exists():
                 raise TrainingError(
-                    f"out {str(self.out)!r}: has a run already; --resume goes on with it, another "
-                    "--out starts a new one"
+                    f"out {str(self.out)!r}: has a run already; --resume (resume=True) goes on "
+                    "with it, another --out starts a new one"
                 )
             return None
         found = checkpoint.read(self.last)
