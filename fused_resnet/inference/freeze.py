@@ -98,7 +98,7 @@ def freeze(
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"freeze: dtype: expected one of ({names}) or None, got {dtype}")
     if isinstance(model, nn.Module) and any(isinstance(m, PackedConv) for m in model.modules()):
-        raise ValueError("freeze: model: expected a trainable model, got a frozen one")
+        raise ValueError("freeze: model: expected a trainable model, got one that freeze() made")
     frozen = fuse(model).eval()
     _check_device(frozen)
     own = dtype or next((p.dtype for p in frozen.parameters() if p.is_floating_point()), None)
