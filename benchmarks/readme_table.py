@@ -34,6 +34,8 @@ NAMES = {
 PICTURED = RESULTS / "cpu-amd-epyc-family-26-model-2-2-threads.json"
 #: The file of README's table of training.
 TRAINED = RESULTS / "training-cpu-amd-epyc-family-25-model-17-2-threads.json"
+#: Training steps of few and of many images.
+BATCHES = RESULTS / "training-batches-cpu-amd-epyc-family-25-model-17-2-threads.json"
 PICTURE = "docs/images/images-per-second.svg"
 OURS = {"frozen": "`freeze`", "frozen_direct": "`freeze(winograd=False)`", "fused": "`fuse`"}
 
@@ -188,6 +190,32 @@ def training_summary(rows: Sequence[results.Row]) -> str:
     return "\n".join([*lines, *largest.values()])
 
 
+def batches_section(name: str, rows: Sequence[results.Row]) -> str:
+    """Markdown: how many times as fast as PyTorch a network trains, by its number of images.
+
+    Args:
+        name: Name of the file.
+        rows: Of one device, number of threads and dtype; of ``channels_last`` and ``fused``.
+    """
+    networks: dict[str, dict[int, str]] = {}
+    for (_, subject, _, _, batch), measured in _trained(rows):
+        times = measured["fused"]["images_per_s"] / measured["channels_last"]["images_per_s"]
+        networks.setdefault(subject, {})[batch] = f"{times:.2f}"
+    batches = sorted({batch for found in networks.values() for batch in found})
+    lines = [
+        "Images per second of `fuse` in training steps, as a multiple of PyTorch's in "
+        f"channels_last, by batch size; {rows[0]['threads']} threads of {rows[0]['device']}. All "
+        f"numbers: [{name}](results/{name}).",
+        "",
+        f"| | {' | '.join(map(str, batches))} |",
+        f"|---|{'---:|' * len(batches)}",
+    ]
+    for subject, found in networks.items():
+        cells = [found.get(batch, "") for batch in batches]
+        lines.append(f"| {subject} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _beside(added: float | None, least: float | None) -> str:
     if added is None:
         return "-"
@@ -267,6 +295,7 @@ def sections() -> dict[str, str]:
         "benchmarks": section(timed),
         "training": training_section(trained),
         "training-summary": training_summary(results.load(TRAINED)),
+        "batches": batches_section(BATCHES.name, results.load(BATCHES)),
         "coverage": coverage_section(json.loads((RESULTS / "coverage.json").read_text())),
     }
 
@@ -275,7 +304,7 @@ def sections() -> dict[str, str]:
 MARKED = {
     "README.md": ("summary", "training-summary"),
     "docs/index.md": ("summary",),
-    "docs/benchmarks.md": ("summary", "benchmarks", "training"),
+    "docs/benchmarks.md": ("summary", "benchmarks", "training", "batches"),
     "docs/supported-models.md": ("coverage",),
 }
 
