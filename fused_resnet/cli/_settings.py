@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..training.settings import Settings, kind_of
 
 
-def add(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+def add(
+    parser: argparse.ArgumentParser, names: Iterable[str], defaults: Mapping[str, Any] | None = None
+) -> None:
     """Add an option for each setting; one that is not given leaves no attribute.
 
     Args:
         parser: Parser of the subcommand.
         names: Names of the settings.
+        defaults: Defaults of this subcommand where they are not those of :class:`Settings`; None
+            for none.
     """
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     for name in names:
         meta, flag = fields[name].metadata, f"--{name.replace('_', '-')}"
+        text = meta["help"]
+        if defaults and name in defaults:
+            text = re.sub(r"\(default: .*\)", f"(default: {defaults[name]})", text)
         common: dict[str, Any] = {
             "dest": name,
             "default": argparse.SUPPRESS,
-            "help": meta["help"].replace("%", "%%"),
+            "help": text.replace("%", "%%"),
         }
         kind, _ = kind_of(name)
         if kind is not bool:

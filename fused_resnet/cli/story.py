@@ -26,6 +26,9 @@ OPTIONS = (
     "dtype", "channels_last", "unfused", "compile", "device", "deterministic", "workers", "seed",
 )  # fmt: skip
 
+#: The paper's.
+EPOCHS = 164
+
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Register the subcommand.
@@ -58,7 +61,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         + ",".join(f"{kind}-{depth}" for kind, depth in story.NETWORKS)
         + ")",
     )
-    _settings.add(parser, OPTIONS)
+    _settings.add(parser, OPTIONS, {"epochs": EPOCHS, "warmup": 1})
     parser.set_defaults(run=run)
 
 
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status of the process.
     """
     torch.set_num_threads(processor.threads())
-    given = {"epochs": 164, **_settings.explicit_settings(arguments)}
+    given = {"epochs": EPOCHS, **_settings.explicit_settings(arguments)}
     out = Path(arguments.out)
     document = {
         **environment.describe(),

@@ -88,3 +88,13 @@ def test_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "test_error": 37.5,
         "best_test_error": 37.5,
     }
+
+
+def test_help_has_the_defaults_of_the_story(capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's epochs and a warm-up, where `fused-resnet train` has others."""
+    with pytest.raises(SystemExit):
+        main(["story", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "passes over the training images (default: 164)" in words
+    assert "epochs of linear warm-up (default: 1)" in words
+    assert "(default: 128)" in words
