@@ -40,6 +40,23 @@ from .trace import GeneratedForward, TracedForward, Unfused, generate_forward, p
 ModuleDecision = type[FusedForward] | GeneratedForward | Unfused | str | None
 
 
+def expect_trainable(op: str, model: nn.Module) -> None:
+    """Refuse what is no module, and a frozen model.
+
+    Args:
+        op: Name of the function that was given the model, for error messages.
+        model: The model.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` was returned by :func:`fused_resnet.freeze`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, PackedConv) for m in model.modules()):
+        raise ValueError(f"{op}: model: expected a trainable model, got one that freeze() made")
+
+
 def fuse(model: nn.Module, *, recompute: bool = False, winograd: bool = True) -> nn.Module:
     """A copy of a model that runs fused and shares the model's parameters and buffers.
 
@@ -68,10 +85,7 @@ def fuse(model: nn.Module, *, recompute: bool = False, winograd: bool = True) ->
         TypeError: ``model`` is not a module, or ``copy.deepcopy`` cannot copy it.
         ValueError: ``model`` was returned by :func:`fused_resnet.freeze`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: model: expected a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(m, PackedConv) for m in model.modules()):
-        raise ValueError("fuse: model: expected a trainable model, got one that freeze() made")
+    expect_trainable("fuse", model)
     fused = copy_structure(model)
     parents = parents_of(fused)
     # Decide for all modules before any class changes: a trace must see the original children.

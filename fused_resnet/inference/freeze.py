@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.availability import BackendUnavailable
-from ..fusion.fuse import derive, fuse
+from ..fusion.fuse import derive, expect_trainable, fuse
 from ..fusion.report import groups_of
 from ..nn.fused_forward import FusedForward
 from ..nn.groups import Group
@@ -97,8 +97,7 @@ def freeze(
     if dtype is not None and dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"freeze: dtype: expected one of ({names}) or None, got {dtype}")
-    if isinstance(model, nn.Module) and any(isinstance(m, PackedConv) for m in model.modules()):
-        raise ValueError("freeze: model: expected a trainable model, got one that freeze() made")
+    expect_trainable("freeze", model)
     frozen = fuse(model).eval()
     _check_device(frozen)
     own = dtype or next((p.dtype for p in frozen.parameters() if p.is_floating_point()), None)
