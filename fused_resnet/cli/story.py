@@ -61,7 +61,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         + ",".join(f"{kind}-{depth}" for kind, depth in story.NETWORKS)
         + ")",
     )
-    _settings.add(parser, OPTIONS, {"epochs": EPOCHS, "warmup": 1})
+    _settings.add(parser, OPTIONS, {"epochs": EPOCHS, "warmup": f"{story.PAPER['warmup']:g}"})
     parser.set_defaults(run=run)
 
 

@@ -360,9 +360,7 @@ class _SpecializationWriter:
         shortcut = "()" if side is None else f"({', '.join(self._modules(side, child)[:2])})"
         identities = "".join(f"{child(path)}, " for path in self.block.identities)
         image = next(iter(self.names.values()))
-        rest = f"({identities})"
-        if self.block.padding != NO_PADDING:
-            rest += f", {self.block.padding}"
+        rest = f"({identities}), {self.block.padding}"
         call = f"_run_block(self, {image}, ({groups}), {shortcut}, {rest})"
         return [f"_whole = {call}", "if _whole is not None: return _whole"]
 

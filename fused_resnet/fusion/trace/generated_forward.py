@@ -291,7 +291,7 @@ def _run_block(
     groups: tuple[tuple[Any, Any, nn.Module | None], ...],
     shortcut: tuple[Any, ...],
     identities: tuple[nn.Module, ...],
-    padding: tuple[int, int] = NO_PADDING,
+    padding: tuple[int, int],
 ) -> Tensor | None:
     """Run a residual block as one training operation.
 
