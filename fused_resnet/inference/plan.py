@@ -164,9 +164,10 @@ class _Planner:
     def plan(self) -> Plan:
         conditions = dict(self.traced.conditions)
         result: Any = None
-        for node in self.traced.graph.nodes:
-            if node.op == "placeholder":
-                self._add(node)
+        tensors = [node for node in self.traced.graph.nodes if node.op == "placeholder"]
+        self.slots = {node: i for i, node in enumerate(tensors)}
+        for node in tensors:
+            self._run(node)
         for node in self.lowered.remaining:
             if node.op == "output":
                 result = self._with_slots(node.args[0])
@@ -189,10 +190,6 @@ class _Planner:
             target = _home_of(target)
         self.slots[node] = len(self.slots)
         self.items.append(Call(node.op, target, args, kwargs, self.slots[node]))
-        self._run(node)
-
-    def _add(self, node: fx.Node) -> None:
-        self.slots[node] = len(self.slots)
         self._run(node)
 
     def _run(self, node: fx.Node) -> None:

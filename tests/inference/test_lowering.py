@@ -374,6 +374,21 @@ def test_other_arguments() -> None:
     agrees(model, frozen, x, y=y, twice=True)
 
 
+class TwoTensors(Forward):
+    """A decoder's block: a map and the one that it is added to."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Any:
+        return (self.b(self.a(x)) + skip).relu(), self.c(skip)
+
+
+def test_two_tensors() -> None:
+    model, frozen = frozen_of(TwoTensors(None))
+    x, skip = image(2, 3, 8, 8), image(2, 4, 8, 8)
+    agrees(model, frozen, x, skip)
+    agrees(model, frozen, x, skip=skip)
+    assert [p["conv"] for p in programs_of(frozen)] == [2, 1]
+
+
 def test_a_module_with_a_hook_is_called() -> None:
     model = randomize(fr.resnet18(num_classes=5)).eval()
     seen: list[Any] = []
