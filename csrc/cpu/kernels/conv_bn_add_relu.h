@@ -17,7 +17,7 @@
 // 7x7 map is nine tiles rather than fourteen.
 //
 // Weights are packed in panels, see panels.h: the microkernel reads one front to back, and
-// meanwhile fetches a share of the panel that comes next.
+// meanwhile fetches a share of the panel that comes next, and of the next block (next_block.h).
 //
 // Input. Where no padding is needed and no conversion either, pixels are read in place, unless they
 // lie a multiple of a page apart: a tile's would share one set of the L1 cache and evict each
@@ -30,6 +30,7 @@
 
 #include "activation.h"
 #include "conv_input.h"
+#include "next_block.h"
 #include "panels.h"
 #include "table.h"
 #include "vec.h"
@@ -98,13 +99,15 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
   }
 }
 
-// The weights of a panel, and the address to prefetch: every step prefetches the line at `ahead`
-// and advances it by `ahead_step`.
+// The weights of a panel, and what to prefetch: every step prefetches the lines at `ahead`, of
+// weights, and at `next`, of the next block's maps, and advances both.
 template <class A>
 struct Weights {
   const A* at;
   const A* ahead;
   int64_t ahead_step;
+  const char* next;
+  int64_t next_step;
 };
 
 // Forces the array into memory. Otherwise the compiler keeps it in registers and spills the
@@ -122,6 +125,7 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
   constexpr int lanes = kLanes<A>;
   const A* b = weights.at;
   const A* ahead = weights.ahead;
+  const char* next = weights.next;
   Vec<A> total[kTile][kVectors];
   keep_in_memory(total);
   // An initialiser would compile to a call of memset, which costs more than a short sum.
@@ -137,7 +141,9 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
   const auto multiply = [&](int64_t from, int64_t steps) __attribute__((always_inline)) {
     for (int64_t o = from; o < from + steps; ++o, b += kVectors * lanes) {
       __builtin_prefetch(ahead);
+      __builtin_prefetch(next, 0, 2);
       ahead += weights.ahead_step;
+      next += weights.next_step;
       Vec<A> w[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) w[v] = load(b + v * lanes);
@@ -329,6 +335,8 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
   Epilogue<T> e;
   e.stride = s.k;
   e.activation = f.activation;
+  NextBlock next = NextBlock::of<T>(f, b, panels * (s.k / group_k));
+  const int64_t next_step = next.step((b.panel1 - b.panel0) * all_tiles * s.depth());
   for (int64_t panel = b.panel0; panel < b.panel1; ++panel) {
     const int64_t group = panel / panels;
     const int64_t k_in_group = panel % panels * kPanel<A>;
@@ -340,6 +348,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     // Every tile prefetches its share of the next panel, or of this one if it is the last.
     weights.ahead = weights.at + (panel + 1 < b.panel1 ? panel_size * s.depth() : 0);
     weights.ahead_step = ceil_div(panel_size, all_tiles);
+    weights.next_step = next_step;
     e.scale = static_cast<const A*>(f.scale) + k;
     e.shift = static_cast<const A*>(f.shift) + k;
     e.cols = min_of(group_k - k_in_group, kPanel<A>);
@@ -358,6 +367,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
           } else {
             pixels.base += n * source.image + oy * source.row + ox0 * source.pixel;
           }
+          weights.next = next.take(next_step * s.depth());
           tile(pixels, source.runs, weights, e);
           weights.ahead += weights.ahead_step * s.depth();
         }
