@@ -62,13 +62,13 @@ def bn_backward(
 
     Args:
         operators: The library that has the operator.
-        ctx: Context of the forward: ``x``, ``y``, weight, mean and variance are saved; the
-            attributes are ``training``, ``eps``, ``activation``, ``bias_dtype`` and
-            ``has_residual``.
+        ctx: Context of the forward: ``x``, ``y``, weight, mean and variance are saved, and what
+            else may not change; the attributes are ``training``, ``eps``, ``activation``,
+            ``bias_dtype`` and ``has_residual``.
         grad: Gradient of the result.
         residual_wanted: Whether the residual needs a gradient.
     """
-    x, y, weight, mean, var = ctx.saved_tensors
+    x, y, weight, mean, var, *_ = ctx.saved_tensors
     wanted = ctx.has_residual and residual_wanted
     dx, dweight, dbias, dresidual = operators.bn_add_relu_backward(
         grad, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.activation,

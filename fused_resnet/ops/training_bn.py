@@ -100,7 +100,10 @@ class _TrainingBNAddReLU(torch.autograd.Function):
             updater = backend if backend in UNIT_BACKENDS else "library"
             count = x.shape[0] * x.shape[2] * x.shape[3]
             update_running(updater, mean, var, running_mean, running_var, momentum, count)
-        ctx.save_for_backward(x, y if activation else None, weight, mean, var)
+        # As PyTorch's batch norm: a change of its running statistics before backward is an error.
+        # Compiled code does not look for changes.
+        watched = () if torch.compiler.is_compiling() else running
+        ctx.save_for_backward(x, y if activation else None, weight, mean, var, *watched)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.has_residual = residual is not None
         ctx.training, ctx.eps, ctx.activation, ctx.backend = True, eps, activation, backend

@@ -34,31 +34,35 @@ def run_reference(
 
 def before_activation(
     unit: Unit,
-    x: Tensor,
+    x: Tensor | None,
     shortcut: Tensor | None,
     tensors: Sequence[LayerTensors],
     *,
     update: bool,
+    results: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """A unit up to its last activation, which is not applied.
 
     Args:
         unit: The settings.
-        x: Input of the unit, ``(N, C, H, W)``.
+        x: Input of the unit, ``(N, C, H, W)``; None, where no convolution reads it, adds nothing.
         shortcut: The map that is added where the unit's shortcut is ``"map"``; None adds nothing.
         tensors: One for each layer.
         update: Whether counters and running statistics are updated.
+        results: For each layer the convolution's result where it is known, or None; empty for none.
     """
+    known = [*results] or [None] * len(tensors)
     y = x
     for i in range(unit.length):
-        source = activate(y, unit.activation) if i else y
-        y = _layer(unit.layers[i], source, tensors[i], update)
+        source = activate(y, unit.activation) if i and y is not None else y
+        y = _layer(unit.layers[i], source, tensors[i], update, known[i])
+    assert y is not None
     if unit.shortcut == "identity":
         shortcut = x
-    elif unit.shortcut == "zeros":
+    elif unit.shortcut == "zeros" and x is not None:
         shortcut = pad_with_zeros(x, *unit.zeros)
     elif unit.shortcut == "projection":
-        shortcut = _layer(unit.layers[-1], x, tensors[-1], update)
+        shortcut = _layer(unit.layers[-1], x, tensors[-1], update, known[-1])
     return y if shortcut is None else y + shortcut
 
 
@@ -73,8 +77,12 @@ def pad_with_zeros(x: Tensor, channels: int, stride: int) -> Tensor:
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, channels, channels))
 
 
-def _layer(layer: Layer, x: Tensor, t: LayerTensors, update: bool) -> Tensor:
-    z = F.conv2d(x, t.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+def _layer(
+    layer: Layer, x: Tensor | None, t: LayerTensors, update: bool, z: Tensor | None
+) -> Tensor:
+    if z is None:
+        assert x is not None
+        z = F.conv2d(x, t.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     mean, var, momentum = t.running_mean, t.running_var, 0.0
     if layer.batch:
         if not update:

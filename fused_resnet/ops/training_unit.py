@@ -21,6 +21,7 @@ from ..backends.activation import activate, gradient
 from ..backends.availability import is_exporting
 from .training_layer import RunLayer, Saved, as_dtype, run_layer, update_running_of
 from .training_reference import before_activation, pad_with_zeros, run_reference
+from .training_saved import Kept, bias_of, keep, kept_by, weight_of
 from .training_spec import LayerTensors, Unit, flatten, unflatten
 from .training_sync import sum_over_processes
 from .training_tuned import TUNED, unit_primitives
@@ -126,26 +127,26 @@ class _TrainingUnit(torch.autograd.Function):
         if suggest_memory_format(x) is not _CHANNELS_LAST and not _any_channels_last(tensors):
             y = y.contiguous()
         _update_running(unit, tensors, layers)
-        for i in _computed_again(unit, tensors):
+        again = _computed_again(unit, tensors)
+        for i in again:
             saved[i] = saved[i]._replace(z=None)
         ctx.unit, ctx.counts = unit, counts
-        kept = y if unit.activation and unit.pool is None else None
-        ctx.save_for_backward(x, kept, index, *parameters, *(t for layer in saved for t in layer))
+        sign = y if unit.activation and unit.pool is None else None
+        keep(ctx, unit, Kept(x, sign, index, [], saved), tensors, again)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         unit: Unit = ctx.unit
-        x, y, index, *rest = ctx.saved_tensors
-        count = 3 * len(unit.layers)
-        parameters, flat = rest[:count], rest[count:]
-        size = len(Saved._fields)
-        saved = [Saved(*flat[i : i + size]) for i in range(0, len(flat), size)]
+        kept, needed = kept_by(ctx, len(unit.layers)), ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True
-            found = _differentiable(unit, ctx.needs_input_grad[2:], dy, x, y, parameters, saved)
+            for i, saved in enumerate(kept.saved):
+                weight, eps = kept.parameters[3 * i + 1], unit.layers[i].eps
+                kept.parameters[3 * i + 1] = weight_of(ctx, i, saved, weight, eps)
+                kept.parameters[3 * i + 2] = bias_of(ctx, i, saved)
+            found = _differentiable(unit, needed, dy, kept)
         else:
-            needed = ctx.needs_input_grad[2:]
-            found = _Backward(unit, needed, x, parameters, saved, ctx.counts).run(dy, y, index)
+            found = _Backward(unit, needed, kept, ctx.counts).run(dy, kept.y, kept.places)
         return (None, None, *found)
 
 
@@ -215,18 +216,17 @@ class _Backward:
         self,
         unit: Unit,
         needed: Sequence[bool],
-        x: Tensor,
-        parameters: Sequence[Tensor | None],
-        saved: list[Saved],
+        kept: Kept,
         counts: Sequence[int],
     ) -> None:
-        self.unit, self.saved, self.parameters, self.counts = unit, saved, parameters, counts
+        self.unit, self.counts = unit, counts
+        self.saved, self.parameters, x = kept.saved, kept.parameters, kept.x
         self.primitives = unit_primitives(unit.backend)
-        self.x = x.contiguous(memory_format=_CHANNELS_LAST)
+        self.x = None if x is None else x.contiguous(memory_format=_CHANNELS_LAST)
         self.need_x, self.need_shortcut = needed[0], needed[1]
         self.needed = needed[2:]
-        self.gradients: list[Tensor | None] = [None] * len(parameters)
-        for i, layer in enumerate(saved):
+        self.gradients: list[Tensor | None] = [None] * len(kept.parameters)
+        for i, layer in enumerate(kept.saved):
             if layer.z is None:
                 self._compute_again(i)
 
@@ -372,10 +372,7 @@ def _differentiable(
     unit: Unit,
     needed: Sequence[bool],
     dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    parameters: Sequence[Tensor | None],
-    saved: list[Saved],
+    kept: Kept,
 ) -> list[Tensor | None]:
     """The gradients as functions of ``dy``, ``x`` and the parameters, by PyTorch's operators.
 
@@ -387,22 +384,19 @@ def _differentiable(
             "residual_block: create_graph: batch norm over several processes is differentiable "
             "once, as PyTorch's SyncBatchNorm is"
         )
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
         # Aliases: a parameter that the unit has twice gets a gradient for each.
-        inputs = [None if t is None else t.view_as(t) for t in (x, *parameters)]
-        tensors = []
-        for i, layer in enumerate(saved):
+        inputs = [None if t is None else t.view_as(t) for t in (kept.x, *kept.parameters)]
+        tensors, results = [], []
+        for i, layer in enumerate(kept.saved):
             weight, bn_weight, bn_bias = inputs[3 * i + 1 : 3 * i + 4]
-            assert weight is not None
-            tensors.append(
-                LayerTensors(weight.to(x.dtype), bn_weight, bn_bias, layer.mean, layer.var, None)
-            )
-        source = inputs[0]
-        assert source is not None
-        end = before_activation(unit, source, None, tensors, update=False)
+            weight = as_dtype(weight, dy.dtype)
+            tensors.append(LayerTensors(weight, bn_weight, bn_bias, layer.mean, layer.var, None))
+            results.append(layer.z if weight is None else None)  # of no gradient: a constant
+        end = before_activation(unit, inputs[0], None, tensors, update=False, results=results)
         if unit.pool is not None:
             end = torch.nn.functional.max_pool2d(activate(end, unit.activation), *unit.pool)
-        g = dy if y is None else gradient(dy, y, unit.activation)
+        g = dy if kept.y is None else gradient(dy, kept.y, unit.activation)
         wanted = [needed[0], *needed[2:]]
         chosen = [t for t, want in zip(inputs, wanted, strict=True) if want]
         found = iter(

@@ -85,9 +85,10 @@ def test_jit_trace(prepare) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_jit_trace_with_gradients_passes_its_own_check() -> None:
     """The check traces again without gradients."""
-    model = fr.resnet18(num_classes=3).eval()
+    biased = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     x = image(1, 3, 32, 32, dtype=torch.float32)
-    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+    for model in (fr.resnet18(num_classes=3).eval(), fr.fuse(biased.eval())):
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
 def test_fx_trace_sees_the_original_modules() -> None:
