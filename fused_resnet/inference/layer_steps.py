@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..nn.module_kinds import is_hooked, original_class
+from ..nn.module_settings import has_pool_settings
 from ..ops.program_steps import Step
 
 
@@ -98,11 +99,13 @@ def layer_of(module: nn.Module, node: fx.Node) -> tuple[str, dict[str, Any]] | N
 
 
 def _max_pool(pool: Any) -> tuple[str, dict[str, Any]] | None:
-    plain = pool.dilation in (1, (1, 1)) and not pool.return_indices
+    plain = has_pool_settings(pool) and pool.dilation in (1, (1, 1)) and not pool.return_indices
     return ("max_pool", _window(pool)) if plain else None
 
 
 def _avg_pool(pool: Any) -> tuple[str, dict[str, Any]] | None:
+    if not has_pool_settings(pool):
+        return None
     settings = _window(pool)
     counts = pool.count_include_pad or settings["padding"] == (0, 0)
     return ("avg_pool", settings) if counts and pool.divisor_override is None else None

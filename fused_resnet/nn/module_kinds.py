@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends import activation as activations
 from ..backends.activation import LEAKY_SLOPE, Activation
 from ..ops.program_shapes import windows
+from .module_settings import conv_setting_reason, has_pool_settings, norm_setting_reason
 
 #: A module for each activation, which stands for it where a forward applies it as a function. It
 #: keeps no state, and is no child of any module, so that a trace must record the function in its
@@ -183,6 +184,9 @@ def conv_reason(conv: nn.Module) -> str:
     assert isinstance(conv, nn.Conv2d)
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
+    setting = conv_setting_reason(conv)
+    if setting:
+        return setting
     if padding_of(conv) is None:
         return "padding='same' with an even kernel pads one side more than the other"
     return ""
@@ -203,7 +207,9 @@ def norm_reason(bn: nn.Module) -> str:
         drop: nn.Module = bn.drop  # type: ignore[assignment]
         if original_class(drop) is not nn.Identity or is_hooked(drop):
             return f"{original_class(drop).__name__} inside the {cls.__name__}"
-    return ""
+    if (tensor_of(bn, "running_mean") is None) != (tensor_of(bn, "running_var") is None):
+        return "one of running_mean and running_var is None"
+    return norm_setting_reason(eps_of(bn), getattr(bn, "momentum", None))
 
 
 def has_mode(norm: nn.Module) -> bool:
@@ -365,6 +371,7 @@ def is_max_pool(pool: nn.Module) -> bool:
         isinstance(pool, nn.MaxPool2d)
         and original_class(pool) is nn.MaxPool2d
         and not is_hooked(pool)
+        and has_pool_settings(pool)
         and pool.dilation in (1, (1, 1))
         and not pool.ceil_mode
         and not pool.return_indices

@@ -303,7 +303,7 @@ class _SpecializationWriter:
             elif callable(value) or not isinstance(value, _COMPARED):
                 conditions.append(f"{got} is {self.constants.named(value)}")
             else:
-                conditions.append(f"{got} == {self.constants.literal(value)}")
+                conditions.append(f"_equals({got}, {self.constants.literal(value)})")
         return conditions
 
     def _argument_checks(self) -> list[str]:
@@ -319,7 +319,8 @@ class _SpecializationWriter:
                 if default is None or type(default) is bool:
                     conditions.append(f"{argument.name} is {default}")
                 else:
-                    conditions.append(f"{argument.name} == {self.constants.literal(default)}")
+                    literal = self.constants.literal(default)
+                    conditions.append(f"_equals({argument.name}, {literal})")
         for node, answer in self.trace.conditions:
             conditions.append(self._expression(node) if answer else f"not {self._expression(node)}")
         return conditions

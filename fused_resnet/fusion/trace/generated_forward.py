@@ -279,6 +279,17 @@ def _is_original(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     return module is not None and original_class(module) is cls and not is_hooked(module)
 
 
+def _equals(value: Any, traced: Any) -> bool:
+    """Whether a value is the traced one: 1, 1.0 and True are equal, but not the same argument."""
+    if type(value) is not type(traced) or value != traced:
+        return False
+    if isinstance(traced, dict):
+        return _equals(list(value.items()), list(traced.items()))
+    if isinstance(traced, (tuple, list)):
+        return all([_equals(v, t) for v, t in zip(value, traced, strict=True)])
+    return True
+
+
 def _original_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the class that the module had before it was fused."""
     base: type[nn.Module] = type(module).fused_resnet_base  # type: ignore[attr-defined]
@@ -326,5 +337,6 @@ _HELPERS: dict[str, Any] = {
     "_children": _children,
     "_has_class": _has_class,
     "_is_original": _is_original,
+    "_equals": _equals,
     "_original_forward": _original_forward,
 }
