@@ -14,6 +14,7 @@ from ...nn.module_kinds import original_class
 from .arguments import DEFAULT, SEQUENCE, TENSOR, UNUSED
 from .generated_forward import BlockPaths, GeneratedForward, GroupPaths, Specialization
 from .matching import Match, Matches
+from .outside import Outside
 from .patterns import FUNCTION_PATHS
 from .tracing import Trace
 
@@ -86,6 +87,7 @@ def generate_source(
     bodies: list[str] = []
     specializations: list[Specialization] = []
     first: Trace | None = None
+    outsides: dict[Any, Outside] = {}
     for index, traced in enumerate(traces):
         first = first or traced.trace
         writer = _SpecializationWriter(module, traced, constants, shared)
@@ -93,6 +95,7 @@ def generate_source(
         functions.append(guard)
         bodies.append(body)
         specializations.append(writer.description())
+        outsides |= {found.function: found for found in traced.trace.outside}
     assert first is not None
     arguments = first.arguments
     passed = [f"{a.name}={a.name}" if a.keyword_only else a.name for a in arguments]
@@ -105,7 +108,8 @@ def generate_source(
         f"    return _original_forward(self)({', '.join(['self', *passed])})",
         "",
     ]
-    return GeneratedForward("\n".join(lines), constants.values, tuple(specializations), failure)
+    source, outside = "\n".join(lines), tuple(outsides.values())
+    return GeneratedForward(source, constants.values, tuple(specializations), failure, outside)
 
 
 def _signature(trace: Trace, constants: _Constants) -> str:

@@ -189,6 +189,7 @@ def _trace_with_output_kinds(
     )
     result.examined = tuple(path for path in probe.inlined if path not in inlined)
     result.inspects_types = result.inspects_types or probe.inspects_types
+    result.outside = (*result.outside, *(o for o in probe.outside if o not in result.outside))
     return result
 
 

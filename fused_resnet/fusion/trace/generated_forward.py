@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
@@ -22,6 +23,7 @@ from ...nn.group_calls import conv_bn, norm_add_act, run_sequence
 from ...nn.groups import Group, called_activation_group, decide_conv_bn, decide_norm
 from ...nn.module_kinds import FUNCTIONS, inner_activation, is_hooked, original_class
 from .matching import NOTHING_AROUND
+from .outside import Outside, equals
 from .patterns import FUNCTION_PATHS
 
 
@@ -94,6 +96,7 @@ class GeneratedForward:
         constants: Values that the source refers to by name.
         specializations: Tried in order; the original forward runs where no guard passes.
         failure: Why a call of the module has no specialization; empty when every call has one.
+        outside: The variables and the defaults of the traced functions.
         functions: The namespace of the executed source.
     """
 
@@ -101,6 +104,7 @@ class GeneratedForward:
     constants: dict[str, Any]
     specializations: tuple[Specialization, ...]
     failure: str = ""
+    outside: tuple[Outside, ...] = ()
     functions: dict[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +120,10 @@ class GeneratedForward:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (GeneratedForward, (self.source, self.constants, self.specializations, self.failure))
+        return (
+            GeneratedForward,
+            (self.source, self.constants, self.specializations, self.failure, self.outside),
+        )
 
     def active(self, module: nn.Module) -> Specialization | None:
         """The specialization that runs now for a call with tensors and default arguments.
@@ -130,13 +137,23 @@ class GeneratedForward:
         index = self.active_index(module)
         return None if index is None else self.specializations[index]
 
+    def is_current(self) -> bool:
+        """Whether the traced functions have the variables and the defaults that they had.
+
+        No compiler can compare variables of a function around another: it takes the original
+        forward, and looks at them itself.
+        """
+        if torch.compiler.is_compiling() and any([found.has_variables for found in self.outside]):
+            return False
+        return all([found.is_unchanged() for found in self.outside])
+
     def active_index(self, module: nn.Module) -> int | None:
         """The index of :meth:`active` among the specializations.
 
         Args:
             module: The module that this forward was generated for.
         """
-        if has_replaced_forward(module):
+        if has_replaced_forward(module) or not self.is_current():
             return None
         for index in range(len(self.specializations)):
             if self.functions[f"check_{index}"](module):
@@ -170,9 +187,11 @@ class TracedForward(FusedForward):
             args: Positional arguments of the original forward.
             kwargs: Keyword arguments of the original forward.
         """
-        if any(isinstance(value, Proxy) for value in args):
+        generated = self.fused_resnet_generated
+        stale = bool(generated.outside) and not generated.is_current()
+        if stale or any(isinstance(value, Proxy) for value in args):
             return _original_forward(self)(self, *args, **kwargs)
-        return self.fused_resnet_generated.functions["forward"](self, *args, **kwargs)
+        return generated.functions["forward"](self, *args, **kwargs)
 
     def fused_groups(self) -> list[Group]:
         """The groups of the active specialization, and the reasons of its unfused batch norms."""
@@ -279,17 +298,6 @@ def _is_original(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     return module is not None and original_class(module) is cls and not is_hooked(module)
 
 
-def _equals(value: Any, traced: Any) -> bool:
-    """Whether a value is the traced one: 1, 1.0 and True are equal, but not the same argument."""
-    if type(value) is not type(traced) or value != traced:
-        return False
-    if isinstance(traced, dict):
-        return _equals(list(value.items()), list(traced.items()))
-    if isinstance(traced, (tuple, list)):
-        return all([_equals(v, t) for v, t in zip(value, traced, strict=True)])
-    return True
-
-
 def _original_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the class that the module had before it was fused."""
     base: type[nn.Module] = type(module).fused_resnet_base  # type: ignore[attr-defined]
@@ -337,6 +345,6 @@ _HELPERS: dict[str, Any] = {
     "_children": _children,
     "_has_class": _has_class,
     "_is_original": _is_original,
-    "_equals": _equals,
+    "_equals": equals,
     "_original_forward": _original_forward,
 }

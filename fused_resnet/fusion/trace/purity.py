@@ -5,8 +5,9 @@ global, a context such as ``no_grad``, an exception that is caught, a random num
 bytecode of every function that runs during a trace is therefore checked first, and the trace is
 refused where the code may have such an effect. Reads of a module's attributes are allowed: the
 tracer records them and the generated forward guards them. So are reads of what nothing changes
-unseen: functions and classes, and numbers and strings of the function around a lambda. A list, an
-object or an attribute of a class would be a constant of the trace and is refused.
+unseen: functions and classes, and numbers and strings of the function around a lambda, or as a
+default, which are compared at each call (:mod:`.outside`). A list, an object or an attribute of a
+class would be a constant of the trace and is refused.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import fx, nn
 
 from .errors import Untraceable
+from .outside import Outside, outside_of
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = str(Path(__file__).absolute().parents[2]) + os.sep
@@ -76,17 +78,19 @@ _CONTEXT_INSTRUCTIONS = {"BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL", "BEFORE_AS
 
 
 @contextmanager
-def checking_purity(names: set[str]) -> Iterator[None]:
+def checking_purity(names: set[str], beside: dict[types.FunctionType, Outside]) -> Iterator[None]:
     """A context that checks the code of every function that is called inside it.
 
     Args:
         names: A set to which the names that the code uses are added.
+        beside: A dict to which the functions are added whose variables or defaults can change.
 
     Raises:
         Untraceable: From the call of the function whose code may have a side effect.
     """
     before, root = sys.getprofile(), sys._getframe(2)
     defaults: dict[types.CodeType, list[Any]] = {}
+    made: set[types.CodeType] = set()
 
     def check(frame: types.FrameType, event: str, _: Any) -> None:
         if event != "call":
@@ -107,6 +111,11 @@ def checking_purity(names: set[str]) -> Iterator[None]:
         )
         if reason:
             raise Untraceable(f"{code.co_name} {reason}")
+        read = {n for n, v in outside.items() if not isinstance(v, fx.Proxy)}
+        constants = read - {"__class__"}
+        for found in outside_of(frame, constants, made):
+            beside[found.function] = found  # type: ignore[index]
+        made.update(c for c in code.co_consts if isinstance(c, types.CodeType))
 
     # A garbage collection would run finalizers, which are not the forward's code.
     gc_enabled = gc.isenabled()

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .arguments import DEFAULT, SEQUENCE, TENSOR, Argument
 from .errors import Untraceable
 from .output_kinds import OutputKind, OutputKinds
+from .outside import Outside
 from .purity import checking_purity, is_library_file
 
 #: Attributes of every module for PyTorch's internal use; ``training``, which forwards read, is not.
@@ -57,6 +58,7 @@ class Trace:
         output_kinds: The kinds of the inlined submodules' results, where they are known.
         examined: Paths of the submodules that are leaves here, but were traced before to find out
             the kind of their result.
+        outside: The variables and the defaults of the functions that ran.
     """
 
     graph: fx.Graph
@@ -68,6 +70,7 @@ class Trace:
     inspected_outputs: tuple[str, ...] = ()
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
     examined: tuple[str, ...] = ()
+    outside: tuple[Outside, ...] = ()
 
 
 def trace(
@@ -251,6 +254,7 @@ class _Tracer(fx.Tracer):
         self.copies: list[tuple[Any, Any]] = []
         self.conditions: list[tuple[fx.Node, bool]] = []
         self.names: set[str] = set()
+        self.beside: dict[types.FunctionType, Outside] = {}
 
     def run(self) -> Trace:
         with _recording(self), _NoOtherTensors():
@@ -267,6 +271,7 @@ class _Tracer(fx.Tracer):
             bool(self.names & {"isinstance", "type", "hasattr", "getattr"}),
             tuple(self.results.inspected),
             {p: kind for p, kind in self.inlined_kinds.items() if p not in self.unknown_kinds},
+            outside=tuple(self.beside.values()),
         )
 
     # Methods that torch.fx calls
@@ -321,7 +326,7 @@ class _Tracer(fx.Tracer):
                 positional.append(value)
 
         def call(*values: Any) -> Any:
-            with checking_purity(self.names):
+            with checking_purity(self.names, self.beside):
                 return root_fn(*values, **keywords)
 
         return call, positional
