@@ -124,7 +124,9 @@ class _TrainingUnit(torch.autograd.Function):
             y = primitives.block_end(
                 last.z, last.scale, last.shift, side, side_scale, side_shift, unit.activation
             )
-        if suggest_memory_format(x) is not _CHANNELS_LAST and not _any_channels_last(tensors):
+        ctx.contiguous = suggest_memory_format(x) is not _CHANNELS_LAST
+        ctx.contiguous = ctx.contiguous and not _any_channels_last(tensors)
+        if ctx.contiguous:
             y = y.contiguous()
         _update_running(unit, tensors, layers)
         again = _computed_again(unit, tensors)
@@ -147,6 +149,8 @@ class _TrainingUnit(torch.autograd.Function):
             found = _differentiable(unit, needed, dy, kept)
         else:
             found = _Backward(unit, needed, kept, ctx.counts).run(dy, kept.y, kept.places)
+            if ctx.contiguous:  # as PyTorch's convolutions give them
+                found[:2] = [None if g is None else g.contiguous() for g in found[:2]]
         return (None, None, *found)
 
 
