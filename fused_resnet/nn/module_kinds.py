@@ -207,8 +207,13 @@ def norm_reason(bn: nn.Module) -> str:
         drop: nn.Module = bn.drop  # type: ignore[assignment]
         if original_class(drop) is not nn.Identity or is_hooked(drop):
             return f"{original_class(drop).__name__} inside the {cls.__name__}"
-    if (tensor_of(bn, "running_mean") is None) != (tensor_of(bn, "running_var") is None):
-        return "one of running_mean and running_var is None"
+    mean, var = bn._buffers.get("running_mean"), bn._buffers.get("running_var")
+    if mean is None or var is None:
+        mean, var = tensor_of(bn, "running_mean"), tensor_of(bn, "running_var")
+        if (mean is None) != (var is None):
+            return "one of running_mean and running_var is None"
+    if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
+        return "running statistics that require a gradient"
     return norm_setting_reason(eps_of(bn), getattr(bn, "momentum", None))
 
 

@@ -79,6 +79,15 @@ def test_a_setting_of_another_type_is_pytorchs(layer, setting, value) -> None:
         assert_as_eager(eager, fused)
 
 
+def test_running_statistics_that_require_a_gradient_are_pytorchs_error() -> None:
+    eager = ready(Unit())
+    fused = fr.fuse(copy.deepcopy(eager))
+    for model in (eager, fused):
+        model.bn.running_mean.requires_grad_()
+    assert_as_eager(eager, fused)
+    assert unfused_in(fused)["conv"] == "running statistics that require a gradient"
+
+
 def test_the_report_names_the_setting() -> None:
     fused = fr.fuse(ready(Unit()))
     fused.conv.stride = 2.0
