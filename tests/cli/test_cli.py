@@ -19,7 +19,7 @@ import fused_resnet as fr
 from fused_resnet.bench import harness
 from fused_resnet.bench.networks import random_model
 from fused_resnet.bench.results import load
-from fused_resnet.cli import _trained, demo, main, verify
+from fused_resnet.cli import _trained, demo, info, main, verify
 from fused_resnet.models.optional import install_line
 from fused_resnet.verify import Row
 
@@ -142,6 +142,20 @@ def test_info(capsys: Capture) -> None:
     for name, status in fr.backends().items():
         assert f"backend {name}" in out
         assert status or status.reason[:40] in out
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx_emulated"])
+def test_info_calls_no_emulation_an_instruction_set(
+    isa: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Unless it is in use, which only FUSED_RESNET_ISA can ask for."""
+    supported = ["avx512_bf16", "avx2", "portable", "amx_emulated"]
+    build = fr.build_info() | {"isa": isa, "isa_supported": supported}
+    monkeypatch.setattr(info, "build_info", lambda: build)
+    assert command("info") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    aside = " (for tests, and slow)" if isa == "amx_emulated" else ""
+    assert f"set {isa} in use{aside}, of avx512_bf16, avx2, portable bfloat16 " in out
 
 
 def test_info_json(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
