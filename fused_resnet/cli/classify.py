@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--model",
         type=network_or_file,
         default="resnet50",
+        metavar="NETWORK|FILE",
         help="a network (fused-resnet models), or a frozen file, which has the weights (default: "
         "resnet50)",
     )
@@ -49,6 +51,25 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
+def _refuse_a_network(path: str) -> None:
+    """Say where a network belongs that stands among the photographs, as other commands take it."""
+    if Path(path).suffix in (".safetensors", ".pt", ".pth"):
+        what, options = "a file of weights", f"--model {path} (frozen file) or --weights {path}"
+    elif not Path(path).exists() and _is_network(path):
+        what, options = "a network", f"--model {path}"
+    else:
+        return
+    raise UsageError(f"classify: {path!r} is {what}, not a photograph; write: IMAGE {options}")
+
+
+def _is_network(text: str) -> bool:
+    try:
+        sources.parse(text)
+    except sources.UnknownNetworkError:
+        return False
+    return True
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Classify and print.
 
@@ -59,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status of the process.
     """
     file, name = arguments.model, arguments.model.network
+    for path in arguments.images:
+        _refuse_a_network(path)
     if file.state and arguments.weights:
         raise UsageError("classify: expected no --weights: the frozen file of --model has its own")
     if not file.state and not arguments.weights:
