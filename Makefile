@@ -35,9 +35,10 @@ TEST_CPP := $(shell find tests examples -name '*.cpp' -o -name '*.h' -o -name '*
 BUILD_REQUIRES := 'setuptools>=77' wheel 'torch>=2.11' pybind11
 # The extra `docs` of pyproject.toml, without this package.
 DOCS_REQUIRES := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0' 'latex2mathml>=3.78'
-# CuTe's headers, with which tests compare the simulator. Without dependencies: they are for CuTe's
-# Python half, and torch has CUDA's bindings of its own.
+# CuTe's headers, with which tests compare the simulator. Beside the environment's packages and not
+# among them: CuTe's Python half, which nothing here uses, needs packages that pip would miss.
 HEADERS := 'nvidia-cutlass>=4.2,<5'
+CUTE := $(VENV)/headers/cutlass_library
 
 .DELETE_ON_ERROR:
 .PHONY: demo check test test-all lint format verify docs bench gpu asan mutants install clean
@@ -100,12 +101,14 @@ install: $(INSTALLED)
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
+$(CUTE): | $(PY)
+	$(PY) -m pip install -q --no-deps --target $(@D) $(HEADERS)
+
 # The extension is compiled again when a source changes; Python files are used in place.
 $(INSTALLED): export FUSED_RESNET_CUDA ?= nvcc
 $(INSTALLED_CPU): export FUSED_RESNET_CUDA := 0
-$(INSTALLED) $(INSTALLED_CPU): setup.py csrc/toolchain.py pyproject.toml $(CPP) | $(PY)
+$(INSTALLED) $(INSTALLED_CPU): setup.py csrc/toolchain.py pyproject.toml $(CPP) | $(PY) $(CUTE)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
-	$(PY) -m pip install -q --no-deps $(HEADERS)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,dev]'
 	touch $@
 

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 
@@ -35,10 +36,10 @@ def package_folder(name: str) -> Path | None:
 
 @functools.cache
 def cutlass_include() -> Path | None:
-    """CuTe's headers, of the package nvidia-cutlass."""
-    folder = package_folder("cutlass_library")
-    headers = folder / "source/include" if folder else None
-    return headers if headers and (headers / "cute/tensor.hpp").exists() else None
+    """CuTe's headers, of the package nvidia-cutlass: where the Makefile puts it, or installed."""
+    folders = [Path(sys.prefix, "headers/cutlass_library"), package_folder("cutlass_library")]
+    headers = [folder / "source/include" for folder in folders if folder]
+    return next((path for path in headers if (path / "cute/tensor.hpp").exists()), None)
 
 
 @functools.cache
