@@ -90,7 +90,12 @@ class Settings:
         False, "train the head alone; the rest keeps its weights and running statistics"
     )
     epochs: int = _option(10, "passes over the training images (default: 10)", least=1)
-    batch: int = _option(128, "images of a step, of all processes together (default: 128)", least=1)
+    batch: int = _option(
+        128,
+        "images of a step, of all processes together (default: 128); an epoch is whole batches, "
+        "without the images that are left over",
+        least=1,
+    )
     lr: float = _option(0.1, "learning rate after the warm-up (default: 0.1)", above=0)
     optimizer: str = _option("sgd", "sgd, adamw or rmsprop (default: sgd)", choices=OPTIMIZERS)
     momentum: float = _option(0.9, "of sgd and rmsprop (default: 0.9)", least=0, below=1)
