@@ -45,7 +45,7 @@ DEVICES = {
 ARCHITECTURES = (80, 90, 100)
 
 #: The instruction by which each multiplies, as PTX calls it.
-TENSOR_CORES = dict.fromkeys(ARCHITECTURES, "mma.sync") | {
+TENSOR_CORES = dict.fromkeys(DEVICES, "mma.sync") | {
     90: "wgmma.mma_async",
     100: "tcgen05.mma",
 }

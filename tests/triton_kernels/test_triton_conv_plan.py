@@ -191,6 +191,16 @@ def test_programs_of_a_multiprocessor() -> None:
     assert H100.resident(4, 128, 227 * 1024) == 1
 
 
+def test_a_prologue_stores_pixels_once_more() -> None:
+    """As compiled for sm_86: three stages of 16 KiB in shared memory, of which two programs fit.
+
+    Behind a prologue 64 x 32 pixels of 4 bytes come on top, 8 KiB, and one program is left.
+    """
+    tile = plan.ConvConfig(64, 64, 32, 4, 4)
+    assert plan.resident(tile, DEVICES[86], "tf32") == 2
+    assert plan.resident(tile, DEVICES[86], "tf32", prologue=True) == 1
+
+
 def test_registers_are_limited_where_operands_pass_by_them() -> None:
     config = next(tile for tile in CONFIGS["half"] if tile[:3] == (128, 128, 64))
     assert launch(256, 3, config=config).options["maxnreg"] == 128

@@ -67,6 +67,13 @@ MUTANTS = [
         PLAN + "test_programs_of_a_multiprocessor",
     ),
     Mutant(
+        "pixels behind a prologue take no shared memory",
+        "_conv_plan.py",
+        "shared += config.block_m * config.block_k * SIZES[precision]",
+        "shared += 0",
+        PLAN + "test_a_prologue_stores_pixels_once_more",
+    ),
+    Mutant(
         "memory moves data once in a cycle",
         "_device.py",
         '2 * cycles * facts["mem_bus_width"] / 8',

@@ -167,12 +167,15 @@ def resident(config: ConvConfig, device: Device, precision: str, prologue: bool 
         prologue: Whether a batch norm is applied to the input.
     """
     stage = (config.block_m + config.block_n) * config.block_k * SIZES[precision]
-    # A stage of mma.sync's is in registers; what passes through them elsewhere is stored once more,
-    # and the scale and shift of a prologue are loaded with the stages.
+    # A stage of mma.sync's is in registers. What passes through them is stored once more: for wgmma
+    # and tcgen05 both operands, for mma.sync the pixels behind a prologue. The scale and shift of a
+    # prologue are loaded with the stages.
     buffers = config.stages - 1
     if device.from_shared:
         buffers += 1 + by_registers(device, precision, prologue)
     shared = buffers * stage + prologue * config.stages * 2 * 4 * config.block_k
+    if prologue and not device.from_shared:
+        shared += config.block_m * config.block_k * SIZES[precision]
     registers = registers_of(config, device, precision, prologue)
     return device.resident(config.warps, registers, shared)
 
