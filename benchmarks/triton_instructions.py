@@ -6,6 +6,8 @@ benchmarks/results/triton-instructions.json. No card is needed, and nothing in t
 one: it has what Triton and ptxas made, for each instance its registers, stack and shared memory,
 and its instructions in all and in one turn of the main loop, which is the shortest loop that has a
 tensor-core instruction. ``reciprocals`` are those of a turn that belong to divisions by arguments.
+With ``--stem`` it is ResNet's stem at batch 256, into triton-instructions-stem.json, with the whole
+kernel's loads from memory and asynchronous copies by their width.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +56,32 @@ def loop_of(lines: list[str], is_code: Any, opcode: Any) -> dict[str, int]:
     return counts | {"products": turn.count(product), "reciprocals": turn.count("MUFU")}
 
 
-def measured(root: Path) -> list[dict[str, Any]]:
+def launches(
+    gate: Any, ahead_of_time: Any, stem: bool
+) -> Iterator[tuple[dict[str, str], Any, int]]:
+    """What is compiled: what it is, its launch, and the architecture."""
+    from fused_resnet.backends.triton import _conv_plan
+    from fused_resnet.backends.triton.conv_bn_relu_maxpool import CONFIGS
+
+    if stem:
+        sizes = (256, 3, 64, 7, 2, 224)
+        for precision, kind in ((gate.BFLOAT16, "half"), (gate.TF32, "tf32")):
+            config = CONFIGS[kind][0]
+            about = {"precision": str(precision), "tile": "x".join(map(str, config[:3]))}
+            for arch in (80, 90):
+                run = gate.stem(precision, config, sizes)
+                yield about, ahead_of_time.recorded(run, arch)[-1], arch
+        return
+    for layer, sizes in CASES:
+        tile = next(t for t in _conv_plan.CONFIGS["half"] if (*t[:3], t.stages) == sizes)
+        about = {"layer": layer, "tile": "x".join(map(str, sizes))}
+        for arch in ARCHITECTURES:
+            call = gate.convolution(gate.BFLOAT16, layer, tile, n=256)
+            (launch,) = ahead_of_time.recorded(call, arch)
+            yield about, launch, arch
+
+
+def measured(root: Path, stem: bool) -> list[dict[str, Any]]:
     """What Triton makes of the kernel in the checkout at ``root``."""
     tests = [root / "tests" / name for name in ("triton_kernels", "conformance", "simt", "")]
     sys.path[:0] = [str(root), *map(str, tests), str(ROOT / "benchmarks")]
@@ -62,30 +91,32 @@ def measured(root: Path) -> list[dict[str, Any]]:
     from cuda_instructions import functions, is_code, opcode
     from triton.backends.compiler import GPUTarget
 
-    from fused_resnet.backends.triton import _conv_plan
-
     rows = []
-    for layer, sizes in CASES:
-        tile = next(t for t in _conv_plan.CONFIGS["half"] if (*t[:3], t.stages) == sizes)
-        for arch in ARCHITECTURES:
-            call = gate.convolution(gate.BFLOAT16, layer, tile, n=256)
-            (launch,) = ahead_of_time.recorded(call, arch)
-            code = ahead_of_time.compiled(launch, arch)
-            target = GPUTarget("cuda", arch, 32)
-            kernel = triton.compile(ahead_of_time._source(launch), target, launch.options)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(kernel.asm["cubin"])
-                file.flush()
-                (lines,) = functions(Path(file.name)).values()
-            row = {"layer": layer, "tile": "x".join(map(str, sizes)), "architecture": f"sm_{arch}"}
-            row |= {"registers": code.registers, "stack": code.stack, "shared": code.shared}
-            rows.append(row | loop_of(lines, is_code, opcode))
+    for about, launch, arch in launches(gate, ahead_of_time, stem):
+        code = ahead_of_time.compiled(launch, arch)
+        target = GPUTarget("cuda", arch, 32)
+        kernel = triton.compile(ahead_of_time._source(launch), target, launch.options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            (lines,) = functions(Path(file.name)).values()
+        row: dict[str, Any] = {**about, "architecture": f"sm_{arch}"}
+        row |= {"registers": code.registers, "stack": code.stack, "shared": code.shared}
+        row |= loop_of(lines, is_code, opcode)
+        if stem:
+            row["loads"] = Counter(
+                opcode(line)
+                for line in lines
+                if is_code(line) and opcode(line).startswith(("LDG.", "LDGSTS."))
+            )
+            del row["reciprocals"]
+        rows.append(row)
     return rows
 
 
-def of(root: Path) -> list[dict[str, Any]]:
+def of(root: Path, stem: bool) -> list[dict[str, Any]]:
     """The same by a process of its own, which imports nothing of another checkout."""
-    command = [sys.executable, __file__, "--measure", str(root)]
+    command = [sys.executable, __file__, "--measure", str(root), *(["--stem"] if stem else [])]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if done.returncode:
@@ -96,11 +127,12 @@ def of(root: Path) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", help="a git revision")
+    parser.add_argument("--stem", action="store_true", help="the stem's kernel")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measured(arguments.measure)))
+        print(json.dumps(measured(arguments.measure, arguments.stem)))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         archive = ["git", "archive", arguments.before, "fused_resnet", "tests", "pyproject.toml"]
@@ -108,13 +140,16 @@ def main() -> int:
         subprocess.run(["tar", "-x", "-C", scratch], input=tree, check=True)
         for library in (ROOT / "fused_resnet").glob("*.so"):
             (Path(scratch) / "fused_resnet" / library.name).symlink_to(library)
-        results = {"before": of(Path(scratch)), "after": of(ROOT)}
+        stem = arguments.stem
+        results = {"before": of(Path(scratch), stem), "after": of(ROOT, stem)}
     import triton
 
     command = f"python benchmarks/triton_instructions.py --before {arguments.before}"
+    command += " --stem" if stem else ""
     head = json.dumps({"command": command, "triton": triton.__version__})[1:-1]
     parts = [f'"{k}": [\n  ' + ",\n  ".join(map(json.dumps, v)) + "]" for k, v in results.items()]
-    arguments.out.write_text("{" + ",\n".join([head, *parts]) + "}\n")
+    out = arguments.out or RESULTS.with_stem(RESULTS.stem + ("-stem" if stem else ""))
+    out.write_text("{" + ",\n".join([head, *parts]) + "}\n")
     return 0
 
 

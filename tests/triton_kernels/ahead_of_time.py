@@ -169,7 +169,9 @@ def compiled(launch: Recorded, arch: int) -> Code:
         usage = subprocess.run(
             [_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    words = (*TENSOR_CORES.values(), "cp.async.bulk.tensor", "cp.async.c", "fma.rn.f32")
+    # cp.async.cg copies 16 bytes, cp.async.ca 4 or 8; ld.global.v4 loads 16.
+    words = (*TENSOR_CORES.values(), "cp.async.bulk.tensor", "cp.async.c", "cp.async.cg")
+    words += ("fma.rn.f32", "ld.global.v4", "ld.global.b16")
     counts = {w: len(re.findall(re.escape(w), ptx)) for w in words}
     return Code(
         launch.name,

@@ -155,6 +155,15 @@ def convolutions() -> Iterator[Case]:
                     )
 
 
+#: Images, channels, filters, kernel, stride, map: with a patch in chunks of 16 bytes, with rows of
+#: no whole chunks, and with what would be too large a patch.
+STEMS = {
+    "resnet": (256, 3, 64, 7, 2, 224),
+    "odd": (2, 5, 23, 3, 1, 37),
+    "deep": (256, 32, 64, 3, 1, 112),
+}
+
+
 def stem(precision: Precision, config: Any, case: tuple[int, ...]) -> Callable[[], Any]:
     n, c, k, size, stride, hw = case
     x, w = (full(*s, dtype=precision.dtype) for s in ((n, c, hw, hw), (k, c, size, size)))
@@ -173,7 +182,7 @@ def stem(precision: Precision, config: Any, case: tuple[int, ...]) -> Callable[[
 def stems() -> Iterator[Case]:
     for precision, kind in KINDS.items():
         for config in STEM_CONFIGS[kind]:
-            for what, sizes in (("resnet", (256, 3, 64, 7, 2, 224)), ("odd", (2, 5, 23, 3, 1, 37))):
+            for what, sizes in STEMS.items():
                 quick = what == "resnet" and precision in (BFLOAT16, TF32) and config.block_m > 64
                 name = f"stem {what} {'x'.join(map(str, config[:3]))}"
                 yield Case(name, precision, stem(precision, config, sizes), kind != "ieee", quick)
@@ -275,6 +284,13 @@ def test_the_gate(case: Case, arch: int) -> None:
         if launch.name in PRODUCTS:
             descriptors = any("DESCRIPTOR" in k and v for k, v in launch.arguments.items())
             assert bool(code.instructions.get("cp.async.bulk.tensor")) == descriptors, code
+        if case.what.startswith("stem resnet"):
+            # A patch for the first tile, one for the next: a thread's share of each, by 16 bytes.
+            chunks = launch.arguments["PATCH_H"] * launch.arguments["PATCH_W"]
+            chunks //= 16 // case.precision.dtype.itemsize * 32 * code.warps
+            assert code.instructions.get("ld.global.v4", 0) >= 2 * chunks, code
+            assert not code.instructions.get("ld.global.b16"), code
+            assert code.instructions.get("cp.async.cg"), code
         if case.config and launch.name == "conv_bn_add_relu_kernel":
             prologue = launch.arguments["in_scale_ptr"] is not None
             kind = KINDS[case.precision]

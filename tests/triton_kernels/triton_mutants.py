@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton_mutants_plan
+import triton_mutants_stem
 import triton_mutants_training
 from mutant_of_triton import Mutant
 from pytest_process import warm
@@ -191,7 +192,7 @@ MUTANTS = [
     ),
     Mutant(
         "the stem pools what is outside of its map",
-        "conv_bn_relu_maxpool.py",
+        "_stem_kernels.py",
         'v = tl.where(in_map[:, None], v, float("-inf")).to(',
         "v = v.to(",
         STEM + "test_stem[interpreter-float16-few-channels-out]",
@@ -199,14 +200,14 @@ MUTANTS = [
     ),
     Mutant(
         "the stem's pooling loses NaN",
-        "conv_bn_relu_maxpool.py",
-        "(v > best) | (v != v)",
-        "v > best",
+        "_stem_kernels.py",
+        "propagate_nan=tl.PropagateNan.ALL",
+        "propagate_nan=tl.PropagateNan.NONE",
         STEM + "test_non_finite_values_reach_what_they_should",
     ),
     Mutant(
         "the stem's pooled rows are one row apart",
-        "conv_bn_relu_maxpool.py",
+        "_stem_kernels.py",
         "o // TILE_W * STEP_H * TILE_W",
         "o // TILE_W * TILE_W",
         STEM + "test_stem[interpreter-float16-few-channels-out]",
@@ -226,6 +227,7 @@ MUTANTS = [
         BLOCK + "test_one_tile_on_chip[interpreter-float16-64]",
     ),
     *triton_mutants_plan.MUTANTS,
+    *triton_mutants_stem.MUTANTS,
     *triton_mutants_training.MUTANTS,
 ]
 

@@ -4,25 +4,23 @@ ResNet's: 3 channels of 224 x 224, 64 filters of 7 x 7, stride 2; then 3 x 3 poo
 image in 16 bits: 0.30 MB of x are read and 0.40 MB of y written, where the convolution's result
 would be 1.6 MB written and read again; 236 Mflop.
 
-A program computes one tile of pooled pixels for 64 filters: 5 x 5 of them need 11 x 11 pixels of
-the convolution, 121 of the 128 rows of its GEMM; the rows between neighbouring tiles are computed
-twice (11 x 11 / (10 x 10), 21% more). The depth is traversed as one axis (ky, kx, c) (see
-``_implicit_gemm.py``), since blocks of 3 channels cannot be loaded as tiles: x is gathered, from
-the L1 cache for most taps.
+A tile of pooled pixels for 64 filters is 8 x 3 of them for ResNet's, which need 17 x 7 pixels of
+the convolution, 119 of the 128 rows of its GEMM; those between neighbouring tiles are computed
+twice (17 x 7 / (16 x 6), 24% more). The depth is traversed as one axis (ky, kx, c), since blocks of
+3 channels cannot be loaded as tiles.
 
-Loads of x are asynchronous in tf32 alone: cp.async copies 4 bytes at least, and two neighbours of
-the gathered 16-bit elements are not known to be one aligned word; the code for 16 bits is the same
-with two to four stages. Nor is the next tile loaded ahead. A loop over tiles around all of this,
-flattened or not, was compiled ahead of time for sm_80 and sm_90: 16 bits still have no asynchronous
-load, and a thread needs 200 to 255 registers in place of 140 to 178; tf32 needs 255 in place of 153
-to 200, and on sm_80 spills unless flattened.
+Where rows of x are whole chunks of 16 elements, as ResNet's are, a program takes one tile after
+another, and loads the rectangle of x under the next one by 16 bytes while it multiplies and pools
+(see ``_stem_patch.py``). The filters are padded with zeros to whole steps, so that they are copied
+by 16 bytes asynchronously. Elsewhere x is gathered from memory element by element, by
+``_implicit_gemm.py``; a loop over tiles around that would need all registers of a thread.
 
 The rounded results are pooled along rows and then along columns, in kernel_w and kernel_h steps of
 ``tl.gather`` through shared memory: 6 instead of the 9 of a direct 3 x 3 window. Pixels outside of
 the convolution's map are minus infinity, and NaN is propagated.
 
-Designed for one program of 8 warps per multiprocessor in strict float32, two otherwise; 16 KiB of
-shared memory in half precision, for the tile that is gathered from.
+A thread needs up to 255 registers, so a multiprocessor holds one program of 8 warps; 16 to 24 KiB
+of shared memory in half precision, for the tiles that are gathered from.
 """
 
 from __future__ import annotations
@@ -31,18 +29,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from ..activation import Activation
-from ._activation import activate
-from ._common import REGISTERS, cdiv, channel_affine, check_map, on_device, power_of_two
+from ._common import REGISTERS, cdiv, check_map, multiprocessors, on_device, power_of_two
 from ._conv_call import BATCH_NORM, FOLDED, Affine, ConvCall, filters
 from ._conv_plan import precision_of
 from ._conv_shape import ConvShape, check_pair, window
-from ._implicit_gemm import accumulate
+from ._stem_kernels import conv_bn_relu_maxpool_kernel
 
 
 class StemConfig(NamedTuple):
@@ -70,125 +65,8 @@ CONFIGS: dict[str, list[StemConfig]] = {
     "ieee": [StemConfig(64, 32, 16, 4, 2)],
 }
 
-
-@triton.jit
-def _larger(best, v):  # type: ignore[no-untyped-def]
-    """The larger, or NaN if there is one.
-
-    Args:
-        best: Largest values so far.
-        v: Values to compare with.
-    """
-    return tl.where((v > best) | (v != v), v, best)
-
-
-@triton.jit
-def conv_bn_relu_maxpool_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, y_ptr,
-    conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-    K, H, W, OH, OW, PH, PW,
-    stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
-    pool_pad_h, pool_pad_w, tiles_y, tiles_x, eps,
-    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    POOL_H: tl.constexpr, POOL_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_MIDDLE: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y = max_pool(act(bn(conv(x, w)))), for a tile of pooled pixels and a block of filters.
-
-    Args:
-        x_ptr: Input, (N, H, W, C).
-        w_ptr: Filters, (K, KH KW C).
-        y_ptr: Receives the result, (N, PH, PW, K).
-        conv_bias_ptr: Bias of the convolution, (K,) any float, or None for 0.
-        weight_ptr: Weight of the batch norm, (K,) any float, or None for 1.
-        bias_ptr: Bias of the batch norm, (K,) any float, or None for 0.
-        mean_ptr: Mean of the batch norm, (K,) any float, or None for 0.
-        var_ptr: Variance of the batch norm, (K,) any float, or None: the weight is the scale.
-        K: Number of filters.
-        H: Height of the input.
-        W: Width of the input.
-        OH: Height of the convolution's result.
-        OW: Width of the convolution's result.
-        PH: Height of the pooled result.
-        PW: Width of the pooled result.
-        stride_h: Vertical stride.
-        stride_w: Horizontal stride.
-        pad_h: Rows of zeros above the input.
-        pad_w: Columns of zeros left of the input.
-        dil_h: Rows from one tap to the next.
-        dil_w: Columns from one tap to the next.
-        pool_pad_h: Rows of minus infinity above the convolution's result.
-        pool_pad_w: Columns of minus infinity left of the convolution's result.
-        tiles_y: Rows of tiles in an image.
-        tiles_x: Columns of tiles in an image.
-        eps: Added to the variance.
-        C: Channels of the input, a constant as a step divides by it.
-        KH: Height of the filters.
-        KW: Width of the filters.
-        POOL_H: Height of the pool's window.
-        POOL_W: Width of the pool's window.
-        STEP_H: Vertical stride of the pool.
-        STEP_W: Horizontal stride of the pool.
-        TILE_H: Rows of pooled pixels of a program.
-        TILE_W: Columns of pooled pixels of a program.
-        BLOCK_MIDDLE: Pixels of the tile once pooled along rows, as a power of two.
-        BLOCK_OUT: Pixels of the tile once pooled, as a power of two.
-        ACTIVATION: Number of the activation in front of the pool.
-        PRECISION: Of the products: ``"half"``, ``"tf32"`` or ``"ieee"``.
-        BLOCK_M: Pixels of the convolution's result in a tile.
-        BLOCK_N: Filters of a tile.
-        BLOCK_K: Terms of a step.
-    """
-    ROWS: tl.constexpr = (TILE_H - 1) * STEP_H + POOL_H
-    COLS: tl.constexpr = (TILE_W - 1) * STEP_W + POOL_W
-    tile = tl.program_id(0)
-    image = tile // (tiles_y * tiles_x)
-    within = tile - image * (tiles_y * tiles_x)
-    py0 = within // tiles_x * TILE_H
-    px0 = within % tiles_x * TILE_W
-    i = tl.arange(0, BLOCK_M)
-    oy = py0 * STEP_H - pool_pad_h + i // COLS
-    ox = px0 * STEP_W - pool_pad_w + i % COLS
-    in_map = (i < ROWS * COLS) & (oy >= 0) & (oy < OH) & (ox >= 0) & (ox < OW)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    images = tl.zeros((BLOCK_M,), tl.int32) + image
-    acc = accumulate(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-        x_ptr, w_ptr, None, None, images, oy, ox, in_map, 0, tl.program_id(1) * BLOCK_N, n < K,
-        0, 0, tl.cdiv(KH * KW * C, BLOCK_K),
-        H, W, C, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, C, KH * KW * C, KH, KW, C,
-        0, "flat", False, PRECISION, False, False, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    scale, shift = channel_affine(
-        n, n < K, conv_bias_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps
-    )
-    v = activate(acc * scale[None, :] + shift[None, :], ACTIVATION).to(y_ptr.dtype.element_ty)
-    v = tl.where(in_map[:, None], v, float("-inf")).to(y_ptr.dtype.element_ty)
-
-    # Along rows: pixel (r, q) of (ROWS, TILE_W) is the largest of v's from (r, q STEP_W) on.
-    j = tl.arange(0, BLOCK_MIDDLE)
-    first = tl.where(j < ROWS * TILE_W, j // TILE_W * COLS + j % TILE_W * STEP_W, 0)
-    middle = tl.full((BLOCK_MIDDLE, BLOCK_N), float("-inf"), tl.float32)
-    for b in tl.static_range(POOL_W):
-        at = tl.broadcast_to((first + b)[:, None], (BLOCK_MIDDLE, BLOCK_N))
-        middle = _larger(middle, tl.gather(v, at, 0).to(tl.float32))
-    row_pooled = middle.to(y_ptr.dtype.element_ty)
-
-    o = tl.arange(0, BLOCK_OUT)
-    first = tl.where(o < TILE_H * TILE_W, o // TILE_W * STEP_H * TILE_W + o % TILE_W, 0)
-    best = tl.full((BLOCK_OUT, BLOCK_N), float("-inf"), tl.float32)
-    for b in tl.static_range(POOL_H):
-        at = tl.broadcast_to((first + b * TILE_W)[:, None], (BLOCK_OUT, BLOCK_N))
-        best = _larger(best, tl.gather(row_pooled, at, 0).to(tl.float32))
-    py = py0 + o // TILE_W
-    px = px0 + o % TILE_W
-    valid = (o < TILE_H * TILE_W) & (py < PH) & (px < PW)
-    at = ((image.to(tl.int64) * PH + py) * PW + px)[:, None] * K + n[None, :]
-    tl.store(y_ptr + at, best.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (n < K)[None, :])
+#: Elements of the largest patch, of which a thread of 8 warps holds 16: 8 or 16 registers.
+PATCH = 4096
 
 
 class Pool(NamedTuple):
@@ -263,6 +141,27 @@ def tile_of(config: StemConfig, pool: Pool, pooled: tuple[int, int]) -> tuple[in
     return best and best[1]
 
 
+def patch_of(s: ConvShape, pool: Pool, tile: tuple[int, int]) -> tuple[int, int]:
+    """The patch of the image under a tile: rows, and elements of each; (0, 0) if it is too large.
+
+    Args:
+        s: Sizes of the convolution.
+        pool: The max-pool.
+        tile: Rows and columns of pooled pixels.
+    """
+    if s.dilation != (1, 1):
+        return 0, 0
+    rows, columns = (
+        ((n - 1) * step + size - 1) * stride + taps
+        for n, step, size, stride, taps in zip(
+            tile, pool.stride, pool.kernel, s.stride, (s.kh, s.kw), strict=True
+        )
+    )
+    # A patch begins at a multiple of 8 elements, up to 7 before its first pixel.
+    patch = power_of_two(rows), power_of_two(columns * s.c + 7)
+    return patch if patch[0] * patch[1] <= PATCH else (0, 0)
+
+
 def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
     """The stem in one kernel where a tile fits, else the convolution and PyTorch's max-pool."""
     s, x = call.shape, call.x
@@ -284,20 +183,33 @@ def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
     if y.numel() == 0:
         return y
     rows = (tile_h - 1) * pool.stride[0] + pool.kernel[0]
+    # Rows of whole chunks, at an address that is one: else elements would be loaded one by one, and
+    # a thread that holds addresses for each of a tile ahead has no registers left.
+    chunks = s.w * s.c % 16 == 0 and x.data_ptr() % 16 == 0
+    patch = patch_of(s, pool, (tile_h, tile_w)) if chunks else (0, 0)
     sizes: dict[str, Any] = call.geometry()
-    del sizes["group_c"], sizes["w_stride"], sizes["TAP_C"]
+    del sizes["group_c"], sizes["TAP_C"]
+    weight, count = call.weight, s.n * tiles_y * tiles_x
+    programs = count
+    if patch[0]:
+        # Whole blocks of terms, whose rows begin at multiples of 16 bytes.
+        depth = cdiv(s.depth, config.block_k) * config.block_k
+        weight = torch.nn.functional.pad(weight, (0, depth - s.depth))
+        sizes["w_stride"] = depth
+        programs = min(count, multiprocessors(x))
     affine: dict[str, Any] = call.epilogue()
     for name in ("residual_ptr", "residual_scale_ptr", "residual_shift_ptr"):
         del affine[name]
     with on_device(y):
-        conv_bn_relu_maxpool_kernel[(s.n * tiles_y * tiles_x, cdiv(s.k, config.block_n))](
-            x, call.weight, y, **sizes, **affine,
+        conv_bn_relu_maxpool_kernel[(programs, cdiv(s.k, config.block_n))](
+            x, weight, y, **sizes, **affine,
             OH=s.out_h, OW=s.out_w, PH=pooled[0], PW=pooled[1],
             pool_pad_h=pool.padding[0], pool_pad_w=pool.padding[1],
-            tiles_y=tiles_y, tiles_x=tiles_x,
+            tiles=count, tiles_y=tiles_y, tiles_x=tiles_x,
+            image_size=s.h * s.w * s.c, row_size=s.w * s.c,
             POOL_H=pool.kernel[0], POOL_W=pool.kernel[1],
             STEP_H=pool.stride[0], STEP_W=pool.stride[1],
-            TILE_H=tile_h, TILE_W=tile_w,
+            TILE_H=tile_h, TILE_W=tile_w, PATCH_H=patch[0], PATCH_W=patch[1],
             BLOCK_MIDDLE=max(16, power_of_two(rows * tile_w)),
             BLOCK_OUT=max(16, power_of_two(tile_h * tile_w)),
             PRECISION=precision_of(x), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
