@@ -35,6 +35,7 @@ def calls() -> Iterator[Call]:
     """All of them, the same numbers every time."""
     torch.manual_seed(0)
     yield from _batch_norms()
+    yield from _ends_of_blocks()
     for precision in PRECISIONS:
         yield from _convolutions(precision)
         yield from _blocks(precision)
@@ -58,6 +59,22 @@ def _batch_norms() -> Iterator[Call]:
                     flags = (training, EPS, True, True)
                     arguments = (grad, x, r, weight, mean, var, *flags)
                     yield Call(f"{training=} {label}", "bn_add_relu_backward", arguments)
+
+
+def _ends_of_blocks() -> Iterator[Call]:
+    """In training, by packs and by elements; and the numbers of batch norms."""
+    for dtype in DTYPES:
+        for name, shape in AWKWARD_MAPS.items():
+            label = f"{name} {dtype}"
+            z, s, dy = (channels_last(t) for t in normal(3, *shape, dtype=dtype, shift=0.3))
+            scale, shift, mean, other = (torch.randn(shape[1]) for _ in range(4))
+            yield Call(label, "block_end", (z, scale, shift, s, other, mean, 1))
+            yield Call(label, "block_end_backward", (dy, s, z, mean, s, other, True, 1))
+    mean, var, weight, bias = batch_norm(300, torch.float32)
+    yield Call("300", "bn_coefficients", (mean, var, weight, bias, EPS))
+    running = (mean.clone(), var.clone())
+    yield Call("300", "bn_update_running", (weight, bias.abs(), *running, 0.1, 20))
+    yield Call("300", "bn_backward_coefficients", (bias, mean, mean, var, weight, EPS, 20))
 
 
 def _convolutions(precision: Precision) -> Iterator[Call]:

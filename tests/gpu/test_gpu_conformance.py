@@ -23,7 +23,8 @@ HERE = Path(__file__).resolve().parent
 OPERATORS = (
     "bn_add_relu", "bn_add_relu_backward", "conv_bn_add_relu", "conv_statistics",
     "conv_bn_add_relu_planned", "conv_bn_add_relu_packed", "residual_block",
-    "conv_bn_relu_maxpool",
+    "conv_bn_relu_maxpool", "block_end", "block_end_backward", "bn_coefficients",
+    "bn_update_running", "bn_backward_coefficients",
 )  # fmt: skip
 
 #: Relative L2 distance of what need not have the same bits.
@@ -65,6 +66,8 @@ def test_device_and_simulator_agree(executed, operator):
         for i, (ours, theirs) in enumerate(
             zip(tree_leaves(result), tree_leaves(expected), strict=True)
         ):
+            if theirs is None:  # of an operator that writes to its arguments
+                continue
             assert ours.shape == theirs.shape
             assert ours.dtype is theirs.dtype
             assert ours.stride() == theirs.stride()

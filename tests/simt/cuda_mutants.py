@@ -7,6 +7,7 @@ import mutants_conv
 import mutants_conv_epilogue
 import mutants_stem
 import mutants_stem_patch
+import mutants_training
 
 MUTANTS = [
     *mutants_conv.MUTANTS,
@@ -14,6 +15,7 @@ MUTANTS = [
     *mutants_bn.MUTANTS,
     *mutants_stem.MUTANTS,
     *mutants_stem_patch.MUTANTS,
+    *mutants_training.MUTANTS,
 ]
 
 #: Planted in every `make test`: a bug in each operation and for each build of the simulator, in

@@ -1,88 +1,11 @@
 #include "../bn_add_relu.h"
 
-#include <cstdint>
-#include <limits>
 #include <tuple>
 
-#include "../../checks.h"
-#include "../../tensor.h"
-#include "context.h"
-#include "operands.h"
+#include "bn_call.h"
 
 namespace fr {
 namespace {
-
-Storage storage_of(const char* op, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat32;
-    case ScalarType::Half:
-      return Storage::kFloat16;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      FR_CHECK_TYPE(false, op, ": x: expected dtype float32, bfloat16 or float16 on ", x.device(),
-                    ", got ", x.scalar_type());
-  }
-}
-
-// The maps of a call, all in the memory format of x, and the plan of their traversal.
-class BnCall {
- public:
-  BnCall(const char* op, const Tensor& x)
-      : op_(op), x_(x), scope_(x), storage_(storage_of(op, x)), format_(x.suggest_memory_format()) {
-    FR_CHECK_VALUE(x.size(0) * x.size(2) * x.size(3) < (1 << 30), op,
-                   ": x: expected less than 2^30 pixels in a batch, got ", x.sizes());
-    FR_CHECK_VALUE(x.size(1) <= std::numeric_limits<int>::max() - 256, op,
-                   ": x: expected less channels, got ", x.size(1));
-  }
-
-  const void* input(const Tensor& t) { return align(operands_.keep(t.contiguous(format_))); }
-  void* result(Tensor& t) {
-    t = device_empty(x_.sizes(), x_.options(), format_);
-    align(t);
-    return t.mutable_data_ptr();
-  }
-  const float* vector(const OptionalTensor& v) { return operands_.floats(v); }
-  Tensor floats(int64_t size) const {
-    return device_empty({size}, x_.options().dtype(ScalarType::Float));
-  }
-
-  // To be called after input() and result() for all maps.
-  BnMap plan() {
-    const int64_t channels = x_.size(1), plane = x_.size(2) * x_.size(3);
-    // With one channel or one pixel both formats are the same memory: take the one with longer
-    // rows.
-    const bool last = format_ == kChannelsLast ? channels > 1 : plane == 1;
-    by_packs_ = aligned_ && (last ? channels : plane) % (16 / storage_bytes(storage_)) == 0;
-    return plan_bn(x_.size(0), channels, plane, last, storage_, by_packs_,
-                   scope_.multiprocessors());
-  }
-
-  template <class Params>
-  void launch(cudaError_t (*kernel)(const Params&, Storage, bool, cudaStream_t),
-              const Params& params) const {
-    check_launch(op_, kernel(params, storage_, by_packs_, scope_.stream()));
-  }
-  template <class Params>
-  void launch(cudaError_t (*kernel)(const Params&, cudaStream_t), const Params& params) const {
-    check_launch(op_, kernel(params, scope_.stream()));
-  }
-
- private:
-  const void* align(const Tensor& t) {
-    aligned_ = aligned_ && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-    return t.const_data_ptr();
-  }
-
-  const char* op_;
-  Tensor x_;
-  Operands operands_;
-  DeviceScope scope_;
-  Storage storage_;
-  MemoryFormat format_;
-  bool aligned_ = true, by_packs_ = false;
-};
 
 std::tuple<Tensor, Tensor, Tensor> bn_add_relu_cuda(const Tensor& x, const OptionalTensor& weight,
                                                     const OptionalTensor& bias,
@@ -195,7 +118,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cuda(
   p.activation = activation;
   p.x = training ? r.x : nullptr;
   p.mean = r.mean;
-  p.coefficients = f.coefficients;
+  p.a = f.coefficients;
+  p.b = p.a + channels;
+  p.c = p.b + channels;
   call.launch(bn_backward, p);
   return {dx, dweight, dbias, dresidual};
 }

@@ -119,10 +119,11 @@ __global__ void __launch_bounds__(kBnThreads)
   dz = bn_sum_ways(dz, exchange);
   dz_xc = bn_sum_ways(dz_xc, exchange);
   if (way != 0 || c >= p.channels) return;
-  const double invstd = 1.0 / sqrt(p.var[c] + p.eps);
+  const double invstd = p.var ? 1.0 / sqrt(p.var[c] + p.eps) : 1.0;
   const double scale = invstd * (p.weight ? p.weight[c] : 1.0);
   p.dweight[c] = static_cast<float>(dz_xc * invstd);
   p.dbias[c] = static_cast<float>(dz);
+  if (!p.coefficients) return;
   p.coefficients[c] = static_cast<float>(scale);
   p.coefficients[p.channels + c] = static_cast<float>(-scale * invstd * invstd * dz_xc / p.values);
   p.coefficients[2 * p.channels + c] = static_cast<float>(-scale * dz / p.values);
@@ -141,9 +142,9 @@ __global__ void __launch_bounds__(kBnThreads, 3)
 
   float mean[kVector], a[kVector], b[kVector], c[kVector];
   walk.per_channel(mean, p.mean, 0.0f);
-  walk.per_channel(a, p.coefficients, 0.0f);
-  walk.per_channel(b, p.coefficients + p.map.channels, 0.0f);
-  walk.per_channel(c, p.coefficients + 2 * p.map.channels, 0.0f);
+  walk.per_channel(a, p.a, 0.0f);
+  walk.per_channel(b, p.b, 0.0f);
+  walk.per_channel(c, p.c, 0.0f);
 
   const int count = walk.count();
   for (int i = 0; i < count; i += kInFlight) {

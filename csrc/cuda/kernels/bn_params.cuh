@@ -83,10 +83,10 @@ struct BnBackwardReduceParams {
 struct BnBackwardFinishParams {
   const float* partials;
   const float* weight;  // or null
-  const float* var;
+  const float* var;     // null: std is 1, and dweight the sum itself
   float* dweight;
   float* dbias;
-  float* coefficients;  // [3][channels]: a, b, c
+  float* coefficients;  // [3][channels]: a, b, c; or null
   int channels, slabs;
   double values, eps;
 };
@@ -97,10 +97,62 @@ struct BnBackwardParams {
   const void* grad;
   const void* y;  // null: grad is dz
   Activation activation;
-  const void* x;  // null: b and c are zero
-  const float* mean;
-  const float* coefficients;
+  const void* x;      // null: b and c are zero
+  const float* mean;  // null: 0
+  const float* a;
+  const float* b;
+  const float* c;
   void* dx;
+};
+
+// y = activation(z * scale + shift [+ shortcut * shortcut_scale + shortcut_shift])
+struct BlockEndParams {
+  BnMap map;
+  const void* z;
+  const void* shortcut;  // or null
+  const float* scale;    // null for 1, as shortcut_scale
+  const float* shift;    // null for 0, as shortcut_shift
+  const float* shortcut_scale;
+  const float* shortcut_shift;
+  void* y;
+  Activation activation;
+};
+
+// The numbers of a batch norm, per channel; weight and bias may be null, for 1 and 0.
+struct BnCoefficientsParams {
+  const float* mean;
+  const float* var;
+  const float* weight;
+  const float* bias;
+  float* scale;
+  float* shift;
+  int channels;
+  double eps;
+};
+
+struct BnUpdateRunningParams {
+  const float* mean;
+  const float* var;
+  float* running_mean;
+  float* running_var;
+  int64_t mean_step, var_step;  // elements from one running number to the next
+  int channels;
+  double momentum, unbiased;  // var * unbiased is the unbiased variance
+};
+
+struct BnBackwardCoefficientsParams {
+  const float* sum_g;
+  const float* sum_g_xc;
+  const float* mean;
+  const float* var;
+  const float* weight;
+  float* a;
+  float* b;
+  float* c;
+  float* dweight;
+  float* dbias;
+  int channels;
+  double count, eps;
 };
 
 }  // namespace fr
