@@ -38,6 +38,7 @@ def calls() -> Iterator[Call]:
     yield from _ends_of_blocks()
     for precision in PRECISIONS:
         yield from _convolutions(precision)
+        yield from _training_convolutions(precision)
         yield from _blocks(precision)
     for precision in (*HALVES, TF32):
         yield from _stems(precision)
@@ -75,6 +76,27 @@ def _ends_of_blocks() -> Iterator[Call]:
     running = (mean.clone(), var.clone())
     yield Call("300", "bn_update_running", (weight, bias.abs(), *running, 0.1, 20))
     yield Call("300", "bn_backward_coefficients", (bias, mean, mean, var, weight, EPS, 20))
+
+
+def _training_convolutions(precision: Precision) -> Iterator[Call]:
+    """With a prologue, and a data gradient, whose windows go backwards from outside of the map."""
+    for case in (
+        Conv("3x3", (1, 16, 7, 6), 24, args={"padding": 1}),
+        Conv("no packs, dilated", (2, 5, 8, 7), 7, args={"padding": 2, "dilation": 2}),
+    ):
+        x, w, _ = _operands(case, precision.dtype)
+        place, label = geometry(case), f"{case} {precision}"
+        scale, shift, mean = (torch.randn(case.x[1]) for _ in range(3))
+        a, b, c = (torch.randn(case.k) for _ in range(3))
+        g, z = (
+            channels_last(t)
+            for t in normal(2, case.x[0], case.k, *case.x[2:], dtype=precision.dtype)
+        )
+        arguments = (x, scale, shift, w, *place, True, False)
+        yield Call(label, "conv_forward", arguments, precision.tf32)
+        arguments = (g, z, a, b, c, x, scale, shift, mean, w, None, *place)
+        flags = (True, False, True, False)  # PyTorch's weight gradient is not asked for
+        yield Call(label, "conv_backward", (*arguments, *flags), precision.tf32)
 
 
 def _convolutions(precision: Precision) -> Iterator[Call]:

@@ -24,7 +24,7 @@ OPERATORS = (
     "bn_add_relu", "bn_add_relu_backward", "conv_bn_add_relu", "conv_statistics",
     "conv_bn_add_relu_planned", "conv_bn_add_relu_packed", "residual_block",
     "conv_bn_relu_maxpool", "block_end", "block_end_backward", "bn_coefficients",
-    "bn_update_running", "bn_backward_coefficients",
+    "bn_update_running", "bn_backward_coefficients", "conv_forward", "conv_backward",
 )  # fmt: skip
 
 #: Relative L2 distance of what need not have the same bits.

@@ -29,5 +29,6 @@ QUICK = [
         "on chip: no ReLU in the middle",
         "bn: no barrier between writing and reading parts",
         "stem: channels past the last are written",
+        "data gradient: filters of another group",
     )
 ]

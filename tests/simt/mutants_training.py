@@ -10,6 +10,9 @@ BACKWARD = "csrc/cuda/kernels/bn_add_relu_backward.cuh"
 HOST = "csrc/cuda/host"
 
 _END = "tests/simt/test_cuda_block_end.py"
+_FORWARD = "tests/simt/test_cuda_conv_forward.py"
+_GRADIENTS = "tests/simt/test_cuda_conv_backward.py"
+_STRIDE_1 = f"{_GRADIENTS}::test_stride_1"
 
 MUTANTS = [
     Mutant(
@@ -98,5 +101,82 @@ MUTANTS = [
         "",
         tests=f"{_END}::test_coefficients",
         variants=("asan",),
+    ),
+    Mutant(
+        "conv_forward: the prologue has ReLU only",
+        f"{HOST}/conv_forward.cpp",
+        "normalized(op, x, *x_scale, *x_shift, activation) : x;",
+        "normalized(op, x, *x_scale, *x_shift, Activation::kReLU) : x;",
+        tests=f"{_FORWARD}::test_the_activation_of_the_prologue",
+    ),
+    Mutant(
+        "conv_forward: the convolution reads the map without its prologue",
+        f"{HOST}/conv_forward.cpp",
+        "ConvCall call(op, p, weight.sizes()",
+        "ConvCall call(op, x, weight.sizes()",
+        tests=f"{_FORWARD}::test_forward",
+    ),
+    Mutant(
+        "data gradient: windows begin where the forward's do",
+        f"{HOST}/conv_backward.cpp",
+        "back.pad_h = -s.pad_h;",
+        "back.pad_h = s.pad_h;",
+        tests=_STRIDE_1,
+    ),
+    Mutant(
+        "data gradient: rows go backwards, columns forwards",
+        f"{HOST}/conv_backward.cpp",
+        "back.dilation_w = -s.dilation_w;",
+        "back.dilation_w = s.dilation_w;",
+        tests=_STRIDE_1,
+    ),
+    Mutant(
+        "data gradient: filters of another group",
+        f"{HOST}/conv_backward.cpp",
+        "permute(apart, {0, 2, 3, 4, 1})",
+        "permute(apart, {2, 0, 3, 4, 1})",
+        tests=_STRIDE_1,
+    ),
+    Mutant(
+        "data gradient: the shortcut's is left out",
+        f"{HOST}/conv_backward.cpp",
+        "call.set_residual(add, {}, {});",
+        "",
+        tests=_STRIDE_1,
+    ),
+    Mutant(
+        "data gradient: the shortcut's is left out with a stride",
+        f"{HOST}/conv_backward.cpp",
+        "g_x = add ? added(op, found.input, *add) : found.input;",
+        "g_x = found.input;",
+        tests=f"{_GRADIENTS}::test_strides_by_pytorch",
+    ),
+    Mutant(
+        "data gradient: the mask is that of the map before its batch norm",
+        f"{HOST}/conv_backward.cpp",
+        "masked ? OptionalTensor(p) : OptionalTensor();",
+        "masked ? OptionalTensor(x) : OptionalTensor();",
+        tests=_STRIDE_1,
+    ),
+    Mutant(
+        "weight gradient: the input has no prologue",
+        f"{HOST}/conv_backward.cpp",
+        "by_pytorch(dz, p, weight,",
+        "by_pytorch(dz, x, weight,",
+        tests=_STRIDE_1,
+    ),
+    Mutant(
+        "weight gradient: in the strides that PyTorch gives it",
+        f"{HOST}/conv_backward.cpp",
+        "    if (!dw.strides().equals(strided.strides())) dw = strided.copy_(dw);\n",
+        "",
+        tests=f"{_GRADIENTS}::test_any_memory_format",
+    ),
+    Mutant(
+        "dz: the constant is left out",
+        f"{HOST}/conv_backward.cpp",
+        "p.c = call.vector(c);",
+        "p.c = nullptr;",
+        tests=_STRIDE_1,
     ),
 ]

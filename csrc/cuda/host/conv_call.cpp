@@ -11,10 +11,12 @@ namespace {
 
 constexpr int64_t kIntMax = std::numeric_limits<int>::max();
 
+}  // namespace
+
 // Kernels index the pixels of a batch, the elements of one image, the rows and columns of the
 // padded image and the terms of a sum with 32 bits, and an image in the batch with 64. A row or
 // column below -2^30 stands for one that is outside of the image at every tap.
-void check_sizes(const char* op, const ConvShape& s) {
+void check_conv_sizes(const char* op, const ConvShape& s) {
   FR_CHECK_VALUE(s.h * s.w * s.c <= kIntMax, op,
                  ": x: expected less than 2^31 elements in an image, got ", s.h * s.w * s.c);
   FR_CHECK_VALUE(std::max(s.h + 2 * s.pad_h, s.w + 2 * s.pad_w) < kIntMax / 2, op,
@@ -26,8 +28,6 @@ void check_sizes(const char* op, const ConvShape& s) {
                  ": x: expected a result of less than 2^31 pixels, got ",
                  s.n * s.out_h() * s.out_w());
 }
-
-}  // namespace
 
 ConvPrecision conv_precision(const char* op, const Tensor& x) {
   switch (x.scalar_type()) {
@@ -44,13 +44,16 @@ ConvPrecision conv_precision(const char* op, const Tensor& x) {
 }
 
 ConvCall::ConvCall(const char* op, const Tensor& x, IntArrayRef weight_shape, const ConvGeometry& g)
+    : ConvCall(op, x, conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups)) {}
+
+ConvCall::ConvCall(const char* op, const Tensor& x, const ConvShape& shape)
     : op_(op),
       x_(x),
       scope_(x),
-      shape_(conv_shape(op, x, weight_shape, g.stride, g.padding, g.dilation, g.groups)),
+      shape_(shape),
       precision_(conv_precision(op, x)),
       params_(conv_params(shape_)) {
-  check_sizes(op, shape_);
+  check_conv_sizes(op, shape_);
   params_.image.x = map(x);
 }
 
@@ -86,7 +89,7 @@ void ConvCall::set_second(const Tensor& x, IntArrayRef stride) {
       op_, ": x2: expected ", shape_.n, " images with a pixel for each of ", shape_.out_h(), " x ",
       shape_.out_w(), " results, got ", x.sizes(), " with stride ", stride);
   check_same(op_, "x2", x, x.sizes(), x_);
-  check_sizes(op_, second);
+  check_conv_sizes(op_, second);
   params_.second = conv_params(second).image;
   params_.second.x = map(x);
   FR_CHECK_VALUE(shape_.depth() + second.c <= kIntMax, op_,

@@ -21,10 +21,17 @@ struct ConvGeometry {
 // TypeError for float64.
 ConvPrecision conv_precision(const char* op, const Tensor& x);
 
+// Raises a ValueError for sizes that the kernels' 32-bit indices cannot count.
+void check_conv_sizes(const char* op, const ConvShape& shape);
+
 // One convolution and its epilogue. Setters check their arguments and keep them alive.
 class ConvCall {
  public:
   ConvCall(const char* op, const Tensor& x, IntArrayRef weight_shape, const ConvGeometry& geometry);
+
+  // Of a map and a shape that are checked. Padding and dilation may be negative: a window then
+  // begins inside of the map, and its taps go backwards.
+  ConvCall(const char* op, const Tensor& x, const ConvShape& shape);
 
   // A weight in PyTorch's shape, or the flat result of pack_conv_weight, [k][kh][kw][c / groups].
   void set_weight(const Tensor& weight);
