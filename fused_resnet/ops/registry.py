@@ -93,18 +93,30 @@ OPERATORS: dict[str, Any] = {
 }
 
 
-@functools.cache
+#: The primitives that CUDA C++ has no kernels for; PyTorch's own max-pool runs.
+PYTORCHS_ON_CUDA = ("stem_end", "stem_end_backward")
+
+
 def primitives_of(backend: str) -> Any:
     """The training primitives of a backend, each as the one overload that it has.
 
-    Those of Triton include :mod:`.training_fused`'s.
+    Those of Triton include :mod:`.training_fused`'s, and those of CUDA C++ the ``library``
+    backend's for the end of the stem (:data:`PYTORCHS_ON_CUDA`).
 
     Args:
-        backend: ``"cpu"``, ``"library"`` or ``"triton"``.
+        backend: ``"cpu"``, ``"cuda"``, ``"library"`` or ``"triton"``.
     """
-    operators = OPERATORS[backend]
+    return _primitives(backend, OPERATORS[backend])
+
+
+@functools.cache
+def _primitives(backend: str, operators: Any) -> Any:
     names = [*aten_training.OPERATIONS, *(training_fused.SCHEMAS if backend == "triton" else ())]
-    return SimpleNamespace(**{name: getattr(operators, name).default for name in names})
+    found = {}
+    for name in names:
+        other = backend == "cuda" and name in PYTORCHS_ON_CUDA
+        found[name] = getattr(OPERATORS["library"] if other else operators, name).default
+    return SimpleNamespace(**found)
 
 
 #: Whether the extension was built with CUDA. If not, Triton's operators pack weights for CUDA, in

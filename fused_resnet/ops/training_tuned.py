@@ -1,8 +1,8 @@
 """Training units on CUDA under ``auto``: the fastest convolution of each layer, in each direction.
 
-The candidates are Triton's kernels; PyTorch's convolutions between Triton's passes, behind the same
-calls; and in the forward, where no batch norm is applied to the input, the convolution in CUDA C++
-that computes statistics. What is kept for backward does not depend on who computed it, so that
+The candidates are Triton's kernels; those in CUDA C++, whose batch norm before the convolution is a
+pass of its own and whose weight gradient is PyTorch's; and PyTorch's convolutions between Triton's
+passes, behind the same calls. What is kept for backward does not depend on who computed it, so that
 forward and backward are timed, and chosen, apart. All other primitives are Triton's. Where nothing
 may be timed no unit runs, and operations run one by one.
 """
@@ -28,7 +28,7 @@ from .training_tuned_cpu import cpu_primitives
 TUNED = "tuned"
 
 #: Those that have the training primitives by themselves.
-UNIT_BACKENDS = ("cpu", "library", "triton")
+UNIT_BACKENDS = ("cpu", "cuda", "library", "triton")
 
 #: The candidate that runs without timings.
 _DEFAULT = "library"
@@ -41,11 +41,11 @@ def unit_backend(x: Tensor) -> str:
         x: The input, whose device and dtype count.
     """
     backend = resolve_backend("training_unit", x)
-    if backend in UNIT_BACKENDS:
-        return backend
-    if backend != "cuda" or current_backend() != "auto" or torch.compiler.is_compiling():
+    if backend != "cuda" or current_backend() != "auto":
+        return backend if backend in UNIT_BACKENDS else ""
+    if torch.compiler.is_compiling() or tuner.mode() == "0":
         return ""
-    return TUNED if tuner.mode() != "0" and _triton_runs(x.device) else ""
+    return TUNED if _triton_runs(x.device) else ""
 
 
 @functools.cache
@@ -89,42 +89,24 @@ def _tuned() -> Any:
 
 
 @functools.cache
-def _candidates(cuda: bool) -> dict[str, Any]:
-    """The candidates' convolutions, forward and backward, by the names of their backends.
-
-    Args:
-        cuda: Whether CUDA C++ has the call.
-    """
+def _candidates() -> dict[str, Any]:
+    """The candidates' convolutions, forward and backward, by the names of their backends."""
     kernels = importlib.import_module("fused_resnet.backends.triton")
     names = ("conv_forward", "conv_bn_forward", "conv_backward")
     around = {name: functools.partial(getattr(kernels, name), pytorch=True) for name in names}
-    found = {"triton": OPERATORS["triton"], "library": SimpleNamespace(**around)}
-    if cuda:
-        found["cuda"] = SimpleNamespace(conv_forward=_cuda_forward, conv_bn_forward=_cuda_bn)
-    return found
-
-
-def _cuda_forward(
-    x: Tensor,
-    x_scale: None,
-    x_shift: None,
-    weight: Tensor,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    statistics: bool,
-    winograd: bool,
-    activation: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``conv_forward`` with statistics and without a prologue, in CUDA C++."""
-    return OPERATORS["cuda"].conv_statistics(x, weight, None, stride, padding, dilation, groups)
+    cuda = primitives_of("cuda")
+    own = {"conv_forward": cuda.conv_forward, "conv_backward": cuda.conv_backward}
+    return {
+        "triton": OPERATORS["triton"],
+        "cuda": SimpleNamespace(**own, conv_bn_forward=_cuda_bn),
+        "library": SimpleNamespace(**around),
+    }
 
 
 def _cuda_bn(
     x: Tensor,
-    x_scale: None,
-    x_shift: None,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
     weight: Tensor,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
@@ -140,9 +122,9 @@ def _cuda_bn(
     winograd: bool,
     activation: int = 1,
 ) -> tuple[Tensor, ...]:
-    """``conv_bn_forward`` without a prologue: CUDA C++, and then Triton for the numbers."""
-    z, mean, var = OPERATORS["cuda"].conv_statistics(
-        x, weight, None, stride, padding, dilation, groups
+    """``conv_bn_forward``: the convolution in CUDA C++, and then Triton for the numbers."""
+    z, mean, var = primitives_of("cuda").conv_forward(
+        x, x_scale, x_shift, weight, stride, padding, dilation, groups, True, winograd, activation
     )
     triton = primitives_of("triton")
     if running_mean is not None and running_var is not None:
@@ -155,9 +137,7 @@ def _cuda_bn(
 
 def _choose(op: str, arguments: tuple[Any, ...]) -> Any:
     """The candidate for a call, with its operators as attributes."""
-    # In CUDA C++: the forward, where x_scale is None and statistics are wanted.
-    cuda = op == "conv_forward" and arguments[1] is None and arguments[8]
-    candidates = _candidates(cuda)
+    candidates = _candidates()
     return candidates[tuner.choose(op, _DEFAULT, candidates, arguments)]
 
 

@@ -9,6 +9,7 @@ from networks import image
 from torch import Tensor
 
 import fused_resnet as fr
+from fused_resnet.backends import availability
 from fused_resnet.ops import training_tuned
 from fused_resnet.ops.registry import OPERATORS
 from fused_resnet.ops.training_reference import run_reference
@@ -43,17 +44,16 @@ def _fresh():
 
 
 @pytest.mark.parametrize("forward", ["triton", "library", "cuda"])
-@pytest.mark.parametrize("backward", ["triton", "library"])
+@pytest.mark.parametrize("backward", ["triton", "library", "cuda"])
 def test_forward_and_backward_are_chosen_apart(monkeypatch, forward, backward):
-    """CUDA's convolution, here Triton's of the same schema, has no batch norm before it."""
+    """CUDA's primitives are Triton's of the same schema here; the simulator's tests have them."""
     chosen: list[str] = []
     ran: list[str] = []
     monkeypatch.setitem(OPERATORS, "cuda", torch.ops.fused_resnet_triton)
 
     def choose(op, default, candidates, arguments):
         assert default == "library"
-        first = op == "conv_forward" and arguments[1] is None
-        assert set(candidates) == {"triton", "library", *(["cuda"] if first else [])}
+        assert set(candidates) == {"triton", "library", "cuda"}
         ran.extend(launched())  # by the layers before
         # What is timed runs many times: it must have the arguments and write to none.
         before = [a.clone() for a in arguments if isinstance(a, Tensor)]
@@ -63,8 +63,7 @@ def test_forward_and_backward_are_chosen_apart(monkeypatch, forward, backward):
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         launched()
         chosen.append(op)
-        wanted = {"conv_forward": forward, "conv_backward": backward}[op]
-        return wanted if wanted in candidates else default
+        return {"conv_forward": forward, "conv_backward": backward}[op]
 
     monkeypatch.setattr(tuner, "choose", choose)
     held = [tensors(1), tensors(4)]
@@ -76,7 +75,7 @@ def test_forward_and_backward_are_chosen_apart(monkeypatch, forward, backward):
         assert ("conv_bn_add_relu_kernel" in ran) == (forward != "library")
         y.square().sum().backward()
         ran.extend(launched())
-        assert ("conv_data_gradient_kernel" in ran) == (backward == "triton")
+        assert ("conv_data_gradient_kernel" in ran) == (backward != "library")
     assert chosen == ["conv_forward"] * 2 + ["conv_backward"] * 2
     found = {"y": y.detach(), "x": x.grad} | results_of(held)
 
@@ -112,8 +111,8 @@ def test_where_it_is_chosen(monkeypatch):
     monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
     with emulation.operators("triton"):
         assert training_tuned.unit_backend(x) == training_tuned.TUNED
-        with fr.use_backend("reference"):  # any that is forced by name
-            assert training_tuned.unit_backend(x) == ""
+        with availability._forced("cuda"):
+            assert training_tuned.unit_backend(x) == "cuda"
         monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
         assert training_tuned.unit_backend(x) == ""
 
