@@ -70,6 +70,23 @@ FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T
   }
 }
 
+// Stores the channels that exist of a panel's last, less than whole one; `values` are `tile` rows
+// of `width`. A function of its own: in each of the microkernels it would be a third of the code.
+template <class T>
+__attribute__((noinline)) void store_part(const Acc<T>* values, int64_t tile, int64_t width,
+                                          const Epilogue<T>& e) {
+  using A = Acc<T>;
+  const A floor = activation_floor<A>(e.activation)[0];
+  for (int64_t i = 0; i < tile; ++i) {
+    for (int64_t k = 0; k < e.cols; ++k) {
+      A r = values[i * width + k] * e.scale[k] + e.shift[k];
+      const int64_t at = i * e.stride + k;
+      if (e.residual) r += to_acc(e.residual[at]);
+      from_acc(floor_vector(floor, r), e.y + at);
+    }
+  }
+}
+
 template <class T, int kTile, int kVectors>
 FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>& e) {
   using A = Acc<T>;
@@ -88,15 +105,7 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(acc[i][v], &values[i][v * lanes]);
   }
-  const A floor = activation_floor<A>(e.activation)[0];
-  for (int i = 0; i < kTile; ++i) {
-    for (int64_t k = 0; k < e.cols; ++k) {
-      A r = values[i][k] * e.scale[k] + e.shift[k];
-      const int64_t at = i * e.stride + k;
-      if (e.residual) r += to_acc(e.residual[at]);
-      from_acc(floor_vector(floor, r), e.y + at);
-    }
-  }
+  store_part<T>(values[0], kTile, kVectors * lanes, e);
 }
 
 // The weights of a panel, and what to prefetch: every step prefetches the lines at `ahead`, of

@@ -34,10 +34,12 @@ FR_INLINE bool whole_vectors(const ConvShape& s) {
 }
 
 // The operand's pixels `from` (-1: padding), kVecs vectors of channels from c, to rows `step`
-// apart.
+// apart. A function of its own, as the loops that call it are compiled for each epilogue too; the
+// prologue comes by value, so that no store may change it.
 template <int kVecs, class M, class P>
-FR_INLINE void copy_vectors(const P& in, const int64_t* from, int64_t count, int64_t channels,
-                            int64_t c, Element<M>* to, int64_t step) {
+__attribute__((noinline)) void copy_vectors(P in, const int64_t* from, int64_t count,
+                                            int64_t channels, int64_t c, Element<M>* to,
+                                            int64_t step) {
   using A = typename M::A;
   constexpr int64_t lanes = kLanes<A>, ahead = 8;
   typename P::Channel channel[kVecs];

@@ -32,8 +32,8 @@ constexpr int64_t kOuterPixels = 224 / kTilePixels * kTilePixels;
 // The operand's pixels `from` (-1: padding), kVecs vectors of channels from c, to [pixels / kTerms]
 // [kVecs vectors of words].
 template <int kVecs, class M, class P>
-FR_INLINE void copy_words(const P& in, const int64_t* from, int64_t count, int64_t channels,
-                          int64_t c, Element<M>* to) {
+__attribute__((noinline)) void copy_words(P in, const int64_t* from, int64_t count,
+                                          int64_t channels, int64_t c, Element<M>* to) {
   using A = typename M::A;
   constexpr int64_t lanes = kLanes<A>, ahead = 8;
   typename P::Channel channel[kVecs];
@@ -255,41 +255,39 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
     for (int64_t i = 0; i < count; ++i) scratch.from[i] = first + i;
   };
   with_gradient<T>(f, [&](const auto& in) {
-    with_input<T>(f, [&](const auto& input) {
-      with_input_gradient<T>(f, number, scratch.near, [&](const auto& e) {
-        e.begin();
-        for (int64_t p0 = block.p0; p0 < block.p1; p0 += rows) {
-          const int64_t count = min_of(rows, block.p1 - p0), tiles = ceil_div(count, kTilePixels);
-          const bool first = p0 == block.p0;
-          for (int64_t i = 0; i < count; ++i) scratch.at[i] = (p0 + i) * s.c;
+    with_input_and_gradient<T>(f, number, scratch.near, [&](const auto& input, const auto& e) {
+      e.begin();
+      for (int64_t p0 = block.p0; p0 < block.p1; p0 += rows) {
+        const int64_t count = min_of(rows, block.p1 - p0), tiles = ceil_div(count, kTilePixels);
+        const bool first = p0 == block.p0;
+        for (int64_t i = 0; i < count; ++i) scratch.at[i] = (p0 + i) * s.c;
+        number_pixels(p0, count);
+        copy_channels<M>(in, scratch.from, count, s.k, 0, s.k, dz, step);
+        if constexpr (pairs) {
+          number_pixels(0, count);
+          for (int64_t k = 0; k < s.k; k += lanes)
+            copy_words<1, M>(Plain<Element<M>>{dz}, scratch.from, count, step, k,
+                             panels + k * rows);
           number_pixels(p0, count);
-          copy_channels<M>(in, scratch.from, count, s.k, 0, s.k, dz, step);
-          if constexpr (pairs) {
-            number_pixels(0, count);
-            for (int64_t k = 0; k < s.k; k += lanes)
-              copy_words<1, M>(Plain<Element<M>>{dz}, scratch.from, count, step, k,
-                               panels + k * rows);
-            number_pixels(p0, count);
-          }
-          const int64_t share = count * s.k * width / (tiles * (block.c1 - block.c0));
-          const auto next = [&](int64_t q, int64_t i) {
-            const int64_t tile = (q - block.c0) / width * tiles + i / kTilePixels;
-            return in.ahead((p0 + count) * s.k + tile * share);
-          };
-          for (int64_t c = block.c0; c < block.c1; c += width) {
-            const int64_t end = min_of(c + width, block.c1);
-            product_columns<M>(count, dz, step, s.k, weight, c, end, next, e, scratch.at, false);
-            if (end - c == width) {
-              copy_words<2, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<2, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c, first);
-            } else {
-              copy_words<1, M>(input, scratch.from, count, s.c, c, x);
-              outer_products<1, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c, first);
-            }
-          }
-          e.fold();
         }
-      });
+        const int64_t share = count * s.k * width / (tiles * (block.c1 - block.c0));
+        const auto next = [&](int64_t q, int64_t i) {
+          const int64_t tile = (q - block.c0) / width * tiles + i / kTilePixels;
+          return in.ahead((p0 + count) * s.k + tile * share);
+        };
+        for (int64_t c = block.c0; c < block.c1; c += width) {
+          const int64_t end = min_of(c + width, block.c1);
+          product_columns<M>(count, dz, step, s.k, weight, c, end, next, e, scratch.at, false);
+          if (end - c == width) {
+            copy_words<2, M>(input, scratch.from, count, s.c, c, x);
+            outer_products<2, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c, first);
+          } else {
+            copy_words<1, M>(input, scratch.from, count, s.c, c, x);
+            outer_products<1, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c, first);
+          }
+        }
+        e.fold();
+      }
     });
   });
 }

@@ -340,11 +340,11 @@ FR_INLINE void with_result(const TrainingForward& f, int64_t block, void* near, 
   with_result<T>(f, block, near, ChannelRange{0, f.shape.k}, run);
 }
 
-// Calls run(epilogue) with the data gradient's; `near` is room for BlockSums<Acc<T>,
-// kGradientRows>.
+// The same with the data gradient's, where there is the ReLU of a previous convolution; `near` is
+// room for BlockSums<Acc<T>, kGradientRows>.
 template <class T, class Run>
-FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near,
-                                   ChannelRange made, Run run) {
+FR_INLINE void with_masked_gradient(const TrainingBackward& f, int64_t block, void* near,
+                                    ChannelRange made, Run run) {
   using A = Acc<T>;
   const ConvShape& s = f.shape;
   const int64_t c = s.c;
@@ -358,9 +358,17 @@ FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, voi
                            shift,
                            static_cast<const A*>(f.x_mean),
                            {static_cast<A*>(near), f.sums + block * kGradientRows * c, c, made}});
-  } else if (scale) {
+  } else {
     run(StoreMasked<T>{g, x, scale, shift});
-  } else if (f.add) {
+  }
+}
+
+// And where there is none.
+template <class T, class Run>
+FR_INLINE void with_whole_gradient(const TrainingBackward& f, Run run) {
+  const ConvShape& s = f.shape;
+  const WrittenMap<T> g(f.g_x, s.n * s.h * s.w, s.c);
+  if (f.add) {
     run(StoreSum<T>{g, static_cast<const T*>(f.add)});
   } else {
     run(Store<T>{g});
@@ -368,8 +376,33 @@ FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, voi
 }
 
 template <class T, class Run>
+FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near,
+                                   ChannelRange made, Run run) {
+  if (f.x_scale) {
+    with_masked_gradient<T>(f, block, near, made, run);
+  } else {
+    with_whole_gradient<T>(f, run);
+  }
+}
+template <class T, class Run>
 FR_INLINE void with_input_gradient(const TrainingBackward& f, int64_t block, void* near, Run run) {
   with_input_gradient<T>(f, block, near, ChannelRange{0, f.shape.c}, run);
+}
+
+// Calls run(prologue, epilogue) with that of the input and that of its gradient. Only the pairs
+// that occur are compiled: both have the ReLU, or neither has.
+template <class T, class Run>
+FR_INLINE void with_input_and_gradient(const TrainingBackward& f, int64_t block, void* near,
+                                       Run run) {
+  using A = Acc<T>;
+  const T* x = static_cast<const T*>(f.x);
+  if (f.x_scale) {
+    const BnRelu<T> in{x, static_cast<const A*>(f.x_scale), static_cast<const A*>(f.x_shift)};
+    with_masked_gradient<T>(f, block, near, ChannelRange{0, f.shape.c},
+                            [&](const auto& e) { run(in, e); });
+  } else {
+    with_whole_gradient<T>(f, [&](const auto& e) { run(Plain<T>{x}, e); });
+  }
 }
 
 }  // namespace FR_ISA
