@@ -46,19 +46,27 @@ class Build(build_ext):
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
+    def build_extensions(self) -> None:
+        # The sources of all binaries together, so that no processor waits for the last of one. The
+        # binary that is linked last has a single large source, which is begun first.
+        units = {name: line for ext in self.extensions[::-1] for name, line in ext.commands.items()}
+        with ThreadPoolExecutor(JOBS) as pool:
+            made = pool.map(self._object, units, units.values())
+            self.objects = dict(zip(units, made, strict=True))
+        for ext in self.extensions:
+            self.build_extension(ext)
+
     def build_extension(self, ext: Binary) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(self._object, ext.commands.items()))
+        objects = [self.objects[source] for source in ext.commands]
         flags = [f"-L{target.parent}", *ext.links, *CFLAGS, *LDFLAGS]
         _run([*CXX, "-shared", "-o", str(target), *objects, *flags])
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         print(f"fused_resnet: {target.name}, after {seconds:.0f} s of compiling", flush=True)
 
-    def _object(self, unit: tuple[str, list[str]]) -> str:
+    def _object(self, source: str, command: list[str]) -> str:
         """The object file of a source, compiled if it, a header or its command has changed."""
-        source, command = unit
         made = Path(self.build_temp, source).with_suffix(".o")
         headers, used = made.with_suffix(".d"), made.with_suffix(".txt")
         line = shlex.join(command)
