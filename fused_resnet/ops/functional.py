@@ -221,8 +221,6 @@ def conv_bn_add_relu(
         ``torch.nn.functional.conv2d`` casts them.
     """
     op = "conv_bn_add_relu"
-    if not training and isinstance(conv_bias, Tensor) and _may_need_grad():
-        conv_bias = conv_bias.clone()  # backward reads it; PyTorch's convolution lets it change
     tensors = (
         x, conv_weight, conv_bias, bn_weight, bn_bias, running_mean, running_var, residual,
     )  # fmt: skip
@@ -455,11 +453,6 @@ def _resolve(op: str, x: Tensor, training: bool) -> str:
         return "reference" if exported else resolve_backend(op, x)
     empty = training and x.numel() == 0
     return "reference" if empty or is_transformed() else resolve_backend(op, x)
-
-
-def _may_need_grad() -> bool:
-    # torch.jit.trace checks what it recorded by a second trace, and that one without gradients.
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
