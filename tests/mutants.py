@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "backward mask lets zero pass",
         "csrc/cpu/kernels/activation.h",
-        "return at <= 0 ? V{} : g;",
-        "return at < 0 ? V{} : g;",
+        "return at <= bound ? Vec<A>{} : g;",
+        "return at < bound ? Vec<A>{} : g;",
         BACKWARD,
     ),
     Mutant(

@@ -24,8 +24,8 @@ MUTANTS = [
     Mutant(
         "LeakyReLU's gradient is ReLU's",
         KERNELS,
-        "return at > 0 ? g : g * A(kLeakySlope);",
-        "return at > 0 ? g : g * A(0);",
+        "(Vec<A> g, Vec<A> at) const { return at > 0 ? g : g * A(kLeakySlope); }",
+        "(Vec<A> g, Vec<A> at) const { return at > 0 ? g : g * A(0); }",
         BN,
     ),
     Mutant(

@@ -41,44 +41,26 @@ FR_INLINE void with_activation(Activation activation, Run run) {
   run(Floored<A>{activation_floor<A>(activation)});
 }
 
-// Gradients, by the sign of the activation's argument, or of its result, which is the same.
-struct NoGradient {
-  template <class V>
-  FR_INLINE V operator()(V g, V) const {
-    return g;
-  }
-};
-struct ReLUGradient {
-  template <class V>
-  FR_INLINE V operator()(V g, V at) const {
-    return at <= 0 ? V{} : g;
-  }
+// Gradients, by the sign of the activation's argument, or of its result, which is the same: that of
+// ReLU where the bound is 0, and of none where it is NaN, as nothing is below that.
+template <class A>
+struct FlooredGradient {
+  A bound;
+  FR_INLINE Vec<A> operator()(Vec<A> g, Vec<A> at) const { return at <= bound ? Vec<A>{} : g; }
+  FR_INLINE A operator()(A g, A at) const { return at <= bound ? A(0) : g; }
 };
 
+template <class A>
 struct LeakyGradient {
-  template <class A, class V>
-  static FR_INLINE V of(V g, V at) {
-    return at > 0 ? g : g * A(kLeakySlope);
-  }
-  FR_INLINE float operator()(float g, float at) const { return of<float>(g, at); }
-  FR_INLINE double operator()(double g, double at) const { return of<double>(g, at); }
-  FR_INLINE Vec<float> operator()(Vec<float> g, Vec<float> at) const { return of<float>(g, at); }
-  FR_INLINE Vec<double> operator()(Vec<double> g, Vec<double> at) const {
-    return of<double>(g, at);
-  }
+  FR_INLINE Vec<A> operator()(Vec<A> g, Vec<A> at) const { return at > 0 ? g : g * A(kLeakySlope); }
+  FR_INLINE A operator()(A g, A at) const { return at > 0 ? g : g * A(kLeakySlope); }
 };
 
 // Calls `run` with the gradient.
-template <class Run>
+template <class A, class Run>
 FR_INLINE void with_gradient(Activation activation, Run run) {
-  switch (activation) {
-    case Activation::kReLU:
-      return run(ReLUGradient{});
-    case Activation::kLeakyReLU:
-      return run(LeakyGradient{});
-    default:
-      return run(NoGradient{});
-  }
+  if (activation == Activation::kLeakyReLU) return run(LeakyGradient<A>{});
+  run(FlooredGradient<A>{activation == Activation::kReLU ? A(0) : A(__builtin_nan(""))});
 }
 
 // Elements [begin, end) of y, in place.

@@ -206,16 +206,18 @@ struct Masked {
   }
 };
 
-template <class T, class Gradient>
-void copy_masked(const BnBackward& f, int64_t begin, int64_t end, Gradient gradient) {
+template <class T>
+void copy_masked(const BnBackward& f, int64_t begin, int64_t end) {
   using A = Wide<T>;
   constexpr int lanes = kLanes<A>;
-  const Masked<T, A, Gradient> dz{static_cast<const T*>(f.grad), static_cast<const T*>(f.y),
-                                  gradient};
   T* to = static_cast<T*>(f.dz);
-  int64_t i = begin;
-  for (; i + lanes <= end; i += lanes) store(dz.vector(i), to + i);
-  for (; i < end; ++i) from_acc(dz.scalar(i), to + i);
+  with_gradient<A>(f.activation, [&](auto gradient) {
+    const Masked<T, A, decltype(gradient)> dz{static_cast<const T*>(f.grad),
+                                              static_cast<const T*>(f.y), gradient};
+    int64_t i = begin;
+    for (; i + lanes <= end; i += lanes) store(dz.vector(i), to + i);
+    for (; i < end; ++i) from_acc(dz.scalar(i), to + i);
+  });
 }
 
 template <class T, class Gradient>
@@ -241,7 +243,7 @@ FR_INLINE void reduce_backward(const BnBackward& f, int64_t begin, int64_t end, 
         },
         [=](int64_t at, int64_t c) { return dz.scalar(at) * (to_acc(x[at]) - double{mean[c]}); },
         [=](int64_t c, double sum) { sum_dz_xc[c] = sum; });
-    if (f.dz) copy_masked<T>(f, begin * cols, end * cols, gradient);
+    if (f.dz) copy_masked<T>(f, begin * cols, end * cols);
     return;
   }
   for (int64_t c = begin; c < end; ++c) {
@@ -257,15 +259,15 @@ FR_INLINE void reduce_backward(const BnBackward& f, int64_t begin, int64_t end, 
             return dz.vector(at + i) * (Load<double>::from(x + at + i) - broadcast<double>(m));
           },
           [=](int64_t i) { return dz.scalar(at + i) * (to_acc(x[at + i]) - m); });
-      if (f.dz) copy_masked<T>(f, at, at + cols, gradient);
+      if (f.dz) copy_masked<T>(f, at, at + cols);
     }
   }
 }
 
 template <class T>
 void bn_backward_reduce(const BnBackward& f, int64_t begin, int64_t end, int64_t chunk) {
-  with_gradient(f.activation,
-                [&](auto gradient) { reduce_backward<T>(f, begin, end, chunk, gradient); });
+  with_gradient<double>(f.activation,
+                        [&](auto gradient) { reduce_backward<T>(f, begin, end, chunk, gradient); });
 }
 
 template <class T, class Gradient, class P>
@@ -323,7 +325,8 @@ FR_INLINE void apply_backward(const BnBackward& f, int64_t begin, int64_t end, G
 
 template <class T>
 void bn_backward_apply(const BnBackward& f, int64_t begin, int64_t end) {
-  with_gradient(f.activation, [&](auto gradient) { apply_backward<T>(f, begin, end, gradient); });
+  with_gradient<Wide<T>>(f.activation,
+                         [&](auto gradient) { apply_backward<T>(f, begin, end, gradient); });
 }
 
 }  // namespace FR_ISA

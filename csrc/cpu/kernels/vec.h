@@ -59,6 +59,12 @@ using LaneIndex = decltype(Vec<A>{} < Vec<A>{});
 constexpr int64_t kLineBytes = 64;  // of the caches
 
 #define FR_INLINE inline __attribute__((always_inline))
+// Conversions of float16: an instruction each or, without F16C, so many that they are called.
+#ifdef __F16C__
+#define FR_CONVERSION FR_INLINE
+#else
+#define FR_CONVERSION inline __attribute__((noinline))
+#endif
 
 FR_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FR_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -85,7 +91,7 @@ FR_INLINE uint32_t float_to_bits(float f) {
 FR_INLINE float to_acc(float v) { return v; }
 FR_INLINE double to_acc(double v) { return v; }
 FR_INLINE float to_acc(BFloat16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
-FR_INLINE float to_acc(Half v) {
+FR_CONVERSION float to_acc(Half v) {
 #ifdef __F16C__
   return _cvtsh_ss(v.bits);
 #else
@@ -106,7 +112,7 @@ FR_INLINE void from_acc(float v, BFloat16* p) {
   const uint32_t u = float_to_bits(v);
   p->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-FR_INLINE void from_acc(float v, Half* p) {
+FR_CONVERSION void from_acc(float v, Half* p) {
 #ifdef __F16C__
   p->bits = static_cast<uint16_t>(_cvtss_sh(v, 0));
 #else
@@ -146,7 +152,7 @@ FR_INLINE Vec<float> load(const BFloat16* p) {
   const U32 wide = __builtin_convertvector(load_raw<U16>(p), U32) << 16;
   return load_raw<Vec<float>>(&wide);
 }
-FR_INLINE Vec<float> load(const Half* p) {
+FR_CONVERSION Vec<float> load(const Half* p) {
 #if FR_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_cvtph_ps(load_raw<__m256i>(p));
 #elif FR_VECTOR_BYTES == 32
@@ -178,7 +184,7 @@ FR_INLINE void store_flushing(Vec<float> v, BFloat16* p) {
   __builtin_memcpy(p, &rounded, sizeof rounded);
 }
 #endif
-FR_INLINE void store(Vec<float> v, Half* p) {
+FR_CONVERSION void store(Vec<float> v, Half* p) {
 #if FR_VECTOR_BYTES == 64
   const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __builtin_memcpy(p, &h, sizeof h);
@@ -200,7 +206,7 @@ FR_INLINE HalfFloats load_half(const BFloat16* p) {
   const HalfU32 wide = __builtin_convertvector(load_raw<QuarterU16>(p), HalfU32) << 16;
   return load_raw<HalfFloats>(&wide);
 }
-FR_INLINE HalfFloats load_half(const Half* p) {
+FR_CONVERSION HalfFloats load_half(const Half* p) {
 #if FR_VECTOR_BYTES == 64
   return (HalfFloats)_mm256_cvtph_ps(load_raw<__m128i>(p));
 #elif FR_VECTOR_BYTES == 32

@@ -66,6 +66,23 @@ FR_INLINE void copy_channels(const P& in, const int64_t* from, int64_t count, in
 
 constexpr int64_t kAheadBytes = 32;  // of what the next block reads, prefetched at each step
 
+// What the tiles of a block prefetch of the next block's operand: each `share` elements, from
+// element `first` on.
+struct NextOperand {
+  Ahead at;
+  int64_t share;  // bytes
+  int64_t tiles;  // of a panel
+
+  template <class P>
+  FR_INLINE NextOperand(const P& in, int64_t first, int64_t share, int64_t tiles)
+      : at(in.ahead(first)), share(in.ahead(share).first - in.ahead(0).first), tiles(tiles) {}
+
+  FR_INLINE Ahead of(int64_t panel, int64_t tile) const {
+    const int64_t bytes = (panel * tiles + tile) * share;
+    return {at.first + bytes, at.second + bytes};
+  }
+};
+
 // Where a tile's rows are. An address may add one register times 1, 2 or 4 to another, so five
 // registers reach fourteen rows; the compiler would keep one for each row, and has too few.
 template <class T>
@@ -174,35 +191,38 @@ __attribute__((noinline)) void product_tile(const Element<M>* x, int64_t step, i
 }
 
 // All pixels of a block by one panel.
-template <int kVecs, class M, class E, class Next>
+template <int kVecs, class M, class E>
 FR_INLINE void product_panel(int64_t count, const Element<M>* x, int64_t step, int64_t depth,
-                             const Element<M>* w, const Next& next, const E& e, const int64_t* at,
-                             int64_t q, bool pivot) {
+                             const Element<M>* w, const NextOperand& next, int64_t panel,
+                             const E& e, const int64_t* at, int64_t q, bool pivot) {
   constexpr int kHalf = kTilePixels / 2;
   int64_t i = 0;
+  const auto ahead = [&] { return next.of(panel, i / kTilePixels); };
   for (; i + kTilePixels <= count; i += kTilePixels)
-    product_tile<kTilePixels, kVecs, M>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
+    product_tile<kTilePixels, kVecs, M>(x + i * step, step, depth, w, ahead(), e, at + i, q,
                                         pivot && i == 0);
   for (; i + kHalf <= count; i += kHalf)
-    product_tile<kHalf, kVecs, M>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
+    product_tile<kHalf, kVecs, M>(x + i * step, step, depth, w, ahead(), e, at + i, q,
                                   pivot && i == 0);
   for (; i < count; ++i)
-    product_tile<1, kVecs, M>(x + i * step, step, depth, w, next(q, i), e, at + i, q,
-                              pivot && i == 0);
+    product_tile<1, kVecs, M>(x + i * step, step, depth, w, ahead(), e, at + i, q, pivot && i == 0);
 }
 
-// Columns [q0, q1) of the product of a block of pixels, whose rows lie at x.
-template <class M, class E, class Next>
-FR_INLINE void product_columns(int64_t count, const Element<M>* x, int64_t step, int64_t depth,
-                               const Element<M>* weight, int64_t q0, int64_t q1, const Next& next,
-                               const E& e, const int64_t* at, bool pivot) {
+// Columns [q0, q1) of the product of a block of pixels, whose rows lie at x; the first panel's
+// share of what is prefetched is `panel`. A function of its own, as its callers are compiled for
+// each prologue too.
+template <class M, class E>
+__attribute__((noinline)) void product_columns(int64_t count, const Element<M>* x, int64_t step,
+                                               int64_t depth, const Element<M>* weight, int64_t q0,
+                                               int64_t q1, const NextOperand& next, int64_t panel,
+                                               const E& e, const int64_t* at, bool pivot) {
   constexpr int64_t width = kPanelWidth<typename M::A>;
-  for (int64_t q = q0; q < q1; q += width) {
-    const Element<M>* panel = weight + q * depth;
+  for (int64_t q = q0; q < q1; q += width, ++panel) {
+    const Element<M>* w = weight + q * depth;
     if (q + width <= q1) {
-      product_panel<2, M>(count, x, step, depth, panel, next, e, at, q, pivot);
+      product_panel<2, M>(count, x, step, depth, w, next, panel, e, at, q, pivot);
     } else {
-      product_panel<1, M>(count, x, step, depth, panel, next, e, at, q, pivot);
+      product_panel<1, M>(count, x, step, depth, w, next, panel, e, at, q, pivot);
     }
   }
 }
@@ -249,6 +269,17 @@ struct ProductScratch {
   }
 };
 
+// Pixels [p0, p0 + count) of a grid as the operand's rows, `step` apart, tap by tap.
+template <class M, class P>
+__attribute__((noinline)) void copy_taps(const P& in, int64_t channels, const Grid& grid,
+                                         int64_t p0, int64_t count, int64_t* from, Element<M>* rows,
+                                         int64_t step) {
+  for (int64_t t = 0; t < grid.taps(); ++t, rows += channels) {
+    grid.sources(t / grid.x.taps, t % grid.x.taps, p0, count, from);
+    copy_channels<M>(in, from, count, channels, 0, channels, rows, step);
+  }
+}
+
 // Pixels [begin, end) of a grid: e gets conv(in) where `weight` holds panels of the grid's taps.
 template <class M, class P, class E>
 FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid,
@@ -261,22 +292,14 @@ FR_INLINE void product_block(const P& in, int64_t channels, const Grid& grid,
   e.begin();
   for (int64_t p0 = begin; p0 < end; p0 += chunk) {
     const int64_t count = min_of(chunk, end - p0);
-    for (int64_t t = 0; t < taps; ++t) {
-      grid.sources(t / grid.x.taps, t % grid.x.taps, p0, count, scratch.from);
-      copy_channels<M>(in, scratch.from, count, channels, 0, channels, scratch.rows + t * channels,
-                       step);
-    }
+    copy_taps<M>(in, channels, grid, p0, count, scratch.from, scratch.rows, step);
     grid.places(p0, count, scratch.at);
     for (int64_t i = 0; i < count; ++i) scratch.at[i] *= columns;
     // The next chunk's pixels, spread evenly over this one's tiles.
     const int64_t tiles = ceil_div(count, kTilePixels);
     const int64_t share = count * channels * kPanelWidth<A> / (tiles * columns);
-    const auto next = [&](int64_t q, int64_t i) {
-      if (!in_order) return in.ahead(0);
-      return in.ahead((p0 + count) * channels +
-                      (q / kPanelWidth<A> * tiles + i / kTilePixels) * share);
-    };
-    product_columns<M>(count, scratch.rows, step, depth, weight, 0, columns, next, e, scratch.at,
+    const NextOperand next(in, in_order ? (p0 + count) * channels : 0, in_order ? share : 0, tiles);
+    product_columns<M>(count, scratch.rows, step, depth, weight, 0, columns, next, 0, e, scratch.at,
                        p0 == begin);
   }
   e.fold();

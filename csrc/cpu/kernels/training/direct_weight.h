@@ -271,13 +271,11 @@ void direct_both_gradients(const TrainingBackward& f, int64_t number, void* memo
           number_pixels(p0, count);
         }
         const int64_t share = count * s.k * width / (tiles * (block.c1 - block.c0));
-        const auto next = [&](int64_t q, int64_t i) {
-          const int64_t tile = (q - block.c0) / width * tiles + i / kTilePixels;
-          return in.ahead((p0 + count) * s.k + tile * share);
-        };
-        for (int64_t c = block.c0; c < block.c1; c += width) {
+        const NextOperand next(in, (p0 + count) * s.k, share, tiles);
+        for (int64_t c = block.c0, panel = 0; c < block.c1; c += width, ++panel) {
           const int64_t end = min_of(c + width, block.c1);
-          product_columns<M>(count, dz, step, s.k, weight, c, end, next, e, scratch.at, false);
+          product_columns<M>(count, dz, step, s.k, weight, c, end, next, panel, e, scratch.at,
+                             false);
           if (end - c == width) {
             copy_words<2, M>(input, scratch.from, count, s.c, c, x);
             outer_products<2, M>(panels, panel_step, row_step, s.k, x, count, dw + c, s.c, first);

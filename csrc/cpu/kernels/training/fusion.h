@@ -156,7 +156,8 @@ struct BlockSums {
     return kRows * channels * static_cast<int64_t>(sizeof(A));
   }
 
-  void clear() const {
+  // Called once for a block of pixels, from many kernels: compiled once.
+  __attribute__((noinline)) void clear() const {
     for (int64_t row = 0; row < kRows; ++row) {
       for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {
         near[i] = 0;
@@ -166,7 +167,7 @@ struct BlockSums {
   }
 
   // Row 0 is set instead of added to where `pivot`.
-  void fold(bool pivot) const {
+  __attribute__((noinline)) void fold(bool pivot) const {
     for (int64_t row = 0; row < kRows; ++row) {
       const bool set = pivot && row == 0;
       for (int64_t i = row * channels + made.begin; i < row * channels + made.end; ++i) {

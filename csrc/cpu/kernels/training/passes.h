@@ -117,7 +117,7 @@ FR_INLINE void end_block_backward(const BlockEndBackward& f, int64_t begin, int6
 template <class T>
 void block_end_backward(const BlockEndBackward& f, int64_t begin, int64_t end, int64_t block,
                         void* scratch) {
-  with_gradient(f.activation, [&](auto gradient) {
+  with_gradient<Acc<T>>(f.activation, [&](auto gradient) {
     end_block_backward<T>(f, begin, end, block, scratch, gradient);
   });
 }
@@ -215,8 +215,9 @@ FR_INLINE void mask_and_sum(const MaskedSums& f, int64_t begin, int64_t end, int
 
 template <class T>
 void masked_sums(const MaskedSums& f, int64_t begin, int64_t end, int64_t block, void* scratch) {
-  with_gradient(f.activation,
-                [&](auto gradient) { mask_and_sum<T>(f, begin, end, block, scratch, gradient); });
+  with_gradient<Acc<T>>(f.activation, [&](auto gradient) {
+    mask_and_sum<T>(f, begin, end, block, scratch, gradient);
+  });
 }
 
 template <class A>

@@ -191,7 +191,7 @@ FR_INLINE void end_stem_backward(const StemEndBackward& f, int64_t begin, int64_
 template <class T>
 void stem_end_backward(const StemEndBackward& f, int64_t begin, int64_t end, int64_t block,
                        void* scratch) {
-  with_gradient(f.activation, [&](auto gradient) {
+  with_gradient<Acc<T>>(f.activation, [&](auto gradient) {
     end_stem_backward<T>(f, begin, end, block, scratch, gradient);
   });
 }
