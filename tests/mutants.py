@@ -213,8 +213,15 @@ MUTANTS = [
     Mutant(
         "groups in a vector take each other's channels",
         CONV,
-        "channel[c][i] = i / kShare * kShare + c;",
-        "channel[c][i] = (i / kShare * kShare + lanes - kShare + c) % lanes;",
+        "turned[i] = i / kShare * kShare + (i % kShare + kShare - 2 * t) % kShare;",
+        "turned[i] = i / kShare * kShare + (i % kShare + 2 * t + 2) % kShare;",
+        isa="avx2",
+    ),
+    Mutant(
+        "groups in a vector take the even channels twice",
+        "csrc/cpu/kernels/vec.h",
+        "kOdd ? _mm256_movehdup_ps(v) : _mm256_moveldup_ps(v)",
+        "kOdd ? _mm256_moveldup_ps(v) : _mm256_moveldup_ps(v)",
         isa="avx2",
     ),
     Mutant(

@@ -38,7 +38,7 @@ from . import cache, defaults, processor
 from .tf32 import conv_allows_tf32
 
 #: Increased when kernels change, which invalidates older timings.
-KERNELS = 5
+KERNELS = 6
 
 #: Relative time by which a candidate must beat the device's own kernels: differences below it are
 #: within the noise.

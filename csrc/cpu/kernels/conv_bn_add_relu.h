@@ -28,6 +28,8 @@
 // channels has 7 runs of 21 and wastes nothing.
 #pragma once
 
+#include <utility>
+
 #include "activation.h"
 #include "conv_input.h"
 #include "next_block.h"
@@ -201,30 +203,52 @@ FR_INLINE void accumulate(const Pixels<A>& pixels, const Runs& runs, const Weigh
   }
 }
 
-// The same for groups of kShare channels, several of which share a vector.
+// The tiles of groups that share vectors: a pixel has kShare / 2 sums and its own vector in
+// registers, and one more holds a weight.
+template <int kShare>
+constexpr int kSharedTile = ((FR_VECTOR_BYTES == 64 ? 32 : 16) - 1) / (kShare / 2 + 1);
+
+// The same for groups of kShare channels, several of which share a vector: see panels.h.
 template <class A, int kTile, int kShare>
 FR_INLINE void accumulate_shared(const Pixels<A>& pixels, const Runs& runs,
                                  const Weights<A>& weights, Vec<A> (&acc)[kTile][1]) {
-  constexpr int lanes = kLanes<A>;
-  LaneIndex<A> channel[kShare];  // broadcasts channel c of each group to the lanes of the group
-#pragma GCC unroll 8
-  for (int c = 0; c < kShare; ++c) {
+  constexpr int lanes = kLanes<A>, turns = kShare / 2;
+  Vec<A> sum[turns][kTile];
+#pragma GCC unroll 4
+  for (int t = 0; t < turns; ++t) {
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) channel[c][i] = i / kShare * kShare + c;
+    for (int i = 0; i < kTile; ++i) sum[t][i] = Vec<A>{};
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; ++i) acc[i][0] = Vec<A>{};
   const A* b = weights.at;
-  for (int64_t r = 0; r < runs.rows; ++r) {
-    for (int64_t tap = 0; tap < runs.per_row; ++tap, b += kShare * lanes) {
-      const A* at = pixels.base + r * runs.row_step + tap * runs.col_step;
+  const auto multiply = [&](const A* at, auto odd) __attribute__((always_inline)) {
+    Vec<A> x[kTile];
 #pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) {
-        const Vec<A> x = load(at + (kIndirect ? pixels.offset[i] : i * pixels.step));
-#pragma GCC unroll 8
-        for (int c = 0; c < kShare; ++c)
-          acc[i][0] += __builtin_shuffle(x, channel[c]) * load(b + c * lanes);
-      }
+    for (int i = 0; i < kTile; ++i)
+      x[i] = load_twice<odd.value>(at + (kIndirect ? pixels.offset[i] : i * pixels.step));
+#pragma GCC unroll 4
+    for (int t = 0; t < turns; ++t, b += lanes) {
+      const Vec<A> w = load(b);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i) sum[t][i] += x[i] * w;
+    }
+  };
+  for (int64_t r = 0; r < runs.rows; ++r) {
+    for (int64_t tap = 0; tap < runs.per_row; ++tap) {
+      const A* at = pixels.base + r * runs.row_step + tap * runs.col_step;
+      multiply(at, Constant<0>{});
+      multiply(at, Constant<1>{});
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < turns; ++t) {
+    LaneIndex<A> turned;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      turned[i] = i / kShare * kShare + (i % kShare + kShare - 2 * t) % kShare;
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) {
+      const Vec<A> part = __builtin_shuffle(sum[t][i], turned);
+      acc[i][0] = t == 0 ? part : acc[i][0] + part;
     }
   }
 }
@@ -257,34 +281,32 @@ template <class T>
 using ConvTile = void (*)(const Pixels<Acc<T>>&, const Runs&, const Weights<Acc<T>>&,
                           const Epilogue<T>&);
 
-template <class T, int kVectors, int kShare = 0>
-ConvTile<T> tile_of(int64_t pixels) {
-  static const ConvTile<T> tiles[] = {
-      conv_tile<T, 1, kVectors, kShare>,  conv_tile<T, 2, kVectors, kShare>,
-      conv_tile<T, 3, kVectors, kShare>,  conv_tile<T, 4, kVectors, kShare>,
-      conv_tile<T, 5, kVectors, kShare>,  conv_tile<T, 6, kVectors, kShare>,
-#if FR_VECTOR_BYTES == 64
-      conv_tile<T, 7, kVectors, kShare>,  conv_tile<T, 8, kVectors, kShare>,
-      conv_tile<T, 9, kVectors, kShare>,  conv_tile<T, 10, kVectors, kShare>,
-      conv_tile<T, 11, kVectors, kShare>, conv_tile<T, 12, kVectors, kShare>,
-      conv_tile<T, 13, kVectors, kShare>, conv_tile<T, 14, kVectors, kShare>,
-#endif
-  };
+template <class T, int kVectors, int kShare, int... kFewer>
+ConvTile<T> tile_of(int64_t pixels, std::integer_sequence<int, kFewer...>) {
+  static constexpr ConvTile<T> tiles[] = {conv_tile<T, kFewer + 1, kVectors, kShare>...};
   return tiles[pixels - 1];
 }
 
-// The microkernel for a number of pixels and a panel of `width` channels; `share` is the result of
-// shared_channels.
+// The most pixels of a tile; `share` is the result of shared_channels.
+FR_INLINE int64_t most_pixels(int64_t share) {
+  return share == 8 ? kSharedTile<8> : share == 4 ? kSharedTile<4> : kMaxTile;
+}
+
+// The microkernel for a number of pixels and a panel of `width` channels.
 template <class T>
 ConvTile<T> tile_for(int64_t share, int64_t width, int64_t pixels) {
   using A = Acc<T>;
   if constexpr (kLanes<A> > 8) {
-    if (share == 8) return tile_of<T, 1, 8>(pixels);
+    if (share == 8)
+      return tile_of<T, 1, 8>(pixels, std::make_integer_sequence<int, kSharedTile<8>>());
   }
   if constexpr (kLanes<A> > 4) {
-    if (share == 4) return tile_of<T, 1, 4>(pixels);
+    if (share == 4)
+      return tile_of<T, 1, 4>(pixels, std::make_integer_sequence<int, kSharedTile<4>>());
   }
-  return width == kPanel<A> ? tile_of<T, kPanelVectors>(pixels) : tile_of<T, 1>(pixels);
+  constexpr std::make_integer_sequence<int, kMaxTile> all;
+  return width == kPanel<A> ? tile_of<T, kPanelVectors, 0>(pixels, all)
+                            : tile_of<T, 1, 0>(pixels, all);
 }
 
 template <class T>
@@ -336,7 +358,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     }
   }
   // Tiles of nearly equal width: 16 pixels are 8 + 8 rather than 14 + 2.
-  const int64_t tiles = ceil_div(width, kMaxTile);
+  const int64_t tiles = ceil_div(width, most_pixels(share));
   const int64_t narrow = width / tiles, wider = width % tiles;
   const int64_t all_tiles = images * rows * tiles;
   Pixels<A> pixels;

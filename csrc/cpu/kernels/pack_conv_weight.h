@@ -45,6 +45,23 @@ FR_INLINE void visit_packed(const ConvShape& s, bool taps_inside, int64_t panel0
   }
 }
 
+// The same for groups that share vectors: visit(place in packed, place in weight) for every
+// element.
+template <class A, class Visit>
+FR_INLINE void visit_shared(const ConvShape& s, bool taps_inside, int64_t panel0, int64_t panel1,
+                            Visit visit) {
+  const int64_t taps = s.kh * s.kw, share = s.group_c(), depth = s.depth();
+  for (int64_t k = panel0 * kLanes<A>; k < panel1 * kLanes<A>; ++k) {
+    const int64_t panel = k / kLanes<A> * kLanes<A> * depth;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t c = 0; c < share; ++c) {
+        visit(panel + tap * share * kLanes<A> + shared_at<A>(share, c, k % kLanes<A>),
+              k * depth + (taps_inside ? c * taps + tap : tap * share + c));
+      }
+    }
+  }
+}
+
 // `taps_inside`: the weight is (K, C, kh, kw) in memory; else (K, kh, kw, C), which is
 // channels-last.
 template <class T>
@@ -54,6 +71,10 @@ void pack(const ConvShape& s, bool taps_inside, const void* weight, int64_t pane
   const T* w = static_cast<const T*>(weight);
   A* p = static_cast<A*>(packed);
   const int64_t depth = s.depth();
+  if (shared_channels<A>(s) > 0) {
+    return visit_shared<A>(s, taps_inside, panel0, panel1,
+                           [=](int64_t to, int64_t from) { p[to] = to_acc(w[from]); });
+  }
   visit_packed<A>(s, taps_inside, panel0, panel1,
                   [=](int64_t to, int64_t from, int64_t cols, int64_t width, int64_t count,
                       const int64_t* rows) {
@@ -82,6 +103,10 @@ void unpack(const ConvShape& s, const void* packed, void* weight) {
   const A* p = static_cast<const A*>(packed);
   A* w = static_cast<A*>(weight);
   const int64_t depth = s.depth();
+  if (shared_channels<A>(s) > 0) {
+    return visit_shared<A>(s, true, 0, all_panels<A>(s),
+                           [=](int64_t from, int64_t to) { w[to] = p[from]; });
+  }
   visit_packed<A>(
       s, true, 0, all_panels<A>(s),
       [=](int64_t from, int64_t to, int64_t cols, int64_t, int64_t count, const int64_t* rows) {

@@ -5,11 +5,11 @@
 // is left of a group, its last panel is a vector wide; beyond the group it is zero.
 //
 // Groups of 4 and 8 channels (ResNeXt) would leave most of a vector empty. Where whole groups fill
-// vectors, a panel is one vector of adjacent groups, and c counts within each group: a step
-// multiplies its weights by the pixel's vector, in which channel c of each group was shuffled to
-// all lanes of the group. A 3x3 of 32 groups of 4 channels then takes a fifth of the time on
-// AVX-512 and 0.36 of it on AVX2, one of groups of 8 half on AVX-512. Groups of 16 would take 1.2
-// times as long, because a shuffle is an extra instruction where a broadcast is part of a load.
+// vectors, a panel is one vector of adjacent groups. Its steps multiply the pixel's vector with its
+// even channels in the place of the odd ones, and then the reverse, both of which are part of a
+// load. Lanes 2p and 2p + 1 of a group then hold channel 2p (or 2p + 1), which `share / 2` sums
+// need for as many pairs of result channels: sum t adds to pair p + t in the place of pair p, and
+// is turned by t pairs at the end.
 #pragma once
 
 #include "table.h"
@@ -40,6 +40,15 @@ FR_INLINE int64_t shared_channels(const ConvShape& s) {
   const int64_t g = s.group_c();
   const bool fits = (g == 4 || g == 8) && g < kLanes<A> && s.k % kLanes<A> == 0;
   return s.groups > 1 && g == s.group_k() && fits && s.depth() <= kChain ? g : 0;
+}
+
+// Where such a panel has the weight of channel c of a group for the panel's result channel k,
+// counted from the first of its tap.
+template <class A>
+FR_INLINE int64_t shared_at(int64_t share, int64_t c, int64_t k) {
+  const int64_t turns = share / 2, pair = c / 2, group = k / share;
+  const int64_t turn = (k % share / 2 - pair + turns) % turns;
+  return (c % 2 * turns + turn) * kLanes<A> + group * share + 2 * pair + k % 2;
 }
 
 // Output channels of a group, or of all groups that share a vector.

@@ -164,6 +164,29 @@ FR_CONVERSION Vec<float> load(const Half* p) {
 #endif
 }
 
+// Lanes 2p and 2p + 1 are both element 2p + kOdd. For float32 a part of the load, where the
+// compiler would take a shuffle, which waits for a unit that multiplies.
+template <int kOdd>
+FR_INLINE Vec<double> load_twice(const double* p) {
+  LaneIndex<double> pairs;
+  for (int i = 0; i < kLanes<double>; ++i) pairs[i] = i / 2 * 2 + kOdd;
+  return __builtin_shuffle(load(p), pairs);
+}
+template <int kOdd>
+FR_INLINE Vec<float> load_twice(const float* p) {
+#if FR_VECTOR_BYTES == 64
+  const __m512 v = (__m512)load(p);
+  return (Vec<float>)(kOdd ? _mm512_movehdup_ps(v) : _mm512_moveldup_ps(v));
+#elif FR_VECTOR_BYTES == 32
+  const __m256 v = (__m256)load(p);
+  return (Vec<float>)(kOdd ? _mm256_movehdup_ps(v) : _mm256_moveldup_ps(v));
+#else
+  LaneIndex<float> pairs;
+  for (int i = 0; i < kLanes<float>; ++i) pairs[i] = i / 2 * 2 + kOdd;
+  return __builtin_shuffle(load(p), pairs);
+#endif
+}
+
 FR_INLINE void store(Vec<float> v, float* p) { __builtin_memcpy(p, &v, sizeof v); }
 FR_INLINE void store(Vec<double> v, double* p) { __builtin_memcpy(p, &v, sizeof v); }
 FR_INLINE void store(Vec<float> v, BFloat16* p) {
