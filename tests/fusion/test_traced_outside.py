@@ -202,6 +202,8 @@ def test_an_unpickled_model_whose_function_is_gone_runs_unfused(monkeypatch) -> 
 
 @pytest.mark.parametrize("name", ["rebound", "with_defaults", "with_keyword_defaults"])
 def test_a_compiled_model_compares_them_too(name) -> None:
+    if name == "with_defaults" and torch.__version__.startswith("2.11."):
+        pytest.skip("the compiler of PyTorch 2.11 does not look at a function's new __defaults__")
     torch._dynamo.reset()
     function, change = CHANGES[name]()
     eager = ready(Calls(function))

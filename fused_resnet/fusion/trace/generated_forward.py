@@ -188,7 +188,8 @@ class TracedForward(FusedForward):
             kwargs: Keyword arguments of the original forward.
         """
         generated = self.fused_resnet_generated
-        stale = bool(generated.outside) and not generated.is_current()
+        # Not bool(): PyTorch 2.11 can't compile that of a tuple.
+        stale = len(generated.outside) > 0 and not generated.is_current()
         if stale or any(isinstance(value, Proxy) for value in args):
             return _original_forward(self)(self, *args, **kwargs)
         return generated.functions["forward"](self, *args, **kwargs)
