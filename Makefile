@@ -22,8 +22,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# The same without CUDA's kernels, which take most of the time to compile: enough for `make check`,
-# which uses the full build where there is one.
+# The same without CUDA's kernels, which take most of the time to compile: enough for `make demo`
+# and `make check`, which use the full build where there is one.
 INSTALLED_CPU := $(VENV)/.installed-cpu
 CHECKED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_CPU))
 # A worker a core, and a thread a worker; a file's tests stay on one worker unless each is on its own
@@ -43,7 +43,7 @@ CUTE := $(VENV)/headers/cutlass_library
 .DELETE_ON_ERROR:
 .PHONY: demo check test test-all lint format verify docs bench gpu asan mutants install clean
 
-demo: $(INSTALLED)
+demo: $(CHECKED)
 	$(VENV)/bin/fused-resnet demo $(if $(IMAGE),'$(IMAGE)') $(if $(WEIGHTS),--weights '$(WEIGHTS)')
 
 check: $(CHECKED)
@@ -109,6 +109,7 @@ $(INSTALLED): export FUSED_RESNET_CUDA ?= nvcc
 $(INSTALLED_CPU): export FUSED_RESNET_CUDA := 0
 $(INSTALLED) $(INSTALLED_CPU): setup.py csrc/toolchain.py pyproject.toml $(CPP) | $(PY) $(CUTE)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py -q build_ext # shows its progress, as pip does not
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,dev]'
 	touch $@
 

@@ -107,7 +107,12 @@ def library(cuda: bool) -> Binary:
 
 
 def module() -> Binary:
-    import pybind11
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "fused_resnet: pybind11 is not installed; the build needs its headers"
+        ) from None
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     command = [*COMMON, "-O2", "-fvisibility=hidden", *includes, *CFLAGS]

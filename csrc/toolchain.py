@@ -20,7 +20,9 @@ CXX, CFLAGS, LDFLAGS = (
 CCACHE = ["ccache"] if shutil.which("ccache") else []
 # As many as the process may use, also in a container with a quota.
 PROCESSORS = runpy.run_path(str(ROOT / "fused_resnet/tuning/processor.py"))["available"]()
-JOBS = int(os.environ.get("MAX_JOBS", PROCESSORS))
+JOBS = os.environ.get("MAX_JOBS") or str(PROCESSORS)
+if not JOBS.isdigit() or int(JOBS) < 1:
+    raise SystemExit(f"fused_resnet: MAX_JOBS: expected a number of at least 1, got {JOBS!r}")
 
 
 class Binary(Extension):
@@ -41,6 +43,12 @@ class Binary(Extension):
 class Build(build_ext):
     """setuptools' command ``build_ext``, for binaries."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # In the source folder also for an editable install, whose own would be a temporary one: a
+        # build that was interrupted goes on, and one after a change compiles what has changed.
+        self.build_temp = str(ROOT / "build" / "objects")
+
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.rpartition(".")[2].startswith("lib"):
             return fullname.replace(".", os.sep) + ".so"
@@ -50,7 +58,7 @@ class Build(build_ext):
         # The sources of all binaries together, so that no processor waits for the last of one. The
         # binary that is linked last has a single large source, which is begun first.
         units = {name: line for ext in self.extensions[::-1] for name, line in ext.commands.items()}
-        with ThreadPoolExecutor(JOBS) as pool:
+        with ThreadPoolExecutor(int(JOBS)) as pool:
             made = pool.map(self._object, units, units.values())
             self.objects = dict(zip(units, made, strict=True))
         for ext in self.extensions:

@@ -29,6 +29,8 @@ def import_error(folder: Path, *more: Path) -> str:
     path = "".join(f"sys.path.append({str(entry)!r});" for entry in more)
     # An editable installation would find its own extension for the clone's package.
     plain = "sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
+    if not (Path(fr.__file__).parents[1] / "setup.py").exists():  # and so would an installed wheel
+        plain += f"sys.path.remove({str(Path(fr.__file__).parents[1])!r});"
     script = f"import sys; {plain} {path} import fused_resnet"
     done = warm_process.run(["-c", script], cwd=folder, env={"PATH": os.defpath})
     assert done.returncode == 1
