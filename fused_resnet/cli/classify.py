@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     labels = list(file.labels or ())
     if arguments.labels or not labels:
         labels = _pictures.read_labels("classify", arguments.labels, classes, enum)
-    ours = fr.freeze(theirs)
+    ours = fr.freeze(theirs, dtype=file.dtype, winograd=file.winograd)
     prepare = file.preprocessing or enum.transforms()
     out = console()
     for path, picture in zip(arguments.images, pictures, strict=True):

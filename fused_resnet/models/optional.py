@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-#: Modules of the extra ``models``; if nothing is said, all others belong to the extra ``bench``.
+#: Modules of the extra ``models``; if nothing is said, all others belong to the extra ``train``.
 _MODELS = ("timm", "transformers", "segmentation_models_pytorch")
 
 
@@ -16,11 +16,11 @@ class MissingPackageError(RuntimeError):
 
     Args:
         package: Name of the package.
-        extra: The extra of this package that installs it; None for ``models`` or ``bench``.
+        extra: The extra of this package that installs it; None for ``models`` or ``train``.
     """
 
     def __init__(self, package: str, extra: str | None = None) -> None:
-        extra = extra or ("models" if package in _MODELS else "bench")
+        extra = extra or ("models" if package in _MODELS else "train")
         super().__init__(f"{package} is not installed; run: {install_line(extra)}")
 
 
@@ -41,7 +41,7 @@ def library(name: str, extra: str | None = None) -> Any:
 
     Args:
         name: Name of the package's module.
-        extra: The extra of this package that installs it; None for ``models`` or ``bench``.
+        extra: The extra of this package that installs it; None for ``models`` or ``train``.
 
     Raises:
         MissingPackageError: The package is not installed.

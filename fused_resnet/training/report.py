@@ -121,7 +121,7 @@ class Lines(Silent):
         self.begun = time.monotonic()
         self.next = self.begun + self.every
         kind = "unfused" if settings.unfused else "fused"
-        where = f"from step {done} of " if done else ""
+        where = f"after step {done} of {settings.epochs * steps}, " if done else ""
         self.note(
             f"{settings.model} ({kind}, {settings.dtype}) on {settings.data}: {where}"
             f"{settings.epochs} epoch{'s' * (settings.epochs != 1)} of {steps} steps of "

@@ -120,7 +120,7 @@ def test_a_reader_who_leaves_early_is_no_error() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     line = complaint(capsys, "bench", "resnet18", "--size", "32", "--batch", "1")
-    assert f"torchvision is not installed; run: {install_line('bench')}" in line
+    assert f"torchvision is not installed; run: {install_line('train')}" in line
 
 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -283,6 +283,20 @@ def test_classify(photo: Path, weights: Path, tmp_path: Path, capsys: Capture) -
     assert "PyTorch" in out
     assert "fused_resnet" in out
     assert "relative difference of the logits" in out
+
+
+def test_classify_runs_a_frozen_file_in_its_dtype(
+    photo: Path, weights: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    differences = []
+    for dtype in ("float32", "bfloat16"):
+        file = tmp_path / f"{dtype}.safetensors"
+        options = ["--weights", str(weights), "--out", str(file), "--dtype", dtype]
+        assert command("freeze", "resnet18", *options) == 0
+        assert command("classify", str(photo), "--model", str(file)) == 0
+        out = capsys.readouterr().out
+        differences += [float(n) for n in re.findall("difference of the logits: ([-0-9.e]+)", out)]
+    assert differences[0] < 1e-5 < 5e-4 < differences[1] < 5e-2
 
 
 def test_classify_names_imagenet_classes(photo: Path, weights: Path, capsys: Capture) -> None:

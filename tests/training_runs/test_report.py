@@ -54,7 +54,8 @@ def test_lines(clock: Clock) -> None:
     epoch_of(report.Lines(stream), clock)
     begin, within, end = stream.getvalue().splitlines()
     assert begin == (
-        "cifar_resnet20 (fused, float32) on a.npz: from step 5 of 2 epochs of 10 steps of 8 images"
+        "cifar_resnet20 (fused, float32) on a.npz: after step 5 of 20, "
+        "2 epochs of 10 steps of 8 images"
     )
     # The fourth step, 32 seconds after the start, with 11 to go.
     assert within == (
