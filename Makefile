@@ -104,12 +104,13 @@ $(PY):
 $(CUTE): | $(PY)
 	$(PY) -m pip install -q --no-deps --target $(@D) $(HEADERS)
 
-# The extension is compiled again when a source changes; Python files are used in place.
+# The extension is compiled again when a source changes, at first by setup.py itself, whose progress
+# pip would hide; Python files are used in place.
 $(INSTALLED): export FUSED_RESNET_CUDA ?= nvcc
 $(INSTALLED_CPU): export FUSED_RESNET_CUDA := 0
 $(INSTALLED) $(INSTALLED_CPU): setup.py csrc/toolchain.py pyproject.toml $(CPP) | $(PY) $(CUTE)
 	$(PY) -m pip install -q $(BUILD_REQUIRES)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py -q build_ext # shows its progress, as pip does not
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py -q build_ext
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-build-isolation -e '.[test,dev]'
 	touch $@
 
