@@ -34,7 +34,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (archive,) = (folder / "dist").iterdir()
     with tarfile.open(archive) as opened:
-        opened.extractall(folder / "unpacked", filter="data")
+        opened.extraction_filter = getattr(tarfile, "data_filter", None)
+        opened.extractall(folder / "unpacked")
     (root,) = (folder / "unpacked").iterdir()
     return root
 

@@ -115,7 +115,9 @@ def restore(archive: Path, work: Path) -> Path | None:
     work.mkdir(parents=True)
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar:
-            tar.extractall(work, filter="data")
+            # extractall(filter="data"), which Python 3.11.3 does not know.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(work)
         before = (work / _ROOT).read_text()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{archive}: expected the caches of a window, got {error}") from None
