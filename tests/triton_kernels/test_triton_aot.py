@@ -103,7 +103,8 @@ def convolution(
 
 def tile(config: Any) -> str:
     """A tile of the tables as a word: its sizes, and its stages, in which alone some differ."""
-    return "x".join(map(str, (*config[:3], config.stages)))
+    word = "x".join(map(str, (*config[:3], config.stages)))
+    return f"{word}-persistent" if getattr(config, "persistent", False) else word
 
 
 def may(arch: int, precision: Precision, layer: str, config: Any) -> bool:
@@ -115,11 +116,11 @@ def may(arch: int, precision: Precision, layer: str, config: Any) -> bool:
 
     def run() -> None:
         shape = conv_shape("", x, (k, c, size, size), *pairs, 1)
-        found.extend(c[:5] for c in _conv_plan.candidates(shape, x))
+        found.extend((*c[:5], c.persistent) for c in _conv_plan.candidates(shape, x))
 
     with precision.set():
         recorded(run, arch)
-    return config[:5] in found
+    return (*config[:5], config.persistent) in found
 
 
 def convolutions() -> Iterator[Case]:
@@ -153,6 +154,18 @@ def convolutions() -> Iterator[Case]:
                         architectures,
                         config,
                     )
+        for config in _conv_plan.PERSISTENT[kind] if precision is not FLOAT16 else ():
+            architectures = tuple(a for a in DEVICES if may(a, precision, "1x1", config))
+            for what in ("plain", "all training"):
+                yield Case(
+                    f"1x1 {what} {tile(config)}",
+                    precision,
+                    convolution(precision, "1x1", config, what),
+                    True,
+                    (precision, what, config.block_n) == (BFLOAT16, "plain", 128),
+                    architectures,
+                    config,
+                )
 
 
 #: Images, channels, filters, kernel, stride, map: with a patch in chunks of 16 bytes, with rows of
@@ -292,6 +305,7 @@ def test_the_gate(case: Case, arch: int) -> None:
             assert not code.instructions.get("ld.global.b16"), code
             assert code.instructions.get("cp.async.cg"), code
         if case.config and launch.name == "conv_bn_add_relu_kernel":
+            assert launch.arguments["PERSISTENT"] == case.config.persistent
             prologue = launch.arguments["in_scale_ptr"] is not None
             kind = KINDS[case.precision]
             planned = _conv_plan.resident(case.config, DEVICES[arch], kind, prologue)
@@ -310,7 +324,7 @@ def test_what_is_here_covers_the_tables() -> None:
         for kind, size in (("half", 2), ("tf32", 4), ("ieee", 4)):
             fitting = {
                 tile(c)
-                for c in _conv_plan.CONFIGS[kind]
+                for c in (*_conv_plan.CONFIGS[kind], *_conv_plan.PERSISTENT[kind])
                 if c.since <= arch
                 and c.stages * (c.block_m + c.block_n) * c.block_k * size <= device.shared
             }

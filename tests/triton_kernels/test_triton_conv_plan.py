@@ -16,7 +16,8 @@ from fused_resnet.backends import triton as kernels
 from fused_resnet.backends.triton import _conv_plan as plan
 from fused_resnet.backends.triton import _device
 from fused_resnet.backends.triton._conv_plan import CONFIGS
-from fused_resnet.backends.triton._conv_shape import ConvShape
+from fused_resnet.backends.triton._conv_shape import ConvShape, conv_shape
+from fused_resnet.bench.gpu.plans import config_name
 
 
 def launch(
@@ -206,6 +207,94 @@ def test_registers_are_limited_where_operands_pass_by_them() -> None:
     assert launch(256, 3, config=config).options["maxnreg"] == 128
     assert launch(256, 3, config=config, prologue=True).options["maxnreg"] == 255
     assert launch(256, 3, arch=80, config=config).options["maxnreg"] == 255
+
+
+# Persistent programs
+
+
+def offered(layer: tuple[int, int, int, int, int, bool], arch: int, n: int = 256) -> list[Any]:
+    """What those who time configurations get."""
+    c, k, size, stride, hw, _ = layer
+    x, found = full(n, c, hw, hw, dtype=BFLOAT16.dtype), []
+    pairs = (stride, stride), (size // 2, size // 2), (1, 1)
+
+    def run() -> None:
+        found.extend(plan.candidates(conv_shape("", x, (k, c, size, size), *pairs, 1), x))
+
+    recorded(run, arch)
+    return found
+
+
+def test_persistent_programs_are_those_that_the_gpu_holds() -> None:
+    """64 to 256 channels of 802,816 pixels: 6272 rows of tiles; on an H100, and on an A100.
+
+    Of 65536 registers two programs have all, by 8 warps one. On an A100 a stage less is in shared
+    memory, and on both it would admit two and one as well.
+    """
+    s = shape_of((64, 256, 1, 1, 56, True))
+    widest, wide, narrow = plan.PERSISTENT["half"]
+    for tile, tiles, h100, a100 in (
+        (widest, 6272, 132, 108),
+        (wide, 6272 * 2, 132, 108),
+        (narrow, 6272 * 4, 264, 216),
+    ):
+        assert plan.tiles_of(s, tile) == tiles
+        assert plan.programs_of(s, tile, "half", H100) == h100
+        assert plan.programs_of(s, tile, "half", DEVICES[80]) == a100
+        assert plan.programs_of(s, tile._replace(persistent=False), "half", H100) == tiles
+    # Behind a prologue both operands are once more in shared memory: 120 KiB, of 228.
+    assert plan.programs_of(s, narrow, "half", H100, prologue=True) == 132
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("n", [1, 16, 256])
+def test_never_more_programs_than_tiles(arch: int, n: int) -> None:
+    device = DEVICES[arch]
+    for kind, tiles in plan.PERSISTENT.items():
+        for tile in tiles:
+            for layer, *_ in RESNET50:
+                s = shape_of(layer, n)
+                found = plan.programs_of(s, tile, kind, device)
+                held = device.processors * plan.resident(tile, device, kind)
+                assert 1 <= found <= plan.tiles_of(s, tile)
+                assert found == plan.tiles_of(s, tile) or (found == held and s.pointwise)
+
+
+def test_a_tile_has_a_program_where_there_is_more_than_a_matrix() -> None:
+    """Taps, groups, a split, a second convolution, a stride."""
+    tile = plan.PERSISTENT["half"][-1]
+    assert launch(256, 1, config=tile).arguments["PERSISTENT"] is True
+    assert launch(256, 1, config=tile, prologue=True).arguments["PERSISTENT"] is True
+    assert launch(256, 3, config=tile).arguments["PERSISTENT"] is False
+    assert launch(256, 1, groups=2, config=tile).arguments["PERSISTENT"] is False
+    s, strided = (shape_of((256, 256, 1, stride, 56, False)) for stride in (1, 2))
+    tiles, fewer = plan.tiles_of(s, tile), plan.tiles_of(strided, tile)
+    assert plan.programs_of(s, tile, "half", H100) == 264 < fewer < tiles
+    assert plan.programs_of(strided, tile, "half", H100) == fewer
+    assert plan.programs_of(s, tile, "half", H100, second=64) == tiles
+    assert plan.programs_of(s, tile._replace(split_k=2), "half", H100) == tiles
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_persistent_programs_are_offered_and_not_chosen(arch: int) -> None:
+    """To be timed; until then the choice is what it is without them."""
+    device, most = DEVICES[arch], 0
+    for layer, *_ in RESNET50:
+        s, found = shape_of(layer), offered(layer, arch)
+        persistent = [config for config in found if config.persistent]
+        most = max(most, len(persistent))
+        assert bool(persistent) == s.pointwise
+        assert all(config.split_k == 1 for config in persistent)
+        assert all(config.descriptors == (arch >= 90) for config in persistent)
+        assert len({config_name(config) for config in found}) == len(found)
+        assert not plan.choose(s, "half", device, 0, layer[-1]).persistent
+    # The largest tile is not for sm_80, and its 144 KiB are too much shared memory elsewhere.
+    assert most == (3 if 90 <= arch < 120 else 2)
+    # An image of 7 x 7 has a row of tiles.
+    assert not any(config.persistent for config in offered((512, 2048, 1, 1, 7, True), arch, 1))
+
+
+# The device
 
 
 @pytest.mark.parametrize(

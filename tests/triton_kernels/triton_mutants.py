@@ -149,14 +149,14 @@ MUTANTS = [
     ),
     Mutant(
         "every group uses the first one's filters",
-        "_conv_kernels.py",
+        "_conv_tile.py",
         "first_filter = group * group_k + tile_n * BLOCK_N",
         "first_filter = tile_n * BLOCK_N",
         CONV + "test_awkward_shapes[interpreter-float16-groups-of-packs]",
     ),
     Mutant(
         "a column too many is stored",
-        "_conv_kernels.py",
+        "_conv_tile.py",
         "columns < group_k, split",
         "columns < group_k + 1, split",
         CONV + "test_awkward_shapes[interpreter-float16-no-packs]",
@@ -164,7 +164,7 @@ MUTANTS = [
     ),
     Mutant(
         "parts of a split overlap by a step",
-        "_conv_kernels.py",
+        "_conv_tile.py",
         "end = begin + steps_per_split",
         "end = begin + steps_per_split + 1",
         CONV_TILES + "test_split_of_awkward_shapes[packs-float16]",
@@ -178,14 +178,14 @@ MUTANTS = [
     ),
     Mutant(
         "the added convolution uses the first one's filters",
-        "_conv_kernels.py",
+        "_conv_tile.py",
         "w_stride + (depth + c)[:, None]",
         "w_stride + c[:, None]",
         CONV_TILES + "test_a_second_convolution_in_the_same_sum[(24, 40, 16)-float16]",
     ),
     Mutant(
         "statistics of rows that are past the end",
-        "_conv_kernels.py",
+        "_conv_tile.py",
         "d = tl.where(row_valid[:, None], v - rough[None, :], 0.0)",
         "d = v - rough[None, :]",
         CONV + "test_statistics_are_those_of_the_rounded_result[interpreter-float32-packs]",

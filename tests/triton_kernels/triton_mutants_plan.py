@@ -6,6 +6,7 @@ from mutant_of_triton import Mutant
 
 PLAN = "tests/triton_kernels/test_triton_conv_plan.py::"
 TILES = "tests/triton_kernels/test_triton_conv_bn_add_relu.py::test_every_configuration"
+PERSISTENT = "tests/triton_kernels/test_triton_conv_persistent.py::"
 GROUPS = "tests/conformance/test_conv_bn_add_relu.py::test_awkward_shapes"
 
 MUTANTS = [
@@ -79,5 +80,71 @@ MUTANTS = [
         '2 * cycles * facts["mem_bus_width"] / 8',
         'cycles * facts["mem_bus_width"] / 8',
         PLAN + "test_bandwidth_is_the_drivers",
+    ),
+    Mutant(
+        "persistent programs leave out the tiles of a turn that is not whole",
+        "_conv_kernels.py",
+        "tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(group_k, BLOCK_N)",
+        "tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(group_k, BLOCK_N) // tl.num_programs(0) * "
+        "tl.num_programs(0)",
+        PERSISTENT + "test_a_residual[18-True-bfloat16]",
+        quick=True,
+    ),
+    Mutant(
+        "a persistent program's sums begin at 0 in its first tile alone",
+        "_conv_tile.py",
+        "tl.zeros((BLOCK_M, BLOCK_N), tl.float32),",
+        "tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tile // tl.num_programs(0),",
+        PERSISTENT + "test_a_residual[16-False-float16]",
+    ),
+    Mutant(
+        "the statistics of a persistent program's tiles are stored at its first's place",
+        "_conv_tile.py",
+        "columns < group_k, split, tile_m, M, K,",
+        "columns < group_k, split, swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), "
+        "tl.cdiv(group_k, BLOCK_N), GROUP_M)[0], M, K,",
+        PERSISTENT + "test_statistics[18-False-bfloat16]",
+    ),
+    Mutant(
+        "persistent programs go on with their neighbour's tile",
+        "_conv_kernels.py",
+        "tiles, tl.num_programs(0), flatten=True",
+        "tiles, 1, flatten=True",
+        PERSISTENT + "test_a_residual[16-False-float16]",
+    ),
+    Mutant(
+        "more programs persist than there are tiles",
+        "_conv_plan.py",
+        "return min(tiles, device.processors * resident(config, device, precision, prologue))",
+        "return device.processors * resident(config, device, precision, prologue)",
+        PLAN + "test_never_more_programs_than_tiles",
+    ),
+    Mutant(
+        "a multiprocessor is given one persistent program",
+        "_conv_plan.py",
+        "device.processors * resident(config, device, precision, prologue))",
+        "device.processors)",
+        PLAN + "test_persistent_programs_are_those_that_the_gpu_holds",
+    ),
+    Mutant(
+        "programs persist with a second convolution",
+        "_conv_plan.py",
+        "config.persistent and config.split_k == 1 and second == 0 and",
+        "config.persistent and config.split_k == 1 and",
+        PLAN + "test_a_tile_has_a_program_where_there_is_more_than_a_matrix",
+    ),
+    Mutant(
+        "programs persist over taps",
+        "_conv_plan.py",
+        'return mode_of(s, config) == "pointwise" and s.groups == 1',
+        "return s.groups == 1",
+        PLAN + "test_a_tile_has_a_program_where_there_is_more_than_a_matrix",
+    ),
+    Mutant(
+        "persistent programs are offered where there are few tiles",
+        "_conv_plan.py",
+        "if programs_of(s, config, precision, device) < tiles_of(s, config)",
+        "if is_matrix(s, config)",
+        PLAN + "test_persistent_programs_are_offered_and_not_chosen",
     ),
 ]

@@ -24,12 +24,15 @@ from ._conv_plan import (
     GROUP_M,
     ConvConfig,
     choose,
+    is_matrix,
     mode_of,
     parts_of,
     precision_of,
+    programs_of,
     registers_of,
     steps_of,
     tap_channels,
+    tiles_of,
 )
 from ._conv_shape import check_pair, conv_shape
 from ._device import device_of
@@ -221,7 +224,7 @@ class ConvCall:
             return config.descriptors and t.data_ptr() % 16 == 0 and row * size % 16 == 0
 
         # A tile of filters must not extend into the next tap, nor one of pixels into another group.
-        by_tile = mode == "pointwise" and s.groups == 1 and self.second is None
+        by_tile = is_matrix(s, config) and self.second is None
         x_rows = s.n * s.h * s.w
         w_fits = fits(self.weight, self.depth) and mode != "flat" and (even or by_tile)
         x_fits = fits(self.x, s.c) and by_tile
@@ -288,16 +291,18 @@ class ConvCall:
             second, stride2 = self.second
             c2, h2, w2 = second.shape[1:]
         steps = steps_of(s, config)
-        all_steps = steps + (cdiv(c2, config.block_k) if self.second else 0)
-        registers = registers_of(config, device_of(y), precision_of(y), self.has_prologue)
+        added = c2 if self.second else 0
+        all_steps = steps + cdiv(added, config.block_k)
+        precision, device = precision_of(y), device_of(y)
+        registers = registers_of(config, device, precision, self.has_prologue)
+        programs = programs_of(s, config, precision, device, added, self.has_prologue)
         partial = None
         if config.split_k > 1:
             partial = torch.empty(
                 (config.split_k, s.rows, s.k), dtype=torch.float32, device=y.device
             )
-        tiles = cdiv(s.rows, config.block_m) * cdiv(s.group_k, config.block_n)
         with on_device(y):
-            conv_bn_add_relu_kernel[(tiles, s.groups, config.split_k)](
+            conv_bn_add_relu_kernel[(programs, s.groups, config.split_k)](
                 **self.operands(config), **self.geometry(), **self.epilogue(),
                 second_ptr=second, y_ptr=y, partial_ptr=partial, statistics_ptr=statistics,
                 in_scale_ptr=self.prologue[0], in_shift_ptr=self.prologue[1],
@@ -306,7 +311,8 @@ class ConvCall:
                 H2=h2, W2=w2, C2=c2, stride2_h=stride2[0], stride2_w=stride2[1],
                 steps=steps, steps_per_split=cdiv(all_steps, config.split_k),
                 GROUP_M=GROUP_M, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k, PARTS=parts_of(config), num_warps=config.warps,
+                BLOCK_K=config.block_k, PARTS=parts_of(config),
+                PERSISTENT=programs < tiles_of(s, config), num_warps=config.warps,
                 num_stages=config.stages, maxnreg=registers,
             )  # fmt: skip
             if partial is not None:

@@ -30,6 +30,8 @@ class ConvConfig(NamedTuple):
         registers: The most registers of a thread, by which programs share a multiprocessor.
         more_registers: The most registers of a thread where operands pass through registers: to
             mma.sync, to be rounded, or for a prologue.
+        persistent: Whether each program computes one tile after another, where :func:`programs_of`
+            says so.
     """
 
     block_m: int
@@ -43,6 +45,7 @@ class ConvConfig(NamedTuple):
     descriptors: bool = False
     registers: int = REGISTERS
     more_registers: int = REGISTERS
+    persistent: bool = False
 
 
 #: By the precision of products. A step is 128 bytes deep, as swizzled shared memory and one wgmma
@@ -75,6 +78,19 @@ CONFIGS: dict[str, list[ConvConfig]] = {
         ConvConfig(64, 32, 16, 4, 3, flat=True),
         ConvConfig(64, 16, 16, 4, 3, flat=True),
     ],
+}
+
+#: Tiles that may be computed by persistent programs, in a form of their own: those that layers of
+#: 1x1 mostly have, with all registers, since a tile's addresses are made while the one before it is
+#: in registers.
+PERSISTENT: dict[str, list[ConvConfig]] = {
+    "half": [
+        ConvConfig(128, 256, 64, 8, 3, since=90, persistent=True),
+        ConvConfig(128, 128, 64, 8, 3, persistent=True),
+        ConvConfig(128, 64, 64, 4, 4, persistent=True),
+    ],
+    "tf32": [ConvConfig(128, 128, 32, 8, 3, persistent=True)],
+    "ieee": [],
 }
 
 #: Values of split_k, and the minimum number of steps of each split: fewer would mostly fill the
@@ -180,6 +196,44 @@ def resident(config: ConvConfig, device: Device, precision: str, prologue: bool 
     return device.resident(config.warps, registers, shared)
 
 
+def tiles_of(s: ConvShape, config: ConvConfig) -> int:
+    """Number of tiles of a group."""
+    return cdiv(s.rows, config.block_m) * cdiv(s.group_k, config.block_n)
+
+
+def is_matrix(s: ConvShape, config: ConvConfig) -> bool:
+    """Whether the input is the left matrix of the product as it is in memory."""
+    return mode_of(s, config) == "pointwise" and s.groups == 1
+
+
+def programs_of(
+    s: ConvShape,
+    config: ConvConfig,
+    precision: str,
+    device: Device,
+    second: int = 0,
+    prologue: bool = False,
+) -> int:
+    """Number of programs that compute the tiles of a group: one each, if they don't persist.
+
+    Persistent ones are those that the GPU holds at a time, where there are more tiles than that,
+    the input is a matrix, and the depth is neither split nor goes on in a second convolution: the
+    loops over tiles and over the depth must be one, for which the inner one must be the only one.
+
+    Args:
+        s: Sizes of the convolution.
+        config: The tile.
+        precision: Precision of the products, a key of :data:`CONFIGS`.
+        device: The GPU.
+        second: Input channels of a 1x1 convolution that is added; 0 for none.
+        prologue: Whether a batch norm is applied to the input.
+    """
+    tiles = tiles_of(s, config)
+    if config.persistent and config.split_k == 1 and second == 0 and is_matrix(s, config):
+        return min(tiles, device.processors * resident(config, device, precision, prologue))
+    return tiles
+
+
 def traffic(s: ConvShape, size: int, second: int, residual: bool) -> int:
     """Bytes of DRAM that a convolution moves: of each map and of the filters once.
 
@@ -223,7 +277,7 @@ def cost(
     size = SIZES[precision]
     m, n, k = config[:3]
     steps = cdiv(steps_of(s, config) + cdiv(second, k), config.split_k)
-    tiles = max(1, cdiv(s.rows, m) * cdiv(s.group_k, n) * s.groups * config.split_k)
+    tiles = max(1, tiles_of(s, config) * s.groups * config.split_k)
     step = m * n * k / device.products(precision) + (m + n) * k * size / LOADED[precision]
     if k * size < 128:
         step /= 0.9  # half of a row of swizzled shared memory
@@ -244,11 +298,26 @@ def cost(
 
 
 def candidates(s: ConvShape, x: Tensor, *, may_split: bool = True) -> list[ConvConfig]:
-    """All configurations that can run a convolution of maps like ``x``."""
-    return _candidates(s, precision_of(x), device_of(x), may_split)
+    """All configurations that can run a convolution of maps like ``x``, for those who time them.
+
+    Persistent ones are among them where there are more tiles than programs. :func:`choose` knows
+    none: until a GPU has timed them, a model of their cost would be a guess.
+    """
+    precision, device = precision_of(x), device_of(x)
+    return _candidates(s, precision, device, may_split) + [
+        config
+        for config in _candidates(s, precision, device, False, PERSISTENT)
+        if programs_of(s, config, precision, device) < tiles_of(s, config)
+    ]
 
 
-def _candidates(s: ConvShape, precision: str, device: Device, may_split: bool) -> list[ConvConfig]:
+def _candidates(
+    s: ConvShape,
+    precision: str,
+    device: Device,
+    may_split: bool,
+    table: dict[str, list[ConvConfig]] = CONFIGS,
+) -> list[ConvConfig]:
     def fits(config: ConvConfig) -> bool:
         # Large tiles have no registers left to mask single channels.
         whole = s.group_c % 8 == 0 and s.group_k % 8 == 0 and s.group_c >= config.block_k
@@ -261,7 +330,7 @@ def _candidates(s: ConvShape, precision: str, device: Device, may_split: bool) -
 
     return [
         config._replace(split_k=split, descriptors=device.arch >= 90)
-        for config in CONFIGS[precision]
+        for config in table[precision]
         if fits(config)
         for split in SPLITS
         if split == 1 or (may_split and steps_of(s, config) >= split * LEAST_STEPS)

@@ -56,7 +56,7 @@ def cuda_calls(layer: Layer, o: ConvOperands, operators: Any) -> dict[str, Call]
 
 
 def triton_configs(layer: Layer, x: Tensor) -> list[Any]:
-    """Every configuration that Triton's planner may choose.
+    """Every configuration that Triton's planner may choose, and the persistent ones.
 
     Args:
         layer: The convolution.
@@ -78,7 +78,8 @@ def config_name(config: Any) -> str:
     fields = config._asdict()
     sizes = "x".join(str(fields[key]) for key in ("block_m", "block_n", "block_k"))
     name = f"{sizes}, {fields['warps']} warps, {fields['stages']} stages"
-    return name + (f", split {fields['split_k']}" if fields.get("split_k", 1) > 1 else "")
+    name += f", split {fields['split_k']}" if fields.get("split_k", 1) > 1 else ""
+    return name + (", persistent" if fields.get("persistent") else "")
 
 
 def triton_call(layer: Layer, o: ConvOperands, config: Any) -> Call:
