@@ -103,6 +103,15 @@ class Data:
     std: tuple[float, ...]
     resize: int
 
+    def facts(self) -> dict[str, Any]:
+        """What the same data have in common, wherever they are."""
+        numbers = [round(value, 5) for value in (*self.mean, *self.std)]
+        return {
+            "images": [len(self.train), len(self.val)],
+            "size": self.size,
+            "normalisation": numbers,
+        }
+
 
 def collate(items: Sequence[Any]) -> tuple[Tensor, Tensor] | Unreadable:
     """A batch: uint8 images ``(N, 3, H, W)`` and labels ``(N,)``, or the first unreadable image.
@@ -187,9 +196,17 @@ def _archive(settings: Settings, path: Path) -> Data:
     most = sum(len(labels) for _, labels in arrays)
     if count > max(most, 1):  # before so many names are made
         raise TrainingError(f"{what}: {most} images and a label of {count - 1}")
-    classes = [str(name) for name in found.get("classes", range(count))]
+    classes = [str(name) for name in np.atleast_1d(found.get("classes", np.arange(count)))]
     if len(classes) < count:
         raise TrainingError(f"{what}: {len(classes)} names of classes and a label of {count - 1}")
+    sizes = [images.shape[1:3] for images, _ in arrays]
+    # Others would be served differently: resized by their shorter side, and cropped.
+    if any(h != w for h, w in sizes) or (len(set(sizes)) > 1 and settings.size is None):
+        (h, w), (val_h, val_w) = sizes
+        raise TrainingError(
+            f"{what}: expected square images, and of one size without --size, got {h}x{w} to train "
+            f"and {val_h}x{val_w} to validate"
+        )
     return _arrays(settings, arrays, classes, arrays[0][0].shape[1])
 
 
@@ -208,7 +225,7 @@ def _pixels(found: dict[str, Any], part: str, what: str) -> Any:
         image = library("PIL.Image", "train")
         jpeg, offsets = found[f"{part}_jpeg"], found[f"{part}_offsets"]
         decoded = []
-        for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        for i, (start, stop) in enumerate(pairwise(offsets.reshape(-1).tolist())):
             try:
                 with image.open(io.BytesIO(jpeg[start:stop].tobytes())) as picture:
                     decoded.append(np.asarray(picture.convert("RGB")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ from ..models.optional import library
 from . import batches, checkpoint, network, optim, recipe, seeds
 from .data import Data, load
 from .engine import Engine, started
-from .errors import TrainingError
+from .errors import DivergedError, TrainingError
 from .report import Reporter, Silent
-from .settings import FREE, Settings
-from .steps import Inputs, Sums, train_step, validate
+from .settings import FREE, Settings, from_mapping
+from .steps import Inputs, Sums, diverged, train_step, validate
 from .writers import Writers
 
 #: Steps between two looks at the loss where looking waits for a device or for other processes.
@@ -65,6 +66,13 @@ def train(settings: Settings, reporter: Reporter | None = None) -> Result:
         reporter = reporter if reporter is not None and engine.first else Silent()
         try:
             return Run(settings, engine, reporter).go()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                "a process that reads images died, perhaps for want of memory; --resume goes on "
+                "from the last checkpoint, and fewer --workers need less"
+            ) from None
         finally:
             reporter.close()
 
@@ -127,6 +135,8 @@ class Run:
         """Train the epochs that are left."""
         s = self.settings
         if self.writers is not None:
+            for part in self.out.glob("*.????????.part"):  # what a killed run was writing
+                part.unlink(missing_ok=True)
             facts = {
                 **recipe.environment(),
                 "processes": self.engine.world,
@@ -168,6 +178,7 @@ class Run:
                 self.seconds = time.perf_counter() - begun
                 self.reporter.step(self.epoch, self.step, self.seconds, lr, self.sums)
             if save:
+                self._check_weights()
                 self._save()
         self.sums.check(self.last.exists())
         self.seconds = time.perf_counter() - begun
@@ -177,8 +188,17 @@ class Run:
         waits = self.engine.world > 1 or self.engine.device.type != "cpu"
         return not waits or done % LOOK_EVERY == 0
 
+    def _check_weights(self, *numbers: float) -> None:
+        """Stop before weights are written that a step has made worthless, or numbers of theirs."""
+        floats = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        finite = all([bool(t.isfinite().all()) for t in floats])
+        if not (finite and all(map(math.isfinite, numbers))):
+            step = self.epoch * self.steps_per_epoch + self.step
+            raise DivergedError(diverged("the network after", step, self.last.exists()))
+
     def _end_of_epoch(self, lr: float) -> None:
         s, engine = self.settings, self.engine
+        self._check_weights()
         train_loss, train_accuracy = self.sums.means()
         sampler = batches.ValBatches(
             len(self.data.val), max(1, s.batch // engine.world), engine.rank, engine.world
@@ -187,6 +207,7 @@ class Run:
         val_loss, val_accuracy = validate(
             engine, judged, self.inputs, batches.loader(self.data.val, sampler, s.workers)
         )
+        self._check_weights(val_loss)
         entry = {
             "epoch": self.epoch + 1,
             "step": (self.epoch + 1) * self.steps_per_epoch,
@@ -223,6 +244,7 @@ class Run:
         content = {
             "settings": self._identity(),
             "classes": self.data.classes,
+            "data": self.data.facts(),
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
@@ -246,6 +268,8 @@ class Run:
                     "with it, another --out starts a new one"
                 )
             return None
+        if not self.last.exists() and (self.out / "recipe.yaml").exists():
+            return None  # it was killed before its first checkpoint
         found = checkpoint.read(self.last)
         what = f"checkpoint {str(self.last)!r}"
         for key, value in self._identity().items():
@@ -267,6 +291,11 @@ class Run:
         if found["classes"] != self.data.classes:
             raise TrainingError(
                 f"checkpoint {str(self.last)!r}: was made on {len(found['classes'])} other classes"
+            )
+        if found.get("data", self.data.facts()) != self.data.facts():
+            raise TrainingError(
+                f"checkpoint {str(self.last)!r}: was made on other images than those of data "
+                f"{self.settings.data!r}: {found['data']}, got {self.data.facts()}"
             )
         try:
             self.model.load_state_dict(found["model"])
@@ -332,4 +361,7 @@ def resumed(out: str | Path) -> Settings:
         values = recipe.read(str(path))
     except ValueError as error:
         raise TrainingError(f"out {str(out)!r}: there is no run to resume ({error})") from None
-    return Settings(**{**values, "out": str(out), "resume": True})
+    try:
+        return from_mapping({**values, "out": str(out), "resume": True})
+    except ValueError as error:
+        raise TrainingError(f"recipe {str(path)!r}: {error}") from None

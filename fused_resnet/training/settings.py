@@ -7,6 +7,7 @@ One table for everybody: the command's options, the keys of a recipe and the arg
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -209,11 +210,13 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], meta: Mapping[str, 
     if expected is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML reads 1e-4 as a string
             value = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(f"{name}: expected a number, got {value!r}") from None
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
         raise ValueError(f"{name}: expected {words[expected]}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if "choices" in meta and value not in meta["choices"]:
         raise ValueError(f"{name}: expected one of {', '.join(meta['choices'])}, got {value!r}")
     bounds = {

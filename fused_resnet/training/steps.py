@@ -129,12 +129,22 @@ class Sums:
         """
         step = max(self.engine.gathered(int(self.diverged)))
         if step >= 0:
-            checkpoint = "the last checkpoint is of before, and is kept"
-            raise DivergedError(
-                f"the loss of step {step} is not finite: "
-                f"{checkpoint if kept else 'there is no checkpoint yet'}; a lower --lr or a longer "
-                "--warmup may help"
-            )
+            raise DivergedError(diverged("the loss of", step, kept))
+
+
+def diverged(what: str, step: int, kept: bool) -> str:
+    """The line of a run that stops because a number is not finite.
+
+    Args:
+        what: What is not finite, before the words "step" and its number.
+        step: Number of the step.
+        kept: Whether there is a checkpoint.
+    """
+    checkpoint = "the last checkpoint is of before, and is kept"
+    return (
+        f"{what} step {step} is not finite: {checkpoint if kept else 'there is no checkpoint yet'}"
+        "; a lower --lr or a longer --warmup may help"
+    )
 
 
 def train_step(

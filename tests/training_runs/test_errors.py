@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny_data
 import torch
@@ -11,7 +14,7 @@ import warm_process
 
 from fused_resnet import training
 from fused_resnet.cli import main
-from fused_resnet.training import checkpoint
+from fused_resnet.training import checkpoint, run
 
 pytest.importorskip("torchvision", reason="torchvision's transforms are what is run")
 pytest.importorskip("yaml", reason="a run writes RUN/recipe.yaml")
@@ -54,7 +57,6 @@ def test_a_loss_that_is_not_finite(archive: str, tmp_path: Path, capsys: Capture
 
 def test_divergence_keeps_the_last_good_checkpoint(archive: str, tmp_path: Path) -> None:
     """Weights of the second epoch become NaN; what the first one saved is still there."""
-    from fused_resnet.training import run
 
     class Spoiled(run.Run):
         def _epoch(self) -> None:
@@ -72,6 +74,80 @@ def test_divergence_keeps_the_last_good_checkpoint(archive: str, tmp_path: Path)
     found = checkpoint.read(tmp_path / "last")
     assert found["epoch"] == 1
     assert all(value.isfinite().all() for value in found["model"].values())
+
+
+def test_weights_that_a_step_spoils_are_not_written(
+    archive: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the last step of an epoch or before a checkpoint within one: no later loss would tell."""
+    out = tmp_path / "run"
+    options = f"--data {archive} --out {out} --batch 8 --epochs 2 --save-every 1"
+    step, calls = run.train_step, []
+
+    def spoiling(settings: Any, engine: Any, network: Any, *more: Any) -> Any:
+        result = step(settings, engine, network, *more)
+        calls.append(0)
+        if len(calls) == 3:
+            with torch.no_grad():
+                next(network.parameters())[:] = torch.inf
+        return result
+
+    monkeypatch.setattr(run, "train_step", spoiling)
+    line = complaint(capsys, "cifar_resnet20", *options.split(), code=1)
+    assert "the network after step 3 is not finite: the last checkpoint is of before" in line
+    found = checkpoint.read(out / "last")
+    assert found["step"] == 2
+    assert all(value.isfinite().all() for value in found["model"].values())
+    assert "lr: expected a finite number" in complaint(
+        capsys, "cifar_resnet20", *options.split(), "--lr", "inf"
+    )
+
+
+def test_a_resumed_run_has_the_same_images(archive: str, tmp_path: Path, capsys: Capture) -> None:
+    """The data may have moved; other data, or fewer images, are another run."""
+    moved, other, fewer = (tmp_path / f"{name}.npz" for name in ("moved", "other", "fewer"))
+    shutil.copy(archive, moved)
+    arrays = dict(np.load(archive))
+    np.savez(other, **{**arrays, "train_images": 255 - arrays["train_images"]})
+    cut = {key: arrays[key][:-8] for key in ("train_images", "train_labels")}
+    np.savez(fewer, **{**arrays, **cut})
+    out = tmp_path / "run"
+    options = f"--batch 8 --epochs 1 --out {out}"
+    assert main(["train", "cifar_resnet20", *options.split(), "--data", archive]) == 0
+    capsys.readouterr()
+    for path in (other, fewer):
+        line = complaint(capsys, "--out", str(out), "--resume", "--data", str(path))
+        assert f"was made on other images than those of data {str(path)!r}" in line
+    assert main(["train", "--out", str(out), "--resume", "--data", str(moved)]) == 0
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(archive: str, tmp_path: Path) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    options = f"--data {archive} --batch 8 --epochs 1"
+    for place in (out, whole):
+        assert main(["train", "cifar_resnet20", *options.split(), "--out", str(place)]) == 0
+    for name in ("last", "best.safetensors"):
+        (out / name).unlink()
+    (out / "last.0123abcd.part").write_bytes(b"half")
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    files = [(place / "best.safetensors").read_bytes() for place in (out, whole)]
+    assert files[0] == files[1]
+    assert not list(out.glob("*.part"))
+
+
+def test_images_that_would_be_served_differently(tmp_path: Path, capsys: Capture) -> None:
+    labels = np.arange(8) % 2
+    for train, val in (((16, 20), (16, 20)), ((16, 16), (20, 20))):
+        path = tmp_path / "images.npz"
+        images = {
+            f"{part}_images": np.zeros((8, *size, 3), "uint8")
+            for part, size in (("train", train), ("val", val))
+        }
+        np.savez(path, **images, train_labels=labels, val_labels=labels)
+        line = complaint(
+            capsys, "cifar_resnet20", "--data", str(path), "--out", str(tmp_path / "run")
+        )
+        assert "expected square images, and of one size without --size" in line
 
 
 def test_an_unreadable_image(tmp_path: Path, capsys: Capture) -> None:
@@ -102,9 +178,9 @@ def test_a_full_disk(archive: str, done: Path, tmp_path: Path) -> None:
         "{'model': __import__('torch').zeros(100_000)})\n"
         "except training.TrainingError as error: print(error)"
     )
-    run = warm_process.run(["-c", code, str(out)])
-    assert run.returncode == 0, run.stderr
-    assert "last': File too large; the last checkpoint is whole, and --resume" in run.stdout
+    ended = warm_process.run(["-c", code, str(out)])
+    assert ended.returncode == 0, ended.stderr
+    assert "last': File too large; the last checkpoint is whole, and --resume" in ended.stdout
     assert (out / "last").read_bytes() == before
     assert sorted(path.name for path in out.iterdir()) == ["last", "recipe.yaml"]
 

@@ -20,7 +20,7 @@ GIVEN = {"model": "resnet18", "data": "photos", "out": "run"}
         ({"epochs": 1.5}, "epochs: expected a whole number, got 1.5"),
         ({"batch": True}, "batch: expected a whole number, got True"),
         ({"lr": 0}, "lr: expected above 0, got 0.0"),
-        ({"lr": float("nan")}, "lr: expected above 0, got nan"),
+        ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
         ({"lr": "fast"}, "lr: expected a number, got 'fast'"),
         ({"ema": 1}, "ema: expected below 1, got 1.0"),
         ({"optimizer": "lion"}, "optimizer: expected one of sgd, adamw, rmsprop, got 'lion'"),
