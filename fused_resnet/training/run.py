@@ -135,8 +135,6 @@ class Run:
         """Train the epochs that are left."""
         s = self.settings
         if self.writers is not None:
-            for part in self.out.glob("*.????????.part"):  # what a killed run was writing
-                part.unlink(missing_ok=True)
             facts = {
                 **recipe.environment(),
                 "processes": self.engine.world,
@@ -188,17 +186,15 @@ class Run:
         waits = self.engine.world > 1 or self.engine.device.type != "cpu"
         return not waits or done % LOOK_EVERY == 0
 
-    def _check_weights(self, *numbers: float) -> None:
-        """Stop before weights are written that a step has made worthless, or numbers of theirs."""
+    def _check_weights(self, val_loss: float = 0.0) -> None:
+        """Stop before weights are written that a step has made worthless, or their loss."""
         floats = [t for t in self.model.state_dict().values() if t.is_floating_point()]
-        finite = all([bool(t.isfinite().all()) for t in floats])
-        if not (finite and all(map(math.isfinite, numbers))):
+        if not (math.isfinite(val_loss) and all([bool(t.isfinite().all()) for t in floats])):
             step = self.epoch * self.steps_per_epoch + self.step
             raise DivergedError(diverged("the network after", step, self.last.exists()))
 
     def _end_of_epoch(self, lr: float) -> None:
         s, engine = self.settings, self.engine
-        self._check_weights()
         train_loss, train_accuracy = self.sums.means()
         sampler = batches.ValBatches(
             len(self.data.val), max(1, s.batch // engine.world), engine.rank, engine.world
@@ -292,10 +288,11 @@ class Run:
             raise TrainingError(
                 f"checkpoint {str(self.last)!r}: was made on {len(found['classes'])} other classes"
             )
-        if found.get("data", self.data.facts()) != self.data.facts():
+        facts = self.data.facts()
+        if found.get("data", facts) != facts:
             raise TrainingError(
                 f"checkpoint {str(self.last)!r}: was made on other images than those of data "
-                f"{self.settings.data!r}: {found['data']}, got {self.data.facts()}"
+                f"{self.settings.data!r}: {found['data']}, got {facts}"
             )
         try:
             self.model.load_state_dict(found["model"])

@@ -8,10 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..tuning.atomic_file import remove_stale
 from . import curves, recipe
 from .checkpoint import write_bytes
 from .errors import TrainingError
 from .settings import Settings
+
+#: The files that a run replaces.
+FILES = ("last", "best.safetensors", "metrics.jsonl", "recipe.yaml", "curves.png")
 
 
 class Writers:
@@ -44,6 +48,8 @@ class Writers:
             facts: Facts that describe the run besides its settings.
             history: The epochs that are done.
         """
+        for name in FILES:  # no other process writes them
+            remove_stale(self.out / name, 0)
         try:
             recipe.write(self.out / "recipe.yaml", self.settings, facts)
         except OSError as error:

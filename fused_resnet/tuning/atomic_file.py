@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     require_regular(target)
-    _remove_stale(target)
+    remove_stale(target)
     part = target.with_name(f"{_stem(target)}.{secrets.token_hex(4)}.part")
     # Created by os.open, so that the file gets the permissions that the user gives to new files.
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -63,12 +63,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def _remove_stale(target: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote ``target``."""
-    oldest = time.time() - STALE
+def remove_stale(path: Path, age: float = STALE) -> None:
+    """Remove the temporary files of processes that were killed while they wrote a file.
+
+    Args:
+        path: The file.
+        age: Seconds for which nobody has written to them; 0 where nobody else writes the file.
+    """
+    target = Path(os.path.realpath(path))
+    oldest = time.time() - age
     for part in target.parent.glob(f"{_escaped(_stem(target))}.????????.part"):
         with contextlib.suppress(OSError):
-            if part.stat().st_mtime < oldest:
+            if part.stat().st_mtime <= oldest:
                 part.unlink()
 
 
