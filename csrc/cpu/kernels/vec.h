@@ -166,26 +166,25 @@ FR_CONVERSION Vec<float> load(const Half* p) {
 
 // Lanes 2p and 2p + 1 are both element 2p + kOdd. For float32 a part of the load, where the
 // compiler would take a shuffle, which waits for a unit that multiplies.
-template <int kOdd>
-FR_INLINE Vec<double> load_twice(const double* p) {
-  LaneIndex<double> pairs;
-  for (int i = 0; i < kLanes<double>; ++i) pairs[i] = i / 2 * 2 + kOdd;
+template <int kOdd, class A>
+FR_INLINE Vec<A> load_twice(const A* p) {
+  LaneIndex<A> pairs;
+  for (int i = 0; i < kLanes<A>; ++i) pairs[i] = i / 2 * 2 + kOdd;
   return __builtin_shuffle(load(p), pairs);
 }
+#if FR_VECTOR_BYTES == 64
 template <int kOdd>
 FR_INLINE Vec<float> load_twice(const float* p) {
-#if FR_VECTOR_BYTES == 64
   const __m512 v = (__m512)load(p);
   return (Vec<float>)(kOdd ? _mm512_movehdup_ps(v) : _mm512_moveldup_ps(v));
+}
 #elif FR_VECTOR_BYTES == 32
+template <int kOdd>
+FR_INLINE Vec<float> load_twice(const float* p) {
   const __m256 v = (__m256)load(p);
   return (Vec<float>)(kOdd ? _mm256_movehdup_ps(v) : _mm256_moveldup_ps(v));
-#else
-  LaneIndex<float> pairs;
-  for (int i = 0; i < kLanes<float>; ++i) pairs[i] = i / 2 * 2 + kOdd;
-  return __builtin_shuffle(load(p), pairs);
-#endif
 }
+#endif
 
 FR_INLINE void store(Vec<float> v, float* p) { __builtin_memcpy(p, &v, sizeof v); }
 FR_INLINE void store(Vec<double> v, double* p) { __builtin_memcpy(p, &v, sizeof v); }
