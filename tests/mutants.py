@@ -9,6 +9,7 @@ import mutants_training
 from mutant import BACKWARD, BFLOAT16, PROGRAM, Mutant
 
 CONV = "csrc/cpu/kernels/conv_bn_add_relu.h"
+TILE = "csrc/cpu/kernels/conv_tile.h"
 INPUT = "csrc/cpu/kernels/conv_input.h"
 BN = "csrc/cpu/kernels/bn_add_relu.h"
 HOST = "csrc/cpu/bn_add_relu.cpp"
@@ -28,7 +29,7 @@ MUTANTS = [
         "e.shift = static_cast<const A*>(f.shift) + k;",
         "e.shift = static_cast<const A*>(f.shift) + (k > 0 ? k - 1 : 0);",
     ),
-    Mutant("missing ReLU", CONV, "store(floor_vector(floor, r), y);", "store(r, y);"),
+    Mutant("missing ReLU", TILE, "store(floor_vector(floor, r), y);", "store(r, y);"),
     Mutant(
         "missing ReLU behind Winograd's output transform",
         "csrc/cpu/kernels/winograd.h",
@@ -37,19 +38,19 @@ MUTANTS = [
     ),
     Mutant(
         "missing ReLU in a partial panel",
-        CONV,
+        TILE,
         "from_acc(floor_vector(floor, r), e.y + at);",
         "from_acc(r, e.y + at);",
     ),
     Mutant(
         "missing residual in a partial panel",
-        CONV,
+        TILE,
         "if (e.residual) r += to_acc(e.residual[at]);",
         "",
     ),
     Mutant(
         "long sums lose their first chains",
-        CONV,
+        TILE,
         "spilled ? total[i][v] + acc[i][v] : acc[i][v]",
         "acc[i][v]",
     ),
@@ -212,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "groups in a vector take each other's channels",
-        CONV,
+        TILE,
         "turned[i] = i / kShare * kShare + (i % kShare + kShare - 2 * t) % kShare;",
         "turned[i] = i / kShare * kShare + (i % kShare + 2 * t + 2) % kShare;",
         isa="avx2",
