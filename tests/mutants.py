@@ -39,13 +39,31 @@ MUTANTS = [
     Mutant(
         "missing ReLU in a partial panel",
         TILE,
-        "from_acc(floor_vector(floor, r), e.y + at);",
-        "from_acc(r, e.y + at);",
+        "e.y[at] = floor_vector(floor, r);",
+        "e.y[at] = r;",
     ),
     Mutant(
         "missing residual in a partial panel",
         TILE,
-        "if (e.residual) r += to_acc(e.residual[at]);",
+        "if (e.residual) r += e.residual[at];",
+        "",
+    ),
+    Mutant(
+        "narrowed tile without its ReLU",
+        TILE,
+        "store(floor_vector(floor, r), y + k);",
+        "store(r, y + k);",
+    ),
+    Mutant(
+        "narrowed tile takes its first pixel's residual",
+        TILE,
+        "const T* const residual = e.residual + i * e.stride;",
+        "const T* const residual = e.residual;",
+    ),
+    Mutant(
+        "narrowed tile's last channels without residual",
+        TILE,
+        "if (e.residual) r += to_acc(residual[k]);",
         "",
     ),
     Mutant(

@@ -80,7 +80,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
     }
   }
   // Tiles of nearly equal width: 16 pixels are 8 + 8 rather than 14 + 2.
-  const int64_t tiles = ceil_div(width, most_pixels(share));
+  const int64_t tiles = ceil_div(width, most_pixels<A>(share));
   const int64_t narrow = width / tiles, wider = width % tiles;
   const int64_t all_tiles = images * rows * tiles;
   Pixels<A> pixels;
@@ -113,7 +113,6 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
           const int64_t at = (out + ox0) * s.k + k;
           e.residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
           e.y = static_cast<T*>(f.y) + at - f.y_first * s.k;
-          const auto tile = tile_for<T>(share, panel_size, ox1 - ox0);
           pixels.base = base + first_c;
           if (kIndirect) {
             pixels.offset = static_cast<const int64_t*>(scratch) + (n * rows + oy) * width + ox0;
@@ -121,7 +120,7 @@ void conv(const ConvForward& f, const ConvBlock& b, void* scratch) {
             pixels.base += n * source.image + oy * source.row + ox0 * source.pixel;
           }
           weights.next = next.take(next_step * s.depth());
-          tile(pixels, source.runs, weights, e);
+          run_tile(share, panel_size, ox1 - ox0, pixels, source.runs, weights, e);
           weights.ahead += weights.ahead_step * s.depth();
         }
       }

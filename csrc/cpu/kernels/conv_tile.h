@@ -30,18 +30,27 @@ struct Epilogue {
   Activation activation;
 };
 
+// Fetches pixel i's lines of the result and the residual, which arrive while the sum is computed.
+template <class T>
+FR_INLINE void prefetch_pixel(const Epilogue<T>& e, int64_t i, int64_t panel) {
+  for (int64_t k = 0; k < panel; k += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+    const int64_t at = i * e.stride + k;
+    if (e.residual) __builtin_prefetch(e.residual + at, 0, 3);
+    __builtin_prefetch(e.y + at, 1, 3);
+  }
+}
+
 // Stores a whole panel. The epilogue is passed by value and the branches are outside the loop:
 // otherwise the compiler assumes that a store may alias the epilogue's fields and reloads them.
-template <class T, bool kResidual, int kTile, int kVectors>
-FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T> e) {
-  using A = Acc<T>;
+template <class A, bool kResidual, int kTile, int kVectors>
+FR_INLINE void store_panel(Vec<A> (&acc)[kTile][kVectors], const Epilogue<A> e) {
   constexpr int lanes = kLanes<A>;
   const Vec<A> floor = activation_floor<A>(e.activation);
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     const Vec<A> scale = load(e.scale + v * lanes), shift = load(e.shift + v * lanes);
-    const T* residual = e.residual + v * lanes;
-    T* y = e.y + v * lanes;
+    const A* residual = e.residual + v * lanes;
+    A* y = e.y + v * lanes;
 #pragma GCC unroll 16
     for (int i = 0; i < kTile; ++i, residual += e.stride, y += e.stride) {
       Vec<A> r = acc[i][v] * scale + shift;
@@ -53,30 +62,28 @@ FR_INLINE void store_panel(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T
 
 // Stores the channels that exist of a panel's last, less than whole one; `values` are `tile` rows
 // of `width`. A function of its own: in each of the microkernels it would be a third of the code.
-template <class T>
-__attribute__((noinline)) void store_part(const Acc<T>* values, int64_t tile, int64_t width,
-                                          const Epilogue<T>& e) {
-  using A = Acc<T>;
+template <class A>
+__attribute__((noinline)) void store_part(const A* values, int64_t tile, int64_t width,
+                                          const Epilogue<A>& e) {
   const A floor = activation_floor<A>(e.activation)[0];
   for (int64_t i = 0; i < tile; ++i) {
     for (int64_t k = 0; k < e.cols; ++k) {
       A r = values[i * width + k] * e.scale[k] + e.shift[k];
       const int64_t at = i * e.stride + k;
-      if (e.residual) r += to_acc(e.residual[at]);
-      from_acc(floor_vector(floor, r), e.y + at);
+      if (e.residual) r += e.residual[at];
+      e.y[at] = floor_vector(floor, r);
     }
   }
 }
 
-template <class T, int kTile, int kVectors>
-FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>& e) {
-  using A = Acc<T>;
+template <class A, int kTile, int kVectors>
+FR_INLINE void store_tile(Vec<A> (&acc)[kTile][kVectors], const Epilogue<A>& e) {
   constexpr int lanes = kLanes<A>;
   if (e.cols == kVectors * lanes) {
     if (e.residual) {
-      store_panel<T, true>(acc, e);
+      store_panel<A, true>(acc, e);
     } else {
-      store_panel<T, false>(acc, e);
+      store_panel<A, false>(acc, e);
     }
     return;
   }
@@ -86,7 +93,7 @@ FR_INLINE void store_tile(Vec<Acc<T>> (&acc)[kTile][kVectors], const Epilogue<T>
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(acc[i][v], &values[i][v * lanes]);
   }
-  store_part<T>(values[0], kTile, kVectors * lanes, e);
+  store_part<A>(values[0], kTile, kVectors * lanes, e);
 }
 
 // The weights of a panel, and what to prefetch: every step prefetches the lines at `ahead`, of
@@ -233,59 +240,93 @@ FR_INLINE void accumulate_shared(const Pixels<A>& pixels, const Runs& runs,
 }
 
 // kShare: channels per group if several groups share a vector, else 0.
-template <class T, int kTile, int kVectors, int kShare>
-void conv_tile(const Pixels<Acc<T>>& pixels, const Runs& runs, const Weights<Acc<T>>& weights,
-               const Epilogue<T>& e) {
-  constexpr int64_t panel = kVectors * kLanes<Acc<T>>;
-  constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-  // Prefetched here, the lines arrive while the sum is computed.
+template <class A, int kTile, int kVectors, int kShare>
+void conv_tile(const Pixels<A>& pixels, const Runs& runs, const Weights<A>& weights,
+               const Epilogue<A>& e) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; ++i) {
-    for (int64_t k = 0; k < panel; k += line) {
-      const int64_t at = i * e.stride + k;
-      if (e.residual) __builtin_prefetch(e.residual + at, 0, 3);
-      __builtin_prefetch(e.y + at, 1, 3);
-    }
-  }
-  Vec<Acc<T>> acc[kTile][kVectors];
+  for (int i = 0; i < kTile; ++i) prefetch_pixel(e, i, kVectors * kLanes<A>);
+  Vec<A> acc[kTile][kVectors];
   if constexpr (kShare > 0) {
-    accumulate_shared<Acc<T>, kTile, kShare>(pixels, runs, weights, acc);
+    accumulate_shared<A, kTile, kShare>(pixels, runs, weights, acc);
   } else {
-    accumulate<Acc<T>, kTile, kVectors>(pixels, runs, weights, acc);
+    accumulate<A, kTile, kVectors>(pixels, runs, weights, acc);
   }
-  store_tile<T, kTile, kVectors>(acc, e);
+  store_tile(acc, e);
 }
 
-template <class T>
-using ConvTile = void (*)(const Pixels<Acc<T>>&, const Runs&, const Weights<Acc<T>>&,
-                          const Epilogue<T>&);
+template <class A>
+using ConvTile = void (*)(const Pixels<A>&, const Runs&, const Weights<A>&, const Epilogue<A>&);
 
-template <class T, int kVectors, int kShare, int... kFewer>
-ConvTile<T> tile_of(int64_t pixels, std::integer_sequence<int, kFewer...>) {
-  static constexpr ConvTile<T> tiles[] = {conv_tile<T, kFewer + 1, kVectors, kShare>...};
+template <class A, int kVectors, int kShare, int... kFewer>
+ConvTile<A> tile_of(int64_t pixels, std::integer_sequence<int, kFewer...>) {
+  static constexpr ConvTile<A> tiles[] = {conv_tile<A, kFewer + 1, kVectors, kShare>...};
   return tiles[pixels - 1];
 }
 
 // The most pixels of a tile; `share` is the result of shared_channels.
+template <class A>
 FR_INLINE int64_t most_pixels(int64_t share) {
-  return share == 8 ? kSharedTile<8> : share == 4 ? kSharedTile<4> : kMaxTile;
+  return share == 8 ? kSharedTile<8> : share == 4 ? kSharedTile<4> : kMostPixels<A>;
 }
 
 // The microkernel for a number of pixels and a panel of `width` channels.
-template <class T>
-ConvTile<T> tile_for(int64_t share, int64_t width, int64_t pixels) {
-  using A = Acc<T>;
+template <class A>
+ConvTile<A> tile_for(int64_t share, int64_t width, int64_t pixels) {
   if constexpr (kLanes<A> > 8) {
     if (share == 8)
-      return tile_of<T, 1, 8>(pixels, std::make_integer_sequence<int, kSharedTile<8>>());
+      return tile_of<A, 1, 8>(pixels, std::make_integer_sequence<int, kSharedTile<8>>());
   }
   if constexpr (kLanes<A> > 4) {
     if (share == 4)
-      return tile_of<T, 1, 4>(pixels, std::make_integer_sequence<int, kSharedTile<4>>());
+      return tile_of<A, 1, 4>(pixels, std::make_integer_sequence<int, kSharedTile<4>>());
   }
-  constexpr std::make_integer_sequence<int, kMaxTile> all;
-  return width == kPanel<A> ? tile_of<T, kPanelVectors, 0>(pixels, all)
-                            : tile_of<T, 1, 0>(pixels, all);
+  constexpr std::make_integer_sequence<int, kMostPixels<A>> all;
+  return width == kPanel<A> ? tile_of<A, kPanelVectors, 0>(pixels, all)
+                            : tile_of<A, 1, 0>(pixels, all);
+}
+
+// The rest of the epilogue where the result is narrower than its sums: `values` are rows of a panel
+// in float32, scaled and shifted.
+template <class T>
+__attribute__((noinline)) void narrow_tile(const float* values, int64_t pixels,
+                                           const Epilogue<T> e) {
+  constexpr int64_t lanes = kLanes<float>;
+  const Vec<float> floor = activation_floor<float>(e.activation);
+  for (int64_t i = 0; i < pixels; ++i, values += kPanel<float>) {
+    const T* const residual = e.residual + i * e.stride;
+    T* const y = e.y + i * e.stride;
+    int64_t k = 0;
+    for (; k + lanes <= e.cols; k += lanes) {
+      Vec<float> r = load(values + k);
+      if (e.residual) r += load(residual + k);
+      store(floor_vector(floor, r), y + k);
+    }
+#pragma GCC unroll 1
+    for (; k < e.cols; ++k) {
+      float r = values[k];
+      if (e.residual) r += to_acc(residual[k]);
+      from_acc(floor_vector(floor[0], r), y + k);
+    }
+  }
+}
+
+// The sum and the epilogue of `count` pixels by a panel of `width` channels. The 16-bit types share
+// the microkernels of float32, which were half of this file's machine code: the tile is narrowed
+// behind them, in the L1 cache.
+template <class T>
+FR_INLINE void run_tile(int64_t share, int64_t width, int64_t count, const Pixels<Acc<T>>& pixels,
+                        const Runs& runs, const Weights<Acc<T>>& weights, const Epilogue<T>& e) {
+  using A = Acc<T>;
+  const ConvTile<A> tile = tile_for<A>(share, width, count);
+  if constexpr (sizeof(T) == sizeof(A)) {
+    tile(pixels, runs, weights, e);
+  } else {
+    A values[kMaxTile * kPanel<A>];
+    for (int64_t i = 0; i < count; ++i) prefetch_pixel(e, i, width);
+    tile(pixels, runs, weights,
+         {e.scale, e.shift, nullptr, values, kPanel<A>, e.cols, Activation::kNone});
+    narrow_tile<T>(values, count, e);
+  }
 }
 
 }  // namespace FR_ISA

@@ -41,7 +41,7 @@ constexpr Kernels kernels_of() {
 constexpr KernelTable make_table(const char* isa) {
   return {isa,
           kPanel<float>,
-          {kMaxTile, kMaxTile, kMaxTile, kMaxTile},
+          {kMaxTile, kMostPixels<double>, kMaxTile, kMaxTile},
           {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(), kernels_of<Half>()},
           {{winograd_of<4, float, float>(), winograd_of<2, float, float>()},
            {},

@@ -24,6 +24,11 @@ constexpr int kMaxTile = 14;
 constexpr int kMaxTile = 6;
 #endif
 constexpr int kPanelVectors = 2;
+// The most pixels of a tile. Double's is narrower, as eight sums keep two FMA units busy: its
+// convolutions check others more often than they are run for themselves, and each number of pixels
+// is a function to compile.
+template <class A>
+constexpr int kMostPixels = sizeof(A) == sizeof(float) ? kMaxTile : 4;
 
 // The longest chain of additions in one register. A chain of n rounds n times at the size of its
 // sum so far, so its error grows with n; a sum of 4608 terms is 36 chains that are added up after.
