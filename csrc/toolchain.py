@@ -31,12 +31,13 @@ class Binary(Extension):
     Args:
         name: As that of a Python module; the file of one whose name begins with ``lib`` has no
             suffix that names a Python.
-        commands: The compiler of each source with its flags, the slowest first.
+        commands: The compiler of each source with its flags, the slowest first. The sources of a
+            folder are compiled as one, so that the headers that they share are read once.
         links: Flags of the linker.
     """
 
     def __init__(self, name: str, commands: dict[str, list[str]], links: list[str]) -> None:
-        super().__init__(name, list(commands))
+        super().__init__(name, [])
         self.commands, self.links = commands, links
 
 
@@ -73,9 +74,22 @@ class Build(build_ext):
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         print(f"fused_resnet: {target.name}, after {seconds:.0f} s of compiling", flush=True)
 
-    def _object(self, source: str, command: list[str]) -> str:
-        """The object file of a source, compiled if it, a header or its command has changed."""
-        made = Path(self.build_temp, source).with_suffix(".o")
+    def _source(self, unit: str) -> str:
+        """The file to compile: a source itself, or one that includes those of a folder."""
+        if not Path(ROOT, unit).is_dir():
+            return unit
+        path = Path(self.build_temp, unit).with_suffix(".cpp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sources = sorted(Path(ROOT, unit).glob("*.cpp"))
+        lines = [f'#include "{os.path.relpath(source, path.parent)}"\n' for source in sources]
+        if not path.exists() or path.read_text() != "".join(lines):
+            path.write_text("".join(lines))
+        return os.path.relpath(path, ROOT)
+
+    def _object(self, unit: str, command: list[str]) -> str:
+        """The object file of a unit, compiled if it, a header or its command has changed."""
+        source = self._source(unit)
+        made = Path(self.build_temp, unit).with_suffix(".o")
         headers, used = made.with_suffix(".d"), made.with_suffix(".txt")
         line = shlex.join(command)
         if made.exists() and used.exists() and used.read_text() == line:
@@ -85,7 +99,7 @@ class Build(build_ext):
                 return str(made)
         made.parent.mkdir(parents=True, exist_ok=True)
         used.unlink(missing_ok=True)
-        print(f"fused_resnet: compiling {source}", flush=True)
+        print(f"fused_resnet: compiling {unit}\n", end="", flush=True)  # in one piece
         _run([*CCACHE, *command, "-MMD", "-MF", str(headers), "-c", source, "-o", str(made)])
         used.write_text(line)
         return str(made)

@@ -36,8 +36,6 @@ constexpr int64_t kLeastWinogradTiles = 56;
 // Elements of a share of the pass that applies an activation.
 constexpr int64_t kActivatedElements = 32 * 1024;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The activation that a convolution's kernel applies. Each further one would add an instance of
 // every microkernel, so any but ReLU is a pass over the result instead.
 Activation in_kernel(Activation activation) {

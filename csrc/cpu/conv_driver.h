@@ -28,4 +28,6 @@ void run_conv_max_pool(ThreadTeam& team, DType dtype, const ConvForward& f, cons
 // Of an element.
 int64_t bytes_of(DType dtype);
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 }  // namespace fr

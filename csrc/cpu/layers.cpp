@@ -23,8 +23,6 @@ constexpr int64_t kLinearBytes = 256 * 1024;
 // Rows of its weight that a thread takes at a time: a multiple of those of every microkernel.
 constexpr int64_t kLinearRowsAtOnce = 8;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 PoolForward checked_pool(const char* op, std::array<int64_t, 4> map, IntArrayRef kernel,

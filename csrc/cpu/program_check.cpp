@@ -11,7 +11,6 @@
 namespace fr {
 namespace {
 
-constexpr const char* kOp = "run_program";
 constexpr const char* kNames[kNumOperations] = {
     "conv",   "conv_max_pool", "max_pool", "zero_pad_shortcut", "global_avg_pool",
     "linear", "avg_pool",      "add_relu"};
@@ -54,7 +53,7 @@ class Checker {
   // Checks the fields that all operations have.
   void begin() {
     const int64_t number = static_cast<int64_t>(program_.steps.size());
-    label_ = std::string(kOp) + ": step " + std::to_string(number);
+    label_ = std::string(kRunProgram) + ": step " + std::to_string(number);
     op_ = op_of_all_ ? op_of_all_ : label_.c_str();
     FR_CHECK_VALUE(at(kOperation) >= 0 && at(kOperation) < kNumOperations, op_,
                    ": operation: expected an int from 0 to ", kNumOperations - 1, ", got ",
@@ -196,7 +195,7 @@ int64_t CheckedProgram::image_bytes(int64_t value) const {
 
 CheckedProgram check_program(const char* op, IntArrayRef sizes, const Tensor& like,
                              TensorList tensors, IntArrayRef steps, IntArrayRef outputs) {
-  const char* all = op ? op : kOp;
+  const char* all = op ? op : kRunProgram;
   FR_CHECK_VALUE(sizes.size() == 4, all, ": x: expected 4 dimensions (N, C, H, W), got ", sizes);
   for (const int64_t size : sizes) check_size(all, "x", size, 0);
   check_numel(all, "x", {sizes[0], sizes[1], sizes[2], sizes[3]});

@@ -11,6 +11,8 @@
 
 namespace fr {
 
+constexpr const char* kRunProgram = "run_program";  // names the operator in errors
+
 // The sizes of a value.
 struct MapSizes {
   int64_t n, c, h, w;

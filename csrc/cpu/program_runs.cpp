@@ -21,7 +21,7 @@ namespace {
 constexpr double kMicroBatchBytes = 16 * 1024 * 1024;
 
 // Bytes of weights that stay in the cache from one micro-batch to the next.
-constexpr double kNearWeights = 8 * 1024 * 1024;
+constexpr double kCachedWeightBytes = 8 * 1024 * 1024;
 
 // The cost of a step for one micro-batch, in bytes: its loop begins and ends, and threads wait.
 constexpr double kStepBytes = 64 * 1024;
@@ -79,7 +79,7 @@ std::vector<Run> choose_runs(const CheckedProgram& program, int64_t threads) {
       weights += static_cast<double>(program.steps[static_cast<size_t>(end - 1)].weight_bytes);
       const int64_t fit = std::max(static_cast<int64_t>(kMicroBatchBytes / most), least);
       const int64_t micro_batches = (batch + fit - 1) / fit;
-      const double cost = begun + (weights > kNearWeights ? micro_batches : 1) * weights +
+      const double cost = begun + (weights > kCachedWeightBytes ? micro_batches : 1) * weights +
                           static_cast<double>(micro_batches * (end - first)) * kStepBytes;
       if (cost < best[end].cost) best[end] = {cost, {first, end, micro_batches}};
     }

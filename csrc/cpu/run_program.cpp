@@ -16,8 +16,6 @@
 namespace fr {
 namespace {
 
-constexpr const char* kOp = "run_program";
-
 int64_t team_size() { return in_parallel_region() ? 1 : get_num_threads(); }
 
 // A call: a plan and the memory that its values lie in. All threads of a team run it.
@@ -112,6 +110,8 @@ std::vector<Tensor> execute(const ProgramPlan& plan, const Tensor& x) {
   return outputs;
 }
 
+}  // namespace
+
 // What a plan was derived from, as far as it can change between two calls of a Program.
 struct TensorMark {
   const void* data;
@@ -127,8 +127,6 @@ struct TensorMark {
     return data == o.data && bytes == o.bytes && numel == o.numel && type == o.type;
   }
 };
-
-}  // namespace
 
 struct KeptPlan {
   ProgramPlan plan;
@@ -155,14 +153,14 @@ ProgramPlan plan_of(const Tensor& x, TensorList tensors, IntArrayRef steps, IntA
 
 std::vector<Tensor> run_program_cpu(const Tensor& x, TensorList tensors, IntArrayRef steps,
                                     IntArrayRef outputs) {
-  check_map(kOp, "x", x);
+  check_map(kRunProgram, "x", x);
   return execute(plan_of(x, tensors, steps, outputs, team_size()), x);
 }
 
 std::vector<Tensor> run_kept_program_cpu(const Tensor& x, int64_t number) {
   const std::shared_ptr<const Program> program = kept_program(number);
   const TensorList tensors = program->tensors();
-  check_map(kOp, "x", x);
+  check_map(kRunProgram, "x", x);
   const int64_t threads = team_size();
   const std::shared_ptr<const KeptPlan> kept = program->plan();
   if (kept && kept->fits(x, tensors, threads)) return execute(kept->plan, x);

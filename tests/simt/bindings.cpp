@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../../csrc/errors.h"
-#include "../../csrc/python_hooks.h"
+#include "../../csrc/python/python_hooks.h"
 #include "../../csrc/schemas.h"
 #include "../../csrc/tf32.h"
 

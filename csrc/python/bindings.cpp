@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "library.h"
+#include "../library.h"
 #include "python_hooks.h"
 
 namespace py = pybind11;
