@@ -75,6 +75,18 @@ def test_the_width_is_that_of_a_group() -> None:
 # The tile
 
 
+@pytest.mark.parametrize("arch", DEVICES)
+def test_tiles_of_8_warps_and_few_channels_take_filters_in_sixteens(arch: int) -> None:
+    """With 72 filters ptxas spills what addresses them: the gate found 200 bytes of stack."""
+
+    def tiles(filters: int) -> set[tuple[int, ...]]:
+        s = conv_shape("", full(32, 24, 28, 28), (filters, 24, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+        return {tuple(c[:4]) for c in plan._candidates(s, "half", DEVICES[arch], False)}
+
+    assert tiles(64) - tiles(72) == {(128, 64, 32, 8)}
+    assert (64, 64, 32, 4) in tiles(72)
+
+
 #: ResNet-50's convolutions in bfloat16 at batch 256 on an H100, which makes 132 * 2048 products and
 #: moves 3350 / 1.98 = 1692 bytes in a clock cycle: channels, filters, kernel, stride, map, whether
 #: there is a residual; thousands of cycles of products and of DRAM; tile, stages, programs of a

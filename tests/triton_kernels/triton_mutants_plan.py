@@ -32,6 +32,13 @@ MUTANTS = [
         TILES + "[taps-bfloat16-128x128x64x3]",
     ),
     Mutant(
+        "a tile that spills is offered for any number of filters",
+        "_conv_plan.py",
+        "s.group_k % 16 == 0 or not config.sixteens",
+        "True",
+        PLAN + "test_tiles_of_8_warps_and_few_channels_take_filters_in_sixteens[80]",
+    ),
+    Mutant(
         "the residual's bytes are not counted",
         "_conv_plan.py",
         "s.k * (2 if residual else 1)",

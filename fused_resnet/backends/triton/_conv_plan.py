@@ -25,6 +25,7 @@ class ConvConfig(NamedTuple):
         stages: Stages of its pipeline.
         since: The oldest architecture with enough registers for it.
         flat: Whether it may traverse (ky, kx, c) as one axis, which takes more registers.
+        sixteens: Whether it takes multiples of 16 filters alone: with others ptxas spills.
         split_k: Number of programs among which the depth is split.
         descriptors: Whether tiles are loaded by tensor descriptors (TMA) where possible.
         registers: The most registers of a thread, by which programs share a multiprocessor.
@@ -41,6 +42,7 @@ class ConvConfig(NamedTuple):
     stages: int
     since: int = 80
     flat: bool = False
+    sixteens: bool = False
     split_k: int = 1
     descriptors: bool = False
     registers: int = REGISTERS
@@ -63,18 +65,18 @@ CONFIGS: dict[str, list[ConvConfig]] = {
         ConvConfig(128, 64, 64, 4, 3, registers=168),
         ConvConfig(64, 128, 64, 4, 4),
         ConvConfig(64, 64, 64, 4, 4),
-        ConvConfig(128, 64, 32, 8, 4, flat=True, registers=128, more_registers=128),
+        ConvConfig(128, 64, 32, 8, 4, flat=True, sixteens=True, registers=128, more_registers=128),
         ConvConfig(64, 64, 32, 4, 4, flat=True),
         ConvConfig(128, 16, 32, 8, 4, flat=True),
     ],
     "tf32": [
         ConvConfig(128, 128, 32, 8, 3),
-        ConvConfig(128, 64, 32, 8, 3, flat=True),
+        ConvConfig(128, 64, 32, 8, 3, flat=True, sixteens=True),
         ConvConfig(64, 64, 32, 4, 4, flat=True),
         ConvConfig(128, 16, 32, 8, 3, flat=True),
     ],
     "ieee": [
-        ConvConfig(64, 64, 16, 8, 3, more_registers=128),
+        ConvConfig(64, 64, 16, 8, 3, sixteens=True, more_registers=128),
         ConvConfig(64, 32, 16, 4, 3, flat=True),
         ConvConfig(64, 16, 16, 4, 3, flat=True),
     ],
@@ -325,6 +327,7 @@ def _candidates(
         return (
             device.arch >= config.since
             and (whole or config.flat)
+            and (s.group_k % 16 == 0 or not config.sixteens)
             and config.stages * stage <= device.shared
         )
 
