@@ -38,7 +38,7 @@ class Case:
     run: Callable[[], Any]
     tensor_cores: bool = True
     quick: bool = False
-    architectures: tuple[int, ...] = ARCHITECTURES
+    architectures: tuple[int, ...] = tuple(DEVICES)
     config: Any = None  # of a convolution
 
     def __str__(self) -> str:
@@ -107,8 +107,16 @@ def tile(config: Any) -> str:
     return f"{word}-persistent" if getattr(config, "persistent", False) else word
 
 
-def may(arch: int, precision: Precision, layer: str, config: Any) -> bool:
-    """Whether that configuration may be chosen for the layer, on that architecture."""
+def may(arch: int, precision: Precision, layer: str, config: Any, second: bool = False) -> bool:
+    """Whether that configuration may be chosen for the layer, on that architecture.
+
+    Args:
+        arch: Architecture.
+        precision: Precision of the products.
+        layer: A key of :data:`LAYERS`.
+        config: The tile.
+        second: Whether a convolution is added.
+    """
     c, k, size, stride, hw = LAYERS[layer]
     x = full(32, c, hw, hw, dtype=precision.dtype)
     pairs = ((stride, stride), (size // 2, size // 2), (1, 1))
@@ -116,7 +124,9 @@ def may(arch: int, precision: Precision, layer: str, config: Any) -> bool:
 
     def run() -> None:
         shape = conv_shape("", x, (k, c, size, size), *pairs, 1)
-        found.extend((*c[:5], c.persistent) for c in _conv_plan.candidates(shape, x))
+        found.extend(
+            (*c[:5], c.persistent) for c in _conv_plan.candidates(shape, x, second=64 * second)
+        )
 
     with precision.set():
         recorded(run, arch)
@@ -134,7 +144,6 @@ def convolutions() -> Iterator[Case]:
     for precision, kind in KINDS.items():
         for i, config in enumerate(_conv_plan.CONFIGS[kind]):
             for layer in LAYERS:
-                architectures = tuple(a for a in DEVICES if may(a, precision, layer, config))
                 kinds = ["plain"]
                 if precision is not FLOAT16 and layer == "3x3":
                     kinds += ["split", "prologue", "statistics", "all training", "second"]
@@ -146,13 +155,14 @@ def convolutions() -> Iterator[Case]:
                 elif layer in ("7x7", "few channels"):  # over (ky, kx, c) as one axis
                     kinds += ["split", "statistics"]
                 for what in kinds:
+                    second = what == "second"
                     yield Case(
                         f"{layer} {what} {tile(config)}",
                         precision,
                         convolution(precision, layer, config, what),
                         kind != "ieee",
                         (precision, layer, what, i) in quick,
-                        architectures,
+                        tuple(a for a in DEVICES if may(a, precision, layer, config, second)),
                         config,
                     )
         for config in _conv_plan.PERSISTENT[kind] if precision is not FLOAT16 else ():
@@ -199,7 +209,9 @@ def stems() -> Iterator[Case]:
             for what, sizes in STEMS.items():
                 quick = what == "resnet" and precision in (BFLOAT16, TF32) and config.block_m > 64
                 name = f"stem {what} {'x'.join(map(str, config[:3]))}"
-                yield Case(name, precision, stem(precision, config, sizes), kind != "ieee", quick)
+                run = stem(precision, config, sizes)
+                some = tuple(arch for arch in DEVICES if arch not in config.spills)
+                yield Case(name, precision, run, kind != "ieee", quick, some)
 
 
 def block(precision: Precision, middle: int, stride: int) -> Callable[[], Any]:
@@ -330,9 +342,10 @@ def test_what_is_here_covers_the_tables() -> None:
                 and c.stages * (c.block_m + c.block_n) * c.block_k * size <= device.shared
             }
             assert fitting <= tiles["conv", kind, arch]
-    for arch in ARCHITECTURES:
+    for arch in DEVICES:
         for kind in _conv_plan.CONFIGS:
-            stems = {"x".join(map(str, config[:3])) for config in STEM_CONFIGS[kind]}
+            configs = [config for config in STEM_CONFIGS[kind] if arch not in config.spills]
+            stems = {"x".join(map(str, config[:3])) for config in configs}
             assert stems == tiles["stem", kind, arch]
         for kind in ("half", "ieee"):
             assert {f"{r}x{c}" for r, c, *_ in BN_CONFIGS} == tiles["bn", kind, arch]
@@ -346,6 +359,13 @@ def test_descriptors_are_used_where_they_are_natural() -> None:
         (launch,) = recorded(convolution(BFLOAT16, layer, config), 90)
         assert launch.arguments["X_DESCRIPTOR"] is x, layer
         assert launch.arguments["W_DESCRIPTOR"] is w, layer
+
+
+@pytest.mark.parametrize(("arch", "rows"), [(80, 128), (86, 64), (89, 64), (90, 128), (120, 64)])
+def test_a_stem_takes_no_tile_that_spills(arch: int, rows: int) -> None:
+    """In tf32, where patches take twice the registers: 8 to 32 bytes of stack with 128 rows."""
+    (launch,) = recorded(stem(TF32, None, STEMS["resnet"]), arch)
+    assert launch.arguments["BLOCK_M"] == rows
 
 
 def test_the_gate_sees_spills() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import ahead_of_time
 import pytest
 import torch
-from ahead_of_time import ARCHITECTURES, TENSOR_CORES, Code, compiled, full, recorded
+from ahead_of_time import ARCHITECTURES, DEVICES, TENSOR_CORES, Code, compiled, full, recorded
 from precisions import BFLOAT16, FLOAT16, FLOAT32, TF32, Precision
 from rich.console import Console
 
@@ -187,7 +187,7 @@ QUICK = dict(architectures())
             marks=() if arch in QUICK.get(c, ()) else pytest.mark.slow,
         )
         for c in CASES
-        for arch in ARCHITECTURES
+        for arch in DEVICES
     ],
 )
 def test_the_gate_of_training(case: Case, arch: int) -> None:

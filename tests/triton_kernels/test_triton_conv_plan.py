@@ -81,10 +81,23 @@ def test_tiles_of_8_warps_and_few_channels_take_filters_in_sixteens(arch: int) -
 
     def tiles(filters: int) -> set[tuple[int, ...]]:
         s = conv_shape("", full(32, 24, 28, 28), (filters, 24, 3, 3), (1, 1), (1, 1), (1, 1), 1)
-        return {tuple(c[:4]) for c in plan._candidates(s, "half", DEVICES[arch], False)}
+        return {tuple(c[:4]) for c in plan._candidates(s, "half", DEVICES[arch], False, 0)}
 
     assert tiles(64) - tiles(72) == {(128, 64, 32, 8)}
     assert (64, 64, 32, 4) in tiles(72)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_a_second_convolution_has_no_tile_that_spills_on_sm_120(arch: int) -> None:
+    """There, with TMA and mma.sync, 128 x 64 by four warps take 16 to 32 bytes of stack."""
+
+    def tiles(second: int) -> set[tuple[int, ...]]:
+        s = conv_shape("", full(32, 64, 28, 28), (64, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+        found = plan._candidates(s, "half", DEVICES[arch], False, second)
+        return {tuple(c[:5]) for c in found}
+
+    spilling = {(128, 64, 64, 4, 4), (128, 64, 64, 4, 3)}
+    assert tiles(0) - tiles(64) == (spilling if arch == 120 else set())
 
 
 #: ResNet-50's convolutions in bfloat16 at batch 256 on an H100, which makes 132 * 2048 products and

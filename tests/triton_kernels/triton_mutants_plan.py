@@ -39,6 +39,20 @@ MUTANTS = [
         PLAN + "test_tiles_of_8_warps_and_few_channels_take_filters_in_sixteens[80]",
     ),
     Mutant(
+        "a tile that spills may add a second convolution",
+        "_conv_plan.py",
+        "second == 0 or device.arch not in config.second_spills",
+        "True",
+        PLAN + "test_a_second_convolution_has_no_tile_that_spills_on_sm_120[120]",
+    ),
+    Mutant(
+        "a stem takes a tile that spills",
+        "conv_bn_relu_maxpool.py",
+        "if arch not in c.spills",
+        "if arch",
+        "tests/triton_kernels/test_triton_aot.py::test_a_stem_takes_no_tile_that_spills[86-64]",
+    ),
+    Mutant(
         "the residual's bytes are not counted",
         "_conv_plan.py",
         "s.k * (2 if residual else 1)",

@@ -26,6 +26,7 @@ class ConvConfig(NamedTuple):
         since: The oldest architecture with enough registers for it.
         flat: Whether it may traverse (ky, kx, c) as one axis, which takes more registers.
         sixteens: Whether it takes multiples of 16 filters alone: with others ptxas spills.
+        second_spills: Architectures where ptxas spills with a second convolution.
         split_k: Number of programs among which the depth is split.
         descriptors: Whether tiles are loaded by tensor descriptors (TMA) where possible.
         registers: The most registers of a thread, by which programs share a multiprocessor.
@@ -43,6 +44,7 @@ class ConvConfig(NamedTuple):
     since: int = 80
     flat: bool = False
     sixteens: bool = False
+    second_spills: tuple[int, ...] = ()
     split_k: int = 1
     descriptors: bool = False
     registers: int = REGISTERS
@@ -61,8 +63,8 @@ CONFIGS: dict[str, list[ConvConfig]] = {
     "half": [
         ConvConfig(128, 256, 64, 8, 3, since=90),
         ConvConfig(128, 128, 64, 8, 3, registers=128),
-        ConvConfig(128, 64, 64, 4, 4),
-        ConvConfig(128, 64, 64, 4, 3, registers=168),
+        ConvConfig(128, 64, 64, 4, 4, second_spills=(120,)),
+        ConvConfig(128, 64, 64, 4, 3, second_spills=(120,), registers=168),
         ConvConfig(64, 128, 64, 4, 4),
         ConvConfig(64, 64, 64, 4, 4),
         ConvConfig(128, 64, 32, 8, 4, flat=True, sixteens=True, registers=128, more_registers=128),
@@ -299,16 +301,24 @@ def cost(
     return cycles
 
 
-def candidates(s: ConvShape, x: Tensor, *, may_split: bool = True) -> list[ConvConfig]:
+def candidates(
+    s: ConvShape, x: Tensor, *, may_split: bool = True, second: int = 0
+) -> list[ConvConfig]:
     """All configurations that can run a convolution of maps like ``x``, for those who time them.
 
     Persistent ones are among them where there are more tiles than programs. :func:`choose` knows
     none: until a GPU has timed them, a model of their cost would be a guess.
+
+    Args:
+        s: Sizes of the convolution.
+        x: Gives the precision of the products and the GPU.
+        may_split: Whether split-K is allowed.
+        second: Input channels of a 1x1 convolution that is added; 0 for none.
     """
     precision, device = precision_of(x), device_of(x)
-    return _candidates(s, precision, device, may_split) + [
+    return _candidates(s, precision, device, may_split, second) + [
         config
-        for config in _candidates(s, precision, device, False, PERSISTENT)
+        for config in _candidates(s, precision, device, False, second, PERSISTENT)
         if programs_of(s, config, precision, device) < tiles_of(s, config)
     ]
 
@@ -318,6 +328,7 @@ def _candidates(
     precision: str,
     device: Device,
     may_split: bool,
+    second: int,
     table: dict[str, list[ConvConfig]] = CONFIGS,
 ) -> list[ConvConfig]:
     def fits(config: ConvConfig) -> bool:
@@ -328,6 +339,7 @@ def _candidates(
             device.arch >= config.since
             and (whole or config.flat)
             and (s.group_k % 16 == 0 or not config.sixteens)
+            and (second == 0 or device.arch not in config.second_spills)
             and config.stages * stage <= device.shared
         )
 
@@ -362,6 +374,6 @@ def choose(
         may_split: Whether split-K is allowed.
     """
     return min(
-        _candidates(s, precision, device, may_split),
+        _candidates(s, precision, device, may_split, second),
         key=lambda config: cost(s, config, precision, device, second, residual, prologue),
     )

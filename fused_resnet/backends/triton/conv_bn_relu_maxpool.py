@@ -37,6 +37,7 @@ from ._common import REGISTERS, cdiv, check_map, multiprocessors, on_device, pow
 from ._conv_call import BATCH_NORM, FOLDED, Affine, ConvCall, filters
 from ._conv_plan import precision_of
 from ._conv_shape import ConvShape, check_pair, window
+from ._device import device_of
 from ._stem_kernels import conv_bn_relu_maxpool_kernel
 
 
@@ -49,6 +50,7 @@ class StemConfig(NamedTuple):
         block_k: Depth of a step.
         warps: Warps of the program.
         stages: Stages of its pipeline.
+        spills: Architectures where ptxas has too few registers for it.
     """
 
     block_m: int
@@ -56,12 +58,13 @@ class StemConfig(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    spills: tuple[int, ...] = ()
 
 
 #: By the precision of products. The second of each is for maps with too few of the first.
 CONFIGS: dict[str, list[StemConfig]] = {
     "half": [StemConfig(128, 64, 32, 8, 2), StemConfig(64, 64, 32, 8, 2)],
-    "tf32": [StemConfig(128, 64, 32, 8, 2), StemConfig(64, 64, 32, 8, 2)],
+    "tf32": [StemConfig(128, 64, 32, 8, 2, (86, 89, 120)), StemConfig(64, 64, 32, 8, 2)],
     "ieee": [StemConfig(64, 32, 16, 4, 2)],
 }
 
@@ -166,7 +169,9 @@ def _run(call: ConvCall, pool: Pool, config: StemConfig | None) -> Tensor:
     """The stem in one kernel where a tile fits, else the convolution and PyTorch's max-pool."""
     s, x = call.shape, call.x
     pooled = pool.size(s)
-    candidates = [config] if config else CONFIGS[precision_of(x)]
+    arch = device_of(x).arch
+    all_of_them = CONFIGS[precision_of(x)]
+    candidates = [config] if config else [c for c in all_of_them if arch not in c.spills]
     tiles = [tile_of(c, pool, pooled) for c in candidates]
     fitting = [(c, t) for c, t in zip(candidates, tiles, strict=True) if t is not None]
     if not fitting or s.groups != 1 or max(pool.kernel) > 8:
