@@ -16,6 +16,7 @@ from rich.console import Console
 from fused_resnet.backends import triton as kernels
 from fused_resnet.backends.triton import _gradient_plan as plans
 from fused_resnet.backends.triton._bn_map import CONFIGS as BN_CONFIGS
+from fused_resnet.backends.triton._conv_shape import ConvShape, conv_shape
 from fused_resnet.backends.triton.block_end_backward import Recomputed
 
 KINDS = {BFLOAT16: "half", FLOAT16: "half", TF32: "tf32", FLOAT32: "ieee"}
@@ -44,6 +45,12 @@ LAYERS = {
     "3x3 stride 2": (128, 128, 3, 2, 56),
     "odd channels": (17, 23, 3, 1, 7),
 }
+
+
+def shape_of(layer: str) -> ConvShape:
+    c, k, size, stride, hw = LAYERS[layer]
+    pairs = ((stride, stride), (size // 2, size // 2), (1, 1))
+    return conv_shape("", full(32, c, hw, hw), (k, c, size, size), *pairs, 1)
 
 
 def backward(
@@ -79,11 +86,16 @@ def gradients() -> Iterator[Case]:
         ("weight", BFLOAT16, "3x3", "prologue", 0), ("weight", BFLOAT16, "1x1", "frozen", 1),
         ("weight", TF32, "3x3", "prologue", 0),
     }  # fmt: skip
-    tables = {"data": plans.DATA_CONFIGS, "weight": plans.WEIGHT_CONFIGS}
-    for which, table in tables.items():
+    tables = {
+        "data": (plans.DATA_CONFIGS, plans.fitting_data),
+        "weight": (plans.WEIGHT_CONFIGS, plans.fitting_weight),
+    }
+    for which, (table, fitting) in tables.items():
         for precision, name in KINDS.items():
             for i, config in enumerate(table[name]):
                 for layer in LAYERS:
+                    if config not in fitting(shape_of(layer), name):
+                        continue  # no plan takes it
                     kinds = ["prologue", "add", "frozen"] if which == "data" else ["prologue"]
                     if precision is FLOAT16:  # as bfloat16
                         kinds = ["frozen"]
@@ -212,6 +224,25 @@ def test_all_tiles_are_here() -> None:
                 if case.what.startswith(which) and case.precision is precision
             }
             assert tiles == found
+
+
+def test_float32_takes_narrow_tiles_for_odd_channels() -> None:
+    """64 x 32 x 16 spills with them on sm_120."""
+    sizes = {c: plans.fitting_data(shape_of(c), "ieee") for c in ("odd channels", "3x3")}
+    assert [tile.block_n for tile in sizes["odd channels"]] == [16]
+    assert [tile.block_n for tile in sizes["3x3"]] == [32, 16]
+
+
+@pytest.mark.parametrize(("arch", "registers"), [(80, 128), (100, 128), (120, 255)])
+def test_the_stems_backward_has_the_registers_that_it_needs(arch: int, registers: int) -> None:
+    x, v = full(32, 64, 56, 56, dtype=torch.bfloat16), full(64)
+    index = full(32, 64, 28, 28, dtype=torch.uint8)
+    pooled = full(32, 64, 28, 28, dtype=torch.bfloat16)
+    pool = ((3, 3), (2, 2), (1, 1))
+    launches = recorded(
+        lambda: kernels.stem_end_backward(pooled, index, x, v, v, v, *pool, True), arch
+    )
+    assert launches[0].options["maxnreg"] == registers
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,6 +7,7 @@ from mutant_of_triton import Mutant
 PLAN = "tests/triton_kernels/test_triton_conv_plan.py::"
 TILES = "tests/triton_kernels/test_triton_conv_bn_add_relu.py::test_every_configuration"
 PERSISTENT = "tests/triton_kernels/test_triton_conv_persistent.py::"
+TRAINING = "tests/triton_kernels/test_triton_aot_training.py::"
 GROUPS = "tests/conformance/test_conv_bn_add_relu.py::test_awkward_shapes"
 
 MUTANTS = [
@@ -51,6 +52,20 @@ MUTANTS = [
         "if arch not in c.spills",
         "if arch",
         "tests/triton_kernels/test_triton_aot.py::test_a_stem_takes_no_tile_that_spills[86-64]",
+    ),
+    Mutant(
+        "a data gradient's tile that spills is taken for any number of channels",
+        "_gradient_plan.py",
+        " and not (rough and c.sixteens)",
+        "",
+        TRAINING + "test_float32_takes_narrow_tiles_for_odd_channels",
+    ),
+    Mutant(
+        "the stem's backward spills on sm_120",
+        "stem_end.py",
+        "REGISTERS if device_of(z).arch >= 120 else BN_REGISTERS",
+        "BN_REGISTERS",
+        TRAINING + "test_the_stems_backward_has_the_registers_that_it_needs[120-255]",
     ),
     Mutant(
         "the residual's bytes are not counted",

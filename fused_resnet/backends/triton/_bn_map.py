@@ -125,8 +125,17 @@ class BnMap:
         """A checked and contiguous vector of one value per channel; None for None."""
         return vector(self.op, name, v, self.channels, self.x)
 
-    def launch(self, kernel: Kernel, *args: Any, **constants: Any) -> None:
-        """Run a kernel over the maps: a program for each block of channels and slab of rows."""
+    def launch(
+        self, kernel: Kernel, *args: Any, registers: int = BN_REGISTERS, **constants: Any
+    ) -> None:
+        """Run a kernel over the maps: a program for each block of channels and slab of rows.
+
+        Args:
+            kernel: The kernel.
+            args: Its own arguments.
+            registers: The most registers of a thread.
+            constants: Its own compile-time arguments.
+        """
         with on_device(self.x):
             kernel[self.grid](
                 *args,
@@ -138,7 +147,7 @@ class BnMap:
                 BLOCK_R=self.config.block_r,
                 BLOCK_C=self.config.block_c,
                 num_warps=self.config.warps,
-                maxnreg=BN_REGISTERS,
+                maxnreg=registers,
                 **constants,
             )
 

@@ -21,6 +21,7 @@ class DataConfig(NamedTuple):
         warps: Warps of the program.
         stages: Stages of its pipeline.
         parts: Column blocks of its epilogue.
+        sixteens: Whether it takes multiples of 16 channels alone: with others ptxas spills.
     """
 
     block_m: int
@@ -29,6 +30,7 @@ class DataConfig(NamedTuple):
     warps: int
     stages: int
     parts: int = 1
+    sixteens: bool = False
 
 
 class WeightConfig(NamedTuple):
@@ -60,7 +62,7 @@ DATA_CONFIGS: dict[str, list[DataConfig]] = {
         DataConfig(64, 64, 32, 4, 3),
     ],
     "tf32": [DataConfig(128, 64, 32, 8, 2, 2), DataConfig(64, 64, 32, 4, 2)],
-    "ieee": [DataConfig(64, 32, 16, 4, 2), DataConfig(64, 16, 16, 4, 2)],
+    "ieee": [DataConfig(64, 32, 16, 4, 2, sixteens=True), DataConfig(64, 16, 16, 4, 2)],
 }
 WEIGHT_CONFIGS: dict[str, list[WeightConfig]] = {
     "half": [WeightConfig(128, 128, 32, 8, 2), WeightConfig(64, 64, 64, 4, 2)],
@@ -75,6 +77,30 @@ WAVES = 2
 LEAST_STEPS = 8
 
 
+def fitting_data(s: ConvShape, precision: str) -> list[DataConfig]:
+    """The tiles of the data gradient that the input's channels fill, from the largest.
+
+    Args:
+        s: Sizes of the convolution.
+        precision: A key of :data:`DATA_CONFIGS`.
+    """
+    *larger, smallest = DATA_CONFIGS[precision]
+    rough = s.c % 16 != 0
+    full = [c for c in larger if 2 * s.c > c.block_n and not (rough and c.sixteens)]
+    return [*full, smallest]
+
+
+def fitting_weight(s: ConvShape, precision: str) -> list[WeightConfig]:
+    """The tiles of the weight gradient that filters and channels fill, from the largest.
+
+    Args:
+        s: Sizes of the convolution.
+        precision: A key of :data:`WEIGHT_CONFIGS`.
+    """
+    *larger, smallest = WEIGHT_CONFIGS[precision]
+    return [*(t for t in larger if s.k >= t.block_k and s.c >= t.block_c), smallest]
+
+
 def plan_data(s: ConvShape, x: Tensor) -> DataConfig:
     """The largest tile that no axis leaves half empty and that gives every multiprocessor work.
 
@@ -82,10 +108,10 @@ def plan_data(s: ConvShape, x: Tensor) -> DataConfig:
         s: Sizes of the convolution.
         x: Input of the convolution.
     """
-    *larger, smallest = DATA_CONFIGS[precision_of(x)]
+    *larger, smallest = fitting_data(s, precision_of(x))
     for config in larger:
         tiles = cdiv(s.n * s.h * s.w, config.block_m) * cdiv(s.c, config.block_n)
-        if 2 * s.c > config.block_n and tiles >= multiprocessors(x):
+        if tiles >= multiprocessors(x):
             return config
     return smallest
 
@@ -97,8 +123,7 @@ def plan_weight(s: ConvShape, x: Tensor) -> WeightConfig:
         s: Sizes of the convolution.
         x: Input of the convolution.
     """
-    *larger, smallest = WEIGHT_CONFIGS[precision_of(x)]
-    config = next((t for t in larger if s.k >= t.block_k and s.c >= t.block_c), smallest)
+    config = fitting_weight(s, precision_of(x))[0]
     tiles = cdiv(s.k, config.block_k) * cdiv(s.c, config.block_c) * s.kh * s.kw
     wanted = cdiv(WAVES * multiprocessors(x), tiles)
     most = max(1, cdiv(s.rows, config.block_r) // LEAST_STEPS)
