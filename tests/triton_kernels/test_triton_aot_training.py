@@ -233,7 +233,14 @@ def test_float32_takes_narrow_tiles_for_odd_channels() -> None:
     assert [tile.block_n for tile in sizes["3x3"]] == [32, 16]
 
 
-@pytest.mark.parametrize(("arch", "registers"), [(80, 128), (100, 128), (120, 255)])
+def test_weight_gradients_take_short_steps_for_odd_channels() -> None:
+    """Steps of 64 pixels spill with them on sm_86."""
+    sizes = {c: plans.fitting_weight(shape_of(c), "half") for c in ("odd channels", "1x1")}
+    assert [tile.block_r for tile in sizes["odd channels"]] == [32]
+    assert [tile.block_r for tile in sizes["1x1"]] == [64, 32]
+
+
+@pytest.mark.parametrize(("arch", "registers"), [(80, 128), (86, 255), (100, 128), (120, 255)])
 def test_the_stems_backward_has_the_registers_that_it_needs(arch: int, registers: int) -> None:
     x, v = full(32, 64, 56, 56, dtype=torch.bfloat16), full(64)
     index = full(32, 64, 28, 28, dtype=torch.uint8)

@@ -43,6 +43,8 @@ class WeightConfig(NamedTuple):
         warps: Warps of the program.
         stages: Stages of its pipeline.
         splits: Parts of the pixels.
+        sixteens: Whether it takes multiples of 16 channels and filters alone: with others ptxas
+            spills.
     """
 
     block_k: int
@@ -51,6 +53,7 @@ class WeightConfig(NamedTuple):
     warps: int
     stages: int
     splits: int = 1
+    sixteens: bool = False
 
 
 #: By the precision of products, from the largest. A step of the data gradient loads two maps for
@@ -65,7 +68,11 @@ DATA_CONFIGS: dict[str, list[DataConfig]] = {
     "ieee": [DataConfig(64, 32, 16, 4, 2, sixteens=True), DataConfig(64, 16, 16, 4, 2)],
 }
 WEIGHT_CONFIGS: dict[str, list[WeightConfig]] = {
-    "half": [WeightConfig(128, 128, 32, 8, 2), WeightConfig(64, 64, 64, 4, 2)],
+    "half": [
+        WeightConfig(128, 128, 32, 8, 2),
+        WeightConfig(64, 64, 64, 4, 2, sixteens=True),
+        WeightConfig(64, 64, 32, 4, 2),
+    ],
     "tf32": [WeightConfig(64, 64, 32, 4, 2)],
     "ieee": [WeightConfig(32, 32, 16, 4, 2)],
 }
@@ -97,8 +104,11 @@ def fitting_weight(s: ConvShape, precision: str) -> list[WeightConfig]:
         s: Sizes of the convolution.
         precision: A key of :data:`WEIGHT_CONFIGS`.
     """
-    *larger, smallest = WEIGHT_CONFIGS[precision]
-    return [*(t for t in larger if s.k >= t.block_k and s.c >= t.block_c), smallest]
+    rough = s.c % 16 != 0 or s.k % 16 != 0
+    full = [c for c in WEIGHT_CONFIGS[precision] if not (rough and c.sixteens)]
+    # Of the smallest tiles a part may be empty.
+    least = min(c.block_k for c in full)
+    return [c for c in full if c.block_k == least or (s.k >= c.block_k and s.c >= c.block_c)]
 
 
 def plan_data(s: ConvShape, x: Tensor) -> DataConfig:

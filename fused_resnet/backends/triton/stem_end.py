@@ -314,8 +314,8 @@ def stem_end_backward(
     g = like_map(z, z.shape)
     partial = call.floats(call.slabs, 2, z.shape[1], dtype=torch.float64) if sums else None
     vectors = (("scale", scale), ("shift", shift), ("mean", mean))
-    # On sm_120 ptxas spills at two programs of a multiprocessor.
-    registers = REGISTERS if device_of(z).arch >= 120 else BN_REGISTERS
+    # There ptxas spills at two programs of a multiprocessor.
+    registers = REGISTERS if device_of(z).arch in (86, 89, 120) else BN_REGISTERS
     call.launch(
         stem_end_backward_kernel,
         map_operand(op, "dy", dy, shape, z), index.contiguous(memory_format=torch.channels_last),
