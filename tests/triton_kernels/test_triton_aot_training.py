@@ -48,7 +48,10 @@ LAYERS = {
 
 
 def shape_of(layer: str) -> ConvShape:
-    c, k, size, stride, hw = LAYERS[layer]
+    return shape(*LAYERS[layer])
+
+
+def shape(c: int, k: int, size: int, stride: int, hw: int) -> ConvShape:
     pairs = ((stride, stride), (size // 2, size // 2), (1, 1))
     return conv_shape("", full(32, c, hw, hw), (k, c, size, size), *pairs, 1)
 
@@ -231,6 +234,14 @@ def test_float32_takes_narrow_tiles_for_odd_channels() -> None:
     sizes = {c: plans.fitting_data(shape_of(c), "ieee") for c in ("odd channels", "3x3")}
     assert [tile.block_n for tile in sizes["odd channels"]] == [16]
     assert [tile.block_n for tile in sizes["3x3"]] == [32, 16]
+
+
+def test_tiles_of_8_warps_take_multiples_of_16() -> None:
+    """With 17 channels and 23 filters they spilled 8 to 408 bytes."""
+    s = shape(136, 136, 3, 1, 14)
+    data = (plans.fitting_data(s, precision) for precision in ("half", "tf32"))
+    found = [*data, plans.fitting_weight(s, "half")]
+    assert [[tile.warps for tile in tiles] for tiles in found] == [[4], [4], [4]]
 
 
 def test_weight_gradients_take_short_steps_for_odd_channels() -> None:

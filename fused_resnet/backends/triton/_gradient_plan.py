@@ -60,16 +60,16 @@ class WeightConfig(NamedTuple):
 #: one operand, g and z, and computes it: tiles are smaller than the forward's, for its registers.
 DATA_CONFIGS: dict[str, list[DataConfig]] = {
     "half": [
-        DataConfig(128, 128, 64, 8, 2, 4),
-        DataConfig(128, 64, 64, 8, 2, 2),
+        DataConfig(128, 128, 64, 8, 2, 4, sixteens=True),
+        DataConfig(128, 64, 64, 8, 2, 2, sixteens=True),
         DataConfig(64, 64, 32, 4, 3),
     ],
-    "tf32": [DataConfig(128, 64, 32, 8, 2, 2), DataConfig(64, 64, 32, 4, 2)],
+    "tf32": [DataConfig(128, 64, 32, 8, 2, 2, sixteens=True), DataConfig(64, 64, 32, 4, 2)],
     "ieee": [DataConfig(64, 32, 16, 4, 2, sixteens=True), DataConfig(64, 16, 16, 4, 2)],
 }
 WEIGHT_CONFIGS: dict[str, list[WeightConfig]] = {
     "half": [
-        WeightConfig(128, 128, 32, 8, 2),
+        WeightConfig(128, 128, 32, 8, 2, sixteens=True),
         WeightConfig(64, 64, 64, 4, 2, sixteens=True),
         WeightConfig(64, 64, 32, 4, 2),
     ],
