@@ -236,12 +236,13 @@ def test_float32_takes_narrow_tiles_for_odd_channels() -> None:
     assert [tile.block_n for tile in sizes["3x3"]] == [32, 16]
 
 
-def test_tiles_of_8_warps_take_multiples_of_16() -> None:
+def test_large_tiles_take_multiples_of_16() -> None:
     """With 17 channels and 23 filters they spilled 8 to 408 bytes."""
     s = shape(136, 136, 3, 1, 14)
     data = (plans.fitting_data(s, precision) for precision in ("half", "tf32"))
     found = [*data, plans.fitting_weight(s, "half")]
-    assert [[tile.warps for tile in tiles] for tiles in found] == [[4], [4], [4]]
+    sizes = [[(tile[:2], tile.warps) for tile in tiles] for tiles in found]
+    assert sizes == [[((64, 64), 4)], [((64, 64), 8)], [((64, 64), 4)]]
 
 
 def test_weight_gradients_take_short_steps_for_odd_channels() -> None:
@@ -251,16 +252,16 @@ def test_weight_gradients_take_short_steps_for_odd_channels() -> None:
     assert [tile.block_r for tile in sizes["1x1"]] == [64, 32]
 
 
-@pytest.mark.parametrize(("arch", "registers"), [(80, 128), (86, 255), (100, 128), (120, 255)])
-def test_the_stems_backward_has_the_registers_that_it_needs(arch: int, registers: int) -> None:
+def test_the_stems_backward_has_all_registers() -> None:
+    """At the 128 of other passes it spills 8 to 104 bytes, on every architecture."""
     x, v = full(32, 64, 56, 56, dtype=torch.bfloat16), full(64)
     index = full(32, 64, 28, 28, dtype=torch.uint8)
     pooled = full(32, 64, 28, 28, dtype=torch.bfloat16)
     pool = ((3, 3), (2, 2), (1, 1))
     launches = recorded(
-        lambda: kernels.stem_end_backward(pooled, index, x, v, v, v, *pool, True), arch
+        lambda: kernels.stem_end_backward(pooled, index, x, v, v, v, *pool, True), 90
     )
-    assert launches[0].options["maxnreg"] == registers
+    assert launches[0].options["maxnreg"] == 255
 
 
 @pytest.fixture(scope="module", autouse=True)

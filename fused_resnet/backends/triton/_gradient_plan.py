@@ -64,7 +64,11 @@ DATA_CONFIGS: dict[str, list[DataConfig]] = {
         DataConfig(128, 64, 64, 8, 2, 2, sixteens=True),
         DataConfig(64, 64, 32, 4, 3),
     ],
-    "tf32": [DataConfig(128, 64, 32, 8, 2, 2, sixteens=True), DataConfig(64, 64, 32, 4, 2)],
+    "tf32": [
+        DataConfig(128, 64, 32, 8, 2, 2, sixteens=True),
+        DataConfig(64, 64, 32, 4, 2, sixteens=True),
+        DataConfig(64, 64, 32, 8, 2),
+    ],
     "ieee": [DataConfig(64, 32, 16, 4, 2, sixteens=True), DataConfig(64, 16, 16, 4, 2)],
 }
 WEIGHT_CONFIGS: dict[str, list[WeightConfig]] = {

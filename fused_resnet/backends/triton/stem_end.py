@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..activation import Activation
 from ._activation import activate, gradient
-from ._bn_map import BN_REGISTERS, BnConfig, BnMap
+from ._bn_map import BnConfig, BnMap
 from ._channel_sums import channel_sums, two_sum
 from ._common import REGISTERS, cdiv, channel_vector, check_same
 from ._conv_shape import check_pair, window
-from ._device import device_of
 from ._training_operands import first_map, like_map, map_operand, nothing, vector_operand
 
 #: A place in a window is stored in a byte.
@@ -314,15 +313,13 @@ def stem_end_backward(
     g = like_map(z, z.shape)
     partial = call.floats(call.slabs, 2, z.shape[1], dtype=torch.float64) if sums else None
     vectors = (("scale", scale), ("shift", shift), ("mean", mean))
-    # There ptxas spills at two programs of a multiprocessor.
-    registers = REGISTERS if device_of(z).arch in (86, 89, 120) else BN_REGISTERS
     call.launch(
         stem_end_backward_kernel,
         map_operand(op, "dy", dy, shape, z), index.contiguous(memory_format=torch.channels_last),
         zs, g, *(vector_operand(op, name, v, z.shape[1], z) for name, v in vectors), partial,
         z.shape[3], *shape[2:], *kernels, *strides, *paddings,
         *(cdiv(k, by) for k, by in zip(kernels, strides, strict=True)), ACTIVATION=int(activation),
-        registers=registers,
+        registers=REGISTERS,  # at two programs of a multiprocessor ptxas spills
     )  # fmt: skip
     if partial is None:
         return g, nothing(z), nothing(z)
