@@ -95,8 +95,8 @@ def library(cuda: bool) -> Binary:
     commands = dict.fromkeys(sources("csrc/cuda/*.cu"), nvcc()) if cuda else {}
     folders = ["csrc/cpu", "csrc/cpu/training", "csrc"] + ["csrc/cuda/host"] * cuda
     for isa in sorted(wanted_isas(), key=["avx512", "avx2", "portable", *ISAS].index):
-        # Beside others the portable kernels are for processors from before 2013: -O1 takes half the
-        # time to compile them, and they 1.0 to 1.1 times as long.
+        # Beside others the portable kernels are for processors from before 2013: -O1 halves the
+        # time to compile them, and makes them at most 10% slower.
         level = "-O1" if isa == "portable" and len(wanted_isas()) > 1 else "-O3"
         # -Wno-...: GCC 12 warns about its own AVX-512 headers.
         warnings = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]

@@ -117,6 +117,8 @@ def may(arch: int, precision: Precision, layer: str, config: Any, second: bool =
         config: The tile.
         second: Whether a convolution is added.
     """
+    if second and arch in config.second_spills:
+        return False
     c, k, size, stride, hw = LAYERS[layer]
     x = full(32, c, hw, hw, dtype=precision.dtype)
     pairs = ((stride, stride), (size // 2, size // 2), (1, 1))
@@ -124,9 +126,7 @@ def may(arch: int, precision: Precision, layer: str, config: Any, second: bool =
 
     def run() -> None:
         shape = conv_shape("", x, (k, c, size, size), *pairs, 1)
-        found.extend(
-            (*c[:5], c.persistent) for c in _conv_plan.candidates(shape, x, second=64 * second)
-        )
+        found.extend((*c[:5], c.persistent) for c in _conv_plan.candidates(shape, x))
 
     with precision.set():
         recorded(run, arch)

@@ -311,8 +311,8 @@ __attribute__((noinline)) void narrow_tile(const float* values, int64_t pixels,
 }
 
 // The sum and the epilogue of `count` pixels by a panel of `width` channels. The 16-bit types share
-// the microkernels of float32, which were half of this file's machine code: the tile is narrowed
-// behind them, in the L1 cache.
+// the microkernels of float32, as others for them would triple the machine code: their tile goes
+// through a buffer in the L1 cache, from which narrow_tile stores it.
 template <class T>
 FR_INLINE void run_tile(int64_t share, int64_t width, int64_t count, const Pixels<Acc<T>>& pixels,
                         const Runs& runs, const Weights<Acc<T>>& weights, const Epilogue<T>& e) {

@@ -301,24 +301,16 @@ def cost(
     return cycles
 
 
-def candidates(
-    s: ConvShape, x: Tensor, *, may_split: bool = True, second: int = 0
-) -> list[ConvConfig]:
+def candidates(s: ConvShape, x: Tensor, *, may_split: bool = True) -> list[ConvConfig]:
     """All configurations that can run a convolution of maps like ``x``, for those who time them.
 
     Persistent ones are among them where there are more tiles than programs. :func:`choose` knows
     none: until a GPU has timed them, a model of their cost would be a guess.
-
-    Args:
-        s: Sizes of the convolution.
-        x: Gives the precision of the products and the GPU.
-        may_split: Whether split-K is allowed.
-        second: Input channels of a 1x1 convolution that is added; 0 for none.
     """
     precision, device = precision_of(x), device_of(x)
-    return _candidates(s, precision, device, may_split, second) + [
+    return _candidates(s, precision, device, may_split, 0) + [
         config
-        for config in _candidates(s, precision, device, False, second, PERSISTENT)
+        for config in _candidates(s, precision, device, False, 0, PERSISTENT)
         if programs_of(s, config, precision, device) < tiles_of(s, config)
     ]
 
